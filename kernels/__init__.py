@@ -1,0 +1,19 @@
+"""fastrm.kernels: the fused operations of momentum (student–teacher) methods, usable in any PyTorch trainer.
+
+Every operation takes ``backend=None`` (choose by device), ``"triton"``, ``"cpu"`` or ``"reference"``; a backend that
+is asked for and cannot be had raises and says why.
+"""
+
+from .contrastive import info_nce, residual_info_nce, residual_loss
+from .ema import EMA, fused_ema_
+from .queue import FeatureQueue, enqueue_
+
+__all__ = [
+    "EMA",
+    "FeatureQueue",
+    "enqueue_",
+    "fused_ema_",
+    "info_nce",
+    "residual_info_nce",
+    "residual_loss",
+]

@@ -1,0 +1,83 @@
+"""Which backend an operation runs on, and the checks that all operations share."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor
+
+BACKENDS = ("triton", "cpu", "reference")
+
+
+def choose(op: str, backend: str | None, implementations: Mapping[str, Callable[..., object]]) -> Callable[..., object]:
+    """Return the implementation of ``op`` for a backend; ``None`` takes the first one in ``implementations``.
+
+    Raises:
+        ValueError: the name is unknown, or ``op`` has no such backend.
+    """
+    if backend is None:
+        return next(iter(implementations.values()))
+    if backend not in BACKENDS:
+        raise ValueError(f"{op}: backend={backend!r} is unknown; choose None or one of {', '.join(BACKENDS)}")
+    if backend not in implementations:
+        raise ValueError(f"{op}: backend={backend!r} does not exist yet; available: None, {', '.join(implementations)}")
+    return implementations[backend]
+
+
+def compute_dtype(*tensors: Tensor | None) -> torch.dtype:
+    """Dtype of the computation: float32, or float64 where an input is float64."""
+    wide = any(t is not None and t.dtype == torch.float64 for t in tensors)
+    return torch.float64 if wide else torch.float32
+
+
+def no_autocast(device: torch.device) -> contextlib.AbstractContextManager[None]:
+    """Keep an enclosing autocast from lowering the precision that an operation promises."""
+    return torch.autocast(device_type=device.type, enabled=False)
+
+
+def check_rows(op: str, name: str, tensor: Tensor, *, dim: int | None = None, device: torch.device) -> None:
+    """Raise unless ``tensor`` is a floating [rows, dim] matrix on ``device``."""
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{op}: {name} is a {type(tensor).__name__}; it must be a tensor")
+    shape = tuple(tensor.shape)
+    if tensor.ndim != 2 or (dim is not None and shape[1] != dim):
+        raise ValueError(f"{op}: {name} has shape {shape}; it must be [rows, {'D' if dim is None else dim}]")
+    if not tensor.is_floating_point():
+        raise TypeError(f"{op}: {name} is {tensor.dtype}; it must be a floating dtype")
+    if tensor.device != device:
+        raise ValueError(f"{op}: {name} is on {tensor.device}; it must be on {device} like the first argument")
+
+
+def check_no_grad(op: str, name: str, tensor: Tensor) -> None:
+    """Raise if ``tensor`` expects a gradient that ``op`` does not give."""
+    if tensor.requires_grad:
+        raise ValueError(f"{op}: {name} requires grad, but {op} gives it none; pass {name}.detach()")
+
+
+def check_scalar(
+    op: str,
+    name: str,
+    value: float | Tensor,
+    *,
+    low: float = -math.inf,
+    high: float = math.inf,
+    open_low: bool = False,
+) -> None:
+    """Raise unless ``value`` is a finite number in [low, high], or a 0-d tensor, whose value is not read.
+
+    ``open_low`` leaves ``low`` itself out. Reading a device tensor would make the host wait for the device.
+    """
+    if isinstance(value, Tensor):
+        if value.ndim != 0:
+            raise ValueError(f"{op}: {name} has shape {tuple(value.shape)}; it must be a number or a 0-d tensor")
+        return
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{op}: {name} is a {type(value).__name__}; it must be a number or a 0-d tensor")
+    above = value > low if open_low else value >= low
+    if not (math.isfinite(value) and above and value <= high):
+        wanted = [f"{'above' if open_low else 'at least'} {low:g}"] if low > -math.inf else []
+        wanted += [f"at most {high:g}"] if high < math.inf else []
+        raise ValueError(f"{op}: {name}={value} must be finite{''.join(', ' + w for w in wanted)}")

@@ -1,0 +1,183 @@
+"""The losses between a student's queries and a teacher's keys."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from . import reference
+from ._dispatch import check_no_grad, check_rows, check_scalar, choose
+from .queue import check_ring
+
+_REDUCTIONS = ("mean", "sum", "none")
+_INFO_NCE = {"reference": reference.info_nce}
+_RESIDUAL = {"reference": reference.residual_loss}
+_RESIDUAL_INFO_NCE = {"reference": reference.residual_info_nce}
+
+
+def _check_reduction(op: str, reduction: str) -> None:
+    if reduction not in _REDUCTIONS:
+        raise ValueError(f"{op}: reduction={reduction!r} must be one of {', '.join(_REDUCTIONS)}")
+
+
+def _check_teacher_rows(op: str, name: str, rows: Tensor, query: Tensor) -> None:
+    check_rows(op, name, rows, dim=query.shape[1], device=query.device)
+    check_no_grad(op, name, rows)
+
+
+def _check_contrast(op: str, query: Tensor, key: Tensor, queue: Tensor | None, key_offset: int) -> None:
+    check_rows(op, "query", query, device=query.device)
+    _check_teacher_rows(op, "key", key, query)
+    n, m = query.shape[0], key.shape[0]
+    if queue is not None:
+        _check_teacher_rows(op, "queue", queue, query)
+        if m != n or key_offset != 0:
+            raise ValueError(
+                f"{op}: with a queue, row i of key is the positive of row i of query: key must have {n} rows and "
+                f"key_offset must be 0; they are {m} and {key_offset}"
+            )
+    elif not 0 <= key_offset <= m - n:
+        raise ValueError(
+            f"{op}: key_offset={key_offset} with {n} queries and {m} keys; the positives are rows key_offset to "
+            f"key_offset + {n} of key, so it must be from 0 to {m - n}" + ("" if m >= n else ": key has too few rows")
+        )
+
+
+def info_nce(
+    query: Tensor,
+    key: Tensor,
+    queue: Tensor | None = None,
+    *,
+    temperature: float | Tensor = 0.2,
+    key_offset: int = 0,
+    reduction: str = "mean",
+    backend: str | None = None,
+) -> Tensor:
+    """InfoNCE: cross-entropy of the positive key among all candidates (van den Oord et al., arXiv 1807.03748).
+
+    Queries and keys are normalised inside, in float32; logits are cosines over ``temperature``. There is no factor
+    of 2·temperature (MoCo-v3's loss has one: multiply by it). Gradient flows to ``query`` only. A zero row counts as
+    cosine 0 with everything and has a zero gradient.
+
+    Args:
+        query: [N, D] student outputs.
+        key: with a queue [N, D], row i being the positive of query i; without one [M, D], the positive of query i
+            being row ``key_offset + i`` and all other rows its negatives (M = N × world size when gathered).
+        queue: [K, D] negatives, used as stored, or ``None`` for in-batch negatives.
+        temperature: number above 0 or 0-d tensor.
+        key_offset: row of ``key`` that is the positive of query 0; 0 with a queue.
+        reduction: ``"mean"``, ``"sum"`` or ``"none"`` (a loss a row, [N]).
+        backend: ``None``, ``"triton"``, ``"cpu"`` or ``"reference"``.
+
+    Returns:
+        The loss, float32 (float64 where an input is float64). The mean over no rows is 0.
+
+    Raises:
+        ValueError, TypeError: shapes, dtypes or devices do not fit, a key or queue requires grad, or the backend
+            cannot be had.
+    """
+    _check_contrast("info_nce", query, key, queue, key_offset)
+    check_scalar("info_nce", "temperature", temperature, low=0, open_low=True)
+    _check_reduction("info_nce", reduction)
+    run = choose("info_nce", backend, _INFO_NCE)
+    return run(query, key, queue, temperature, key_offset, reduction)  # type: ignore[return-value]
+
+
+def residual_loss(student: Tensor, teacher: Tensor, *, reduction: str = "mean", backend: str | None = None) -> Tensor:
+    """Residual momentum's pull of the student to the teacher on the same view: 2 - 2 cos(student, teacher).
+
+    The same expression between two views is BYOL's loss (Grill et al., arXiv 2006.07733). Rows are normalised
+    inside, in float32. Gradient flows to ``student`` only; a zero row has loss 2 and a zero gradient.
+
+    Args:
+        student: [N, D].
+        teacher: [N, D].
+        reduction: ``"mean"``, ``"sum"`` or ``"none"`` (a loss a row, [N]).
+        backend: ``None``, ``"triton"``, ``"cpu"`` or ``"reference"``.
+
+    Returns:
+        The loss, float32 (float64 where an input is float64), from 0 to 4 a row.
+
+    Raises:
+        ValueError, TypeError: shapes, dtypes or devices do not fit, ``teacher`` requires grad, or the backend
+            cannot be had.
+    """
+    check_rows("residual_loss", "student", student, device=student.device)
+    _check_teacher_rows("residual_loss", "teacher", teacher, student)
+    if student.shape != teacher.shape:
+        raise ValueError(
+            f"residual_loss: student has shape {tuple(student.shape)} and teacher {tuple(teacher.shape)}; "
+            "they must be alike"
+        )
+    _check_reduction("residual_loss", reduction)
+    return choose("residual_loss", backend, _RESIDUAL)(student, teacher, reduction)  # type: ignore[return-value]
+
+
+def residual_info_nce(
+    query: Tensor,
+    key: Tensor,
+    same_view_key: Tensor,
+    queue: Tensor | None = None,
+    pointer: Tensor | None = None,
+    *,
+    temperature: float | Tensor = 0.2,
+    residual_weight: float | Tensor = 1.0,
+    contrastive_weight: float | Tensor = 1.0,
+    key_offset: int = 0,
+    push: Tensor | None = None,
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """InfoNCE between two views plus the residual term on the same view, and the queue's update, in one call.
+
+    ``loss = contrastive_weight * info_nce(query, key, queue) + residual_weight * residual_loss(query, same_view_key)``,
+    both means over the rows. With ``pointer`` the keys enter the queue, after it was scored.
+
+    Args:
+        query: [N, D] student outputs; the gradient flows to them only.
+        key: as in :func:`info_nce`.
+        same_view_key: [N, D] teacher outputs on the view that ``query`` saw.
+        queue: [K, D] negatives or ``None``; changed in place when ``pointer`` is given.
+        pointer: 0-d int64 tensor, the row of ``queue`` that is written next; ``None`` leaves the queue as it is.
+        temperature: number above 0 or 0-d tensor.
+        residual_weight: number or 0-d tensor.
+        contrastive_weight: number or 0-d tensor.
+        key_offset: as in :func:`info_nce`.
+        push: [B, D] keys to put into the queue instead of ``key``; only with ``pointer``.
+        backend: ``None``, ``"triton"``, ``"cpu"`` or ``"reference"``.
+
+    Returns:
+        (loss, contrastive, residual), 0-d; the two parts are unweighted and detached.
+
+    Raises:
+        ValueError, TypeError: shapes, dtypes or devices do not fit, a key or queue requires grad, or the backend
+            cannot be had.
+    """
+    op = "residual_info_nce"
+    _check_contrast(op, query, key, queue, key_offset)
+    _check_teacher_rows(op, "same_view_key", same_view_key, query)
+    if same_view_key.shape != query.shape:
+        raise ValueError(
+            f"{op}: same_view_key has shape {tuple(same_view_key.shape)}; it must be {tuple(query.shape)} like query"
+        )
+    check_scalar(op, "temperature", temperature, low=0, open_low=True)
+    check_scalar(op, "residual_weight", residual_weight)
+    check_scalar(op, "contrastive_weight", contrastive_weight)
+    if pointer is not None:
+        if queue is None:
+            raise ValueError(f"{op}: pointer is given without a queue to push into")
+        check_ring(op, queue, pointer)
+    if push is not None:
+        if pointer is None:
+            raise ValueError(f"{op}: push is given without the pointer that says where it goes")
+        check_rows(op, "push", push, dim=query.shape[1], device=query.device)
+    return choose(op, backend, _RESIDUAL_INFO_NCE)(  # type: ignore[return-value]
+        query,
+        key,
+        same_view_key,
+        queue,
+        pointer,
+        temperature,
+        residual_weight,
+        contrastive_weight,
+        key_offset,
+        key if push is None else push,
+    )

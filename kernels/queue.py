@@ -1,0 +1,77 @@
+"""The ring of past keys that MoCo-style losses score against."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from . import reference
+from ._dispatch import check_no_grad, check_rows, choose
+
+_ENQUEUE = {"reference": reference.enqueue_}
+
+
+def check_ring(op: str, queue: Tensor, pointer: Tensor) -> None:
+    """Raise unless (queue, pointer) is a ring that can be written."""
+    if queue.shape[0] == 0:
+        raise ValueError(f"{op}: queue has shape {tuple(queue.shape)}; it must hold at least one row")
+    if not isinstance(pointer, Tensor):
+        raise TypeError(f"{op}: pointer is a {type(pointer).__name__}; it must be a 0-d int64 tensor")
+    if pointer.ndim != 0 or pointer.dtype != torch.int64 or pointer.device != queue.device:
+        raise ValueError(
+            f"{op}: pointer has shape {tuple(pointer.shape)}, dtype {pointer.dtype}, device {pointer.device}; "
+            f"it must be a 0-d int64 tensor on {queue.device}"
+        )
+
+
+def enqueue_(queue: Tensor, pointer: Tensor, keys: Tensor, *, backend: str | None = None) -> None:
+    """Normalise ``keys`` and write them into the ring ``queue`` at ``pointer``, wrapping round its end.
+
+    Args:
+        queue: [K, D], floating, changed in place.
+        pointer: 0-d int64 tensor, the row that is written next, changed in place.
+        keys: [B, D], floating, any B; of more than K keys the last K are kept. A zero row is stored as zeros.
+        backend: ``None``, ``"triton"``, ``"cpu"`` or ``"reference"``.
+
+    Raises:
+        ValueError, TypeError: shapes, dtypes or devices do not fit, or the backend cannot be had.
+    """
+    check_rows("enqueue_", "queue", queue, device=queue.device)
+    check_no_grad("enqueue_", "queue", queue)
+    check_rows("enqueue_", "keys", keys, dim=queue.shape[1], device=queue.device)
+    check_ring("enqueue_", queue, pointer)
+    choose("enqueue_", backend, _ENQUEUE)(queue, pointer, keys)
+
+
+class FeatureQueue(nn.Module):
+    """A ring of ``size`` unit feature rows that is saved with the model.
+
+    Args:
+        size: number of rows K, at least 1.
+        dim: width D of a row, at least 1.
+        dtype: storage dtype of the rows; scoring is in float32 whatever it is.
+
+    Buffers (both persistent):
+        features: [size, dim]; random unit rows at first, drawn from torch's global generator.
+        pointer: 0-d int64, the row that is written next.
+    """
+
+    features: Tensor
+    pointer: Tensor
+
+    def __init__(self, size: int, dim: int, dtype: torch.dtype = torch.float32) -> None:
+        super().__init__()
+        if size < 1 or dim < 1:
+            raise ValueError(f"FeatureQueue: size={size}, dim={dim}; both must be at least 1")
+        if not dtype.is_floating_point:
+            raise TypeError(f"FeatureQueue: dtype={dtype}; it must be a floating dtype")
+        self.register_buffer("features", reference.unit(torch.randn(size, dim)).to(dtype))
+        self.register_buffer("pointer", torch.zeros((), dtype=torch.int64))
+
+    def enqueue_(self, keys: Tensor, *, backend: str | None = None) -> None:
+        """Put ``keys`` [B, dim] into the ring; see :func:`fastrm.kernels.enqueue_`."""
+        enqueue_(self.features, self.pointer, keys, backend=backend)
+
+    def extra_repr(self) -> str:
+        """Size and dtype, for ``print(module)``."""
+        return f"size={self.features.shape[0]}, dim={self.features.shape[1]}, dtype={self.features.dtype}"

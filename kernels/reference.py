@@ -1,0 +1,108 @@
+"""Every operation of fastrm.kernels in plain PyTorch: the definition, the oracle of the tests, and a backend.
+
+Inputs were checked by the public functions. Everything is computed in float32, or in float64 where an input is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ._dispatch import compute_dtype, no_autocast
+
+
+def unit(x: Tensor) -> Tensor:
+    """Rows of ``x`` [N, D] at length 1. A zero row stays zero and has a zero gradient."""
+    squared = x.square().sum(dim=1, keepdim=True)
+    nonzero = squared > 0
+    # The inner `where` keeps rsqrt(0), whose gradient is not finite, out of the graph.
+    inverse = torch.where(nonzero, torch.where(nonzero, squared, 1).rsqrt(), 0)
+    return x * inverse
+
+
+def reduce(rows: Tensor, reduction: str) -> Tensor:
+    """Per-row losses [N] as they are, summed, or averaged; the mean of no rows is 0."""
+    if reduction == "none":
+        return rows
+    total = rows.sum()
+    return total if reduction == "sum" else total / max(rows.shape[0], 1)
+
+
+@torch.no_grad()
+def ema_(
+    teacher: Sequence[Tensor], student: Sequence[Tensor], momentum: float | Tensor, shadow: Sequence[Tensor] | None
+) -> None:
+    """teacher <- momentum * teacher + (1 - momentum) * student; integer tensors are copied."""
+    for i, (t, s) in enumerate(zip(teacher, student, strict=True)):
+        if t.is_floating_point():
+            dtype = compute_dtype(t, s)
+            # The coefficient never takes the tensors' dtype: 0.999 in bfloat16 is 1.
+            m = momentum.to(t.device, dtype) if isinstance(momentum, Tensor) else momentum
+            new = m * t.to(dtype) + (1 - m) * s.to(dtype)
+        else:
+            new = s
+        t.copy_(new)
+        if shadow is not None:
+            shadow[i].copy_(new)
+
+
+def info_nce(
+    query: Tensor, key: Tensor, queue: Tensor | None, temperature: float | Tensor, key_offset: int, reduction: str
+) -> Tensor:
+    """Cross-entropy of each query's positive key among its candidates (van den Oord et al., arXiv 1807.03748)."""
+    with no_autocast(query.device):
+        dtype = compute_dtype(query, key, queue)
+        q, k = unit(query.to(dtype)), unit(key.to(dtype))
+        if queue is None:
+            logits = q @ k.T
+            target = torch.arange(len(q), device=q.device) + key_offset
+        else:
+            positive = (q * k).sum(dim=1, keepdim=True)
+            logits = torch.cat([positive, q @ queue.to(dtype).T], dim=1)
+            target = torch.zeros(len(q), dtype=torch.int64, device=q.device)
+        return reduce(F.cross_entropy(logits / temperature, target, reduction="none"), reduction)
+
+
+def residual_loss(student: Tensor, teacher: Tensor, reduction: str) -> Tensor:
+    """2 - 2 cos(student, teacher), row by row."""
+    with no_autocast(student.device):
+        dtype = compute_dtype(student, teacher)
+        cosine = (unit(student.to(dtype)) * unit(teacher.to(dtype))).sum(dim=1)
+        return reduce(2 - 2 * cosine, reduction)
+
+
+def residual_info_nce(
+    query: Tensor,
+    key: Tensor,
+    same_view_key: Tensor,
+    queue: Tensor | None,
+    pointer: Tensor | None,
+    temperature: float | Tensor,
+    residual_weight: float | Tensor,
+    contrastive_weight: float | Tensor,
+    key_offset: int,
+    push: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Weighted sum of both losses and the two parts, detached; then ``push`` enters the queue."""
+    # The backward pass needs the queue as it was scored, and the push overwrites rows of it.
+    bank = queue.clone() if queue is not None and pointer is not None else queue
+    contrastive = info_nce(query, key, bank, temperature, key_offset, "mean")
+    residual = residual_loss(query, same_view_key, "mean")
+    loss = contrastive_weight * contrastive + residual_weight * residual
+    if queue is not None and pointer is not None:
+        enqueue_(queue, pointer, push)
+    return loss, contrastive.detach(), residual.detach()
+
+
+@torch.no_grad()
+def enqueue_(queue: Tensor, pointer: Tensor, keys: Tensor) -> None:
+    """Write the unit keys into the ring's rows pointer, pointer + 1, … and advance the pointer."""
+    size, count = queue.shape[0], keys.shape[0]
+    kept = keys[max(count - size, 0) :]  # of more keys than rows only the last ones would survive
+    first = pointer + (count - kept.shape[0])
+    rows = (first + torch.arange(kept.shape[0], device=queue.device)) % size
+    queue.index_copy_(0, rows, unit(kept.to(compute_dtype(queue, kept))).to(queue.dtype))
+    pointer.copy_((pointer + count) % size)
