@@ -3,27 +3,53 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import math
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
 
 BACKENDS = ("triton", "cpu", "reference")
 
+# The one place that imports Triton: without it (macOS, Windows) everything else still works.
+triton: Any = None
+tl: Any = None
+if importlib.util.find_spec("triton") is not None:
+    import triton
+    import triton.language as tl
 
-def choose(op: str, backend: str | None, implementations: Mapping[str, Callable[..., object]]) -> Callable[..., object]:
-    """Return the implementation of ``op`` for a backend; ``None`` takes the first one in ``implementations``.
+Implementations = Mapping[str, Callable[..., Any]]
+
+
+def triton_problem(device: torch.device) -> str | None:
+    """Why Triton cannot run on ``device``, or None if it can."""
+    if triton is None:
+        return "Triton is not installed; it comes with torch on Linux"
+    if device.type == "cuda" or triton.knobs.runtime.interpret:
+        return None
+    return f"the tensors are on {device}; Triton needs a CUDA device, or TRITON_INTERPRET=1 before Python starts"
+
+
+def choose(op: str, backend: str | None, implementations: Implementations, device: torch.device) -> Callable[..., Any]:
+    """Return the implementation of ``op`` that a backend name stands for on ``device``.
 
     Raises:
-        ValueError: the name is unknown, or ``op`` has no such backend.
+        ValueError: the name is unknown, ``op`` has no such backend, or it cannot run here.
     """
     if backend is None:
-        return next(iter(implementations.values()))
+        wanted = {"cuda": "triton", "cpu": "cpu"}.get(device.type, "reference")
+        missing = wanted not in implementations or (wanted == "triton" and triton is None)
+        return implementations["reference" if missing else wanted]
     if backend not in BACKENDS:
         raise ValueError(f"{op}: backend={backend!r} is unknown; choose None or one of {', '.join(BACKENDS)}")
     if backend not in implementations:
         raise ValueError(f"{op}: backend={backend!r} does not exist yet; available: None, {', '.join(implementations)}")
+    if backend == "triton" and (problem := triton_problem(device)):
+        raise ValueError(f"{op}: backend='triton' cannot run: {problem}")
+    if backend == "cpu" and device.type != "cpu":
+        raise ValueError(f"{op}: backend='cpu' cannot run: the tensors are on {device}")
     return implementations[backend]
 
 

@@ -78,8 +78,8 @@ def info_nce(
     _check_contrast("info_nce", query, key, queue, key_offset)
     check_scalar("info_nce", "temperature", temperature, low=0, open_low=True)
     _check_reduction("info_nce", reduction)
-    run = choose("info_nce", backend, _INFO_NCE)
-    return run(query, key, queue, temperature, key_offset, reduction)  # type: ignore[return-value]
+    run = choose("info_nce", backend, _INFO_NCE, query.device)
+    return run(query, key, queue, temperature, key_offset, reduction)
 
 
 def residual_loss(student: Tensor, teacher: Tensor, *, reduction: str = "mean", backend: str | None = None) -> Tensor:
@@ -109,7 +109,7 @@ def residual_loss(student: Tensor, teacher: Tensor, *, reduction: str = "mean", 
             "they must be alike"
         )
     _check_reduction("residual_loss", reduction)
-    return choose("residual_loss", backend, _RESIDUAL)(student, teacher, reduction)  # type: ignore[return-value]
+    return choose("residual_loss", backend, _RESIDUAL, student.device)(student, teacher, reduction)
 
 
 def residual_info_nce(
@@ -169,7 +169,7 @@ def residual_info_nce(
         if pointer is None:
             raise ValueError(f"{op}: push is given without the pointer that says where it goes")
         check_rows(op, "push", push, dim=query.shape[1], device=query.device)
-    return choose(op, backend, _RESIDUAL_INFO_NCE)(  # type: ignore[return-value]
+    return choose(op, backend, _RESIDUAL_INFO_NCE, query.device)(
         query,
         key,
         same_view_key,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+import torch
 from torch import Tensor, nn
 
 from . import reference
@@ -99,15 +100,17 @@ def _prepare(
         _check_pair(i, t, s, None if shadows is None else shadows[i])
         first = first_with.setdefault(id(t), i)
         if students[first] is not s:
-            raise ValueError(
-                f"fused_ema_: teacher[{first}] and teacher[{i}] are one tensor with two students"
-            )
+            raise ValueError(f"fused_ema_: teacher[{first}] and teacher[{i}] are one tensor with two students")
     kept = list(first_with.values())
     return (
         [teachers[i] for i in kept],
         [students[i] for i in kept],
         None if shadows is None else [shadows[i] for i in kept],
     )
+
+
+def _device(teachers: list[Tensor]) -> torch.device:
+    return teachers[0].device if teachers else torch.device("cpu")
 
 
 class EMA:
@@ -129,8 +132,8 @@ class EMA:
         shadow: Iterable[Tensor] | None = None,
         backend: str | None = None,
     ) -> None:
-        self._run = choose("fused_ema_", backend, _EMA)
         self.teacher, self.student, self.shadow = _prepare(teacher, student, shadow)
+        self._run = choose("fused_ema_", backend, _EMA, _device(self.teacher))
 
     def update_(self, momentum: float | Tensor) -> None:
         """Update the teacher (and its shadow) in place; ``momentum`` as in :func:`fused_ema_`."""
@@ -166,7 +169,6 @@ def fused_ema_(
         ValueError, TypeError: the lists do not pair up, shapes, dtypes or devices do not fit, a tensor to be written
             is expanded, or the backend cannot be had. Nothing is written then.
     """
-    run = choose("fused_ema_", backend, _EMA)
     check_scalar("fused_ema_", "momentum", momentum, low=0, high=1)
     teachers, students, shadows = _prepare(teacher, student, shadow)
-    run(teachers, students, momentum, shadows)
+    choose("fused_ema_", backend, _EMA, _device(teachers))(teachers, students, momentum, shadows)

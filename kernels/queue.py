@@ -40,7 +40,7 @@ def enqueue_(queue: Tensor, pointer: Tensor, keys: Tensor, *, backend: str | Non
     check_no_grad("enqueue_", "queue", queue)
     check_rows("enqueue_", "keys", keys, dim=queue.shape[1], device=queue.device)
     check_ring("enqueue_", queue, pointer)
-    choose("enqueue_", backend, _ENQUEUE)(queue, pointer, keys)
+    choose("enqueue_", backend, _ENQUEUE, queue.device)(queue, pointer, keys)
 
 
 class FeatureQueue(nn.Module):
