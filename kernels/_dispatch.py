@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import importlib.util
 import math
 from collections.abc import Callable, Mapping
@@ -14,11 +15,9 @@ from torch import Tensor
 BACKENDS = ("triton", "cpu", "reference")
 
 # The one place that imports Triton: without it (macOS, Windows) everything else still works.
-triton: Any = None
-tl: Any = None
-if importlib.util.find_spec("triton") is not None:
-    import triton
-    import triton.language as tl
+_found = importlib.util.find_spec("triton") is not None
+triton: Any = importlib.import_module("triton") if _found else None
+tl: Any = importlib.import_module("triton.language") if _found else None
 
 Implementations = Mapping[str, Callable[..., Any]]
 
