@@ -1,0 +1,8 @@
+"""The one kind of error that is the user's to mend."""
+
+
+class UsageError(ValueError):
+    """A setting, a file or a data set is wrong; the message names it, its value and what would be right.
+
+    The command line prints the message alone and ends with status 2.
+    """
