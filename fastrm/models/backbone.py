@@ -100,6 +100,7 @@ def _measure(net: Any, arch: str, image_size: int) -> tuple[int, int | None]:
 
 def _prepare_moco_vit(net: Any) -> None:
     patch = net.patch_embed
+    grid_height, grid_width = patch.grid_size
     for name, module in net.named_modules():
         if isinstance(module, nn.Linear):
             fan_out, fan_in = module.weight.shape
@@ -116,7 +117,8 @@ def _prepare_moco_vit(net: Any) -> None:
     patch.proj.requires_grad_(False)
     with torch.no_grad():
         net.pos_embed.zero_()
-        net.pos_embed[0, -math.prod(patch.grid_size) :] = sincos_positions(*patch.grid_size, net.embed_dim)
+        # The class token, where there is one, comes first and keeps the position 0.
+        net.pos_embed[0, -grid_height * grid_width :] = sincos_positions(grid_height, grid_width, net.embed_dim)
     net.pos_embed.requires_grad_(False)
 
 

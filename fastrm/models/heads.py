@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 from torch import nn
 
 
@@ -18,7 +20,7 @@ def mlp(
     """
     layers: list[nn.Module] = []
     last = len(dims) - 2
-    for i, (width_in, width_out) in enumerate(zip(dims, dims[1:], strict=False)):
+    for i, (width_in, width_out) in enumerate(itertools.pairwise(dims)):
         layers.append(nn.Linear(width_in, width_out, bias=bias))
         if i < last:
             if hidden_norm:
