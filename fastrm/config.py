@@ -36,8 +36,8 @@ class InputConfig:
     """Images an optimizer step, over all processes (default: 256 a process, or the named recipe's)."""
     loader: Literal["auto", "dali", "torch", "memory"] = "auto"
     """What reads and augments the images."""
-    workers: int = 4
-    """Loader processes a training process; 0 loads in the training process."""
+    workers: int | None = None
+    """Loader processes a training process; 0 loads in the training process (default: a core each, at most 8)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -326,6 +326,18 @@ def build(**leaves: Any) -> Config:
     return config
 
 
+def from_flat(leaves: Mapping[str, Any]) -> Config:
+    """Rebuild the settings that :meth:`Config.flat` wrote down.
+
+    Raises:
+        UsageError: a setting is unknown or out of range.
+    """
+    paths = {name: Path(leaves[name]) for name in ("data_root", "out") if leaves.get(name) is not None}
+    config = Config().replace(**{**leaves, **paths})
+    validate(config)
+    return config
+
+
 # name: (lowest, highest, whether the lowest itself is left out)
 _RANGES: Mapping[str, tuple[float, float, bool]] = {
     "image_size": (8, 4096, False),
@@ -385,15 +397,29 @@ def validate(config: Config) -> None:
         for name, kind in get_type_hints(type(getattr(config, group.name))).items():
             if get_origin(kind) is Literal and values[name] not in get_args(kind):
                 raise UsageError(f"{flag(name)} {values[name]} is unknown; choose one of {', '.join(get_args(kind))}")
-    optim, batch = config.optim, config.input.batch_size
+    optim = config.optim
     if optim.warmup_epochs >= optim.epochs:
         raise UsageError(
             f"--warmup-epochs {optim.warmup_epochs:g} must be less than --epochs {optim.epochs}, which includes it"
         )
-    if batch is not None and batch % optim.accumulate:
-        raise UsageError(f"--batch-size {batch} is not a multiple of --accumulate {optim.accumulate}")
     if config.method.teacher_momentum > config.method.teacher_momentum_end:
         raise UsageError(
             f"--teacher-momentum {config.method.teacher_momentum} must not be above --teacher-momentum-end "
             f"{config.method.teacher_momentum_end}"
         )
+
+
+def resolved(config: Config, processes: int) -> Config:
+    """Return the settings with the batch size filled in.
+
+    Raises:
+        UsageError: the batch does not divide into processes and micro-batches of two images or more.
+    """
+    batch = config.input.batch_size or 256 * processes
+    parts = processes * config.optim.accumulate
+    if batch % parts or batch < 2 * parts:
+        raise UsageError(
+            f"--batch-size {batch} must be a multiple of {parts} ({processes} processes times --accumulate "
+            f"{config.optim.accumulate}), and at least twice that for BatchNorm"
+        )
+    return config.replace(batch_size=batch)

@@ -6,3 +6,10 @@ class UsageError(ValueError):
 
     The command line prints the message alone and ends with status 2.
     """
+
+
+class TrainingError(RuntimeError):
+    """A run cannot go on through no fault of its settings; the message says what happened and what is kept.
+
+    The command line prints the message alone and ends with status 1.
+    """

@@ -12,7 +12,7 @@ import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Generic, NamedTuple, TypeVar
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -79,6 +79,9 @@ class Method(nn.Module, Generic[E]):
         directions: 2 where the student sees both views, 1 where it sees only the first.
         scale: factor of a direction's contrastive loss in the sum.
     """
+
+    student: Any
+    teacher: Any
 
     def __init__(
         self,
