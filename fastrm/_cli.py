@@ -45,7 +45,7 @@ def _reason(box: str, known: set[str]) -> str:
     reason = " ".join(lines[:rule]) or box.strip()
     if reason.startswith("Unrecognized options"):
         unknown = re.findall(r"--[\w-]+", reason)
-        near = [match for flag in unknown for match in difflib.get_close_matches(flag, known, n=1, cutoff=0.5)]
+        near = [match for flag in unknown for match in difflib.get_close_matches(flag, known, n=1, cutoff=0.6)]
         reason += f"; did you mean {', '.join(near)}?" if near else "; --help lists what there is"
     return reason
 

@@ -23,21 +23,21 @@ class InputConfig:
     """The images and how they are read."""
 
     data: str = ""
-    """A folder of images (train/CLASS/… with optional val/CLASS/…, CLASS/…, or images at any depth without labels),
-    or digits, fashion-mnist, cifar10, cifar100, stl10, synthetic."""
+    """digits, fashion-mnist, cifar10, cifar100, stl10, synthetic, or a folder:
+    train/CLASS/… with optional val/CLASS/…, CLASS/…, or images at any depth without labels."""
     data_root: Path | None = None
-    """Where a named set lies or is downloaded to (default: ~/.cache/fastrm). For fashion-mnist a folder with the four
-    IDX files, plain or gzip, serves."""
+    """Where a named set lies or is downloaded to; unset: ~/.cache/fastrm.
+    For fashion-mnist a folder with the four IDX files, plain or gzip, serves."""
     image_size: int = 224
     """Side of the square views, in pixels."""
     crop_min: float = 0.2
     """Smallest share of the picture's area that a random crop takes."""
     batch_size: int | None = None
-    """Images an optimizer step, over all processes (default: 256 a process, or the named recipe's)."""
+    """Images an optimizer step, over all processes; unset: 256 a process."""
     loader: Literal["auto", "dali", "torch", "memory"] = "auto"
     """What reads and augments the images."""
     workers: int | None = None
-    """Loader processes a training process; 0 loads in the training process (default: a core each, at most 8)."""
+    """Loader processes a training process, 0 for none; unset: as many as cores, at most 8."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,8 +47,8 @@ class ModelConfig:
     arch: str = "resnet50"
     """Any image backbone of timm, by name."""
     stem: Literal["auto", "imagenet", "small"] = "auto"
-    """First layers of a ResNet: the published ones, or small (3x3 at stride 1, no max-pool). auto: small at 64 pixels
-    and below."""
+    """First layers of a ResNet: as published, or small (3x3 at stride 1, no max-pool).
+    auto: small at 64 pixels and below."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,7 +60,7 @@ class MethodConfig:
     residual_weight: float = 1.0
     """Weight of the residual term, student to teacher on the same view; 0 is the plain method."""
     residual_at: ResidualPlace = "output"
-    """Where the residual term is taken: at what the method's loss uses, after the projector, or after the backbone."""
+    """Where the residual term is taken: at what the method's loss uses, behind the projector, or the backbone."""
     residual_warmup_epochs: float = 0.0
     """Epochs over which the residual weight grows linearly from 0."""
     teacher_momentum: float = 0.99
@@ -100,8 +100,8 @@ class OptimConfig:
     trust_coefficient: float = 0.001
     """lars: ratio of an update's norm to its weight's norm, before the learning rate."""
     warmup_epochs: float = 10.0
-    """Epochs over which the learning rate grows linearly. A run given fewer --epochs than its recipe has spends at
-    most a tenth of them, unless this flag is given."""
+    """Epochs over which the learning rate grows linearly.
+    Where --epochs is less than the recipe's, the default is at most a tenth of it."""
     warmup_start_lr: float = 0.0
     """Learning rate (for a batch of 256) at which the warm-up starts."""
     accumulate: int = 1
@@ -115,8 +115,8 @@ class DeviceConfig:
     device: Literal["auto", "cuda", "cpu"] = "auto"
     """auto: the GPU if there is one."""
     precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
-    """Precision of the networks; the losses and the teacher are in float32 always. auto: bf16 on a GPU that has it,
-    fp16 with loss scaling on one that has not, fp32 on the CPU."""
+    """Precision of the networks' layers; weights, teacher and losses are in float32 always.
+    auto: bf16 on a GPU that has it, fp16 with loss scaling on one that has not, fp32 on the CPU."""
     compile: bool = False
     """Compile the student and the teacher with torch.compile."""
     channels_last: bool = True
@@ -138,11 +138,12 @@ class RunConfig:
     eval_every: int = 10
     """Epochs between two kNN evaluations, besides the one at the end; 0: never."""
     checkpoint_every: int | None = None
-    """Steps between two checkpoints, besides the one at the end (default: an epoch)."""
+    """Steps between two checkpoints, besides the one at the end; unset: an epoch."""
     out: Path | None = None
-    """Folder that the run is written to (default: runs/DATA-METHOD-ARCH)."""
+    """Folder that the run is written to; unset: runs/DATA-METHOD-ARCH."""
     resume: str = "auto"
-    """auto: continue the run that is in --out. never: start anew. Or a checkpoint or run folder to continue from."""
+    """auto: continue the run that is in --out. never: start anew, in its place.
+    Or a checkpoint or run folder to continue from."""
 
 
 @dataclass(frozen=True, kw_only=True)

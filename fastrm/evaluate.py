@@ -131,9 +131,9 @@ class EvaluateConfig:
     checkpoint: Path
     """A run folder or a checkpoint file."""
     data: str | None = None
-    """Images to score on, as for fastrm.train (default: the run's)."""
+    """Images to score on, as for fastrm.train; unset: the run's."""
     data_root: Path | None = None
-    """Where a named set lies (default: the run's)."""
+    """Where a named set lies; unset: the run's."""
     knn: bool = False
     """Weighted kNN accuracy (cosine, temperature .07) for k 20 and 200."""
     gap: bool = False
