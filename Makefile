@@ -15,7 +15,7 @@ $(VENV)/installed: pyproject.toml
 
 demo: install
 	$(BIN)/python -m fastrm.train --data digits --arch test_resnet --image-size 32 --batch-size 128 \
-		--epochs 40 --teacher-momentum 0.9 --eval-every 10 --log-every 50 --resume never --out runs/demo
+		--epochs 20 --teacher-momentum 0.9 --eval-every 5 --log-every 20 --resume never --out runs/demo
 	$(BIN)/python -m fastrm.evaluate --checkpoint runs/demo --knn --gap
 
 test: install
