@@ -93,4 +93,6 @@ def make_loader(
 
 def eval_loader(images: Images, *, image_size: int, batch_size: int, workers: int) -> DataLoader[Tensor]:
     """Return the images in order, as the evaluation sees them: float32 [B, 3, H, W]."""
-    return DataLoader(EvalImages(images, image_size), batch_size=batch_size, num_workers=workers)
+    views = EvalImages(images, image_size)
+    # A generator of its own, so that an evaluation leaves the run's random numbers as they are.
+    return DataLoader(views, batch_size=batch_size, num_workers=workers, generator=torch.Generator())

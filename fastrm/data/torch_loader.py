@@ -125,6 +125,7 @@ class TorchLoader:
             _PairsOfViews(images, augmentation, image_size, seed),
             batch_sampler=self._sampler,
             num_workers=workers,
+            generator=torch.Generator(),  # it would draw from the global one, and shift a resumed run's numbers
             pin_memory=device.type == "cuda",
             persistent_workers=workers > 0,
         )
