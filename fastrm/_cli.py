@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import difflib
 import io
 import re
 import sys
-from collections.abc import Callable, Sequence
-from typing import Any, NoReturn, TypeVar
+from collections.abc import Callable, Iterator, Sequence
+from itertools import dropwhile, takewhile
+from typing import Any, NoReturn, TypeVar, cast, get_type_hints
 
 from fastrm.errors import TrainingError, UsageError
 
@@ -34,20 +36,31 @@ def parse(kind: type[T], argv: Sequence[str] | None, *, prog: str, default: T | 
     except SystemExit as stop:
         if stop.code in (None, 0):
             raise
-        known = tyro.extras.get_parser(kind, **options).format_help()
-        raise UsageError(_reason(shown.getvalue(), set(re.findall(r"--[a-z][a-z-]*", known)))) from None
+        raise UsageError(_reason(shown.getvalue(), list(_flags(kind)))) from None
 
 
-def _reason(box: str, known: set[str]) -> str:
-    """The sentence in tyro's framed message, with the nearest flags for an unknown one."""
-    lines = [line.strip("│ ") for line in box.splitlines() if line.startswith("│")]
-    rule = next((i for i, line in enumerate(lines) if line.startswith("──")), len(lines))
-    reason = " ".join(lines[:rule]) or box.strip()
-    if reason.startswith("Unrecognized options"):
-        unknown = re.findall(r"--[\w-]+", reason)
-        near = [match for flag in unknown for match in difflib.get_close_matches(flag, known, n=1, cutoff=0.6)]
-        reason += f"; did you mean {', '.join(near)}?" if near else "; --help lists what there is"
-    return reason
+def _reason(message: str, known: list[str]) -> str:
+    """The sentence in tyro's message, which has a title and a frame, with the nearest flags for an unknown one."""
+    body = [line.strip(" │") for line in message.splitlines()[1:] if line.strip()]
+    sentence = " ".join(takewhile(_is_text, dropwhile(lambda line: not _is_text(line), body)))
+    if sentence.startswith("Unrecognized options"):
+        unknown = re.findall(r"--[\w-]+", sentence)
+        near = [match for flag in unknown for match in difflib.get_close_matches(flag, known, n=1)]
+        sentence += f"; did you mean {', '.join(near)}?" if near else "; --help lists what there is"
+    return sentence
+
+
+def _is_text(line: str) -> bool:
+    return bool(line.strip("─-"))
+
+
+def _flags(kind: type) -> Iterator[str]:
+    """Flags of a dataclass, or of the dataclasses that are its fields."""
+    for name, inner in get_type_hints(kind).items():
+        if dataclasses.is_dataclass(inner):
+            yield from _flags(cast(type, inner))
+        else:
+            yield "--" + name.replace("_", "-")
 
 
 def run(main: Callable[[], object]) -> NoReturn:
