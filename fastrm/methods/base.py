@@ -116,7 +116,7 @@ class Method(nn.Module, Generic[E]):
         views = (first, second)
         students = [self.encode_student(view) for view in views[: self.directions]]
         with torch.no_grad():
-            # The student's views come first in `same`, so that index d is the teacher on what student d saw.
+            # By view. The teacher on the first is only for the residual term where the student sees no other.
             teachers: list[E | None] = [None, self.teacher(second)]
             if self.directions == 2 or self.trains_residual:
                 teachers[0] = self.teacher(first)
