@@ -190,7 +190,11 @@ def test_the_teacher_is_the_averaged_student_over_three_steps(name: str) -> None
 def test_keys_enter_the_queues_only_when_they_are_pushed(name: str) -> None:
     method, first, second = made(name)
     before = [queue.features.clone() for queue in method.queues]
+    key = encodings(method, second)[1][0]
     output = method(first, second, weight())
+    assert torch.equal(output.keys[0], key.output)
+    if name == "densecl":
+        torch.testing.assert_close(output.keys[1], key.dense.mean(dim=1))
     assert all(torch.equal(queue.features, old) for queue, old in zip(method.queues, before, strict=True))
     method.push(output.keys)
     for queue, old, keys in zip(method.queues, before, output.keys, strict=True):
