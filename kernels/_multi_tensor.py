@@ -1,4 +1,8 @@
-"""What the multi-tensor kernels share: tables of addresses on the device, and the layouts that may be read as flat."""
+"""What the multi-tensor kernels share: tables of addresses on the device, and the layouts that may be read as flat.
+
+A table has a row of int64 for each tensor: the addresses of its operands (the teacher and the student, say), then what
+else its kernel needs. A second table, the chunks, says for each program which tensor's elements are its own.
+"""
 
 from __future__ import annotations
 
@@ -52,7 +56,7 @@ def guard(device: torch.device) -> contextlib.AbstractContextManager[Any]:
 def addresses(*columns: Sequence[Tensor] | None) -> list[list[int]]:
     """The address of every tensor, column by column; 0 in the place of a column that is absent."""
     rows = next(len(column) for column in columns if column is not None)
-    return [[0] * rows if column is None else [t.data_ptr() for t in column] for column in columns]
+    return [[0] * rows if column is None else [*map(Tensor.data_ptr, column)] for column in columns]
 
 
 def cut(sizes: Sequence[int], lengths: Sequence[int]) -> list[list[int]]:
@@ -97,3 +101,54 @@ class Mirror:
         self._spare = None
         self._captured.append(pinned.copy_(host))  # every replay reads it again
         return pinned
+
+
+if triton is not None:
+
+    @triton.jit
+    def locate(
+        table_ptr,  # [tensors, COLUMNS] int64, of which OPERANDS are addresses
+        chunks_ptr,  # [programs, 3] int64: tensor, first element, end
+        OPERANDS: tl.constexpr,
+        COLUMNS: tl.constexpr,
+    ):
+        """This program's row of the table, its first element, its end, and whether all addresses are 16-byte ones."""
+        chunk_ptr = chunks_ptr + tl.program_id(0).to(tl.int64) * 3
+        row_ptr = table_ptr + tl.load(chunk_ptr) * COLUMNS
+        bits = tl.load(row_ptr)
+        for column in tl.static_range(1, OPERANDS):
+            bits |= tl.load(row_ptr + column)
+        return row_ptr, tl.load(chunk_ptr + 1), tl.load(chunk_ptr + 2), bits % 16 == 0
+
+    @triton.jit
+    def operand(row_ptr, column, start, mask, DTYPE: tl.constexpr):
+        """Pointer to element ``start`` of a row's operand; without a mask it is known to be at a 16-byte address."""
+        ptr = tl.load(row_ptr + column).to(tl.pointer_type(DTYPE)) + start
+        return tl.multiple_of(ptr, 16) if mask is None else ptr
+
+    @triton.jit
+    def fetch(ptr, offsets, mask, COMPUTE: tl.constexpr):
+        """Elements in the dtype of the computation, 0 where masked."""
+        values = tl.load(ptr + offsets) if mask is None else tl.load(ptr + offsets, mask=mask, other=0)
+        return values.to(COMPUTE)
+
+    @triton.jit
+    def average_(
+        row_ptr,
+        column,  # of the teacher; its shadow is next
+        start,
+        offsets,
+        mask,
+        student,  # values, in the dtype of the computation
+        momentum,
+        rest,  # 1 - momentum
+        TEACHER: tl.constexpr,
+        SHADOW: tl.constexpr,
+    ):
+        """Average ``student`` into the teacher (and its shadow)."""
+        teacher_ptr = operand(row_ptr, column, start, mask, TEACHER)
+        new = momentum * fetch(teacher_ptr, offsets, mask, student.dtype) + rest * student
+        tl.store(teacher_ptr + offsets, new.to(TEACHER), mask=mask)
+        if SHADOW is not None:
+            shadow_ptr = operand(row_ptr, column + 1, start, mask, SHADOW)
+            tl.store(shadow_ptr + offsets, new.to(SHADOW), mask=mask)

@@ -23,14 +23,10 @@ def _plain_names(op: str, argument: str, module: nn.Module) -> dict[str, Tensor]
 
 
 def listed(op: str, argument: str, tensors: Tensors) -> list[Tensor]:
-    """``tensors`` as a list, or an error that names what is not a tensor."""
+    """``tensors`` as a list; what is in it is for :func:`check` to see."""
     if isinstance(tensors, (Tensor, nn.Module)):
         raise TypeError(f"{op}: {argument} is a {type(tensors).__name__}; it must be an iterable of tensors")
-    result = list(tensors)
-    for i, tensor in enumerate(result):
-        if not isinstance(tensor, Tensor):
-            raise TypeError(f"{op}: {argument}[{i}] is a {type(tensor).__name__}; it must be a tensor")
-    return result
+    return list(tensors)
 
 
 def pair(op: str, teacher: Tensors, student: Tensors) -> tuple[list[Tensor], list[Tensor]]:
@@ -87,10 +83,14 @@ def _check_pair(op: str, i: int, teacher: Tensor, student: Tensor, shadow: Tenso
 
 def check(op: str, teacher: Sequence[Tensor], student: Sequence[Tensor], shadow: Sequence[Tensor] | None) -> list[int]:
     """Raise unless the lists pair up; return the indices to update, which leave out repeats of tied tensors."""
-    for name, others in (("student", student), ("shadow", shadow)):
-        if others is not None and len(others) != len(teacher):
+    for name, others in (("teacher", teacher), ("student", student), ("shadow", shadow or ())):
+        for i, tensor in enumerate(others):
+            if not isinstance(tensor, Tensor):
+                raise TypeError(f"{op}: {name}[{i}] is a {type(tensor).__name__}; it must be a tensor")
+    for name, paired in (("student", student), ("shadow", shadow)):
+        if paired is not None and len(paired) != len(teacher):
             raise ValueError(
-                f"{op}: {len(others)} {name} tensors for {len(teacher)} teacher tensors; they must pair up"
+                f"{op}: {len(paired)} {name} tensors for {len(teacher)} teacher tensors; they must pair up"
             )
     first_with: dict[tuple[object, ...], int] = {}
     for i, (t, s) in enumerate(zip(teacher, student, strict=True)):

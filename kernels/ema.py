@@ -17,20 +17,30 @@ from ._pairing import Tensors
 Update = Callable[[Sequence[Tensor], Sequence[Tensor], "float | Tensor", "Sequence[Tensor] | None"], None]
 
 if triton is not None:
+    from ._multi_tensor import average_, fetch, locate, operand
 
     @triton.jit
-    def average_(teacher_ptr, shadow_ptr, offsets, mask, student, momentum, rest, SHADOW: tl.constexpr):
-        """Average ``student`` values into the teacher (and its shadow) at ``offsets``."""
-        teacher = tl.load(teacher_ptr + offsets, mask=mask).to(student.dtype)
-        new = momentum * teacher + rest * student
-        tl.store(teacher_ptr + offsets, new.to(teacher_ptr.dtype.element_ty), mask=mask)
-        if SHADOW:
-            tl.store(shadow_ptr + offsets, new.to(shadow_ptr.dtype.element_ty), mask=mask)
+    def _ema_chunk(
+        row_ptr,
+        start,
+        stop,  # None for a whole block at 16-byte addresses
+        momentum,
+        rest,
+        TEACHER: tl.constexpr,
+        STUDENT: tl.constexpr,
+        SHADOW: tl.constexpr,
+        COMPUTE: tl.constexpr,
+        BLOCK: tl.constexpr,
+    ):
+        offsets = tl.arange(0, BLOCK)
+        mask = None if stop is None else offsets < stop - start
+        student = fetch(operand(row_ptr, 1, start, mask, STUDENT), offsets, mask, COMPUTE)
+        average_(row_ptr, 0, start, offsets, mask, student, momentum, rest, TEACHER, SHADOW)
 
     @triton.jit
     def _ema_kernel(
-        table_ptr,  # [tensors, 3] int64: the addresses of teacher, student and shadow
-        chunks_ptr,  # [programs, 3] int64: tensor, first element, end
+        table_ptr,  # a row: teacher, student, shadow
+        chunks_ptr,
         momentum,  # a number, or the address of one
         rest,  # 1 - momentum, where momentum is a number
         TEACHER: tl.constexpr,
@@ -40,29 +50,16 @@ if triton is not None:
         MOMENTUM_IN_MEMORY: tl.constexpr,
         BLOCK: tl.constexpr,
     ):
-        chunk_ptr = chunks_ptr + tl.program_id(0).to(tl.int64) * 3
-        row_ptr = table_ptr + tl.load(chunk_ptr) * 3
-        start = tl.load(chunk_ptr + 1)
-        length = tl.load(chunk_ptr + 2) - start
-        teacher_at, student_at, shadow_at = tl.load(row_ptr), tl.load(row_ptr + 1), tl.load(row_ptr + 2)
-        teacher_ptr = teacher_at.to(tl.pointer_type(TEACHER)) + start
-        student_ptr = student_at.to(tl.pointer_type(STUDENT)) + start
-        shadow_ptr = shadow_at.to(tl.pointer_type(TEACHER if SHADOW is None else SHADOW)) + start
+        row_ptr, start, stop, aligned = locate(table_ptr, chunks_ptr, 3, 3)
         if MOMENTUM_IN_MEMORY:
             momentum = tl.load(momentum).to(COMPUTE)
             rest = 1 - momentum
-        offsets = tl.arange(0, BLOCK)
         # Whole chunks at 16-byte addresses move in 128-bit loads and stores; the tail of a tensor and a misaligned
         # tensor go element by element.
-        if (length == BLOCK) & ((teacher_at | student_at | shadow_at) % 16 == 0):
-            teacher_ptr = tl.multiple_of(teacher_ptr, 16)
-            shadow_ptr = tl.multiple_of(shadow_ptr, 16)
-            student = tl.load(tl.multiple_of(student_ptr, 16) + offsets).to(COMPUTE)
-            average_(teacher_ptr, shadow_ptr, offsets, None, student, momentum, rest, SHADOW is not None)
+        if (stop - start == BLOCK) & aligned:
+            _ema_chunk(row_ptr, start, None, momentum, rest, TEACHER, STUDENT, SHADOW, COMPUTE, BLOCK)
         else:
-            mask = offsets < length
-            student = tl.load(student_ptr + offsets, mask=mask).to(COMPUTE)
-            average_(teacher_ptr, shadow_ptr, offsets, mask, student, momentum, rest, SHADOW is not None)
+            _ema_chunk(row_ptr, start, stop, momentum, rest, TEACHER, STUDENT, SHADOW, COMPUTE, BLOCK)
 
 
 class _OnTriton:
@@ -178,13 +175,24 @@ _EMA: dict[str, Callable[..., Update]] = {
 }
 
 
-def _plan(
-    backend: str | None, teacher: Sequence[Tensor], student: Sequence[Tensor], shadow: Sequence[Tensor] | None
-) -> tuple[list[int], Update]:
-    """After all checks: the indices that take part, and what updates those tensors."""
-    kept = _pairing.check("fused_ema_", teacher, student, shadow)
-    build = choose("fused_ema_", backend, _EMA, teacher[0].device if teacher else torch.device("cpu"))
-    return kept, build(_take(teacher, kept), _take(student, kept), shadow and _take(shadow, kept))
+class _Plan:
+    """What one list of tensors needs after all checks: the indices that take part, and what updates those."""
+
+    def __init__(
+        self,
+        backend: str | None,
+        teacher: Sequence[Tensor],
+        student: Sequence[Tensor],
+        shadow: Sequence[Tensor] | None,
+    ) -> None:
+        self.kept = _pairing.check("fused_ema_", teacher, student, shadow)
+        self.all_kept = len(self.kept) == len(teacher)
+        build = choose("fused_ema_", backend, _EMA, teacher[0].device if teacher else torch.device("cpu"))
+        self.update = build(*self.take(teacher, student, shadow))
+
+    def take(self, *lists: Sequence[Tensor] | None) -> list[Any]:
+        """The tensors that take part, of each list."""
+        return [x if x is None or self.all_kept else _take(x, self.kept) for x in lists]
 
 
 class EMA:
@@ -214,41 +222,44 @@ class EMA:
         self._prepare()
 
     def _prepare(self) -> None:
-        kept, self._run = _plan(self.backend, self.teacher, self.student, self.shadow)
-        self.teacher, self.student = _take(self.teacher, kept), _take(self.student, kept)
-        self.shadow = None if self.shadow is None else _take(self.shadow, kept)
-        self._addresses = addresses(self.teacher, self.student, self.shadow)
+        plan = _Plan(self.backend, self.teacher, self.student, self.shadow)
+        self.teacher, self.student, self.shadow = plan.take(self.teacher, self.student, self.shadow)
+        self._update = plan.update
+        self._tensors = [*self.teacher, *self.student, *(self.shadow or ())]
+        self._addresses = [*map(Tensor.data_ptr, self._tensors)]
 
     def update_(self, momentum: float | Tensor) -> None:
         """Update the teacher (and its shadow) in place; ``momentum`` as in :func:`fused_ema_`."""
         if torch.compiler.is_compiling():
             return fused_ema_(self.teacher, self.student, momentum, shadow=self.shadow, backend=self.backend)
         check_scalar("fused_ema_", "momentum", momentum, low=0, high=1)
-        if addresses(self.teacher, self.student, self.shadow) != self._addresses:
+        if [*map(Tensor.data_ptr, self._tensors)] != self._addresses:
             self._prepare()
         with torch.no_grad():
-            self._run(self.teacher, self.student, momentum, self.shadow)
+            self._update(self.teacher, self.student, momentum, self.shadow)
+
+
+def _place(tensors: list[Tensor]) -> list[Any]:
+    return [*map(Tensor.data_ptr, tensors), *map(Tensor.stride, tensors), *map(Tensor.numel, tensors)]
 
 
 # Plans of past calls by the identity of their tensors. An entry goes when one of its tensors does.
-_PLANS: dict[tuple[Any, ...], tuple[Any, ...]] = {}
+_PLANS: dict[tuple[Any, ...], tuple[list[Any], _Plan, list[Any]]] = {}
 
 
 def _remembered(
     backend: str | None, teacher: list[Tensor], student: list[Tensor], shadow: list[Tensor] | None
-) -> tuple[list[int], Update]:
-    """:func:`_plan`, or that of an earlier call with these very tensors if they still lie where they did."""
+) -> _Plan:
+    """The plan of an earlier call with these very tensors if they still lie where they did, else a new one."""
     tensors = [*teacher, *student, *(shadow or ())]
     key = (backend, len(teacher), len(student), shadow is None, *map(id, tensors))
     known = _PLANS.get(key)
-    # On a miss the entries may be anything at all: they are looked at only after the checks.
-    place = known and [*map(Tensor.data_ptr, tensors), *map(Tensor.stride, tensors), *map(Tensor.numel, tensors)]
-    if known is None or place != known[0]:
-        kept, run = _plan(backend, teacher, student, shadow)
-        place = [*map(Tensor.data_ptr, tensors), *map(Tensor.stride, tensors), *map(Tensor.numel, tensors)]
-        refs = [weakref.ref(tensor, lambda _: _PLANS.pop(key, None)) for tensor in tensors]
-        known = _PLANS[key] = place, kept, run, refs
-    return known[1], known[2]
+    if known is not None and known[0] == _place(tensors):
+        return known[1]
+    plan = _Plan(backend, teacher, student, shadow)
+    refs = [weakref.ref(tensor, lambda _: _PLANS.pop(key, None)) for tensor in tensors]
+    _PLANS[key] = _place(tensors), plan, refs
+    return plan
 
 
 @torch.library.custom_op("fastrm::ema_", mutates_args=("teacher", "shadow"))
@@ -260,7 +271,8 @@ def _ema_op(
     has_shadow: bool,
     backend: str | None,
 ) -> None:
-    fused_ema_(teacher, student, momentum, shadow=shadow if has_shadow else None, backend=backend)
+    value = momentum.item() if momentum.device.type == "cpu" else momentum
+    fused_ema_(teacher, student, value, shadow=shadow if has_shadow else None, backend=backend)
 
 
 def fused_ema_(
@@ -294,13 +306,15 @@ def fused_ema_(
         ValueError, TypeError: the lists do not pair up, shapes, dtypes or devices do not fit, a tensor to be written
             is expanded, or the backend cannot be had. Nothing is written then.
     """
-    check_scalar("fused_ema_", "momentum", momentum, low=0, high=1)
     teachers, students = _pairing.pair("fused_ema_", teacher, student)
     shadows = None if shadow is None else _pairing.listed("fused_ema_", "shadow", shadow)
     with torch.no_grad():
         if torch.compiler.is_compiling():
             if not isinstance(momentum, Tensor):
-                momentum = torch.full((), momentum, dtype=torch.float64)
+                # An addition keeps a changing number out of the graph; a constructor would bake it in and recompile.
+                momentum = torch.zeros((), dtype=torch.float64) + momentum
             return _ema_op(teachers, students, momentum, shadows or [], shadows is not None, backend)
-        kept, run = _remembered(backend, teachers, students, shadows)
-        run(_take(teachers, kept), _take(students, kept), momentum, shadows and _take(shadows, kept))
+        check_scalar("fused_ema_", "momentum", momentum, low=0, high=1)
+        plan = _remembered(backend, teachers, students, shadows)
+        teachers, students, shadows = plan.take(teachers, students, shadows)
+        plan.update(teachers, students, momentum, shadows)

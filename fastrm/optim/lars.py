@@ -1,0 +1,102 @@
+"""LARS with the teacher's average inside the step."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastrm.kernels import optim as launches
+from fastrm.kernels._dispatch import check_scalar
+
+from ._base import TeacherOptimizer
+
+
+class LARS(TeacherOptimizer):
+    """Layer-wise adaptive rate scaling (You et al., arXiv 1708.03888), as used for large batches by MoCo-v3 and BYOL.
+
+    For a tensor of more than one dimension::
+
+        update = grad + weight_decay * param
+        update = update * trust_coefficient * |param| / |update|      where both norms are above 0
+
+    and ``update = grad`` for one of one dimension or none (biases, normalisation layers). Then::
+
+        buffer = momentum * buffer + update
+        param  = param - lr * buffer
+        teacher = ema_momentum * teacher + (1 - ema_momentum) * param        where there is a teacher
+
+    On a GPU that is two launches for the whole model; norms are summed in a fixed order, so two runs give the same
+    bits. A parameter without a gradient stays, and its teacher still gets its average.
+
+    Args:
+        params: parameters or groups; every option but ``teacher`` and ``shadow`` may differ by group.
+        lr: learning rate, a number or a 0-d tensor (which a CUDA graph reads at each replay).
+        momentum: of the buffer.
+        weight_decay: factor of the parameter that is added to its gradient.
+        trust_coefficient: of the scaling above.
+        teacher: tensors aligned with the parameters, in the order of the groups; dtypes may differ from theirs.
+        ema_momentum: the teacher's momentum, a number from 0 to 1 or a 0-d tensor; settable at any time, as
+            ``optimizer.ema_momentum`` or in a group.
+        shadow: low-precision copies of the teacher, written in the same pass.
+        backend: ``None``, ``"triton"``, ``"cpu"`` or ``"reference"``; the last two are foreach operations.
+
+    Raises:
+        ValueError, TypeError: an option is out of range, teacher or shadow do not fit the parameters, or the backend
+            cannot be had.
+    """
+
+    _launch = launches.LARS
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float | Tensor,
+        momentum: float = 0.9,
+        weight_decay: float = 0,
+        trust_coefficient: float = 0.001,
+        *,
+        teacher: Iterable[Tensor] | None = None,
+        ema_momentum: float | Tensor | None = None,
+        shadow: Iterable[Tensor] | None = None,
+        backend: str | None = None,
+    ) -> None:
+        defaults = {
+            "lr": lr,
+            "momentum": momentum,
+            "weight_decay": weight_decay,
+            "trust_coefficient": trust_coefficient,
+        }
+        super().__init__(params, defaults, teacher=teacher, ema_momentum=ema_momentum, shadow=shadow, backend=backend)
+
+    def _check(self, group: dict[str, Any]) -> None:
+        super()._check(group)
+        check_scalar("LARS", "momentum", group["momentum"], low=0)
+        check_scalar("LARS", "trust_coefficient", group["trust_coefficient"], low=0)
+
+    def _state(self, group: dict[str, Any], param: Tensor, grad: Tensor) -> list[Tensor]:
+        state = self.state[param]
+        if "momentum_buffer" not in state:
+            state["momentum_buffer"] = torch.zeros_like(param)
+        return [state["momentum_buffer"]]
+
+    def _options(self, group: dict[str, Any]) -> list[float | Tensor]:
+        return [group["lr"], group["momentum"], group["weight_decay"], group["trust_coefficient"], 0.0]
+
+    def _foreach(self, group: dict[str, Any], params: list[Tensor], grads: list[Tensor]) -> None:
+        buffers = [self._state(group, p, g)[0] for p, g in zip(params, grads, strict=True)]
+        wide = [i for i, p in enumerate(params) if p.ndim > 1]
+        if wide:
+            weights = [params[i] for i in wide]
+            updates = torch._foreach_add([grads[i] for i in wide], weights, alpha=group["weight_decay"])
+            norms = zip(torch._foreach_norm(weights), torch._foreach_norm(updates), strict=True)
+            trust = group["trust_coefficient"]
+            torch._foreach_mul_(updates, [torch.where((p > 0) & (u > 0), trust * p / u, 1.0) for p, u in norms])
+            grads = [*grads]
+            for i, update in zip(wide, updates, strict=True):
+                grads[i] = update
+        torch._foreach_mul_(buffers, group["momentum"])
+        torch._foreach_add_(buffers, grads)
+        torch._foreach_add_(params, buffers, alpha=-float(group["lr"]))
