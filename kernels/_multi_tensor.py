@@ -16,8 +16,8 @@ from torch import Tensor
 
 from ._dispatch import tl, triton, triton_problem
 
-BLOCK = 4096  # elements that one program handles
-WARPS = 8  # so 16 elements a thread: four 128-bit float32 loads in flight for each operand
+BLOCK = 2048  # elements that one program handles; twice as many would spill registers in some optimizers
+WARPS = 8  # so 8 elements a thread: two 128-bit float32 loads, or one of half precision, for each operand
 DTYPES: dict[torch.dtype | None, Any] = {None: None}  # None stands for an operand that is absent
 if triton is not None:
     DTYPES |= {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}

@@ -18,7 +18,7 @@ if triton is not None:
     @triton.jit
     def _gradient(row_ptr, start, offsets, mask, grad_scale_ptr, PARAM: tl.constexpr, COMPUTE: tl.constexpr):
         grad = fetch(operand(row_ptr, 1, start, mask, PARAM), offsets, mask, COMPUTE)
-        return grad if grad_scale_ptr is None else grad / tl.load(grad_scale_ptr).to(COMPUTE)
+        return grad if grad_scale_ptr is None else grad * (1 / tl.load(grad_scale_ptr).to(COMPUTE))
 
     @triton.jit
     def _squares(

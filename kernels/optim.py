@@ -18,8 +18,7 @@ from ._multi_tensor import BLOCK, DTYPES, WARPS, Mirror, addresses, cut, guard, 
 if triton is not None:
     from ._optim_kernels import _adamw_kernel, _momentum_kernel, _norms_kernel
 
-NORM_BLOCK = 2048  # elements that the kernel of the norms reads at a time
-MAX_SPANS = 256  # partial sums of a tensor, which every program of the update adds up again
+MAX_SPANS = 128  # partial sums of a tensor, which every program of the update adds up again
 
 Options = Sequence[Sequence["float | Tensor"]]
 
@@ -139,7 +138,7 @@ class LARS(Momentum):
 
     def _spans(self, params: list[Tensor], sizes: list[int], wide: torch.dtype) -> list[list[int]]:
         scaled = [size if p.ndim > 1 else 0 for p, size in zip(params, sizes, strict=True)]
-        lengths = [NORM_BLOCK * max(4, -(-size // (NORM_BLOCK * MAX_SPANS))) for size in scaled]
+        lengths = [BLOCK * max(4, -(-size // (BLOCK * MAX_SPANS))) for size in scaled]
         spans = cut(scaled, lengths)
         self.spans = Mirror(self.device).update(spans)
         self.partials = torch.empty(max(1, len(self.spans)), 2, dtype=wide, device=self.device)
@@ -150,7 +149,7 @@ class LARS(Momentum):
         if len(self.spans):
             param, *_, compute = self.dtypes
             _norms_kernel[(len(self.spans),)](
-                table, self.spans, options, grad_scale, self.partials, param, compute, 5, NORM_BLOCK, num_warps=WARPS
+                table, self.spans, options, grad_scale, self.partials, param, compute, 5, BLOCK, num_warps=WARPS
             )
         super()._launch(table, options, grad_scale, found_inf)
 
