@@ -261,7 +261,7 @@ def table(readings: Iterable[Reading]) -> str:
         "|---|--:|--:|--:|--:|--:|--:|--:|--:|--:|",
     ]
     for r in readings:
-        moved, floor = (f"{x:g}" if x is not None else "–" for x in (r.bytes_per_element, r.floor))
+        moved, floor = (f"{x:g}" if x is not None else "-" for x in (r.bytes_per_element, r.floor))
         lines.append(
             f"| {r.name} | {r.arch} | {r.registers} | {r.stack} | {r.local} | {r.shared} "
             f"| {r.load_bits} | {r.store_bits} | {moved} | {floor} |"

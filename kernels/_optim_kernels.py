@@ -92,7 +92,9 @@ if triton is not None:
             partial_ptr = partials_ptr + (tl.load(row_ptr + OPERANDS + 1) + span) * 2
             param_norm = tl.sqrt(tl.sum(tl.load(partial_ptr, mask=span < spans, other=0)))
             update_norm = tl.sqrt(tl.sum(tl.load(partial_ptr + 1, mask=span < spans, other=0)))
-            share = tl.where((param_norm > 0) & (update_norm > 0), share * param_norm / tl.where(update_norm > 0, update_norm, 1), 1)
+            share = tl.where(
+                (param_norm > 0) & (update_norm > 0), share * param_norm / tl.where(update_norm > 0, update_norm, 1), 1
+            )
             decay = tl.where(spans > 0, decay, 0)  # a tensor of one dimension has no spans
 
         offsets = tl.arange(0, BLOCK)
@@ -111,9 +113,7 @@ if triton is not None:
         if TEACHER is not None:
             m = _option(row_ptr, options_ptr, 5, OPERANDS, 6)
             rest = (1 - m).to(COMPUTE)
-            average_(
-                row_ptr, OPERANDS - 2, start, offsets, mask, new.to(COMPUTE), m.to(COMPUTE), rest, TEACHER, SHADOW
-            )
+            average_(row_ptr, OPERANDS - 2, start, offsets, mask, new.to(COMPUTE), m.to(COMPUTE), rest, TEACHER, SHADOW)
 
     @triton.jit
     def _momentum_kernel(
@@ -131,7 +131,7 @@ if triton is not None:
         MAX_SPANS: tl.constexpr,
         BLOCK: tl.constexpr,
     ):
-        if found_inf_ptr is not None:
+        if found_inf_ptr is not None:  # noqa: SIM102 (decided when compiling, and the next when running)
             if tl.load(found_inf_ptr) != 0:
                 return
         OPERANDS: tl.constexpr = 5 if BUFFER else 4
@@ -202,18 +202,14 @@ if triton is not None:
         COMPUTE: tl.constexpr,
         BLOCK: tl.constexpr,
     ):
-        if found_inf_ptr is not None:
+        if found_inf_ptr is not None:  # noqa: SIM102 (decided when compiling, and the next when running)
             if tl.load(found_inf_ptr) != 0:
                 return
         row_ptr, start, stop, aligned = locate(table_ptr, chunks_ptr, 7, 10)
         if (stop - start == BLOCK) & aligned:
-            _adamw_chunk(
-                row_ptr, start, None, options_ptr, grad_scale_ptr, PARAM, TEACHER, SHADOW, COMPUTE, BLOCK
-            )
+            _adamw_chunk(row_ptr, start, None, options_ptr, grad_scale_ptr, PARAM, TEACHER, SHADOW, COMPUTE, BLOCK)
         else:
-            _adamw_chunk(
-                row_ptr, start, stop, options_ptr, grad_scale_ptr, PARAM, TEACHER, SHADOW, COMPUTE, BLOCK
-            )
+            _adamw_chunk(row_ptr, start, stop, options_ptr, grad_scale_ptr, PARAM, TEACHER, SHADOW, COMPUTE, BLOCK)
         # All programs have read the step counts once the last one is done: that one counts the step.
         tl.debug_barrier()
         if tl.atomic_add(finished_ptr, 1) == tl.num_programs(0) - 1:
@@ -223,4 +219,3 @@ if triton is not None:
                 step_ptr = tl.load(table_ptr + row.to(tl.int64) * 10 + 4, mask=row < tensors, other=0)
                 step_ptr = step_ptr.to(tl.pointer_type(tl.float32))
                 tl.store(step_ptr, tl.load(step_ptr, mask=row < tensors) + 1, mask=row < tensors)
-

@@ -82,9 +82,9 @@ class _OnTriton:
                 self.odd.append(i)
         self.launches = []
         for key, members in groups.items():
-            t, s, h = _take(teacher, members), _take(student, members), shadow and _take(shadow, members)
-            table = Mirror(key[0]).update(addresses(t, s, h))
-            chunks = Mirror(key[0]).update(cut([x.numel() for x in t], [BLOCK] * len(t)))
+            lists = (x and _take(x, members) for x in (teacher, student, shadow))
+            table = Mirror(key[0]).update(addresses(*lists))
+            chunks = Mirror(key[0]).update(cut([teacher[i].numel() for i in members], [BLOCK] * len(members)))
             self.launches.append((key, table, chunks))
 
     def __call__(

@@ -41,10 +41,11 @@ class Step:
         shadow: list[Tensor] | None,
         batches: list[int],
     ) -> None:
-        self.columns = [params, None, *state, teacher, shadow]
+        self.columns: list[Any] = [params, None, *state, teacher, shadow]
         self.device, self.param = params[0].device, params[0].dtype
-        wide = compute_dtype(params[0], teacher and teacher[0])
-        self.dtypes = [DTYPES[d] for d in (self.param, *(x and x[0].dtype for x in (teacher, shadow)), wide)]
+        partners = [x[0] if x else None for x in (teacher, shadow)]
+        wide = compute_dtype(params[0], *partners)
+        self.dtypes = [DTYPES[d] for d in (self.param, *(x.dtype if x is not None else None for x in partners), wide)]
         # What is not dense is staged: it is read and written in a dense copy, in the layout that empty_like gives.
         dense = [torch.empty_like(p, device="meta") for p in params]
         self.strides, self.layouts = [d.stride() for d in dense], [layout(d) for d in dense]
@@ -82,9 +83,7 @@ class Step:
     def _stage(self, columns: list[Any]) -> list[tuple[int, int, Tensor]]:
         grads, odd = columns[1], self.odd
         if [*map(Tensor.stride, grads)] != self.strides or any(g.dtype != self.param for g in grads):
-            odd = odd + [
-                (1, i) for i, g in enumerate(grads) if g.dtype != self.param or layout(g) != self.layouts[i]
-            ]
+            odd = odd + [(1, i) for i, g in enumerate(grads) if g.dtype != self.param or layout(g) != self.layouts[i]]
         staged = []
         for c, i in odd:
             original = columns[c][i]
@@ -95,7 +94,9 @@ class Step:
         return staged
 
     def _on_device(self, options: Options) -> Tensor:
-        rows = [[0.0 if isinstance(x, Tensor) and x.device == self.device else float(x) for x in row] for row in options]
+        rows = [
+            [0.0 if isinstance(x, Tensor) and x.device == self.device else float(x) for x in row] for row in options
+        ]
         table = self.options.update([list(column) for column in zip(*rows, strict=True)])
         for i, row in enumerate(options):
             for j, x in enumerate(row):

@@ -1,7 +1,10 @@
-"""Optimizers that update the teacher in the same pass, and what sets their options."""
+"""Optimizers that update the teacher in the same pass, parameter groups and schedules."""
 
-from .adamw import AdamW
-from .lars import LARS
-from .sgd import SGD
+from fastrm.optim.adamw import AdamW
+from fastrm.optim.groups import build_optimizer
+from fastrm.optim.lamb import apex_problem, fused_lamb
+from fastrm.optim.lars import LARS
+from fastrm.optim.schedules import Schedule
+from fastrm.optim.sgd import SGD
 
-__all__ = ["LARS", "SGD", "AdamW"]
+__all__ = ["LARS", "SGD", "AdamW", "Schedule", "apex_problem", "build_optimizer", "fused_lamb"]

@@ -11,8 +11,7 @@ from torch.optim.adamw import adamw
 
 from fastrm.kernels import optim as launches
 from fastrm.kernels._dispatch import check_scalar
-
-from ._base import TeacherOptimizer
+from fastrm.optim._base import TeacherOptimizer
 
 
 class AdamW(TeacherOptimizer):

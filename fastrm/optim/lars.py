@@ -10,8 +10,7 @@ from torch import Tensor
 
 from fastrm.kernels import optim as launches
 from fastrm.kernels._dispatch import check_scalar
-
-from ._base import TeacherOptimizer
+from fastrm.optim._base import TeacherOptimizer
 
 
 class LARS(TeacherOptimizer):

@@ -11,8 +11,7 @@ from torch.optim.sgd import sgd
 
 from fastrm.kernels import optim as launches
 from fastrm.kernels._dispatch import check_scalar
-
-from ._base import TeacherOptimizer
+from fastrm.optim._base import TeacherOptimizer
 
 
 class SGD(TeacherOptimizer):
@@ -60,9 +59,7 @@ class SGD(TeacherOptimizer):
 
     def _prepare(self, grad_scale: Tensor | None, found_inf: Tensor | None) -> tuple[list[Any], list[list[Tensor]]]:
         for group in self.param_groups:
-            fresh = [
-                p for p in group["params"] if p.grad is not None and self.state[p].get("momentum_buffer") is None
-            ]
+            fresh = [p for p in group["params"] if p.grad is not None and self.state[p].get("momentum_buffer") is None]
             if not (fresh and group["momentum"] and group["dampening"]):
                 continue
             # torch starts a buffer with the whole first gradient, whatever the dampening: start it where the launch
