@@ -44,8 +44,12 @@ def flat(*tensors: Tensor) -> bool:
 
 
 def launchable(*tensors: Tensor) -> bool:
-    """Whether the kernels know the dtypes of ``tensors``, all on one device, and Triton runs there."""
-    return triton_problem(tensors[0].device) is None and all(t.dtype in DTYPES for t in tensors)
+    """Whether the kernels know the dtypes of ``tensors``, all on one device, and Triton runs there.
+
+    Triton has no conversion between float64 and the half-precision dtypes that is right everywhere.
+    """
+    sizes = {t.itemsize for t in tensors}
+    return triton_problem(tensors[0].device) is None and all(t.dtype in DTYPES for t in tensors) and not sizes >= {2, 8}
 
 
 def guard(device: torch.device) -> contextlib.AbstractContextManager[Any]:

@@ -50,6 +50,8 @@ def _expanded(tensor: Tensor) -> bool:
 
 def _place(tensor: Tensor) -> tuple[object, ...]:
     """The elements that ``tensor`` stands for: a state_dict lists a tied parameter as two tensors in one place."""
+    if tensor.numel() == 0:
+        return (id(tensor),)
     return tensor.device, tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride()
 
 

@@ -34,12 +34,12 @@ if triton is not None:
     ):
         offsets = tl.arange(0, BLOCK)
         mask = None if stop is None else offsets < stop - start
-        student = fetch(operand(row_ptr, 1, start, mask, STUDENT), offsets, mask, COMPUTE)
-        average_(row_ptr, 0, start, offsets, mask, student, momentum, rest, TEACHER, SHADOW)
+        student = fetch(operand(row_ptr, 0, start, mask, STUDENT), offsets, mask, COMPUTE)
+        average_(row_ptr, 1, start, offsets, mask, student, momentum, rest, TEACHER, SHADOW)
 
     @triton.jit
     def _ema_kernel(
-        table_ptr,  # a row: teacher, student, shadow
+        table_ptr,  # a row: student, teacher, shadow
         chunks_ptr,
         momentum,  # a number, or the address of one
         rest,  # 1 - momentum, where momentum is a number
@@ -82,7 +82,7 @@ class _OnTriton:
                 self.odd.append(i)
         self.launches = []
         for key, members in groups.items():
-            lists = (x and _take(x, members) for x in (teacher, student, shadow))
+            lists = (x and _take(x, members) for x in (student, teacher, shadow))
             table = Mirror(key[0]).update(addresses(*lists))
             chunks = Mirror(key[0]).update(cut([teacher[i].numel() for i in members], [BLOCK] * len(members)))
             self.launches.append((key, table, chunks))
