@@ -57,22 +57,25 @@ class SGD(TeacherOptimizer):
         if group["nesterov"] and (group["momentum"] <= 0 or group["dampening"] != 0):
             raise ValueError("SGD: nesterov needs a momentum above 0 and no dampening")
 
-    def _prepare(self, grad_scale: Tensor | None, found_inf: Tensor | None) -> tuple[list[Any], list[list[Tensor]]]:
-        for group in self.param_groups:
-            fresh = [p for p in group["params"] if p.grad is not None and self.state[p].get("momentum_buffer") is None]
-            if not (fresh and group["momentum"] and group["dampening"]):
-                continue
-            # torch starts a buffer with the whole first gradient, whatever the dampening: start it where the launch
-            # makes that of it. A first step that is skipped must not count, which only its result can tell.
-            if found_inf is not None and found_inf.item():
-                break
-            for p in fresh:
-                assert p.grad is not None
-                update = (p.grad if grad_scale is None else p.grad / grad_scale) + group["weight_decay"] * p
-                self.state[p]["momentum_buffer"] = torch.empty_like(p).copy_(
-                    update * (group["dampening"] / group["momentum"])
-                )
-        return super()._prepare(grad_scale, found_inf)
+    def _step_launched(self, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
+        dampened = [group for group in self.param_groups if group["momentum"] and group["dampening"]]
+        if all(self._start(group, grad_scale, found_inf) for group in dampened):
+            super()._step_launched(grad_scale, found_inf)
+
+    def _start(self, group: dict[str, Any], grad_scale: Tensor | None, found_inf: Tensor | None) -> bool:
+        """Make a dampened group's buffers before their first step; False if that step is skipped.
+
+        torch starts a buffer with the whole first gradient, whatever the dampening: start it where the launch makes
+        that of it. A first step that is skipped must not count, and only here does the host have to wait to see that.
+        """
+        fresh = [p for p in group["params"] if p.grad is not None and self.state[p].get("momentum_buffer") is None]
+        if fresh and found_inf is not None and found_inf.item():
+            return False
+        share = group["dampening"] / group["momentum"]
+        for p in fresh:
+            grad = p.grad if grad_scale is None else p.grad / grad_scale
+            self.state[p]["momentum_buffer"] = torch.empty_like(p).copy_((grad + group["weight_decay"] * p) * share)
+        return True
 
     def _state(self, group: dict[str, Any], param: Tensor, grad: Tensor) -> list[Tensor]:
         if not group["momentum"]:
