@@ -35,7 +35,8 @@ class InputConfig:
     batch_size: int | None = None
     """Images an optimizer step, over all processes; unset: 256 a process."""
     loader: Literal["auto", "dali", "torch", "memory"] = "auto"
-    """What reads and augments the images."""
+    """What reads and augments the images.
+    auto: memory, the whole set on the device, for named sets; torch for folders."""
     workers: int | None = None
     """Loader processes a training process, 0 for none; unset: as many as cores, at most 8."""
 

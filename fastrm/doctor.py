@@ -44,7 +44,7 @@ def _kernels() -> str:
 
 
 def _loader() -> str:
-    return f"torch: torchvision transforms in {min(available_cores(), 8)} worker processes"
+    return f"memory for named sets; for folders torch: torchvision transforms in {min(available_cores(), 8)} worker processes"
 
 
 def _dali() -> str:

@@ -76,3 +76,12 @@ def idx_folder(tmp_path: Path) -> Path:
                 with gzip.open(tmp_path / f"{name}.gz", "wb") as file:
                     file.write(head + array.tobytes())
     return tmp_path
+
+
+def natural_pictures(count: int, height: int, width: int) -> torch.Tensor:
+    """uint8 [count, 3, height, width] with edges, gradients and saturated colours, as photographs have."""
+    rng = np.random.default_rng(0)
+    coarse = torch.from_numpy(rng.uniform(-0.3, 1.3, (count, 3, 6, 8)))
+    smooth = torch.nn.functional.interpolate(coarse, (height, width), mode="bicubic")
+    edges = torch.nn.functional.interpolate(torch.from_numpy(rng.normal(0, 0.2, (count, 1, 5, 7))), (height, width))
+    return ((smooth + edges).clamp(0, 1) * 255).round().to(torch.uint8)

@@ -13,6 +13,7 @@ from PIL import Image
 from torchvision.transforms import v2
 
 from fastrm.data import Source, augmentation, eval_loader, make_loader, open_source
+from fastrm.data.draws import BatchSampler
 from fastrm.data.sources import ArrayImages, FileImages, decode
 from fastrm.data.torch_loader import view_transform
 from fastrm.errors import UsageError
@@ -141,7 +142,7 @@ def test_an_epoch_has_whole_batches_of_every_image_once() -> None:
     source = Source(name="ramp", train=ArrayImages(pixels, None), bank=None, test=None, about="")
     made = loader(source, batch_size=16)
     assert len(made) == 4
-    orders = [made._sampler.__class__(70, 16, 5, 0, 1) for _ in range(2)]
+    orders = [BatchSampler(70, 16, 5, 0, 1) for _ in range(2)]
     orders[1].epoch = 1
     first, second = ([index for batch in order for _, index in batch] for order in orders)
     assert len(set(first)) == len(set(second)) == 64
@@ -150,16 +151,15 @@ def test_an_epoch_has_whole_batches_of_every_image_once() -> None:
 
 
 def test_ranks_share_an_epoch_between_them() -> None:
-    from fastrm.data.torch_loader import _BatchSampler
-
-    shares = [[index for batch in _BatchSampler(70, 8, 5, rank, 2) for _, index in batch] for rank in (0, 1)]
+    shares = [[index for batch in BatchSampler(70, 8, 5, rank, 2) for _, index in batch] for rank in (0, 1)]
     assert len(shares[0]) == len(shares[1]) == 32
     assert not set(shares[0]) & set(shares[1])
 
 
-def test_the_seed_decides_and_the_workers_do_not() -> None:
+@pytest.mark.parametrize("kind", ["torch", "memory"])
+def test_the_seed_decides_and_the_workers_do_not(kind: str) -> None:
     def views(**options: Any) -> list[torch.Tensor]:
-        made = loader("digits", **options)
+        made = loader("digits", loader=kind, **options)
         return [torch.stack(pair) for pair, _ in zip(made, range(3), strict=False)]
 
     alone, helped, other = views(), views(workers=2), views(seed=6)
@@ -169,11 +169,12 @@ def test_the_seed_decides_and_the_workers_do_not() -> None:
     assert alone[0].shape == (2, 16, 3, 24, 24)
 
 
-def test_each_pass_is_another_epoch_and_seek_goes_anywhere() -> None:
+@pytest.mark.parametrize("kind", ["torch", "memory"])
+def test_each_pass_is_another_epoch_and_seek_goes_anywhere(kind: str) -> None:
     digits = open_source("digits").train
     assert isinstance(digits, ArrayImages)
     few = Source(name="few", train=digits.subset(np.arange(40)), bank=None, test=None, about="")
-    made = loader(few, batch_size=16)
+    made = loader(few, batch_size=16, loader=kind)
     every = [torch.stack(pair) for _ in range(2) for pair in made]
     assert not torch.equal(every[0], every[len(made)])
     for batch in (0, 1, len(made) + 1):
@@ -182,11 +183,12 @@ def test_each_pass_is_another_epoch_and_seek_goes_anywhere() -> None:
 
 
 def test_drawing_views_leaves_the_global_generator_alone() -> None:
-    made = loader("digits")
+    made = loader("digits", loader="torch")
     torch.manual_seed(1)
     want = torch.rand(3)
     torch.manual_seed(1)
     made._loader.dataset[(0, 0)]
+    next(iter(loader("digits", loader="memory")))
     assert torch.equal(torch.rand(3), want)
 
 

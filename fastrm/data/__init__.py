@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
 from fastrm.data.augmentation import Augmentation, View, augmentation
-from fastrm.data.sources import Images, Source, open_source
+from fastrm.data.memory_loader import MemoryLoader
+from fastrm.data.sources import ArrayImages, Images, Source, open_source
 from fastrm.data.torch_loader import EvalImages, TorchLoader
 from fastrm.errors import UsageError
 
@@ -57,7 +58,8 @@ def make_loader(
         device: where the views are put.
         workers: loader processes; 0 loads in this one.
         seed: the same seed gives the same views, whatever the number of workers.
-        loader: ``"auto"`` or ``"torch"``.
+        loader: ``"memory"`` holds the whole set on the device and needs a named one; ``"torch"`` uses worker
+            processes; ``"auto"`` is memory for named sets and torch for folders.
         crop_min: smallest share of the area that a crop takes.
         data_root: where a named set lies.
         rank, world_size: this process among all; together they see every image once an epoch.
@@ -69,8 +71,6 @@ def make_loader(
     Raises:
         UsageError: the data cannot be opened or holds less than a batch, or the loader does not exist.
     """
-    if loader not in ("auto", "torch"):
-        raise UsageError(f"--loader {loader} does not exist yet; available: auto, torch")
     source = data if isinstance(data, Source) else open_source(str(data), data_root)
     wanted = batch_size * world_size
     if wanted > len(source.train):
@@ -78,17 +78,32 @@ def make_loader(
             f"--batch-size {wanted} is more than the {len(source.train)} images of {source.name}; "
             f"it must be at most {len(source.train)}"
         )
-    return TorchLoader(
-        source.train,
-        augmentation(method, crop_min=crop_min),
-        image_size=image_size,
-        batch_size=batch_size,
-        device=torch.device(device),
-        workers=workers,
-        seed=seed,
-        rank=rank,
-        world_size=world_size,
-    )
+    common: dict[str, Any] = {
+        "image_size": image_size,
+        "batch_size": batch_size,
+        "device": torch.device(device),
+        "seed": seed,
+        "rank": rank,
+        "world_size": world_size,
+    }
+    recipe = augmentation(method, crop_min=crop_min)
+    kind = _kind(loader, source.train)
+    if kind == "memory":
+        assert isinstance(source.train, ArrayImages)
+        return MemoryLoader(source.train, recipe, **common)
+    return TorchLoader(source.train, recipe, workers=workers, **common)
+
+
+def _kind(loader: str, images: Images) -> str:
+    """Which loader it will be."""
+    held = isinstance(images, ArrayImages)
+    if loader == "auto":
+        return "memory" if held else "torch"
+    if loader == "memory" and not held:
+        raise UsageError("--loader memory holds named sets only; for a folder give torch or auto")
+    if loader not in ("memory", "torch"):
+        raise UsageError(f"--loader {loader} does not exist yet; available: auto, memory, torch")
+    return loader
 
 
 def eval_loader(images: Images, *, image_size: int, batch_size: int, workers: int) -> DataLoader[Tensor]:

@@ -12,18 +12,15 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import InterpolationMode, v2
 
 from fastrm.data.augmentation import IMAGENET_MEAN, IMAGENET_STD, Augmentation, View
+from fastrm.data.draws import BatchSampler, Sample, blur_radius
 from fastrm.data.sources import Images
-
-# (epoch, index): a sample's random numbers depend on these and the seed alone, not on which worker draws them.
-Sample = tuple[int, int]
 
 
 def view_transform(view: View, image_size: int, mean: Sequence[float], std: Sequence[float]) -> v2.Compose:
     """One view's augmentation: PIL picture to a normalised float32 [3, image_size, image_size]."""
     scale = image_size / 224
     sigma = tuple(s * scale for s in view.blur_sigma)
-    # Wide enough for three standard deviations on each side.
-    kernel = 2 * max(1, int(np.ceil(3 * sigma[1]))) + 1
+    kernel = 2 * blur_radius(view, image_size) + 1
     jitter = v2.ColorJitter(view.brightness, view.contrast, view.saturation, view.hue)
     blur = v2.GaussianBlur(kernel, sigma=sigma)
     return v2.Compose(
@@ -82,24 +79,6 @@ class _PairsOfViews(Dataset[tuple[Tensor, Tensor]]):
         return first, second
 
 
-class _BatchSampler:
-    """Batches of one epoch in a new order each epoch, sharded by rank, whole batches only."""
-
-    def __init__(self, length: int, batch_size: int, seed: int, rank: int, world_size: int) -> None:
-        self.length, self.batch_size, self.seed = length, batch_size, seed
-        self.rank, self.world_size = rank, world_size
-        self.epoch, self.skip = 0, 0
-
-    def __len__(self) -> int:
-        return self.length // (self.batch_size * self.world_size)
-
-    def __iter__(self) -> Iterator[list[Sample]]:
-        order = np.random.default_rng((self.seed, self.epoch)).permutation(self.length)
-        for batch in range(self.skip, len(self)):
-            start = (batch * self.world_size + self.rank) * self.batch_size
-            yield [(self.epoch, int(i)) for i in order[start : start + self.batch_size]]
-
-
 class TorchLoader:
     """Pairs of views from worker processes; each pass over the loader is the next epoch.
 
@@ -119,7 +98,7 @@ class TorchLoader:
         rank: int,
         world_size: int,
     ) -> None:
-        self._sampler = _BatchSampler(len(images), batch_size, seed, rank, world_size)
+        self._sampler = BatchSampler(len(images), batch_size, seed, rank, world_size)
         self._device = device
         self._loader = DataLoader(
             _PairsOfViews(images, augmentation, image_size, seed),

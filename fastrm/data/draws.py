@@ -1,0 +1,135 @@
+"""The random choices of a view, for a whole batch at once, and the order of an epoch: what all loaders share."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fastrm.data.augmentation import View
+
+# (epoch, index): a sample's random numbers depend on these and the seed alone, not on which worker draws them.
+Sample = tuple[int, int]
+
+_CROP_TRIES = 10
+
+
+class BatchSampler:
+    """Batches of one epoch in a new order each epoch, sharded by rank, whole batches only."""
+
+    def __init__(self, length: int, batch_size: int, seed: int, rank: int, world_size: int) -> None:
+        self.length, self.batch_size, self.seed = length, batch_size, seed
+        self.rank, self.world_size = rank, world_size
+        self.epoch, self.skip = 0, 0
+
+    def __len__(self) -> int:
+        return self.length // (self.batch_size * self.world_size)
+
+    def __iter__(self) -> Iterator[list[Sample]]:
+        order = np.random.default_rng((self.seed, self.epoch)).permutation(self.length)
+        for batch in range(self.skip, len(self)):
+            start = (batch * self.world_size + self.rank) * self.batch_size
+            yield [(self.epoch, int(i)) for i in order[start : start + self.batch_size]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Draws:
+    """What was drawn for one view of B images; on the CPU."""
+
+    box: Tensor
+    """int64 [B, 4]: top, left, height and width of the crop, in pixels."""
+    jitter: Tensor
+    """bool [B]: whether the four colour changes are made."""
+    factors: Tensor
+    """float32 [B, 4]: brightness, contrast, saturation, and the hue's shift in turns of the colour circle."""
+    order: Tensor
+    """int64 [B, 4]: the columns of ``factors`` in the order in which they are carried out."""
+    gray: Tensor
+    """bool [B]."""
+    sigma: Tensor
+    """float32 [B]: standard deviation of the blur in pixels of the view; 0 for none."""
+    solarize: Tensor
+    """bool [B]."""
+    flip: Tensor
+    """bool [B]."""
+
+
+def batch_generator(seed: int, *place: int) -> torch.Generator:
+    """Return a CPU generator for one batch, given the seed and its place: epoch, batch and rank."""
+    state = np.random.SeedSequence((seed, *place)).generate_state(1, np.uint64)[0]
+    return torch.Generator().manual_seed(int(state))
+
+
+def draw(view: View, heights: Tensor, widths: Tensor, image_size: int, generator: torch.Generator) -> Draws:
+    """Draw a view's parameters for B images.
+
+    They are drawn on the CPU, so that the same seed gives the same views on every device, and so that the images that
+    an operation concerns are known without asking the device.
+
+    Args:
+        view: the distributions.
+        heights, widths: int64 [B], of the pictures in pixels.
+        image_size: side of the view, in pixels.
+        generator: on the CPU.
+    """
+    count = len(heights)
+
+    def uniform(low: float, high: float) -> Tensor:
+        return torch.empty(count).uniform_(low, high, generator=generator)
+
+    def chosen(probability: float) -> Tensor:
+        return torch.rand(count, generator=generator) < probability
+
+    box = _boxes(view, heights, widths, generator)
+    strengths = (view.brightness, view.contrast, view.saturation)
+    factors = [uniform(max(0.0, 1 - strength), 1 + strength) for strength in strengths]
+    scale = image_size / 224
+    return Draws(
+        box=box,
+        jitter=chosen(view.jitter_probability),
+        factors=torch.stack([*factors, uniform(-view.hue, view.hue)], dim=1),
+        order=torch.rand(count, 4, generator=generator).argsort(dim=1),
+        gray=chosen(view.grayscale_probability),
+        sigma=uniform(*(sigma * scale for sigma in view.blur_sigma)) * chosen(view.blur_probability),
+        solarize=chosen(view.solarize_probability),
+        flip=chosen(view.flip_probability),
+    )
+
+
+def blur_radius(view: View, image_size: int) -> int:
+    """Taps of the blur on each side of a pixel: wide enough for three of the largest standard deviation."""
+    return max(1, int(np.ceil(3 * view.blur_sigma[1] * image_size / 224)))
+
+
+def _boxes(view: View, heights: Tensor, widths: Tensor, generator: torch.Generator) -> Tensor:
+    """Crops [B, 4]: the first of ten tries that fits the picture, or else as much of its centre as the ratio allows."""
+    shape = (len(heights), _CROP_TRIES)
+
+    def uniform(low: float, high: float) -> Tensor:
+        return torch.empty(shape, dtype=torch.float64).uniform_(low, high, generator=generator)
+
+    area = (heights * widths)[:, None] * uniform(*view.crop_scale)
+    ratio = uniform(*np.log(view.crop_ratio)).exp()
+    tried_w, tried_h = (area * ratio).sqrt().round().long(), (area / ratio).sqrt().round().long()
+    fits = (tried_w > 0) & (tried_h > 0) & (tried_w <= widths[:, None]) & (tried_h <= heights[:, None])
+    first = fits.int().argmax(dim=1, keepdim=True)
+    w, h = tried_w.gather(1, first)[:, 0], tried_h.gather(1, first)[:, 0]
+
+    narrow, wide = view.crop_ratio
+    centre_w = torch.minimum(widths, (heights * wide).round().long())
+    centre_h = torch.minimum(heights, (widths / narrow).round().long())
+    found = fits.any(dim=1)
+    w, h = torch.where(found, w, centre_w).clamp(min=1), torch.where(found, h, centre_h).clamp(min=1)
+    where = torch.rand(2, len(heights), generator=generator, dtype=torch.float64)
+    top = torch.where(found, (where[0] * (heights - h + 1)).long(), (heights - h) // 2)
+    left = torch.where(found, (where[1] * (widths - w + 1)).long(), (widths - w) // 2)
+    return torch.stack([top, left, h, w], dim=1)
+
+
+def as_sizes(sizes: Sequence[tuple[int, int]]) -> tuple[Tensor, Tensor]:
+    """Heights and widths, int64 [B] each, of (height, width) pairs."""
+    heights, widths = torch.tensor(sizes, dtype=torch.int64).reshape(-1, 2).unbind(1)
+    return heights, widths

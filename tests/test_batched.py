@@ -1,0 +1,160 @@
+"""The batched operations against torchvision's v2 functional transforms, and the distributions that are drawn from."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+from scipy import stats
+from torch import Tensor
+from torchvision.transforms import InterpolationMode
+from torchvision.transforms.v2 import functional as F
+
+from fastrm.data import augmentation, batched
+from fastrm.data.augmentation import View
+from fastrm.data.draws import Draws, batch_generator, draw
+from tests.conftest import natural_pictures
+
+# torchvision resizes bytes in fixed point and rounds to them: half a step of 255 at most, a quarter on average.
+ROUNDING = 0.5 / 255
+# In float32 there is nothing but the order of the sums.
+EXACT = 1e-5
+
+
+@pytest.fixture
+def pixels() -> Tensor:
+    """uint8 [6, 3, 60, 80]."""
+    return natural_pictures(6, 60, 80)
+
+
+@pytest.fixture
+def images(pixels: Tensor) -> Tensor:
+    return pixels[..., :48, :48].float() / 255
+
+
+def error(mine: Tensor, theirs: Tensor) -> float:
+    assert mine.shape == theirs.shape
+    return float((mine - theirs).abs().mean())
+
+
+@pytest.mark.parametrize("size", [24, 32, 112])
+@pytest.mark.parametrize("mode", ["bilinear", "bicubic"])
+def test_crop_with_antialiased_resize_and_flip(pixels: Tensor, mode: str, size: int) -> None:
+    box = torch.tensor([[0, 0, 60, 80], [5, 7, 40, 31], [30, 2, 9, 70], [0, 0, 1, 1], [59, 79, 1, 1], [3, 3, 57, 20]])
+    flip = torch.tensor([True, False, True, False, True, False])
+    mine = batched.crop_resize(pixels, box, flip, size, bicubic=mode == "bicubic")
+    for i, (image, (top, left, height, width)) in enumerate(zip(pixels, box.tolist(), strict=True)):
+        want = F.resized_crop(image, top, left, height, width, [size, size], InterpolationMode(mode), antialias=True)
+        want = F.horizontal_flip(want) if flip[i] else want
+        assert error(mine[i], want / 255) < ROUNDING, i
+
+
+@pytest.mark.parametrize(
+    ("column", "theirs"),
+    list(enumerate((F.adjust_brightness, F.adjust_contrast, F.adjust_saturation, F.adjust_hue))),
+    ids=["brightness", "contrast", "saturation", "hue"],
+)
+def test_each_colour_change(images: Tensor, column: int, theirs: Callable[[Tensor, float], Tensor]) -> None:
+    values = [-0.5, -0.1, -0.03, 0.0, 0.07, 0.5] if column == 3 else [0.0, 0.6, 0.8, 1.0, 1.2, 1.4]
+    factors = torch.tensor([1.0, 1.0, 1.0, 0.0]).repeat(6, 1)
+    factors[:, column] = torch.tensor(values)
+    mine = batched.jitter(images, factors, torch.tensor([2, 0, 3, 1]).repeat(6, 1))
+    for i, value in enumerate(values):
+        assert error(mine[i], theirs(images[i], value)) < EXACT, value
+
+
+def test_colour_changes_come_in_each_images_own_order(images: Tensor) -> None:
+    changes = (F.adjust_brightness, F.adjust_contrast, F.adjust_saturation, F.adjust_hue)
+    factors = torch.tensor([1.4, 0.6, 1.4, 0.1]).repeat(6, 1)
+    orders = torch.tensor([[0, 1, 2, 3], [3, 2, 1, 0], [1, 3, 0, 2], [2, 0, 3, 1], [3, 1, 2, 0], [0, 3, 1, 2]])
+    mine = batched.jitter(images, factors, orders)
+    for i, order in enumerate(orders.tolist()):
+        want = images[i]
+        for kind in order:
+            want = changes[kind](want, float(factors[i, kind]))
+        assert error(mine[i], want) < EXACT
+
+
+def test_grayscale_blur_solarize_normalise(images: Tensor) -> None:
+    assert error(batched.grayscale(images), F.rgb_to_grayscale(images, 3)) < EXACT
+    sigmas = torch.tensor([0.1, 0.4, 0.8, 1.2, 1.6, 2.0])
+    mine = batched.blur(images, sigmas, 6)
+    for i, sigma in enumerate(sigmas.tolist()):
+        assert error(mine[i], F.gaussian_blur(images[i], [13, 13], [sigma, sigma])) < EXACT
+    as_bytes = (images * 255).round().to(torch.uint8)
+    assert error(batched.solarize(as_bytes.float() / 255), F.solarize(as_bytes, 128) / 255) < EXACT
+    mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+    mine = batched.normalise(images, mean, std)
+    assert error(mine, F.normalize(images, list(mean), list(std))) < EXACT
+    assert mine.is_contiguous(memory_format=torch.channels_last)
+
+
+def composed(image: Tensor, draws: Draws, i: int, mode: str, size: int, radius: int) -> Tensor:
+    """One image's view by torchvision, in the order of the fields of View, in bytes as torchvision's users have it."""
+    top, left, height, width = draws.box[i].tolist()
+    out = F.resized_crop(image, top, left, height, width, [size, size], InterpolationMode(mode), antialias=True)
+    if draws.jitter[i]:
+        changes = (F.adjust_brightness, F.adjust_contrast, F.adjust_saturation, F.adjust_hue)
+        for kind in draws.order[i].tolist():
+            out = changes[kind](out, float(draws.factors[i, kind]))
+    if draws.gray[i]:
+        out = F.rgb_to_grayscale(out, 3)
+    if draws.sigma[i] > 0:
+        out = F.gaussian_blur(out, [2 * radius + 1] * 2, [float(draws.sigma[i])] * 2)
+    if draws.solarize[i]:
+        out = F.solarize(out, 128)
+    return (F.horizontal_flip(out) if draws.flip[i] else out) / 255
+
+
+@pytest.mark.parametrize("method", ["mocov2", "mocov3", "byol"])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_whole_views(method: str, channels: int) -> None:
+    pixels = natural_pictures(64, 60, 80)[:, :channels]
+    for view in augmentation(method, crop_min=0.2).views:
+        heights, widths = torch.full((64,), 60), torch.full((64,), 80)
+        draws = draw(view, heights, widths, 48, batch_generator(1))
+        bicubic = view.interpolation == "bicubic"
+        mine = batched.carry_out(pixels, draws, image_size=48, bicubic=bicubic, blur_radius=2)
+        wants = [composed(p.expand(3, -1, -1), draws, i, view.interpolation, 48, 2) for i, p in enumerate(pixels)]
+        # Seven roundings to bytes, and a pixel on the solarizing threshold that falls on the other side.
+        errors = [error(a.expand(3, -1, -1), b) for a, b in zip(mine, wants, strict=True)]
+        assert np.median(errors) < 1.5 / 255
+        assert max(errors) < 6 / 255
+
+
+def test_what_is_drawn_follows_the_description() -> None:
+    count, side = 5000, 10_000
+    view = View(crop_scale=(0.08, 0.5), solarize_probability=0.2)
+    sides = torch.full((count,), side)
+    draws = draw(view, sides, sides, 224, batch_generator(3))
+    top, left, height, width = draws.box.double().unbind(1)
+
+    def uniform(values: Tensor, low: float, high: float) -> None:
+        assert stats.kstest(values.double().numpy(), stats.uniform(low, high - low).cdf).pvalue > 1e-3
+
+    uniform(height * width / side**2, 0.08, 0.5)  # half of a large square: every try fits
+    uniform((width / height).log(), float(np.log(3 / 4)), float(np.log(4 / 3)))
+    uniform(top / (side - height), 0, 1)
+    uniform(left / (side - width), 0, 1)
+    for column, (low, high) in enumerate([(0.6, 1.4), (0.6, 1.4), (0.6, 1.4), (-0.1, 0.1)]):
+        uniform(draws.factors[:, column], low, high)
+    uniform(draws.sigma[draws.sigma > 0], 0.1, 2.0)
+    for drawn, probability in (
+        (draws.jitter, 0.8), (draws.gray, 0.2), (draws.sigma > 0, 0.5), (draws.solarize, 0.2), (draws.flip, 0.5),
+    ):  # fmt: skip
+        assert stats.binomtest(int(drawn.sum()), count, probability).pvalue > 1e-3
+    _, counts = draws.order.unique(dim=0, return_counts=True)
+    assert len(counts) == 24
+    assert stats.chisquare(counts.numpy()).pvalue > 1e-3
+
+
+def test_crops_lie_inside_the_strangest_pictures() -> None:
+    heights, widths = torch.tensor([2, 20, 4000, 1, 1, 300]), torch.tensor([3, 4000, 20, 1, 500, 200])
+    for seed in range(50):
+        top, left, height, width = draw(View(), heights, widths, 224, batch_generator(seed)).box.unbind(1)
+        assert (torch.stack([top, left]) >= 0).all()
+        assert (torch.stack([height, width]) >= 1).all()
+        assert (top + height <= heights).all()
+        assert (left + width <= widths).all()
