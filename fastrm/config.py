@@ -36,7 +36,8 @@ class InputConfig:
     """Images an optimizer step, over all processes; unset: 256 a process."""
     loader: Literal["auto", "dali", "torch", "memory"] = "auto"
     """What reads and augments the images.
-    auto: memory, the whole set on the device, for named sets; torch for folders."""
+    auto: memory, the whole set on the device, for named sets; for folders dali where it is
+    installed, and else torch."""
     workers: int | None = None
     """Loader processes a training process, 0 for none; unset: as many as cores, at most 8."""
 

@@ -15,6 +15,7 @@ import torch
 
 import fastrm
 from fastrm import _cli
+from fastrm.data.dali_loader import dali_problem
 from fastrm.device import available_cores, choose_precision, why_no_gpu
 from fastrm.optim import apex_problem
 
@@ -44,14 +45,15 @@ def _kernels() -> str:
 
 
 def _loader() -> str:
-    return f"memory for named sets; for folders torch: torchvision transforms in {min(available_cores(), 8)} worker processes"
+    folders = "dali" if dali_problem() is None else f"torch, {min(available_cores(), 8)} worker processes"
+    return f"memory for named sets; for folders {folders}"
 
 
 def _dali() -> str:
-    for package in ("nvidia-dali-cuda130", "nvidia-dali-cuda120"):
-        if _version(package):
-            return f"{_version(package)} ({package}), not used: there is no DALI loader yet"
-    return "not installed, and not used: there is no DALI loader yet"
+    problem = dali_problem()
+    return (
+        f"not used: {problem}" if problem else f"{_version('nvidia-dali-cuda130') or _version('nvidia-dali-cuda120')}"
+    )
 
 
 def _compile() -> str:

@@ -195,7 +195,7 @@ def test_drawing_views_leaves_the_global_generator_alone() -> None:
 def test_a_batch_larger_than_the_data_is_refused() -> None:
     with pytest.raises(UsageError, match="--batch-size 2000 is more than the 1437 images of digits"):
         loader("digits", batch_size=2000)
-    with pytest.raises(UsageError, match="--loader dali does not exist yet"):
+    with pytest.raises(UsageError, match="--loader dali reads folders only"):
         loader("digits", loader="dali")
 
 

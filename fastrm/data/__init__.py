@@ -11,8 +11,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from fastrm.data.augmentation import Augmentation, View, augmentation
+from fastrm.data.dali_loader import DaliLoader, dali_problem
 from fastrm.data.memory_loader import MemoryLoader
-from fastrm.data.sources import ArrayImages, Images, Source, open_source
+from fastrm.data.sources import ArrayImages, FileImages, Images, Source, open_source
 from fastrm.data.torch_loader import EvalImages, TorchLoader
 from fastrm.errors import UsageError
 
@@ -58,8 +59,9 @@ def make_loader(
         device: where the views are put.
         workers: loader processes; 0 loads in this one.
         seed: the same seed gives the same views, whatever the number of workers.
-        loader: ``"memory"`` holds the whole set on the device and needs a named one; ``"torch"`` uses worker
-            processes; ``"auto"`` is memory for named sets and torch for folders.
+        loader: ``"memory"`` holds the whole set on the device and needs a named one; ``"dali"`` reads folders;
+            ``"torch"`` uses worker processes; ``"auto"`` is memory for named sets, for folders dali where it is
+            installed and else torch.
         crop_min: smallest share of the area that a crop takes.
         data_root: where a named set lies.
         rank, world_size: this process among all; together they see every image once an epoch.
@@ -91,6 +93,9 @@ def make_loader(
     if kind == "memory":
         assert isinstance(source.train, ArrayImages)
         return MemoryLoader(source.train, recipe, **common)
+    if kind == "dali":
+        assert isinstance(source.train, FileImages)
+        return DaliLoader(source.train, recipe, workers=workers, **common)
     return TorchLoader(source.train, recipe, workers=workers, **common)
 
 
@@ -98,11 +103,15 @@ def _kind(loader: str, images: Images) -> str:
     """Which loader it will be."""
     held = isinstance(images, ArrayImages)
     if loader == "auto":
-        return "memory" if held else "torch"
+        return "memory" if held else "torch" if dali_problem() else "dali"
     if loader == "memory" and not held:
-        raise UsageError("--loader memory holds named sets only; for a folder give torch or auto")
-    if loader not in ("memory", "torch"):
-        raise UsageError(f"--loader {loader} does not exist yet; available: auto, memory, torch")
+        raise UsageError("--loader memory holds named sets only; for a folder give dali, torch or auto")
+    if loader == "dali" and held:
+        raise UsageError("--loader dali reads folders only; for a named set give memory, torch or auto")
+    if loader == "dali" and (problem := dali_problem()):
+        raise UsageError(f"--loader dali cannot be used: {problem}")
+    if loader not in ("memory", "torch", "dali"):
+        raise UsageError(f"--loader {loader} is unknown; choose one of auto, dali, memory, torch")
     return loader
 
 

@@ -31,6 +31,11 @@ def carry_out(pixels: Tensor, draws: Draws, *, image_size: int, bicubic: bool, b
         float32 [B, C, S, S] in [0, 1], on the device of ``pixels``.
     """
     images = crop_resize(pixels, draws.box, draws.flip, image_size, bicubic=bicubic)
+    return recolour_(images, draws, blur_radius=blur_radius)
+
+
+def recolour_(images: Tensor, draws: Draws, *, blur_radius: int) -> Tensor:
+    """Carry out in place, on [B, C, S, S], all that follows the crop and the flip, only where it was drawn."""
     _replace(images, draws.jitter, lambda part, at: jitter(part, draws.factors[at], draws.order[at]))
     if images.shape[1] == 3:
         _replace(images, draws.gray, lambda part, at: grayscale(part))
@@ -50,7 +55,7 @@ def _replace(images: Tensor, mask: Tensor, change: Callable[[Tensor, Tensor], Te
 
 
 def crop_resize(pixels: Tensor, box: Tensor, flip: Tensor, size: int, *, bicubic: bool) -> Tensor:
-    """Crop, resize with antialiasing, and flip: each image times one weight matrix for its rows and one for its columns.
+    """Crop, resize with antialiasing, and flip: each image between a weight matrix for rows and one for columns.
 
     Args:
         pixels: uint8 [B, C, H, W].

@@ -5,16 +5,21 @@ from __future__ import annotations
 import gzip
 import os
 import struct
+import threading
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
 from fastrm.errors import UsageError
+
+T = TypeVar("T")
+_naming = threading.Lock()
 
 NAMED = ("digits", "fashion-mnist", "cifar10", "cifar100", "stl10", "synthetic")
 ENDINGS = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".ppm", ".pgm"})
@@ -62,15 +67,22 @@ class FileImages:
         return len(self.paths)
 
     def __getitem__(self, index: int) -> Image.Image:
+        return self.read(index, decode)
+
+    def read(self, index: int, read: Callable[[Path], T]) -> T:
+        """Apply ``read`` to the file at ``index``, or where that fails to the next one that it can read."""
         for step in range(len(self.paths)):
             at = (index + step) % len(self.paths)
             if at in self._unreadable:
                 continue
             try:
-                return decode(self.paths[at])
+                return read(self.paths[at])
             except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-                self._unreadable.add(at)
-                warnings.warn(f"left out, since it cannot be read: {self.paths[at]} ({error})", stacklevel=2)
+                with _naming:  # two threads may have met it at once
+                    new = at not in self._unreadable
+                    self._unreadable.add(at)
+                if new:
+                    warnings.warn(f"left out, since it cannot be read: {self.paths[at]} ({error})", stacklevel=3)
         raise UsageError(f"none of the {len(self.paths)} image files can be read; the first is {self.paths[0]}")
 
     def subset(self, indices: NDArray[np.int64]) -> FileImages:
