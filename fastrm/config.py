@@ -38,6 +38,8 @@ class InputConfig:
     """What reads and augments the images.
     auto: memory, the whole set on the device, for named sets; for folders dali where it is
     installed, and else torch."""
+    scan: bool = True
+    """Before the run, look for broken files in a folder, leave them out and list them in skipped.txt."""
     workers: int | None = None
     """Loader processes a training process, 0 for none; unset: as many as cores, at most 8."""
 

@@ -8,6 +8,7 @@ Read :func:`train` from top to bottom: what can be wrong is found first, then th
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import math
 import platform
 import shutil
@@ -27,6 +28,8 @@ from fastrm import _cli, checkpoint
 from fastrm.config import Config, defaults, resolved, validate
 from fastrm.data import Loader, Source, make_loader, open_source
 from fastrm.data.augmentation import IMAGENET_MEAN, IMAGENET_STD
+from fastrm.data.scan import SKIPPED, scan, write_skipped
+from fastrm.data.sources import FileImages
 from fastrm.device import available_cores, choose_device, choose_kernels, choose_precision
 from fastrm.distributed import world as read_world
 from fastrm.errors import TrainingError, UsageError
@@ -55,6 +58,10 @@ def train(config: Config) -> dict[str, Any]:
     config = resolved(config, world.size)
     source = open_source(config.input.data, config.input.data_root)
     batch, accumulate, workers = _sizes(config)
+    broken: dict[Path, str] = {}
+    if config.input.scan and isinstance(source.train, FileImages):
+        sound, broken = scan(source.train, workers=workers)
+        source = dataclasses.replace(source, train=sound)
     loader = make_loader(
         source,
         method=config.method.method,
@@ -90,6 +97,9 @@ def train(config: Config) -> dict[str, Any]:
     recorder.note(f"data       {source.about}")
     recorder.note(f"settings   {_described(config, device, precision)}")
     recorder.note(f"folder     {out}" + (f", continued after step {start}" if start else ""))
+    if broken:
+        write_skipped(out, broken)
+        recorder.note(f"left out   {len(broken)} broken files, listed in {out / SKIPPED}")
     scores: dict[str, float] = {}
     evaluated = config.run.eval_every > 0
     if evaluated and source.test is None:
@@ -211,7 +221,7 @@ def _open_folder(config: Config, out: Path, *, fresh: bool) -> None:
         out.mkdir(parents=True, exist_ok=True)
         checkpoint.write_json(out / "config.json", config.flat())
         if fresh:
-            for name in (METRICS, checkpoint.NAME, BACKBONE, SUMMARY):
+            for name in (METRICS, checkpoint.NAME, BACKBONE, SUMMARY, SKIPPED):
                 (out / name).unlink(missing_ok=True)
             shutil.rmtree(out / TENSORBOARD, ignore_errors=True)
     except OSError as error:

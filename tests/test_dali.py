@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +11,8 @@ import pytest
 import torch
 from PIL import Image
 
+from fastrm import train
+from fastrm.config import Config
 from fastrm.data import augmentation, make_loader, open_source
 from fastrm.data.dali_loader import DaliLoader, dali_problem, encoded
 from fastrm.data.draws import as_sizes, batch_generator, draw
@@ -167,3 +171,19 @@ def test_what_a_loader_cannot_do_is_said(pictures: Path, monkeypatch: pytest.Mon
     with pytest.raises(UsageError, match="--loader dali cannot be used: DALI is not installed"):
         made(pictures / "flat")
     assert type(made(pictures / "flat", "auto")).__name__ == "TorchLoader"
+
+
+@pytest.mark.parametrize("kind", [pytest.param("dali", marks=needs_dali), "torch"])
+def test_broken_files_are_found_before_a_run(
+    broken: Path, pictures: Path, kind: str, small: Callable[..., Config], tmp_path: Path
+) -> None:
+    with pytest.raises(UsageError, match=r"--data: 4 of 24 files are broken, more than a tenth; .*cut.jpg"):
+        train.train(small(data=str(broken), loader=kind, batch_size=8))
+    for i, path in enumerate(sorted((pictures / "flat").glob("*.jpg"))[:30]):
+        (broken / f"more{i}.jpg").write_bytes(path.read_bytes())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)  # nothing is left to be found while reading
+        summary = train.train(small(data=str(broken), loader=kind, batch_size=8))
+    assert summary["images"] == 50
+    lines = (tmp_path / "run" / "skipped.txt").read_text().splitlines()
+    assert [Path(line.split("\t")[0]).name for line in lines] == ["cut.jpg", "empty.jpg", "header.png", "text.png"]

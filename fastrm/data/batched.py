@@ -13,6 +13,7 @@ from torch import Tensor
 
 from fastrm.data.draws import Draws
 
+_CACHED = 2**18  # values that a CPU core keeps at hand
 _LUMA = (0.2989, 0.587, 0.114)
 _BRIGHTNESS, _CONTRAST, _SATURATION, _HUE = range(4)
 
@@ -36,12 +37,19 @@ def carry_out(pixels: Tensor, draws: Draws, *, image_size: int, bicubic: bool, b
 
 def recolour_(images: Tensor, draws: Draws, *, blur_radius: int) -> Tensor:
     """Carry out in place, on [B, C, S, S], all that follows the crop and the flip, only where it was drawn."""
+    # On a CPU a few at a time, so that they stay in its cache between the operations.
+    count = max(1, _CACHED // images[0].numel()) if images.device.type == "cpu" else len(images)
+    for start in range(0, len(images), count):
+        _recolour_(images[start : start + count], draws.part(slice(start, start + count)), blur_radius)
+    return images
+
+
+def _recolour_(images: Tensor, draws: Draws, radius: int) -> None:
     _replace(images, draws.jitter, lambda part, at: jitter(part, draws.factors[at], draws.order[at]))
     if images.shape[1] == 3:
         _replace(images, draws.gray, lambda part, at: grayscale(part))
-    _replace(images, draws.sigma > 0, lambda part, at: blur(part, draws.sigma[at], blur_radius))
+    _replace(images, draws.sigma > 0, lambda part, at: blur(part, draws.sigma[at], radius))
     _replace(images, draws.solarize, lambda part, at: solarize(part))
-    return images
 
 
 def _replace(images: Tensor, mask: Tensor, change: Callable[[Tensor, Tensor], Tensor]) -> None:

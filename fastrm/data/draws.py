@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import numpy as np
 import torch
@@ -55,6 +55,10 @@ class Draws:
     """bool [B]."""
     flip: Tensor
     """bool [B]."""
+
+    def part(self, which: slice) -> Draws:
+        """Return what was drawn for some of the images."""
+        return Draws(**{field.name: getattr(self, field.name)[which] for field in fields(self)})
 
 
 def batch_generator(seed: int, *place: int) -> torch.Generator:

@@ -1,0 +1,78 @@
+"""Draw a contact sheet of what the network sees: a column for each image, its two views below each other.
+
+python -m fastrm.data --data digits --image-size 32 --out views.png
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from fastrm import _cli
+from fastrm.config import MethodName
+from fastrm.data import make_loader, open_source
+from fastrm.data.augmentation import IMAGENET_MEAN, IMAGENET_STD
+from fastrm.errors import UsageError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """Draw both views of some images."""
+
+    data: str
+    """A folder, or the name of a set, as in fastrm.train."""
+    out: Path
+    """The picture that is written."""
+    data_root: Path | None = None
+    """Where a named set lies."""
+    method: MethodName = "mocov3"
+    """Whose augmentation."""
+    image_size: int = 224
+    """Side of the views, in pixels."""
+    loader: str = "auto"
+    """auto, dali, torch or memory."""
+    images: int = 8
+    """How many."""
+    seed: int = 0
+    """Of the views."""
+
+
+def contact_sheet(options: Options) -> None:
+    """Write the sheet.
+
+    Raises:
+        UsageError: the data cannot be opened, or the picture cannot be written.
+    """
+    from torchvision.utils import save_image
+
+    source = open_source(options.data, options.data_root)
+    count = min(options.images, len(source.train))
+    loader = make_loader(
+        source,
+        method=options.method,
+        image_size=options.image_size,
+        batch_size=count,
+        device="cpu",
+        workers=0,
+        seed=options.seed,
+        loader=options.loader,
+    )
+    views = torch.cat(next(iter(loader)))
+    mean, std = (torch.tensor(values).view(1, 3, 1, 1) for values in (IMAGENET_MEAN, IMAGENET_STD))
+    try:
+        save_image((views * std + mean).clamp(0, 1), options.out, nrow=count)
+    except (OSError, ValueError) as error:
+        raise UsageError(f"--out {options.out} cannot be written ({error}); give a name such as views.png") from None
+    print(f"{options.out}: {count} images of {source.name}, first views above second ones")
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Entry point."""
+    contact_sheet(_cli.parse(Options, argv, prog="python -m fastrm.data"))
+
+
+if __name__ == "__main__":
+    _cli.run(main)
