@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from scipy import stats
 from torch import Tensor
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as F
 
 from fastrm.data import augmentation, batched
+from fastrm.data.__main__ import main
 from fastrm.data.augmentation import View
 from fastrm.data.draws import Draws, batch_generator, draw
+from fastrm.errors import UsageError
 from tests.conftest import natural_pictures
 
 # torchvision resizes bytes in fixed point and rounds to them: half a step of 255 at most, a quarter on average.
@@ -158,3 +162,11 @@ def test_crops_lie_inside_the_strangest_pictures() -> None:
         assert (torch.stack([height, width]) >= 1).all()
         assert (top + height <= heights).all()
         assert (left + width <= widths).all()
+
+
+def test_the_contact_sheet(tmp_path: Path) -> None:
+    main(["--data", "digits", "--image-size", "32", "--images", "4", "--out", str(tmp_path / "views.png")])
+    with Image.open(tmp_path / "views.png") as sheet:
+        assert sheet.size == (4 * 34 + 2, 2 * 34 + 2)
+    with pytest.raises(UsageError, match=r"--out .*views\.xyz cannot be written"):
+        main(["--data", "digits", "--image-size", "32", "--out", str(tmp_path / "views.xyz")])
