@@ -61,7 +61,7 @@ def broken(pictures: Path, tmp_path: Path) -> Path:
     for path in sound:
         (tmp_path / path.name).write_bytes(path.read_bytes())
     content = sound[0].read_bytes()
-    (tmp_path / "cut.jpg").write_bytes(content[: len(content) // 2])
+    (tmp_path / "cut.jpg").write_bytes(content[:-60])  # within the picture, behind its header
     (tmp_path / "empty.jpg").write_bytes(b"")
     (tmp_path / "text.png").write_text("not a picture")
     (tmp_path / "header.png").write_bytes(

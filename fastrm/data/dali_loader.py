@@ -27,7 +27,7 @@ from fastrm.data.draws import BatchSampler, Draws, Sample, as_sizes, batch_gener
 from fastrm.data.sources import FileImages, decode
 
 _ORIENTATION = 0x0112
-# How a file ends that was not cut off: DALI would fill up the rest of a picture, and say nothing.
+# How a file ends that was not cut off: one that was would stop DALI, without its name.
 _ENDS = {"JPEG": b"\xff\xd9", "PNG": b"IEND\xaeB`\x82"}
 
 _AHEAD = 2  # batches that are read and cropped while one is in use
