@@ -12,10 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import _blocked
+from . import _blocked, _sweep
 from ._dispatch import compute_dtype
 
-BACKENDS: dict[str, Callable[..., tuple[Tensor, Tensor]]] = {"cpu": _blocked.losses}
+BACKENDS: dict[str, Callable[..., tuple[Tensor, Tensor]]] = {
+    "cpu": _blocked.losses,
+    "triton": _sweep.losses,
+}
 
 
 def _compute(

@@ -7,7 +7,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from . import reference
+from . import _push, reference
 from ._dispatch import check_no_grad, check_rows, choose
 
 
@@ -21,7 +21,7 @@ def _enqueue_fake(queue: Tensor, pointer: Tensor, keys: Tensor, backend: str) ->
     pass
 
 
-_BACKENDS = {"cpu": reference.enqueue_}
+_BACKENDS = {"cpu": reference.enqueue_, "triton": _push.enqueue_}
 _ENQUEUE = {"reference": reference.enqueue_} | {backend: partial(_enqueue, backend=backend) for backend in _BACKENDS}
 
 
