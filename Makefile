@@ -1,0 +1,37 @@
+# The environment is made once, in .venv, and made again when what it installs changes.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+
+.PHONY: install demo test check format bench clean
+
+install: $(VENV)/installed
+
+$(VENV)/installed: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet --editable '.[test,bench]'
+	touch $@
+
+demo: install
+	$(BIN)/python -m fastrm.train --data digits --arch test_resnet --image-size 32 --batch-size 128 \
+		--epochs 20 --teacher-momentum 0.9 --eval-every 5 --log-every 20 --resume never --out runs/demo
+	$(BIN)/python -m fastrm.evaluate --checkpoint runs/demo --knn --gap
+
+test: install
+	$(BIN)/python -m pytest tests
+
+check: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: install
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: install
+	$(BIN)/python -m pytest benchmarks --benchmark-only
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

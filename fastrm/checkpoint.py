@@ -1,0 +1,135 @@
+"""Files that appear whole or not at all, and the checkpoint that a run resumes from."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+from fastrm.config import Config, flag
+from fastrm.errors import UsageError
+
+NAME = "checkpoint.pt"
+FORMAT = 1
+
+# Settings that may differ between a run and its continuation, since they do not change what is learned.
+FREE_ON_RESUME = frozenset(
+    {"max_steps", "log_every", "eval_every", "checkpoint_every", "out", "resume", "recipe"}
+    | {"device", "compile", "channels_last", "kernels", "loader", "workers", "data_root"}
+)
+
+
+class Stateful(Protocol):
+    """Modules, optimizers and scalers."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state."""
+
+    def load_state_dict(self, state_dict: Any, /) -> Any:
+        """Take a state over."""
+
+
+def write_whole(path: Path, write: Callable[[Path], object]) -> None:
+    """Let ``write`` fill a file beside ``path``, and give it that name once it is safely on the disk."""
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        write(partial)
+        with open(partial, "rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Write a JSON file, whole."""
+    write_whole(path, lambda partial: partial.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8"))
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read what :func:`write_json` wrote."""
+    content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return content
+
+
+def locate(path: Path) -> Path:
+    """Return the checkpoint that a run folder or a file stands for.
+
+    Raises:
+        UsageError: there is none.
+    """
+    found = path / NAME if path.is_dir() else path
+    if not found.is_file():
+        raise UsageError(f"{path} has no {NAME}" if path.is_dir() else f"{path} does not exist")
+    return found
+
+
+def load(path: Path) -> dict[str, Any]:
+    """Read a checkpoint onto the CPU. Only plain data is read: no code in the file can run.
+
+    Raises:
+        UsageError: there is no such file, or it is damaged or not a checkpoint of fastrm.
+    """
+    found = locate(path)
+    try:
+        state = torch.load(found, map_location="cpu", weights_only=True)
+    except (OSError, EOFError, RuntimeError, ValueError, KeyError, pickle.UnpicklingError) as error:
+        first_line = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UsageError(f"{found} cannot be read as a checkpoint: {first_line[:200]}") from None
+    if not isinstance(state, dict) or state.get("format") != FORMAT:
+        raise UsageError(f"{found} is not a checkpoint of this version of fastrm")
+    return state
+
+
+def save(out: Path, config: Config, step: int, **parts: Stateful) -> None:
+    """Write the checkpoint of a run folder: all that an exact resume needs.
+
+    Loaders need nothing: their batches follow from the seed and the step.
+
+    Args:
+        out: the run folder.
+        config: settings of the run, resolved.
+        step: optimizer steps that are done.
+        parts: what has a state, by name.
+    """
+    random = {"cpu": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        random["cuda"] = torch.cuda.get_rng_state()
+    states = {name: part.state_dict() for name, part in parts.items()}
+    state = {"format": FORMAT, "config": config.flat(), "step": step, "random": random, **states}
+    write_whole(out / NAME, lambda partial: torch.save(state, partial))
+
+
+def resume(config: Config, out: Path, **parts: Stateful) -> int:
+    """Load the checkpoint that ``--resume`` asks for into ``parts`` and return the steps that are done; 0 without one.
+
+    Raises:
+        UsageError: there is no such checkpoint, it is damaged, or it is of a run with other settings.
+    """
+    wish, own = config.run.resume, out / NAME
+    if wish == "never" or (wish == "auto" and not own.is_file()):
+        return 0
+    path = own if wish == "auto" else locate(Path(wish))
+    if own.is_file() and not own.samefile(path):
+        raise UsageError(f"--resume {wish} would overwrite the run in --out {out}; choose another --out")
+    state = load(path)
+    then, now = state["config"], config.flat()
+    changed = [name for name in now if name not in FREE_ON_RESUME and then.get(name) != now[name]]
+    if changed:
+        differences = "; ".join(f"{flag(name)} was {then.get(name)}, is {now[name]}" for name in changed)
+        raise UsageError(f"{path} is of other settings: {differences}. Use its own, another --out, or --resume never")
+    try:
+        for name, part in parts.items():
+            part.load_state_dict(state[name])
+    except (RuntimeError, ValueError, KeyError) as error:
+        raise UsageError(f"{path} does not fit its own settings: {str(error).splitlines()[0]}") from None
+    torch.set_rng_state(state["random"]["cpu"])
+    if torch.cuda.is_available() and "cuda" in state["random"]:
+        torch.cuda.set_rng_state(state["random"]["cuda"])
+    step: int = state["step"]
+    return step

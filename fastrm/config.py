@@ -1,0 +1,426 @@
+"""Every setting of a run: one frozen dataclass tree, whose leaves are the command line's flags, and the named recipes.
+
+The leaves' names are unique across the groups, so that a recipe, a flag or a keyword of :func:`build` needs no group.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+from fastrm.errors import UsageError
+
+MethodName = Literal["mocov3", "mocov2", "byol", "densecl"]
+ResidualPlace = Literal["output", "projector", "backbone"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class InputConfig:
+    """The images and how they are read."""
+
+    data: str = ""
+    """digits, fashion-mnist, cifar10, cifar100, stl10, synthetic, or a folder:
+    train/CLASS/… with optional val/CLASS/…, CLASS/…, or images at any depth without labels."""
+    data_root: Path | None = None
+    """Where a named set lies or is downloaded to; unset: ~/.cache/fastrm.
+    For fashion-mnist a folder with the four IDX files, plain or gzip, serves."""
+    image_size: int = 224
+    """Side of the square views, in pixels."""
+    crop_min: float = 0.2
+    """Smallest share of the picture's area that a random crop takes."""
+    batch_size: int | None = None
+    """Images an optimizer step, over all processes; unset: 256 a process."""
+    loader: Literal["auto", "dali", "torch", "memory"] = "auto"
+    """What reads and augments the images."""
+    workers: int | None = None
+    """Loader processes a training process, 0 for none; unset: as many as cores, at most 8."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """The backbone."""
+
+    arch: str = "resnet50"
+    """Any image backbone of timm, by name."""
+    stem: Literal["auto", "imagenet", "small"] = "auto"
+    """First layers of a ResNet: as published, or small (3x3 at stride 1, no max-pool).
+    auto: small at 64 pixels and below."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MethodConfig:
+    """The momentum method, its heads, and the residual term."""
+
+    method: MethodName = "mocov3"
+    """The method whose loss between two views is trained."""
+    residual_weight: float = 1.0
+    """Weight of the residual term, student to teacher on the same view; 0 is the plain method."""
+    residual_at: ResidualPlace = "output"
+    """Where the residual term is taken: at what the method's loss uses, behind the projector, or the backbone."""
+    residual_warmup_epochs: float = 0.0
+    """Epochs over which the residual weight grows linearly from 0."""
+    teacher_momentum: float = 0.99
+    """Momentum of the teacher at the start; a cosine leads from it to --teacher-momentum-end."""
+    teacher_momentum_end: float = 1.0
+    """Momentum of the teacher at the end of the run."""
+    temperature: float = 1.0
+    """Temperature of the contrastive loss (not used by byol)."""
+    queue_size: int = 65536
+    """Keys held as negatives (mocov2 and densecl)."""
+    symmetric: bool = False
+    """mocov2: score both directions, each against a queue of its own, and average."""
+    dense_weight: float = 0.5
+    """densecl: share of the dense loss; the global one gets the rest."""
+    hidden_dim: int = 4096
+    """Hidden width of the projector."""
+    output_dim: int = 256
+    """Width of the projector's and the predictor's output."""
+    predictor_hidden_dim: int = 4096
+    """Hidden width of the predictor (mocov3 and byol)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimConfig:
+    """The optimizer, its schedule, and the length of the run."""
+
+    epochs: int = 100
+    """Passes over the images; all schedules span them."""
+    max_steps: int | None = None
+    """Stop after this many optimizer steps; the schedules still span --epochs, so that a later resume goes on."""
+    optimizer: Literal["lars", "sgd", "adamw"] = "lars"
+    """lars: tensors of one dimension or none get no decay and no scaling. adamw: they get no decay."""
+    lr: float = 0.6
+    """Peak learning rate for a batch of 256; it is scaled by batch / 256. A cosine leads from it to 0."""
+    weight_decay: float = 1e-6
+    """Weight decay."""
+    trust_coefficient: float = 0.001
+    """lars: ratio of an update's norm to its weight's norm, before the learning rate."""
+    warmup_epochs: float = 10.0
+    """Epochs over which the learning rate grows linearly.
+    Where --epochs is less than the recipe's, the default is at most a tenth of it."""
+    warmup_start_lr: float = 0.0
+    """Learning rate (for a batch of 256) at which the warm-up starts."""
+    accumulate: int = 1
+    """Micro-batches an optimizer step; each has batch-size / accumulate images and is contrasted within itself."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DeviceConfig:
+    """What computes, and in which precision."""
+
+    device: Literal["auto", "cuda", "cpu"] = "auto"
+    """auto: the GPU if there is one."""
+    precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
+    """Precision of the networks' layers; weights, teacher and losses are in float32 always.
+    auto: bf16 on a GPU that has it, fp16 with loss scaling on one that has not, fp32 on the CPU."""
+    compile: bool = False
+    """Compile the student and the teacher with torch.compile."""
+    channels_last: bool = True
+    """Keep images and convolution weights in channels-last order."""
+    kernels: Literal["auto", "triton", "cpu", "reference"] = "auto"
+    """Backend of fastrm.kernels."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """What is logged, kept and repeated."""
+
+    recipe: str | None = None
+    """A named set of defaults, which flags override; RECIPES in fastrm/config.py lists them."""
+    seed: int = 0
+    """Seed of everything random; on the CPU the same seed gives the same bits."""
+    log_every: int = 50
+    """Steps between two logged ones; the first and the last are always logged."""
+    eval_every: int = 10
+    """Epochs between two kNN evaluations, besides the one at the end; 0: never."""
+    checkpoint_every: int | None = None
+    """Steps between two checkpoints, besides the one at the end; unset: an epoch."""
+    out: Path | None = None
+    """Folder that the run is written to; unset: runs/DATA-METHOD-ARCH."""
+    resume: str = "auto"
+    """auto: continue the run that is in --out. never: start anew, in its place.
+    Or a checkpoint or run folder to continue from."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """Pre-train an image backbone with a momentum method and residual momentum."""
+
+    input: InputConfig = field(default_factory=InputConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    method: MethodConfig = field(default_factory=MethodConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    device: DeviceConfig = field(default_factory=DeviceConfig)
+    run: RunConfig = field(default_factory=RunConfig)
+
+    def flat(self) -> dict[str, Any]:
+        """All leaves by name, with paths as text: what config.json holds."""
+        groups = (getattr(self, group.name) for group in dataclasses.fields(self))
+        leaves = {leaf.name: getattr(group, leaf.name) for group in groups for leaf in dataclasses.fields(group)}
+        return {name: str(value) if isinstance(value, Path) else value for name, value in leaves.items()}
+
+    def replace(self, **leaves: Any) -> Config:
+        """Return a copy with some leaves changed, whatever group they are in.
+
+        Raises:
+            UsageError: no leaf has that name.
+        """
+        groups = {}
+        for group in dataclasses.fields(self):
+            value = getattr(self, group.name)
+            own = {leaf.name: leaves.pop(leaf.name) for leaf in dataclasses.fields(value) if leaf.name in leaves}
+            groups[group.name] = dataclasses.replace(value, **own)
+        if leaves:
+            raise UsageError(f"unknown settings: {', '.join(sorted(leaves))}")
+        return Config(**groups)
+
+
+# Published settings. ImageNet: the official MoCo, MoCo-v3 and DenseCL repositories; CIFAR-100 and ImageNet-100:
+# solo-learn; BYOL on ImageNet: Grill et al., arXiv 2006.07733, with their batch of 4096. All heads in the order
+# hidden, output, predictor's hidden.
+_MOCOV3 = {
+    "method": "mocov3",
+    "arch": "resnet50",
+    "batch_size": 4096,
+    "optimizer": "lars",
+    "weight_decay": 1e-6,
+    "trust_coefficient": 0.001,
+    "warmup_epochs": 10.0,
+    "teacher_momentum": 0.99,
+    "teacher_momentum_end": 1.0,
+    "temperature": 1.0,
+    "hidden_dim": 4096,
+    "output_dim": 256,
+    "predictor_hidden_dim": 4096,
+    "crop_min": 0.2,
+}
+_MOCOV2 = {
+    "method": "mocov2",
+    "arch": "resnet50",
+    "batch_size": 256,
+    "optimizer": "sgd",
+    "lr": 0.03,
+    "weight_decay": 1e-4,
+    "warmup_epochs": 0.0,
+    "teacher_momentum": 0.999,
+    "teacher_momentum_end": 0.999,
+    "temperature": 0.2,
+    "queue_size": 65536,
+    "hidden_dim": 2048,
+    "output_dim": 128,
+    "crop_min": 0.2,
+}
+_SOLO = {"arch": "resnet18", "batch_size": 256, "warmup_epochs": 10.0, "warmup_start_lr": 3e-5, "output_dim": 256}
+_SOLO_CIFAR = {**_SOLO, "epochs": 1000, "data": "cifar100", "image_size": 32, "crop_min": 0.2}
+_SOLO_IN100 = {**_SOLO, "epochs": 400, "crop_min": 0.08}
+_SOLO_LARS = {"optimizer": "lars", "trust_coefficient": 0.02, "teacher_momentum": 0.99, "teacher_momentum_end": 1.0}
+_SOLO_MOCOV3 = {
+    **_SOLO_LARS,
+    "method": "mocov3",
+    "lr": 0.3,
+    "weight_decay": 1e-6,
+    "temperature": 0.2,
+    "hidden_dim": 4096,
+    "predictor_hidden_dim": 4096,
+}
+_SOLO_MOCOV2 = {
+    "method": "mocov2",
+    "symmetric": True,
+    "optimizer": "sgd",
+    "lr": 0.3,
+    "weight_decay": 1e-4,
+    "temperature": 0.2,
+    "teacher_momentum": 0.99,
+    "teacher_momentum_end": 0.999,
+    "hidden_dim": 2048,
+}
+_SOLO_BYOL = {**_SOLO_LARS, "method": "byol", "hidden_dim": 4096}
+
+RECIPES: dict[str, dict[str, Any]] = {
+    "mocov3-r50-100ep": {**_MOCOV3, "epochs": 100, "lr": 0.6},
+    "mocov3-r50-300ep": {**_MOCOV3, "epochs": 300, "lr": 0.3},
+    "mocov3-r50-1000ep": {**_MOCOV3, "epochs": 1000, "lr": 0.3, "weight_decay": 1.5e-6, "teacher_momentum": 0.996},
+    "mocov3-vits-300ep": {
+        **_MOCOV3,
+        "arch": "vit_small_patch16_224",
+        "epochs": 300,
+        "optimizer": "adamw",
+        "lr": 1.5e-4,
+        "weight_decay": 0.1,
+        "warmup_epochs": 40.0,
+        "temperature": 0.2,
+    },
+    "mocov2-r50-200ep": {**_MOCOV2, "epochs": 200},
+    "densecl-r50-coco-800ep": {**_MOCOV2, "method": "densecl", "epochs": 800, "lr": 0.3, "dense_weight": 0.5},
+    "byol-r50-300ep": {
+        **_MOCOV3,
+        "method": "byol",
+        "epochs": 300,
+        "lr": 0.3,
+        "crop_min": 0.08,
+    },
+    "mocov3-r18-cifar100-1000ep": {**_SOLO_CIFAR, **_SOLO_MOCOV3},
+    "mocov2-r18-cifar100-1000ep": {**_SOLO_CIFAR, **_SOLO_MOCOV2, "queue_size": 32768},
+    "byol-r18-cifar100-1000ep": {
+        **_SOLO_CIFAR,
+        **_SOLO_BYOL,
+        "lr": 1.0,
+        "weight_decay": 1e-5,
+        "predictor_hidden_dim": 4096,
+    },
+    "mocov3-r18-imagenet100-400ep": {**_SOLO_IN100, **_SOLO_MOCOV3},
+    "mocov2-r18-imagenet100-400ep": {**_SOLO_IN100, **_SOLO_MOCOV2, "queue_size": 65536},
+    "byol-r18-imagenet100-400ep": {
+        **_SOLO_IN100,
+        **_SOLO_BYOL,
+        "lr": 0.5,
+        "weight_decay": 1e-6,
+        "predictor_hidden_dim": 8192,
+    },
+}
+
+# What a run uses when it names no recipe: the method's published settings, with 256 images a process.
+_UNNAMED = {
+    "mocov3": "mocov3-r50-100ep",
+    "mocov2": "mocov2-r50-200ep",
+    "byol": "byol-r50-300ep",
+    "densecl": "densecl-r50-coco-800ep",
+}
+
+
+def defaults(
+    *, recipe: str | None = None, method: str | None = None, arch: str | None = None, epochs: int | None = None
+) -> Config:
+    """The settings that hold where no flag says otherwise, given the flags that choose them.
+
+    Raises:
+        UsageError: there is no such recipe or method.
+    """
+    if recipe is not None and recipe not in RECIPES:
+        raise UsageError(f"--recipe {recipe} is unknown; choose one of {', '.join(RECIPES)}")
+    if method is not None and method not in _UNNAMED:
+        raise UsageError(f"--method {method} is unknown; choose one of {', '.join(_UNNAMED)}")
+    if recipe is not None:
+        values = dict(RECIPES[recipe])
+    else:
+        vit = (arch or "").startswith("vit_") and method in (None, "mocov3")
+        values = dict(RECIPES["mocov3-vits-300ep" if vit else _UNNAMED[method or "mocov3"]])
+        del values["batch_size"]
+    if epochs is not None and epochs < values["epochs"]:
+        values["warmup_epochs"] = min(values["warmup_epochs"], epochs / 10)
+    return Config().replace(recipe=recipe, **values)
+
+
+def build(**leaves: Any) -> Config:
+    """Return the settings of a run from Python, as the command line would: recipe first, then what is given here.
+
+    >>> build(data="digits", arch="test_resnet", image_size=32, epochs=12).optim.warmup_epochs
+    1.2
+    """
+    chosen = {name: leaves[name] for name in ("recipe", "method", "arch", "epochs") if name in leaves}
+    config = defaults(**chosen).replace(**leaves)
+    validate(config)
+    return config
+
+
+def from_flat(leaves: Mapping[str, Any]) -> Config:
+    """Rebuild the settings that :meth:`Config.flat` wrote down.
+
+    Raises:
+        UsageError: a setting is unknown or out of range.
+    """
+    paths = {name: Path(leaves[name]) for name in ("data_root", "out") if leaves.get(name) is not None}
+    config = Config().replace(**{**leaves, **paths})
+    validate(config)
+    return config
+
+
+# name: (lowest, highest, whether the lowest itself is left out)
+_RANGES: Mapping[str, tuple[float, float, bool]] = {
+    "image_size": (8, 4096, False),
+    "crop_min": (0, 1, True),
+    "batch_size": (2, math.inf, False),
+    "workers": (0, 256, False),
+    "residual_weight": (0, math.inf, False),
+    "residual_warmup_epochs": (0, math.inf, False),
+    "teacher_momentum": (0, 1, False),
+    "teacher_momentum_end": (0, 1, False),
+    "temperature": (0, math.inf, True),
+    "queue_size": (1, math.inf, False),
+    "dense_weight": (0, 1, False),
+    "hidden_dim": (1, math.inf, False),
+    "output_dim": (1, math.inf, False),
+    "predictor_hidden_dim": (1, math.inf, False),
+    "epochs": (1, math.inf, False),
+    "max_steps": (1, math.inf, False),
+    "lr": (0, math.inf, True),
+    "weight_decay": (0, math.inf, False),
+    "trust_coefficient": (0, math.inf, True),
+    "warmup_epochs": (0, math.inf, False),
+    "warmup_start_lr": (0, math.inf, False),
+    "accumulate": (1, math.inf, False),
+    "seed": (0, 2**63 - 1, False),
+    "log_every": (1, math.inf, False),
+    "eval_every": (0, math.inf, False),
+    "checkpoint_every": (1, math.inf, False),
+}
+
+
+def flag(name: str) -> str:
+    """Spell a leaf as its command-line flag."""
+    return "--" + name.replace("_", "-")
+
+
+def validate(config: Config) -> None:
+    """Check everything that can be checked without the data, the machine or the network.
+
+    Raises:
+        UsageError: names the flag, its value and what is right.
+    """
+    values = config.flat()
+    if not values["data"]:
+        raise UsageError("--data is missing; give a folder of images, or a named set such as digits")
+    for name, (low, high, open_low) in _RANGES.items():
+        value = values[name]
+        if value is None:
+            continue
+        if not (math.isfinite(value) and (value > low if open_low else value >= low) and value <= high):
+            wanted = f"above {low:g}" if open_low else f"at least {low:g}"
+            raise UsageError(
+                f"{flag(name)} {value} is out of range; it must be {wanted}"
+                + (f" and at most {high:g}" if high < math.inf else "")
+            )
+    for group in dataclasses.fields(config):
+        for name, kind in get_type_hints(type(getattr(config, group.name))).items():
+            if get_origin(kind) is Literal and values[name] not in get_args(kind):
+                raise UsageError(f"{flag(name)} {values[name]} is unknown; choose one of {', '.join(get_args(kind))}")
+    optim = config.optim
+    if optim.warmup_epochs >= optim.epochs:
+        raise UsageError(
+            f"--warmup-epochs {optim.warmup_epochs:g} must be less than --epochs {optim.epochs}, which includes it"
+        )
+    if config.method.teacher_momentum > config.method.teacher_momentum_end:
+        raise UsageError(
+            f"--teacher-momentum {config.method.teacher_momentum} must not be above --teacher-momentum-end "
+            f"{config.method.teacher_momentum_end}"
+        )
+
+
+def resolved(config: Config, processes: int) -> Config:
+    """Return the settings with the batch size filled in.
+
+    Raises:
+        UsageError: the batch does not divide into processes and micro-batches of two images or more.
+    """
+    batch = config.input.batch_size or 256 * processes
+    parts = processes * config.optim.accumulate
+    if batch % parts or batch < 2 * parts:
+        raise UsageError(
+            f"--batch-size {batch} must be a multiple of {parts} ({processes} processes times --accumulate "
+            f"{config.optim.accumulate}), and at least twice that for BatchNorm"
+        )
+    return config.replace(batch_size=batch)

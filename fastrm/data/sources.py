@@ -1,0 +1,299 @@
+"""Where images come from: the three folder layouts and the named sets, as pictures and, where there are any, labels."""
+
+from __future__ import annotations
+
+import gzip
+import os
+import struct
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageOps
+
+from fastrm.errors import UsageError
+
+NAMED = ("digits", "fashion-mnist", "cifar10", "cifar100", "stl10", "synthetic")
+ENDINGS = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".ppm", ".pgm"})
+
+
+class ArrayImages:
+    """Images held in memory.
+
+    Args:
+        pixels: uint8 [N, H, W] (gray) or [N, H, W, 3] (RGB).
+        labels: int64 [N], or None.
+    """
+
+    def __init__(self, pixels: NDArray[np.uint8], labels: NDArray[np.int64] | None) -> None:
+        self.pixels = pixels
+        self.labels = labels
+
+    def __len__(self) -> int:
+        return len(self.pixels)
+
+    def __getitem__(self, index: int) -> Image.Image:
+        return Image.fromarray(self.pixels[index]).convert("RGB")
+
+    def subset(self, indices: NDArray[np.int64]) -> ArrayImages:
+        """Return the images at ``indices``."""
+        return ArrayImages(self.pixels[indices], None if self.labels is None else self.labels[indices])
+
+
+class FileImages:
+    """Images in files, decoded when they are asked for.
+
+    A file that cannot be decoded is named in a warning, once a process, and the next readable one takes its place.
+
+    Args:
+        paths: N files.
+        labels: int64 [N], or None.
+    """
+
+    def __init__(self, paths: Sequence[Path], labels: NDArray[np.int64] | None) -> None:
+        self.paths = paths
+        self.labels = labels
+        self._unreadable: set[int] = set()
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, index: int) -> Image.Image:
+        for step in range(len(self.paths)):
+            at = (index + step) % len(self.paths)
+            if at in self._unreadable:
+                continue
+            try:
+                return decode(self.paths[at])
+            except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+                self._unreadable.add(at)
+                warnings.warn(f"left out, since it cannot be read: {self.paths[at]} ({error})", stacklevel=2)
+        raise UsageError(f"none of the {len(self.paths)} image files can be read; the first is {self.paths[0]}")
+
+    def subset(self, indices: NDArray[np.int64]) -> FileImages:
+        """Return the images at ``indices``."""
+        return FileImages([self.paths[i] for i in indices], None if self.labels is None else self.labels[indices])
+
+
+Images = ArrayImages | FileImages
+
+
+@dataclass(frozen=True, kw_only=True)
+class Source:
+    """A data set: what is trained on, and what a kNN classifier is built from and tried on."""
+
+    name: str
+    train: Images
+    """The images for pre-training; their labels are not used."""
+    bank: Images | None
+    """Labelled images that a kNN classifier looks its neighbours up in; None where there are no labels."""
+    test: Images | None
+    """Labelled images that it is tried on; none of them is in ``bank``."""
+    about: str
+    """One line for the person who starts the run."""
+
+
+def decode(path: Path) -> Image.Image:
+    """Read a picture as RGB, upright as its EXIF orientation says, 16-bit gray scaled to 8."""
+    with Image.open(path) as opened:
+        image = ImageOps.exif_transpose(opened)
+        if image.mode.startswith("I"):  # 16 bits; a plain conversion would clip everything above 255
+            return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
+        return image.convert("RGB")
+
+
+def open_source(data: str, data_root: Path | None = None) -> Source:
+    """Open a named set, or a folder in one of the three layouts.
+
+    Raises:
+        UsageError: there is no such set or folder, it holds no image, or a named set is not there and cannot be
+            downloaded.
+    """
+    root = data_root or Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "fastrm"
+    openers: dict[str, Callable[[], Source]] = {
+        "digits": _digits,
+        "synthetic": _synthetic,
+        "fashion-mnist": lambda: _fashion_mnist(root),
+        "cifar10": lambda: _cifar("CIFAR10", root),
+        "cifar100": lambda: _cifar("CIFAR100", root),
+        "stl10": lambda: _stl10(root),
+    }
+    if data in openers:
+        return openers[data]()
+    folder = Path(data).expanduser()
+    if not folder.exists():
+        raise UsageError(f"--data {data} does not exist; give a folder of images, or one of {', '.join(NAMED)}")
+    if not folder.is_dir():
+        raise UsageError(f"--data {data} is a file; give the folder that holds the images")
+    return _folder(folder)
+
+
+def _files_below(folder: Path) -> list[Path]:
+    """Image files at any depth, in a fixed order; hidden files and folders are passed over."""
+    found = []
+    for base, folders, files in os.walk(folder, followlinks=True):
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        found += [
+            Path(base, name)
+            for name in sorted(files)
+            if not name.startswith(".") and os.path.splitext(name)[1].lower() in ENDINGS
+        ]
+    return found
+
+
+def _labelled(folder: Path, classes: Sequence[str] | None = None) -> tuple[FileImages, list[str]]:
+    """Images below ``folder``, labelled by its subfolders if they are two or more that hold all the images."""
+    paths = _files_below(folder)
+    tops = [path.relative_to(folder).parts[0] if path.parent != folder else "" for path in paths]
+    found = sorted(set(tops))
+    if len(found) < 2 or "" in found:
+        return FileImages(paths, None), []
+    known = list(classes or found)
+    if unknown := set(found) - set(known):
+        raise UsageError(
+            f"--data: {folder} has classes that the training images have not: {', '.join(sorted(unknown))}"
+        )
+    return FileImages(paths, np.array([known.index(top) for top in tops], dtype=np.int64)), known
+
+
+def _folder(folder: Path) -> Source:
+    base = folder / "train" if (folder / "train").is_dir() else folder
+    train, classes = _labelled(base)
+    if len(train) == 0:
+        raise UsageError(f"--data {folder} holds no image; looked below {base} for {', '.join(sorted(ENDINGS))}")
+    name = folder.resolve().name or "data"
+    about = f"{len(train):,} images in {base}"
+    if not classes:
+        return Source(name=name, train=train, bank=None, test=None, about=f"{about}, without labels")
+    about += f", {len(classes)} classes"
+    if base != folder and (folder / "val").is_dir():
+        test, _ = _labelled(folder / "val", classes)
+        if test.labels is not None:
+            return Source(name=name, train=train, bank=train, test=test, about=f"{about}; {len(test):,} for validation")
+    bank, test_part = _held_out(train)
+    return Source(
+        name=name,
+        train=train,
+        bank=bank,
+        test=test_part,
+        about=f"{about}; without a val folder, kNN is tried on a tenth of them and looks up the rest",
+    )
+
+
+def _held_out(images: FileImages) -> tuple[FileImages, FileImages]:
+    """Split labelled images into nine tenths and a tenth, the same way every time."""
+    order = np.random.default_rng(0).permutation(len(images))
+    held = max(1, len(images) // 10)
+    return images.subset(np.sort(order[held:])), images.subset(np.sort(order[:held]))
+
+
+def _arrays(name: str, train: ArrayImages, test: ArrayImages) -> Source:
+    shape = "x".join(map(str, train.pixels.shape[1:3]))
+    about = f"{name}: {len(train):,} images of {shape} pixels; {len(test):,} for validation"
+    return Source(name=name, train=train, bank=train, test=test, about=about)
+
+
+def _digits() -> Source:
+    from sklearn.datasets import load_digits
+
+    bunch = load_digits()
+    pixels = np.round(bunch.images * (255 / 16)).astype(np.uint8)
+    order = np.random.default_rng(0).permutation(len(pixels))
+    every = ArrayImages(pixels, bunch.target.astype(np.int64))
+    return _arrays("digits", every.subset(order[360:]), every.subset(order[:360]))
+
+
+def _synthetic() -> Source:
+    """Coloured gratings of ten orientations, for tries of speed and set-up; made, not read."""
+    rng = np.random.default_rng(0)
+    y, x = np.mgrid[0:64, 0:64]
+
+    def make(count: int) -> ArrayImages:
+        labels = rng.integers(0, 10, count)
+        angle = labels * (np.pi / 10) + rng.normal(0, 0.05, count)
+        phase, frequency = rng.uniform(0, 2 * np.pi, count), rng.uniform(0.3, 0.6, count)
+        across = np.cos(angle)[:, None, None] * x + np.sin(angle)[:, None, None] * y
+        wave = np.sin(frequency[:, None, None] * across + phase[:, None, None])
+        colour = rng.uniform(40, 120, (count, 1, 1, 3))
+        pixels = 128 + wave[..., None] * colour + rng.normal(0, 8, (count, 64, 64, 3))
+        return ArrayImages(np.clip(pixels, 0, 255).astype(np.uint8), labels.astype(np.int64))
+
+    return _arrays("synthetic", make(2048), make(256))
+
+
+def _read_idx(path: Path) -> NDArray[np.uint8]:
+    """Read an IDX file of bytes, plain or gzip (the format is described on the MNIST page of Y. LeCun)."""
+    with gzip.open(path) if path.suffix == ".gz" else open(path, "rb") as file:
+        zero, kind, ndim = struct.unpack(">HBB", file.read(4))
+        if zero != 0 or kind != 8:
+            raise UsageError(f"--data-root: {path} is not an IDX file of bytes")
+        shape = struct.unpack(f">{ndim}I", file.read(4 * ndim))
+        return np.frombuffer(bytearray(file.read()), dtype=np.uint8).reshape(shape)
+
+
+def _fashion_mnist(root: Path) -> Source:
+    def locate() -> Path | None:
+        for folder in (root, root / "FashionMNIST" / "raw"):
+            if any((folder / f"train-images-idx3-ubyte{end}").is_file() for end in ("", ".gz")):
+                return folder
+        return None
+
+    folder = locate()
+    if folder is None:
+        from torchvision.datasets import FashionMNIST
+
+        _downloaded("fashion-mnist", root, lambda: FashionMNIST(str(root), download=True))
+        folder = locate()
+    assert folder is not None
+
+    def part(prefix: str) -> ArrayImages:
+        arrays = []
+        for name in (f"{prefix}-images-idx3-ubyte", f"{prefix}-labels-idx1-ubyte"):
+            found = [folder / f"{name}{end}" for end in ("", ".gz") if (folder / f"{name}{end}").is_file()]
+            if not found:
+                raise UsageError(f"--data-root: {folder} has no {name}, plain or .gz")
+            try:
+                arrays.append(_read_idx(found[0]))
+            except (OSError, EOFError, struct.error, ValueError) as error:
+                raise UsageError(f"--data-root: {found[0]} cannot be read ({error})") from None
+        return ArrayImages(arrays[0], arrays[1].astype(np.int64))
+
+    return _arrays("fashion-mnist", part("train"), part("t10k"))
+
+
+def _downloaded(name: str, root: Path, get: Callable[[], object]) -> object:
+    """Open a torchvision set, downloading it where it is not there yet."""
+    try:
+        return get()
+    except (OSError, RuntimeError) as error:
+        raise UsageError(
+            f"--data {name} is not in {root} and cannot be downloaded ({type(error).__name__}); "
+            "give the folder that holds it with --data-root"
+        ) from None
+
+
+def _cifar(kind: str, root: Path) -> Source:
+    from torchvision import datasets
+
+    def part(train: bool) -> ArrayImages:
+        opened = _downloaded(kind.lower(), root, lambda: getattr(datasets, kind)(str(root), train=train, download=True))
+        return ArrayImages(opened.data, np.asarray(opened.targets, dtype=np.int64))  # type: ignore[attr-defined]
+
+    return _arrays(kind.lower(), part(True), part(False))
+
+
+def _stl10(root: Path) -> Source:
+    from torchvision.datasets import STL10
+
+    def part(split: str) -> ArrayImages:
+        opened = _downloaded("stl10", root, lambda: STL10(str(root), split=split, download=True))
+        pixels = np.ascontiguousarray(opened.data.transpose(0, 2, 3, 1))  # type: ignore[attr-defined]
+        return ArrayImages(pixels, opened.labels.astype(np.int64))  # type: ignore[attr-defined]
+
+    labelled, test = part("train"), part("test")
+    train = ArrayImages(part("train+unlabeled").pixels, None)
+    about = f"stl10: {len(train):,} images of 96x96 pixels, {len(labelled):,} with labels; {len(test):,} for validation"
+    return Source(name="stl10", train=train, bank=labelled, test=test, about=about)

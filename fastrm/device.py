@@ -1,0 +1,77 @@
+"""What ``auto`` stands for on this machine."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+
+from fastrm.errors import UsageError
+
+
+def choose_device(wanted: str) -> torch.device:
+    """``auto`` is the GPU if there is one.
+
+    Raises:
+        UsageError: a GPU is asked for and there is none.
+    """
+    if wanted == "auto":
+        wanted = "cuda" if torch.cuda.is_available() else "cpu"
+    if wanted == "cuda" and not torch.cuda.is_available():
+        raise UsageError(f"--device cuda cannot be used: {why_no_gpu()}; use --device cpu")
+    return torch.device(wanted)
+
+
+def why_no_gpu() -> str:
+    """Say why torch has no CUDA device."""
+    if torch.version.cuda is None:
+        return "this torch was built without CUDA"
+    return "torch finds no CUDA device"
+
+
+def choose_precision(wanted: str, device: torch.device) -> str:
+    """``auto`` is bf16 on a GPU that has it, fp16 on one that has not, fp32 on the CPU.
+
+    Raises:
+        UsageError: the device cannot compute in the precision that is asked for.
+    """
+    if device.type == "cpu":
+        if wanted == "fp16":
+            raise UsageError("--precision fp16 needs a GPU; on the CPU use fp32 or bf16")
+        return "fp32" if wanted == "auto" else wanted
+    has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
+    if wanted == "bf16" and not has_bf16:
+        raise UsageError(f"--precision bf16: {torch.cuda.get_device_name(device)} does not have it; use fp16 or fp32")
+    if wanted == "auto":
+        return "bf16" if has_bf16 else "fp16"
+    return wanted
+
+
+def choose_kernels(wanted: str, device: torch.device) -> str | None:
+    """``auto`` leaves the backend of fastrm.kernels to the device.
+
+    Raises:
+        UsageError: the backend cannot run here.
+    """
+    if wanted == "auto":
+        return None
+    from fastrm.kernels import enqueue_
+
+    try:
+        # The operation itself knows best; one row is enough to ask.
+        enqueue_(
+            torch.zeros(1, 1, device=device),
+            torch.zeros((), dtype=torch.int64, device=device),
+            torch.ones(1, 1, device=device),
+            backend=wanted,
+        )
+    except ValueError as error:
+        raise UsageError(f"--kernels {wanted} cannot be used: {error}") from None
+    return wanted
+
+
+def available_cores() -> int:
+    """Cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1

@@ -1,0 +1,116 @@
+"""Say what this machine will use, and where something is missing, why and what to install.
+
+python -m fastrm.doctor
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import platform
+import shutil
+from collections.abc import Callable
+
+import torch
+
+import fastrm
+from fastrm import _cli
+from fastrm.device import available_cores, choose_precision, why_no_gpu
+
+
+def _device() -> str:
+    if torch.cuda.is_available():
+        names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+        return f"cuda: {', '.join(names)}"
+    return f"cpu, {available_cores()} cores: {why_no_gpu()}"
+
+
+def _precision() -> str:
+    return choose_precision("auto", torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+
+
+def _triton() -> str:
+    if importlib.util.find_spec("triton") is None:
+        return "not installed, and not needed without an NVIDIA GPU; on Linux it comes with torch"
+    version = importlib.metadata.version("triton")
+    if not torch.cuda.is_available():
+        return f"{version}, not used: {why_no_gpu()}"
+    return version
+
+
+def _kernels() -> str:
+    return "reference (plain PyTorch) for every operation; fused backends do not exist yet"
+
+
+def _loader() -> str:
+    return f"torch: torchvision transforms in {min(available_cores(), 8)} worker processes"
+
+
+def _dali() -> str:
+    for package in ("nvidia-dali-cuda130", "nvidia-dali-cuda120"):
+        if _version(package):
+            return f"{_version(package)} ({package}), not used: there is no DALI loader yet"
+    return "not installed, and not used: there is no DALI loader yet"
+
+
+def _compile() -> str:
+    compiler = next((c for c in ("g++", "clang++", "cl") if shutil.which(c)), None)
+    if compiler is None:
+        return "not usable on the CPU: there is no C++ compiler; install g++"
+    return f"usable ({compiler}), off unless --compile is given"
+
+
+def _apex() -> str:
+    if importlib.util.find_spec("apex") is None:
+        return "not installed, and not needed"
+    if importlib.util.find_spec("amp_C") is None:
+        return (
+            "not NVIDIA's: the package called apex on PyPI is something else; "
+            "pip uninstall apex, and build NVIDIA's from its repository NVIDIA/apex"
+        )
+    return "NVIDIA's, not used yet"
+
+
+def _distributed() -> str:
+    if not torch.distributed.is_available():
+        return "not in this torch"
+    backends = [
+        name
+        for name, there in (
+            ("nccl", torch.distributed.is_nccl_available()),
+            ("gloo", torch.distributed.is_gloo_available()),
+        )
+        if there
+    ]
+    return f"{', '.join(backends)} available; training in several processes is not supported yet"
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+PARTS: dict[str, Callable[[], str]] = {
+    "fastrm": lambda: f"{fastrm.__version__}, Python {platform.python_version()}, torch {torch.__version__}",
+    "device": _device,
+    "precision": _precision,
+    "kernels": _kernels,
+    "triton": _triton,
+    "loader": _loader,
+    "dali": _dali,
+    "compile": _compile,
+    "apex": _apex,
+    "distributed": _distributed,
+}
+
+
+def main() -> None:
+    """Print one line a part."""
+    for name, part in PARTS.items():
+        print(f"{name:<13}{part()}")
+
+
+if __name__ == "__main__":
+    _cli.run(main)

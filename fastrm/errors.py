@@ -1,0 +1,15 @@
+"""The one kind of error that is the user's to mend."""
+
+
+class UsageError(ValueError):
+    """A setting, a file or a data set is wrong; the message names it, its value and what would be right.
+
+    The command line prints the message alone and ends with status 2.
+    """
+
+
+class TrainingError(RuntimeError):
+    """A run cannot go on through no fault of its settings; the message says what happened and what is kept.
+
+    The command line prints the message alone and ends with status 1.
+    """

@@ -1,0 +1,37 @@
+"""The momentum methods by name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from fastrm.config import Config
+from fastrm.methods.base import Method, StepOutput
+from fastrm.methods.byol import BYOL
+from fastrm.methods.densecl import DenseCL
+from fastrm.methods.mocov2 import MoCoV2
+from fastrm.methods.mocov3 import MoCoV3
+from fastrm.models import build_backbone
+
+__all__ = ["METHODS", "Method", "StepOutput", "build_method"]
+
+METHODS: dict[str, Callable[..., Method[Any]]] = {"mocov3": MoCoV3, "mocov2": MoCoV2, "byol": BYOL, "densecl": DenseCL}
+
+
+def build_method(config: Config, *, backend: str | None = None) -> Method[Any]:
+    """Build the untrained backbone, heads and queues that a run's settings describe.
+
+    Args:
+        config: settings of the run.
+        backend: of fastrm.kernels; None chooses by device.
+
+    Raises:
+        UsageError: there is no such backbone, or it does not go with the image size, the stem or the method.
+    """
+    backbone = build_backbone(
+        config.model.arch,
+        image_size=config.input.image_size,
+        stem=config.model.stem,
+        moco_vit=config.method.method == "mocov3",
+    )
+    return METHODS[config.method.method](backbone, config.method, backend=backend)

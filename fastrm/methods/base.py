@@ -1,0 +1,209 @@
+"""What all momentum methods share: a student, its averaged teacher, and the residual term between them.
+
+    loss = the method's own loss between two views + weight * mean over views of [2 - 2 cos(student, teacher)]
+
+where student and teacher of the second term saw the *same* view. The second term is our reconstruction of residual
+momentum (Pham et al., arXiv 2211.09861) from what is public of it, not the paper's own equation.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any, Generic, NamedTuple, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from fastrm.config import MethodConfig
+from fastrm.distributed import gather_rows
+from fastrm.kernels import FeatureQueue, info_nce, residual_info_nce, residual_loss
+from fastrm.models import Backbone
+
+
+@dataclass(frozen=True)
+class Encoding:
+    """What a network says of one view; the fields are the values of ``--residual-at``."""
+
+    backbone: Tensor
+    """[B, C] pooled features."""
+    projector: Tensor
+    """[B, D] behind the projector."""
+    output: Tensor
+    """[B, D] what the method's loss uses: behind the predictor, if the student has one."""
+
+
+E = TypeVar("E", bound=Encoding)
+
+
+class StepOutput(NamedTuple):
+    """What one micro-batch gives."""
+
+    loss: Tensor
+    """0-d, with its graph."""
+    contrastive: Tensor
+    """0-d, detached: the method's own loss, with all its factors."""
+    residual: Tensor | None
+    """0-d, detached: the residual term, unweighted; None where it is neither trained nor measured."""
+    gap: Tensor | None
+    """0-d, detached: 1 - mean cosine between student and teacher output on the same view; None if not measured."""
+    keys: tuple[Tensor, ...]
+    """What each queue is to get once the optimizer has stepped."""
+
+
+class Encoder(nn.Module):
+    """Backbone and projector: the part of the student that the teacher averages."""
+
+    def __init__(self, backbone: Backbone, projector: nn.Module) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.projector = projector
+
+    def forward(self, images: Tensor) -> Encoding:
+        """[B, 3, H, W] images to an encoding whose output is the projection."""
+        pooled, _ = self.backbone(images)
+        projection = self.projector(pooled)
+        return Encoding(pooled, projection, projection)
+
+
+class Method(nn.Module, Generic[E]):
+    """A student and its teacher. A method says how it builds its heads and what its own loss is.
+
+    Attributes:
+        student, teacher: networks of one layout; the trainer averages the student's parameters into the teacher
+            after each optimizer step. The teacher's BatchNorm works in training mode with statistics of its own.
+        predictor: the student's last head, without a counterpart in the teacher; or an identity.
+        queues: rings of past keys, one a direction or kind of key; empty for methods without.
+        directions: 2 where the student sees both views, 1 where it sees only the first.
+        scale: factor of a direction's contrastive loss in the sum.
+    """
+
+    student: Any
+    teacher: Any
+
+    def __init__(
+        self,
+        encoder: nn.Module,
+        config: MethodConfig,
+        *,
+        predictor: nn.Module | None = None,
+        directions: int = 2,
+        scale: float = 1.0,
+        backend: str | None = None,
+    ) -> None:
+        super().__init__()
+        self.student = encoder
+        self.teacher = copy.deepcopy(encoder).requires_grad_(False)
+        self.predictor = predictor or nn.Identity()
+        self.queues = nn.ModuleList()
+        self.directions = directions
+        self.scale = scale
+        self.backend = backend
+        self.temperature = config.temperature
+        self.residual_at = config.residual_at
+        self.trains_residual = config.residual_weight > 0
+
+    def forward(self, first: Tensor, second: Tensor, residual_weight: Tensor, measure: bool = False) -> StepOutput:
+        """Loss of a micro-batch.
+
+        Args:
+            first, second: two views of the same images, [B, 3, H, W] each.
+            residual_weight: 0-d tensor, the weight at this step of the warm-up; not used if the configured one is 0.
+            measure: also give the residual and the gap where training does not need them.
+        """
+        views = (first, second)
+        students = [self.encode_student(view) for view in views[: self.directions]]
+        with torch.no_grad():
+            # By view. The teacher on the first is only for the residual term where the student sees no other.
+            teachers: list[E | None] = [None, self.teacher(second)]
+            if self.directions == 2 or self.trains_residual:
+                teachers[0] = self.teacher(first)
+            elif measure:
+                with unchanged_buffers(self.teacher):
+                    teachers[0] = self.teacher(first)
+
+        losses, contrastives, residuals, gaps = [], [], [], []
+        keys: list[Tensor] = []
+        for d, student in enumerate(students):
+            key, same = teachers[1 - d], teachers[d]
+            assert key is not None
+            loss, contrastive, residual = self.direction(d, student, key, same, residual_weight / self.directions)
+            losses.append(loss)
+            contrastives.append(contrastive)
+            keys.extend(self.keys_of(key))
+            if measure and same is not None:
+                with torch.no_grad():
+                    residuals.append(self.residual(student, same) if residual is None else residual)
+                    gaps.append(residual_loss(student.output, same.output, backend=self.backend) / 2)
+        return StepOutput(
+            loss=torch.stack(losses).sum(),
+            contrastive=torch.stack(contrastives).sum(),
+            residual=torch.stack(residuals).mean() if residuals else None,
+            gap=torch.stack(gaps).mean() if gaps else None,
+            keys=tuple(keys) if self.queues else (),
+        )
+
+    def encode_student(self, view: Tensor) -> E:
+        """Student on one view."""
+        encoding: E = self.student(view)
+        return replace(encoding, output=self.predictor(encoding.output))
+
+    def direction(
+        self, d: int, student: E, key: E, same: E | None, residual_weight: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """(loss, own part, residual or None) of the student on view ``d`` against the teacher on the other view."""
+        queue = self.queues[d].features if self.queues else None
+        keys, offset = (key.output, 0) if queue is not None else gather_rows(key.output)
+        options = {"temperature": self.temperature, "key_offset": offset, "backend": self.backend}
+        if self.trains_residual and self.residual_at == "output":
+            assert same is not None
+            loss, contrastive, residual = residual_info_nce(
+                student.output,
+                keys,
+                same.output,
+                queue,
+                residual_weight=residual_weight,
+                contrastive_weight=self.scale,
+                **options,
+            )
+            return loss, self.scale * contrastive, residual
+        own = self.scale * info_nce(student.output, keys, queue, **options)
+        return self.with_residual(own, student, same, residual_weight)
+
+    def with_residual(
+        self, own: Tensor, student: E, same: E | None, residual_weight: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Add the residual term to a method's own loss, if it is trained."""
+        if not self.trains_residual:
+            return own, own.detach(), None
+        assert same is not None
+        residual = self.residual(student, same)
+        return own + residual_weight * residual, own.detach(), residual.detach()
+
+    def residual(self, student: E, same: E) -> Tensor:
+        """The residual term of one view, at the configured place."""
+        ours, theirs = getattr(student, self.residual_at), getattr(same, self.residual_at)
+        return residual_loss(ours, theirs, backend=self.backend)
+
+    def keys_of(self, key: E) -> tuple[Tensor, ...]:
+        """What the teacher's encoding leaves to the queues."""
+        return (key.output,)
+
+    def push(self, keys: tuple[Tensor, ...]) -> None:
+        """Put a step's keys into the queues: after the optimizer step, so that a skipped step moves nothing."""
+        for queue, rows in zip(self.queues, keys, strict=True):
+            assert isinstance(queue, FeatureQueue)
+            queue.enqueue_(gather_rows(rows)[0], backend=self.backend)
+
+
+@contextmanager
+def unchanged_buffers(module: nn.Module) -> Iterator[None]:
+    """Put BatchNorm's running statistics back afterwards, so that measuring does not change the run."""
+    saved = [(buffer, buffer.clone()) for buffer in module.buffers()]
+    try:
+        yield
+    finally:
+        for buffer, value in saved:
+            buffer.copy_(value)

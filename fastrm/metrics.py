@@ -1,0 +1,100 @@
+"""What a run reports: metrics.jsonl, TensorBoard and the screen."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from torch.utils.tensorboard import SummaryWriter
+
+from fastrm.checkpoint import write_whole
+
+METRICS = "metrics.jsonl"
+TENSORBOARD = "tensorboard"
+
+
+class Recorder:
+    """Records a run in its folder and shows it on the screen.
+
+    Args:
+        out: the run folder.
+        start: steps that are already done; what was recorded after them, by a run that was cut off, is dropped.
+        total: steps of the whole run.
+    """
+
+    def __init__(self, out: Path, *, start: int, total: int) -> None:
+        self._path = out / METRICS
+        self._keep_until(start)
+        self._file = open(self._path, "a", encoding="utf-8")  # noqa: SIM115 (open as long as the run)
+        self._board = SummaryWriter(str(out / TENSORBOARD), purge_step=start + 1)
+        self._console = Console(highlight=False, soft_wrap=True)
+        self._progress = Progress(
+            TextColumn("training"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[shown]}"),
+            TimeRemainingColumn(),
+            console=self._console,
+            transient=True,
+            disable=not self._console.is_terminal,
+        )
+        self._task = self._progress.add_task("training", total=total, completed=start, shown="")
+        self._progress.start()
+
+    def _keep_until(self, step: int) -> None:
+        if not self._path.exists():
+            return
+        kept = [line for line in self._path.read_text(encoding="utf-8").splitlines() if _step_of(line) <= step]
+        text = "".join(f"{line}\n" for line in kept)
+        write_whole(self._path, lambda partial: partial.write_text(text, encoding="utf-8"))
+
+    def note(self, text: str) -> None:
+        """Say something to the person at the screen."""
+        self._console.print(text, markup=False)
+
+    def advance(self, step: int) -> None:
+        """Move the progress bar."""
+        self._progress.update(self._task, completed=step)
+
+    def record(self, values: dict[str, Any]) -> None:
+        """Append one object; ``step`` and ``epoch`` are among its values. Numbers that are not finite become null."""
+        finite = {k: v if not isinstance(v, float) or math.isfinite(v) else None for k, v in values.items()}
+        # One write a line, so that a reader never sees half of one.
+        self._file.write(json.dumps(finite) + "\n")
+        self._file.flush()
+        for name, value in values.items():
+            if name not in ("step", "epoch"):
+                self._board.add_scalar(name, value, values["step"])
+        shown = "  ".join(f"{name} {_short(value)}" for name, value in values.items() if name not in ("step", "epoch"))
+        if "loss" in values and self._console.is_terminal:
+            self._progress.update(self._task, shown=f"loss {values['loss']:.3f}  gap {values['gap']:.3f}")
+        else:
+            self.note(f"step {values['step']:>6}  epoch {values['epoch']:6.2f}  {shown}")
+
+    def sync(self) -> None:
+        """Put what was recorded on the disk, before a checkpoint that counts on it."""
+        os.fsync(self._file.fileno())
+        self._board.flush()
+
+    def close(self) -> None:
+        """End the display and close the files."""
+        self._progress.stop()
+        self._file.close()
+        self._board.close()
+
+
+def _step_of(line: str) -> float:
+    """Step of a recorded line; a line that was cut off counts as later than any."""
+    try:
+        return int(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError):
+        return math.inf
+
+
+def _short(value: float) -> str:
+    return f"{value:.0f}" if abs(value) >= 1000 else f"{value:.4g}"

@@ -1,0 +1,63 @@
+"""How learning rate, teacher momentum and residual weight change over a run, step by step."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from fastrm.config import Config
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """The schedules of one run, as functions of the optimizer step (0 is the first).
+
+    Args:
+        config: settings, with the batch size resolved.
+        steps_per_epoch: optimizer steps an epoch.
+    """
+
+    config: Config
+    steps_per_epoch: int
+
+    @property
+    def span(self) -> int:
+        """Steps that the schedules span."""
+        return self.config.optim.epochs * self.steps_per_epoch
+
+    @property
+    def total(self) -> int:
+        """Steps that are trained."""
+        limit = self.config.optim.max_steps
+        return self.span if limit is None else min(limit, self.span)
+
+    def lr(self, step: int) -> float:
+        """Linear warm-up, then a half cosine to 0; peak ``--lr`` × batch / 256 (Goyal et al., arXiv 1706.02677)."""
+        optim, batch = self.config.optim, self.config.input.batch_size
+        assert batch is not None
+        warmup = optim.warmup_epochs * self.steps_per_epoch
+        if step < warmup:
+            rate = optim.warmup_start_lr + (optim.lr - optim.warmup_start_lr) * step / warmup
+        else:
+            rate = optim.lr * _half_cosine((step - warmup) / (self.span - warmup))
+        return rate * batch / 256
+
+    def teacher_momentum(self, step: int) -> float:
+        """Momentum of the teacher update that precedes this step: 1 - (1 - start) × half cosine, to its end value.
+
+        MoCo-v3 and BYOL update the teacher before they compute a step's keys; the update after step t is that of
+        step t + 1.
+        """
+        start, end = self.config.method.teacher_momentum, self.config.method.teacher_momentum_end
+        return end - (end - start) * _half_cosine(step / self.span)
+
+    def residual_weight(self, step: int) -> float:
+        """Weight of the residual term, growing linearly over its warm-up."""
+        method = self.config.method
+        warmup = method.residual_warmup_epochs * self.steps_per_epoch
+        return method.residual_weight * (min(1.0, step / warmup) if warmup else 1.0)
+
+
+def _half_cosine(share: float) -> float:
+    """1 at share 0, 0 at share 1."""
+    return (1 + math.cos(math.pi * min(share, 1.0))) / 2

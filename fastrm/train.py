@@ -1,0 +1,284 @@
+"""Pre-train a backbone.
+
+    python -m fastrm.train --arch resnet50 --data /imagenet
+
+Read :func:`train` from top to bottom: what can be wrong is found first, then the folder is written, then the loop.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import platform
+import shutil
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from torch import Tensor
+
+import fastrm
+from fastrm import _cli, checkpoint
+from fastrm.config import Config, defaults, resolved, validate
+from fastrm.data import Loader, Source, make_loader, open_source
+from fastrm.data.augmentation import IMAGENET_MEAN, IMAGENET_STD
+from fastrm.device import available_cores, choose_device, choose_kernels, choose_precision
+from fastrm.distributed import world as read_world
+from fastrm.errors import TrainingError, UsageError
+from fastrm.evaluate import knn
+from fastrm.kernels import EMA
+from fastrm.methods import Method, StepOutput, build_method
+from fastrm.metrics import METRICS, TENSORBOARD, Recorder
+from fastrm.optim import Schedule, build_optimizer
+
+BACKBONE = "backbone.safetensors"
+SUMMARY = "summary.json"
+AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def train(config: Config) -> dict[str, Any]:
+    """Train as configured and return what ``summary.json`` holds.
+
+    Raises:
+        UsageError: a setting, the data, the machine or the output folder does not allow the run; nothing was written.
+        TrainingError: the run cannot go on; what was saved before stays.
+    """
+    validate(config)
+    world = read_world()
+    device = choose_device(config.device.device)
+    precision = choose_precision(config.device.precision, device)
+    backend = choose_kernels(config.device.kernels, device)
+    config = resolved(config, world.size)
+    source = open_source(config.input.data, config.input.data_root)
+    batch, accumulate, workers = _sizes(config)
+    loader = make_loader(
+        source,
+        method=config.method.method,
+        image_size=config.input.image_size,
+        batch_size=batch // (world.size * accumulate),
+        device=device,
+        workers=workers,
+        seed=config.run.seed,
+        loader=config.input.loader,
+        crop_min=config.input.crop_min,
+        rank=world.rank,
+        world_size=world.size,
+    )
+    schedule = Schedule(config, steps_per_epoch=len(loader) // accumulate)
+    if schedule.steps_per_epoch == 0:
+        raise UsageError(f"--batch-size {config.input.batch_size} is more than the {len(source.train)} images")
+
+    torch.manual_seed(config.run.seed)
+    torch.backends.cudnn.benchmark = True
+    method = build_method(config, backend=backend).to(device)
+    if config.device.channels_last:
+        method = method.to(memory_format=torch.channels_last)
+    optimizer = build_optimizer(method, config.optim)
+    scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
+
+    out = config.run.out or Path("runs", f"{source.name}-{config.method.method}-{config.model.arch}")
+    start = checkpoint.resume(config, out, method=method, optimizer=optimizer, scaler=scaler)
+    if start >= schedule.total:
+        print(f"{out} holds this run, complete after {start} steps")
+        return checkpoint.read_json(out / SUMMARY)
+    _open_folder(config, out, fresh=start == 0)
+    recorder = Recorder(out, start=start, total=schedule.total)
+    recorder.note(f"data       {source.about}")
+    recorder.note(f"settings   {_described(config, device, precision)}")
+    recorder.note(f"folder     {out}" + (f", continued after step {start}" if start else ""))
+    scores: dict[str, float] = {}
+    evaluated = config.run.eval_every > 0
+    if evaluated and source.test is None:
+        evaluated = False
+        recorder.note("evaluation kNN is left out: the images have no labels")
+
+    ema = EMA(method.teacher, method.student, backend=backend)
+    if config.device.compile:
+        for part in (method.student, method.teacher, method.predictor):
+            part.compile()  # in place: the parameters keep their names
+    method.train()
+    residual_weight = torch.zeros((), device=device)
+    batches = _micro_batches(loader, start, schedule)
+    clock = _Clock()
+    last: dict[str, Any] = {}
+    try:
+        for step in range(start, schedule.total):
+            done = step + 1
+            logged = done == 1 or done % config.run.log_every == 0 or done == schedule.total
+            lr = schedule.lr(step)
+            for group in optimizer.param_groups:
+                group["lr"] = lr
+            residual_weight.fill_(schedule.residual_weight(step))
+
+            outputs: list[StepOutput] = []
+            for first, second in islice(batches, accumulate):
+                if config.device.channels_last:
+                    first, second = (view.contiguous(memory_format=torch.channels_last) for view in (first, second))
+                with torch.autocast(device.type, AUTOCAST.get(precision), enabled=precision in AUTOCAST):
+                    output: StepOutput = method(first, second, residual_weight, measure=logged)
+                scaler.scale(output.loss / accumulate).backward()
+                outputs.append(output._replace(loss=output.loss.detach()))
+
+            scale = scaler.get_scale()
+            scaler.step(optimizer)
+            scaler.update()
+            optimizer.zero_grad(set_to_none=True)
+            momentum = schedule.teacher_momentum(done)
+            # A step that overflowed fp16 is skipped and lowers the scale; it moves neither teacher nor queue.
+            if scaler.get_scale() >= scale:
+                ema.update_(momentum)
+                for output in outputs:
+                    method.push(output.keys)
+
+            recorder.advance(done)
+            clock.steps += 1
+            epoch = done / schedule.steps_per_epoch
+            if logged:
+                parts = _averaged(outputs)  # the host waits for the device here
+                rate = batch * clock.lap()
+                last |= {"step": done, "epoch": epoch, **parts, "lr": lr, "teacher_momentum": momentum}
+                recorder.record({**last, "images_per_second": rate})
+                if not math.isfinite(parts["loss"]):
+                    raise TrainingError(f"the loss is {parts['loss']} at step {done}; {out} keeps the last checkpoint")
+            end = done == schedule.total
+            with clock.paused():
+                if evaluated and (end or done % (config.run.eval_every * schedule.steps_per_epoch) == 0):
+                    scores = knn(method, source, config, device, workers)
+                    recorder.record({"step": done, "epoch": epoch, **scores})
+                if end:  # before the checkpoint that says so: a run cut off in between does this step again
+                    _write_results(out, config, source, method, {**last, **scores})
+                if end or done % (config.run.checkpoint_every or schedule.steps_per_epoch) == 0:
+                    recorder.sync()
+                    checkpoint.save(out, config, done, method=method, optimizer=optimizer, scaler=scaler)
+    finally:
+        recorder.close()
+    return checkpoint.read_json(out / SUMMARY)
+
+
+def _sizes(config: Config) -> tuple[int, int, int]:
+    """(batch size, micro-batches a step, loader processes) of resolved settings."""
+    assert config.input.batch_size is not None
+    workers = min(available_cores(), 8) if config.input.workers is None else config.input.workers
+    return config.input.batch_size, config.optim.accumulate, workers
+
+
+def _micro_batches(loader: Loader, step: int, schedule: Schedule) -> Iterator[tuple[Tensor, Tensor]]:
+    """Pairs of views without end, from an optimizer step on.
+
+    Micro-batches at the end of an epoch that do not fill a step are left out.
+    """
+    accumulate = schedule.config.optim.accumulate
+    while True:
+        epoch, done = divmod(step, schedule.steps_per_epoch)
+        loader.seek(epoch * len(loader) + done * accumulate)
+        yield from islice(loader, (schedule.steps_per_epoch - done) * accumulate)
+        step = (epoch + 1) * schedule.steps_per_epoch
+
+
+def _averaged(outputs: Sequence[StepOutput]) -> dict[str, float]:
+    """Mean of a step's micro-batches, read in one transfer."""
+    names = ("loss", "contrastive", "residual", "gap")
+    stacked = torch.stack([torch.stack([getattr(output, name).float() for name in names]) for output in outputs])
+    return dict(zip(names, stacked.mean(dim=0).tolist(), strict=True))
+
+
+class _Clock:
+    """Steps a second of training alone."""
+
+    def __init__(self) -> None:
+        self._start, self.steps = time.perf_counter(), 0
+
+    def lap(self) -> float:
+        """Steps a second since the last lap."""
+        now = time.perf_counter()
+        rate = self.steps / (now - self._start)
+        self._start, self.steps = now, 0
+        return rate
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Leave the time of evaluations and checkpoints out."""
+        begin = time.perf_counter()
+        yield
+        self._start += time.perf_counter() - begin
+
+
+def _open_folder(config: Config, out: Path, *, fresh: bool) -> None:
+    """Make the run folder with its ``config.json``; a fresh run takes the place of an older one."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        checkpoint.write_json(out / "config.json", config.flat())
+        if fresh:
+            for name in (METRICS, checkpoint.NAME, BACKBONE, SUMMARY):
+                (out / name).unlink(missing_ok=True)
+            shutil.rmtree(out / TENSORBOARD, ignore_errors=True)
+    except OSError as error:
+        raise UsageError(f"--out {out} cannot be written: {error.strerror or error}") from None
+
+
+def _write_results(out: Path, config: Config, source: Source, method: Method[Any], last: dict[str, Any]) -> None:
+    """Leave the student's backbone in timm's names, and the summary."""
+    about = {
+        "which": "student",
+        "arch": config.model.arch,
+        "stem": config.model.stem,
+        "image_size": str(config.input.image_size),
+        "mean": str(IMAGENET_MEAN),
+        "std": str(IMAGENET_STD),
+        "method": config.method.method,
+        "fastrm": fastrm.__version__,
+    }
+    weights = {name: value.contiguous() for name, value in method.student.backbone.net.state_dict().items()}
+    content = safetensors.torch.save(weights, metadata=about)
+    checkpoint.write_whole(out / BACKBONE, lambda partial: partial.write_bytes(content))
+    summary = {
+        **last,
+        "images": len(source.train),
+        "method": config.method.method,
+        "arch": config.model.arch,
+        "residual_weight": config.method.residual_weight,
+        "residual_at": config.method.residual_at,
+        "seed": config.run.seed,
+        "fastrm": fastrm.__version__,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+    }
+    checkpoint.write_json(out / SUMMARY, summary)
+
+
+def _described(config: Config, device: torch.device, precision: str) -> str:
+    """What ``auto`` chose, in one line."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu, {torch.get_num_threads()} threads"
+    settings = config.method
+    residual = f"residual weight {settings.residual_weight:g} at the {settings.residual_at}"
+    return (
+        f"{settings.method}, {residual}; {config.model.arch}; batch {config.input.batch_size}; {name}; {precision}"
+        f"{', compiled' if config.device.compile else ''}"
+    )
+
+
+def read_flags(argv: Sequence[str] | None) -> Config:
+    """Settings from the command line: the recipe's, then the flags'."""
+    # The flags that choose the defaults are looked at first; what is wrong with them is reported by the real parser.
+    peek = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    for name in ("--recipe", "--method", "--arch", "--epochs"):
+        peek.add_argument(name, nargs="?", type=int if name == "--epochs" else str)
+    try:
+        chosen = vars(peek.parse_known_args(argv)[0])
+    except argparse.ArgumentError:
+        chosen = {}
+    return _cli.parse(Config, argv, prog="python -m fastrm.train", default=defaults(**chosen))
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Entry point."""
+    train(read_flags(argv))
+
+
+if __name__ == "__main__":
+    _cli.run(main)

@@ -1,0 +1,78 @@
+"""What several tests need: pictures on disk and a small configuration that trains in seconds."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from fastrm.config import Config, build
+from fastrm.data import open_source
+
+FASHION_MNIST = Path(os.environ.get("FASHION_MNIST", "/usr/share/datasets/fashion-mnist"))
+
+
+@pytest.fixture(autouse=True)
+def _no_cuda_surprises(request: pytest.FixtureRequest) -> None:
+    if request.node.get_closest_marker("gpu") and not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
+
+
+@pytest.fixture(scope="session")
+def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """96 JPEGs of real digits in three layouts: split (train and val), classes, flat."""
+    root = tmp_path_factory.mktemp("pictures")
+    train = open_source("digits").train
+    assert train.labels is not None
+    for i in range(96):
+        image = train[i].resize((40, 36), Image.Resampling.BICUBIC)
+        label = f"digit{train.labels[i]}"
+        part = "val" if i % 8 == 7 else "train"
+        for path in (root / "split" / part / label, root / "classes" / label, root / "flat" / f"{i % 3}" / "deep"):
+            path.mkdir(parents=True, exist_ok=True)
+            image.save(path / f"{i}.jpg")
+        image.save(root / "flat" / f"top{i}.jpg")
+    return root
+
+
+@pytest.fixture
+def small(tmp_path: Path) -> Callable[..., Config]:
+    """Settings of a run of a few steps; keywords override."""
+
+    def make(**leaves: Any) -> Config:
+        quick = {
+            "data": "digits", "arch": "test_resnet", "image_size": 32, "batch_size": 32, "epochs": 4, "workers": 0,
+            "hidden_dim": 64, "output_dim": 32, "predictor_hidden_dim": 64, "queue_size": 96, "warmup_epochs": 0.0,
+            "log_every": 1, "eval_every": 0, "max_steps": 3, "out": tmp_path / "run",
+        }  # fmt: skip
+        return build(**{**quick, **leaves})
+
+    return make
+
+
+@pytest.fixture
+def idx_folder(tmp_path: Path) -> Path:
+    """A folder of four IDX files like Fashion-MNIST's, one of them plain and the others gzip."""
+    import gzip
+    import struct
+
+    rng = np.random.default_rng(0)
+    for prefix, count in (("train", 40), ("t10k", 12)):
+        arrays = {
+            f"{prefix}-images-idx3-ubyte": rng.integers(0, 256, (count, 28, 28), dtype=np.uint8),
+            f"{prefix}-labels-idx1-ubyte": rng.integers(0, 10, count, dtype=np.uint8),
+        }
+        for name, array in arrays.items():
+            head = struct.pack(f">HBB{array.ndim}I", 0, 8, array.ndim, *array.shape)
+            if name.startswith("t10k-labels"):
+                (tmp_path / name).write_bytes(head + array.tobytes())
+            else:
+                with gzip.open(tmp_path / f"{name}.gz", "wb") as file:
+                    file.write(head + array.tobytes())
+    return tmp_path

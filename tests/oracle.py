@@ -1,0 +1,69 @@
+"""Definitions of the operations in float64 NumPy, written from the formulas and apart from the code that is tested."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+Array = NDArray[np.float64]
+
+
+def unit(rows: ArrayLike) -> Array:
+    """Rows at length 1; zero rows stay zero."""
+    out = np.asarray(rows, dtype=np.float64).copy()
+    for i, row in enumerate(out):
+        length = float(np.sqrt(np.dot(row, row)))
+        if length > 0:
+            out[i] = row / length
+    return out
+
+
+def info_nce(query: ArrayLike, key: ArrayLike, queue: ArrayLike | None, temperature: float, offset: int = 0) -> Array:
+    """Loss a row: log of the sum over all candidates, less the positive's logit."""
+    q, k = unit(query), unit(key)
+    losses = []
+    for i, row in enumerate(q):
+        if queue is None:
+            logits = [float(row @ c) / temperature for c in k]
+            positive = logits[offset + i]
+        else:
+            positive = float(row @ k[i]) / temperature
+            logits = [positive] + [float(row @ c) / temperature for c in np.asarray(queue, dtype=np.float64)]
+        top = max(logits)
+        losses.append(top + np.log(sum(np.exp(z - top) for z in logits)) - positive)
+    return np.array(losses)
+
+
+def residual(student: ArrayLike, teacher: ArrayLike) -> Array:
+    """Loss a row: squared distance of the unit vectors, where neither is zero."""
+    return np.array([2 - 2 * float(a @ b) for a, b in zip(unit(student), unit(teacher), strict=True)])
+
+
+def ema(teacher: ArrayLike, student: ArrayLike, momentum: float) -> Array:
+    """The moving average."""
+    return momentum * np.asarray(teacher, np.float64) + (1 - momentum) * np.asarray(student, np.float64)
+
+
+def enqueue(queue: ArrayLike, pointer: int, keys: ArrayLike) -> tuple[Array, int]:
+    """The ring after the keys were written one by one."""
+    ring = np.asarray(queue, dtype=np.float64).copy()
+    for row in unit(keys):
+        ring[pointer] = row
+        pointer = (pointer + 1) % len(ring)
+    return ring, pointer
+
+
+def central_difference(loss: Callable[[Array], float], at: ArrayLike, step: float = 1e-6) -> Array:
+    """Gradient of a scalar function, element by element."""
+    point = np.asarray(at, dtype=np.float64).copy()
+    gradient = np.zeros_like(point)
+    for index in np.ndindex(*point.shape):
+        values = []
+        for sign in (1, -1):
+            moved = point.copy()
+            moved[index] += sign * step
+            values.append(loss(moved))
+        gradient[index] = (values[0] - values[1]) / (2 * step)
+    return gradient

@@ -1,0 +1,168 @@
+"""The command line: wrong use ends with status 2 and one or two lines, and writes nothing."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from fastrm import _cli, doctor, evaluate, train
+from fastrm.config import Config
+from tests.test_train import METHODS
+
+ROOT = Path(__file__).parent.parent
+TINY = ["--arch", "test_resnet", "--image-size", "32", "--hidden-dim", "16", "--output-dim", "8"]
+TINY += ["--predictor-hidden-dim", "16", "--workers", "0", "--batch-size", "16"]
+
+
+def fails(entry: Callable[[list[str]], None], flags: list[str], capsys: pytest.CaptureFixture[str]) -> str:
+    """Run an entry point that must refuse its flags, and return what it says."""
+    with pytest.raises(SystemExit) as stop:
+        _cli.run(lambda: entry(flags))
+    said = capsys.readouterr()
+    assert stop.value.code == 2
+    assert said.err.startswith("error: ")
+    assert len(said.err.strip().splitlines()) <= 2
+    assert "Traceback" not in said.err
+    return said.err
+
+
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        ([], ["--data is missing"]),
+        (["--data", "nowhere"], ["--data nowhere does not exist", "digits"]),
+        (["--data", "empty"], ["--data empty holds no image"]),
+        (["--data", "notes"], ["--data notes holds no image", ".jpg"]),
+        (["--data", "notes/note.txt"], ["--data notes/note.txt is a file", "folder"]),
+        (["--data", "digits", "--arch", "resnet5"], ["--arch resnet5 is not a timm model", "resnet50"]),
+        (["--data", "digits", "--method", "simclr"], ["simclr", "--method", "mocov3"]),
+        (["--data", "digits", "--method", "densecl", "--arch", "test_vit"], ["--method densecl", "feature map"]),
+        (["--data", "digits", "--recipe", "best"], ["--recipe best is unknown", "mocov3-r50-100ep"]),
+        (["--data", "digits", "--optimizer", "adam"], ["--optimizer", "adam", "adamw"]),
+        (["--data", "digits", "--optimiser", "sgd"], ["--optimiser", "did you mean --optimizer"]),
+        (["--data", "digits", "--epochs", "many"], ["--epochs", "many"]),
+        (["--data", "digits", "--epochs"], ["--epochs"]),
+        (["--data", "digits", "--lr", "-1"], ["--lr -1.0 is out of range", "above 0"]),
+        (["--data", "digits", "--lr", "nan"], ["--lr nan is out of range"]),
+        (["--data", "digits", "--temperature", "0"], ["--temperature 0.0 is out of range"]),
+        (["--data", "digits", "--teacher-momentum", "1.1"], ["--teacher-momentum 1.1", "at most 1"]),
+        (["--data", "digits", "--method", "mocov2", "--queue-size", "0"], ["--queue-size 0", "at least 1"]),
+        (["--data", "digits", "--batch-size", "5000"], ["--batch-size 5000 is more than the 1437 images"]),
+        (["--data", "digits", "--batch-size", "10", "--accumulate", "4"], ["--batch-size 10 must be a multiple of 4"]),
+        (["--data", "digits", "--batch-size", "4", "--accumulate", "4"], ["--batch-size 4", "BatchNorm"]),
+        (["--data", "digits", "--precision", "fp16"], ["--precision fp16 needs a GPU"]),
+        (["--data", "digits", "--stem", "small", "--arch", "test_convnext"], ["--stem small is for ResNets"]),
+        (["--data", "digits", "--loader", "memory"], ["--loader memory does not exist yet"]),
+        ([*TINY, "--data", "digits", "--out", "notes/note.txt"], ["--out notes/note.txt cannot be written"]),
+        ([*TINY, "--data", "digits", "--out", "notes/note.txt/deeper"], ["--out notes/note.txt/deeper cannot"]),
+        ([*TINY, "--data", "digits", "--resume", "elsewhere"], ["elsewhere does not exist"]),
+        ([*TINY, "--data", "digits", "--resume", "notes"], ["notes has no checkpoint.pt"]),
+        ([*TINY, "--data", "digits", "--resume", "notes/note.txt"], ["notes/note.txt cannot be read as a checkpoint"]),
+        (["--data", "digits", "stray"], ["stray"]),
+    ],
+    ids=lambda value: " ".join(value) or "no flags" if isinstance(value, list) else None,
+)
+def test_wrong_use_is_named_and_writes_nothing(
+    flags: list[str],
+    says: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes" / "note.txt").write_text("not an image")
+    before = sorted(tmp_path.rglob("*"))
+    said = fails(train.main, flags, capsys)
+    assert all(part in said for part in says), said
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_gpu_wishes_without_a_gpu(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    monkeypatch.chdir(tmp_path)
+    assert "--device cuda cannot be used" in fails(train.main, ["--data", "digits", "--device", "cuda"], capsys)
+    assert "--kernels triton cannot be used" in fails(train.main, ["--data", "digits", "--kernels", "triton"], capsys)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_several_processes_are_refused_for_now(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert "2 processes" in fails(train.main, ["--data", "digits"], capsys)
+
+
+def test_help_groups_the_flags(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        train.main(["--help"])
+    assert stop.value.code == 0
+    shown = capsys.readouterr().out
+    for part in ("input options", "method options", "optim options", "--residual-weight FLOAT", "--no-compile"):
+        assert part in shown
+
+
+def test_a_picture_folder_from_the_shell(tmp_path: Path) -> None:
+    """The real thing once: another process, a folder with an odd name, the default output folder."""
+    folder = tmp_path / "my pictures ü"
+    folder.mkdir()
+    for i in range(20):
+        Image.effect_noise((40, 30), 60 + i).save(folder / f"{i}.jpg")
+    command = [sys.executable, "-m", "fastrm.train", "--data", folder.name, *TINY, "--max-steps", "1"]
+    environment = {"PYTHONPATH": str(ROOT), "PATH": "/usr/bin:/bin", "HOME": str(tmp_path)}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "runs" / f"{folder.name}-mocov3-test_resnet" / "summary.json").is_file()
+    assert "step      1" in done.stdout
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_evaluate_scores_student_and_teacher(
+    method: str, small: Callable[..., Config], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    summary = train.train(small(method=method, eval_every=1, max_steps=2))
+    capsys.readouterr()
+    evaluate.main(["--checkpoint", str(tmp_path / "run"), "--knn", "--gap", "--workers", "0"])
+    shown = capsys.readouterr().out
+    assert f"{summary['knn_student']:.4f}{summary['knn_teacher']:>10.4f}" in shown
+    for place in ("output", "projector", "backbone"):
+        assert f"gap at {place}" in shown
+
+
+def test_evaluate_refuses_what_it_cannot_do(
+    small: Callable[..., Config], tmp_path: Path, pictures: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    train.train(small(max_steps=1))
+    run = str(tmp_path / "run")
+    assert "--knn, --gap" in fails(evaluate.main, ["--checkpoint", run], capsys)
+    assert "does not exist" in fails(evaluate.main, ["--checkpoint", f"{run}/none", "--knn"], capsys)
+    assert "--checkpoint" in fails(evaluate.main, ["--knn"], capsys)
+    flat = ["--checkpoint", run, "--knn", "--data", str(pictures / "flat")]
+    assert "no labels" in fails(evaluate.main, flat, capsys)
+
+
+def test_doctor_prints_a_line_a_part(capsys: pytest.CaptureFixture[str]) -> None:
+    doctor.main()
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines] == list(doctor.PARTS)
+    assert all(len(line) > 13 for line in lines)
+
+
+def test_doctor_tells_the_wrong_apex_from_the_right_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    installed = {"apex"}
+    monkeypatch.setattr(doctor.importlib.util, "find_spec", lambda name: object() if name in installed else None)
+    assert "not NVIDIA's" in doctor.PARTS["apex"]()
+    installed.add("amp_C")
+    assert doctor.PARTS["apex"]().startswith("NVIDIA's")
+    installed.clear()
+    assert "not installed" in doctor.PARTS["apex"]()

@@ -1,0 +1,252 @@
+"""The four methods: their losses by hand, how often each network runs, and the teacher."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from fastrm.config import Config, build
+from fastrm.kernels import EMA
+from fastrm.methods import Method, build_method
+from fastrm.methods.densecl import matched
+from fastrm.optim import build_optimizer
+from tests import oracle
+
+METHODS = ["mocov3", "mocov2", "byol", "densecl"]
+CLOSE = {"rtol": 1e-4, "atol": 1e-5}
+
+
+def settings(method: str, **leaves: Any) -> Config:
+    small = {"hidden_dim": 24, "output_dim": 8, "predictor_hidden_dim": 24, "queue_size": 11, "image_size": 32}
+    return build(**{"data": "digits", "arch": "test_resnet", "method": method, "temperature": 0.3, **small, **leaves})
+
+
+def made(method: str, **leaves: Any) -> tuple[Method[Any], Tensor, Tensor]:
+    """A method whose teacher differs from its student, and two views."""
+    torch.manual_seed(0)
+    built = build_method(settings(method, **leaves))
+    with torch.no_grad():
+        for parameter in built.teacher.parameters():
+            parameter.add_(0.05 * torch.randn_like(parameter))
+    return built, torch.randn(4, 3, 32, 32), torch.randn(4, 3, 32, 32)
+
+
+def weight(value: float = 1.0) -> Tensor:
+    return torch.tensor(value)
+
+
+def encodings(method: Method[Any], *views: Tensor) -> tuple[list[Any], list[Any]]:
+    """What both networks say in training mode, without leaving a trace in BatchNorm's statistics."""
+    state = {name: value.clone() for name, value in method.state_dict().items()}
+    with torch.no_grad():
+        result = [method.encode_student(v) for v in views], [method.teacher(v) for v in views]
+    method.load_state_dict(state)
+    return result
+
+
+def own_loss(name: str, method: Method[Any], students: list[Any], teachers: list[Any]) -> float:
+    """The published loss, from the encodings, in float64."""
+    s, t = [e.output.double().numpy() for e in students], [e.output.double().numpy() for e in teachers]
+    if name == "mocov3":
+        return sum(2 * 0.3 * oracle.info_nce(s[d], t[1 - d], None, 0.3).mean() for d in (0, 1))
+    if name == "byol":
+        return sum(oracle.residual(s[d], t[1 - d]).mean() for d in (0, 1))
+    queues = [queue.features.double().numpy() for queue in method.queues]
+    if name == "mocov2":
+        directions = len(queues)
+        return sum(oracle.info_nce(s[d], t[1 - d], queues[d], 0.3).mean() for d in range(directions)) / directions
+    dense_queries, positives = [], []
+    for b in range(4):
+        ours, theirs = students[0].positions[b].double().numpy(), teachers[1].positions[b].double().numpy()
+        nearest = (oracle.unit(ours) @ oracle.unit(theirs).T).argmax(axis=1)
+        dense_queries.append(students[0].dense[b].double().numpy())
+        positives.append(teachers[1].dense[b].double().numpy()[nearest])
+    whole = oracle.info_nce(s[0], t[1], queues[0], 0.3).mean()
+    dense = oracle.info_nce(np.concatenate(dense_queries), np.concatenate(positives), queues[1], 0.3).mean()
+    return 0.7 * whole + 0.3 * dense
+
+
+CASES = [
+    ("mocov3", {}),
+    ("mocov2", {}),
+    ("mocov2", {"symmetric": True}),
+    ("byol", {}),
+    ("densecl", {"dense_weight": 0.3}),
+]
+
+
+@pytest.mark.parametrize(("name", "leaves"), CASES, ids=str)
+def test_the_plain_method_is_the_published_loss(name: str, leaves: dict[str, Any]) -> None:
+    method, first, second = made(name, residual_weight=0.0, **leaves)
+    students, teachers = encodings(method, first, second)
+    output = method(first, second, weight())
+    np.testing.assert_allclose(output.loss.item(), own_loss(name, method, students, teachers), **CLOSE)
+    assert output.loss.item() == output.contrastive.item()
+    assert output.residual is None
+    assert output.gap is None
+
+
+@pytest.mark.parametrize("place", ["output", "projector", "backbone"])
+@pytest.mark.parametrize(("name", "leaves"), CASES, ids=str)
+def test_the_residual_term_is_added_at_its_place(name: str, leaves: dict[str, Any], place: str) -> None:
+    method, first, second = made(name, residual_weight=1.0, residual_at=place, **leaves)
+    students, teachers = encodings(method, first, second)
+    output = method(first, second, weight(0.5), measure=True)
+    seen = range(2 if name in ("mocov3", "byol") or leaves.get("symmetric") else 1)
+
+    def term(where: str) -> float:
+        values = []
+        for d in seen:
+            value = oracle.residual(getattr(students[d], where).double(), getattr(teachers[d], where).double()).mean()
+            if name == "densecl" and where != "backbone":
+                ours, theirs = students[d].dense.flatten(0, 1), teachers[d].dense.flatten(0, 1)
+                value = 0.7 * value + 0.3 * oracle.residual(ours.double(), theirs.double()).mean()
+            values.append(value)
+        return float(np.mean(values))
+
+    own = own_loss(name, method, students, teachers)
+    np.testing.assert_allclose(output.contrastive.item(), own, **CLOSE)
+    np.testing.assert_allclose(output.residual.item(), term(place), **CLOSE)
+    np.testing.assert_allclose(output.loss.item(), own + 0.5 * term(place), **CLOSE)
+    at_output = [oracle.residual(students[d].output.double(), teachers[d].output.double()).mean() for d in seen]
+    np.testing.assert_allclose(output.gap.item(), np.mean(at_output) / 2, **CLOSE)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_the_gradient_reaches_every_trained_parameter_of_the_student_only(name: str) -> None:
+    method, first, second = made(name)
+    method(first, second, weight()).loss.backward()
+    missing = [n for n, p in method.named_parameters() if p.requires_grad and p.grad is None]
+    assert missing == []
+    assert all(p.grad is None and not p.requires_grad for p in method.teacher.parameters())
+
+
+@pytest.mark.parametrize(
+    ("name", "leaves", "student", "teacher"),
+    [
+        ("mocov3", {"residual_weight": 0.0}, 2, 2),
+        ("mocov3", {"residual_weight": 1.0}, 2, 2),  # the same-view keys come for free
+        ("byol", {"residual_weight": 1.0}, 2, 2),
+        ("mocov2", {"residual_weight": 0.0}, 1, 1),
+        ("mocov2", {"residual_weight": 1.0}, 1, 2),
+        ("mocov2", {"residual_weight": 1.0, "symmetric": True}, 2, 2),
+        ("densecl", {"residual_weight": 0.0}, 1, 1),
+        ("densecl", {"residual_weight": 1.0}, 1, 2),
+    ],
+)
+def test_no_forward_runs_twice(name: str, leaves: dict[str, Any], student: int, teacher: int) -> None:
+    method, first, second = made(name, **leaves)
+    runs = {"student": 0, "teacher": 0}
+    for which in runs:
+
+        def count(*_: object, which: str = which) -> None:
+            runs[which] += 1
+
+        getattr(method, which).backbone.register_forward_hook(count)
+    method(first, second, weight())
+    assert runs == {"student": student, "teacher": teacher}
+
+
+def test_measuring_does_not_change_the_run() -> None:
+    method, first, second = made("mocov2", residual_weight=0.0)
+    state = {name: value.clone() for name, value in method.state_dict().items()}
+    plain = method(first, second, weight())
+    after_plain = {name: value.clone() for name, value in method.state_dict().items()}
+    method.load_state_dict(state)
+    measured = method(first, second, weight(), measure=True)
+    assert measured.gap is not None
+    assert torch.equal(plain.loss, measured.loss)
+    assert all(torch.equal(value, after_plain[name]) for name, value in method.state_dict().items())
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_the_teacher_is_the_averaged_student_over_three_steps(name: str) -> None:
+    torch.manual_seed(0)
+    method = build_method(settings(name))
+    optimizer = build_optimizer(method, build(data="x", optimizer="sgd").optim)
+    optimizer.param_groups[0]["lr"] = 0.1
+    average = EMA(method.teacher, method.student)
+    by_hand = {n: p.detach().double().numpy().copy() for n, p in method.student.named_parameters()}
+    for momentum in (0.9, 0.95, 0.99):
+        method(torch.randn(4, 3, 32, 32), torch.randn(4, 3, 32, 32), weight()).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        average.update_(momentum)
+        for n, p in method.student.named_parameters():
+            by_hand[n] = momentum * by_hand[n] + (1 - momentum) * p.detach().double().numpy()
+    moved = 0.0
+    for n, p in method.teacher.named_parameters():
+        np.testing.assert_allclose(p.numpy(), by_hand[n], rtol=1e-5, atol=1e-6, err_msg=n)
+        student = dict(method.student.named_parameters())[n]
+        moved = max(moved, float((p - student).detach().abs().max()))
+    assert moved > 1e-3
+
+
+@pytest.mark.parametrize("name", ["mocov2", "densecl"])
+def test_keys_enter_the_queues_only_when_they_are_pushed(name: str) -> None:
+    method, first, second = made(name)
+    before = [queue.features.clone() for queue in method.queues]
+    key = encodings(method, second)[1][0]
+    output = method(first, second, weight())
+    assert torch.equal(output.keys[0], key.output)
+    if name == "densecl":
+        torch.testing.assert_close(output.keys[1], key.dense.mean(dim=1))
+    assert all(torch.equal(queue.features, old) for queue, old in zip(method.queues, before, strict=True))
+    method.push(output.keys)
+    for queue, old, keys in zip(method.queues, before, output.keys, strict=True):
+        ring, pointer = oracle.enqueue(old.double(), 0, keys.double())
+        np.testing.assert_allclose(queue.features.numpy(), ring, **CLOSE)
+        assert queue.pointer.item() == pointer
+
+
+def test_dense_positives_are_the_nearest_positions() -> None:
+    torch.manual_seed(0)
+    ours, theirs, dense = torch.randn(2, 5, 4), torch.randn(2, 5, 4), torch.randn(2, 5, 3)
+    found = matched(ours, theirs, dense)
+    for b in range(2):
+        for i in range(5):
+            cosines = [float(nn.functional.cosine_similarity(ours[b, i], theirs[b, j], dim=0)) for j in range(5)]
+            assert torch.equal(found[b, i], dense[b, int(np.argmax(cosines))])
+
+
+def kinds(module: nn.Module) -> list[str]:
+    return [type(layer).__name__ for layer in module.modules() if not list(layer.children())]
+
+
+def test_heads_are_built_as_published() -> None:
+    norm = ["Linear", "BatchNorm1d", "ReLU"]
+    mocov3 = build_method(settings("mocov3"))
+    assert kinds(mocov3.student.projector) == [*norm, "Linear", "BatchNorm1d"]
+    assert mocov3.student.projector[-1].affine is False
+    assert kinds(mocov3.predictor) == [*norm, "Linear"]
+    assert all(layer.bias is None for layer in mocov3.modules() if isinstance(layer, nn.Linear))
+    vit = build_method(settings("mocov3", arch="test_vit"))
+    assert kinds(vit.student.projector) == [*norm, *norm, "Linear", "BatchNorm1d"]
+    assert kinds(vit.predictor) == [*norm, "Linear", "BatchNorm1d"]
+    mocov2 = build_method(settings("mocov2"))
+    assert kinds(mocov2.student.projector) == ["Linear", "ReLU", "Linear"]
+    assert kinds(mocov2.predictor) == ["Identity"]
+    byol = build_method(settings("byol"))
+    assert kinds(byol.student.projector) == kinds(byol.predictor) == [*norm, "Linear"]
+    densecl = build_method(settings("densecl"))
+    assert kinds(densecl.student.dense_projector) == ["Linear", "ReLU", "Linear"]
+
+
+def test_densecl_needs_a_feature_map() -> None:
+    with pytest.raises(ValueError, match="--method densecl needs a backbone with a feature map"):
+        build_method(settings("densecl", arch="test_vit"))
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_step_in_bf16_keeps_losses_and_teacher_in_float32(name: str) -> None:
+    method, first, second = made(name)
+    with torch.autocast("cpu", torch.bfloat16):
+        output = method(first, second, weight(), measure=True)
+    output.loss.backward()
+    assert output.loss.dtype == torch.float32
+    assert torch.isfinite(output.loss)
+    assert {p.dtype for p in method.parameters()} == {torch.float32}
