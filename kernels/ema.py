@@ -2,119 +2,203 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import weakref
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from . import reference
-from ._dispatch import check_scalar, choose
+from . import _pairing, reference
+from ._dispatch import check_scalar, choose, compute_dtype, tl, triton
+from ._multi_tensor import BLOCK, DTYPES, WARPS, Mirror, addresses, cut, flat, guard, launchable
+from ._pairing import Tensors
 
-_EMA = {"reference": reference.ema_}
-_WRAPPERS = frozenset({"module", "_orig_mod"})  # DistributedDataParallel's and torch.compile's
+Update = Callable[[Sequence[Tensor], Sequence[Tensor], "float | Tensor", "Sequence[Tensor] | None"], None]
 
-Tensors = Iterable[Tensor] | nn.Module
+if triton is not None:
+    from ._multi_tensor import average_, fetch, locate, operand
 
+    @triton.jit
+    def _ema_chunk(
+        row_ptr,
+        start,
+        stop,  # None for a whole block at 16-byte addresses
+        momentum,
+        rest,
+        TEACHER: tl.constexpr,
+        STUDENT: tl.constexpr,
+        SHADOW: tl.constexpr,
+        COMPUTE: tl.constexpr,
+        BLOCK: tl.constexpr,
+    ):
+        offsets = tl.arange(0, BLOCK)
+        mask = None if stop is None else offsets < stop - start
+        student = fetch(operand(row_ptr, 0, start, mask, STUDENT), offsets, mask, COMPUTE)
+        average_(row_ptr, 1, start, offsets, mask, student, momentum, rest, TEACHER, SHADOW)
 
-def _plain_names(module: nn.Module, argument: str) -> dict[str, Tensor]:
-    """Parameters by name, without the name parts that wrappers add."""
-    named: dict[str, Tensor] = {}
-    for name, parameter in module.named_parameters():
-        plain = ".".join(part for part in name.split(".") if part not in _WRAPPERS)
-        if plain in named:
-            raise ValueError(f"fused_ema_: {argument} has two parameters named {plain!r} once wrappers are ignored")
-        named[plain] = parameter
-    return named
-
-
-def _listed(argument: str, tensors: Tensors) -> list[Tensor]:
-    if isinstance(tensors, (Tensor, nn.Module)):
-        raise TypeError(f"fused_ema_: {argument} is a {type(tensors).__name__}; it must be an iterable of tensors")
-    listed = list(tensors)
-    for i, tensor in enumerate(listed):
-        if not isinstance(tensor, Tensor):
-            raise TypeError(f"fused_ema_: {argument}[{i}] is a {type(tensor).__name__}; it must be a tensor")
-    return listed
-
-
-def _pair(teacher: Tensors, student: Tensors) -> tuple[list[Tensor], list[Tensor]]:
-    """Both as lists, index for index; modules are matched by parameter name."""
-    if isinstance(teacher, nn.Module) and isinstance(student, nn.Module):
-        ours, theirs = _plain_names(teacher, "teacher"), _plain_names(student, "student")
-        if ours.keys() != theirs.keys():
-            only = {
-                name: sorted(left)[:5]
-                for name, left in (("teacher", ours.keys() - theirs.keys()), ("student", theirs.keys() - ours.keys()))
-                if left
-            }
-            raise ValueError(f"fused_ema_: parameters without a partner: {only}; teacher and student must match")
-        return list(ours.values()), [theirs[name] for name in ours]
-    return _listed("teacher", teacher), _listed("student", student)
-
-
-def _check_alike(i: int, name: str, other: Tensor, teacher: Tensor) -> None:
-    if other.shape != teacher.shape or other.device != teacher.device:
-        raise ValueError(
-            f"fused_ema_: {name}[{i}] has shape {tuple(other.shape)} on {other.device}, but teacher[{i}] has "
-            f"{tuple(teacher.shape)} on {teacher.device}; they must be alike"
-        )
-
-
-def _check_pair(i: int, teacher: Tensor, student: Tensor, shadow: Tensor | None) -> None:
-    _check_alike(i, "student", student, teacher)
-    if teacher.is_floating_point():
-        fits = student.is_floating_point()
-    else:
-        fits = student.dtype == teacher.dtype
-    if teacher.is_complex() or not fits:
-        raise TypeError(
-            f"fused_ema_: teacher[{i}] is {teacher.dtype} and student[{i}] {student.dtype}; "
-            "both must be floating, or both the same integer dtype"
-        )
-    if shadow is not None:
-        _check_alike(i, "shadow", shadow, teacher)
-        if shadow.is_floating_point() != teacher.is_floating_point():
-            raise TypeError(f"fused_ema_: shadow[{i}] is {shadow.dtype}, but teacher[{i}] is {teacher.dtype}")
-    for name, written in (("teacher", teacher), ("shadow", shadow)):
-        if written is not None and _expanded(written):
-            raise ValueError(f"fused_ema_: {name}[{i}] is expanded (a stride is 0), so its elements cannot be written")
+    @triton.jit
+    def _ema_kernel(
+        table_ptr,  # a row: student, teacher, shadow
+        chunks_ptr,
+        momentum,  # a number, or the address of one
+        rest,  # 1 - momentum, where momentum is a number
+        TEACHER: tl.constexpr,
+        STUDENT: tl.constexpr,
+        SHADOW: tl.constexpr,
+        COMPUTE: tl.constexpr,
+        MOMENTUM_IN_MEMORY: tl.constexpr,
+        BLOCK: tl.constexpr,
+    ):
+        row_ptr, start, stop, aligned = locate(table_ptr, chunks_ptr, 3, 3)
+        if MOMENTUM_IN_MEMORY:
+            momentum = tl.load(momentum).to(COMPUTE)
+            rest = 1 - momentum
+        # Whole chunks at 16-byte addresses move in 128-bit loads and stores; the tail of a tensor and a misaligned
+        # tensor go element by element.
+        if (stop - start == BLOCK) & aligned:
+            _ema_chunk(row_ptr, start, None, momentum, rest, TEACHER, STUDENT, SHADOW, COMPUTE, BLOCK)
+        else:
+            _ema_chunk(row_ptr, start, stop, momentum, rest, TEACHER, STUDENT, SHADOW, COMPUTE, BLOCK)
 
 
-def _expanded(tensor: Tensor) -> bool:
-    return any(size > 1 and stride == 0 for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+class _OnTriton:
+    """Launches for one list of tensors, one for each combination of dtypes. Holds addresses, not tensors."""
+
+    def __init__(self, teacher: Sequence[Tensor], student: Sequence[Tensor], shadow: Sequence[Tensor] | None) -> None:
+        self.copied: list[int] = []  # integer tensors
+        self.odd: list[int] = []  # dtypes or layouts that the kernel does not know: left to the reference
+        groups: dict[tuple[Any, ...], list[int]] = {}
+        for i, (t, s) in enumerate(zip(teacher, student, strict=True)):
+            operands = (t, s) if shadow is None else (t, s, shadow[i])
+            if t.numel() == 0:
+                continue
+            if not t.is_floating_point():
+                self.copied.append(i)
+            elif launchable(*operands) and flat(*operands):
+                dtypes = t.dtype, s.dtype, None if shadow is None else shadow[i].dtype
+                groups.setdefault((t.device, *dtypes, compute_dtype(*operands)), []).append(i)
+            else:
+                self.odd.append(i)
+        self.launches = []
+        for key, members in groups.items():
+            lists = (x and _take(x, members) for x in (student, teacher, shadow))
+            table = Mirror(key[0]).update(addresses(*lists))
+            chunks = Mirror(key[0]).update(cut([teacher[i].numel() for i in members], [BLOCK] * len(members)))
+            self.launches.append((key, table, chunks))
+
+    def __call__(
+        self,
+        teacher: Sequence[Tensor],
+        student: Sequence[Tensor],
+        momentum: float | Tensor,
+        shadow: Sequence[Tensor] | None,
+    ) -> None:
+        for (device, *dtypes, compute), table, chunks in self.launches:
+            m = _on_device(momentum, device, compute)
+            with guard(device):
+                _ema_kernel[(len(chunks),)](
+                    table,
+                    chunks,
+                    m,
+                    0.0 if isinstance(m, Tensor) else 1 - m,  # in double, then rounded once
+                    *(DTYPES[dtype] for dtype in dtypes),
+                    DTYPES[compute],
+                    isinstance(m, Tensor),
+                    BLOCK,
+                    num_warps=WARPS,
+                )
+        torch.autograd.graph.increment_version(teacher)  # what autograd saved of a teacher is no longer so
+        if self.copied:
+            torch._foreach_copy_(_take(teacher, self.copied), _take(student, self.copied))
+            if shadow is not None:
+                torch._foreach_copy_(_take(shadow, self.copied), _take(student, self.copied))
+        if self.odd:
+            odd_shadow = None if shadow is None else _take(shadow, self.odd)
+            reference.ema_(_take(teacher, self.odd), _take(student, self.odd), momentum, odd_shadow)
 
 
-def _prepare(
-    teacher: Tensors, student: Tensors, shadow: Iterable[Tensor] | None
-) -> tuple[list[Tensor], list[Tensor], list[Tensor] | None]:
-    """Pair, check, and leave out the repeats of tied tensors, which are updated once."""
-    teachers, students = _pair(teacher, student)
-    shadows = None if shadow is None else _listed("shadow", shadow)
-    for name, listed in (("student", students), ("shadow", shadows)):
-        if listed is not None and len(listed) != len(teachers):
-            raise ValueError(
-                f"fused_ema_: {len(listed)} {name} tensors for {len(teachers)} teacher tensors; they must pair up"
-            )
-    first_with: dict[int, int] = {}
-    for i, (t, s) in enumerate(zip(teachers, students, strict=True)):
-        _check_pair(i, t, s, None if shadows is None else shadows[i])
-        first = first_with.setdefault(id(t), i)
-        if students[first] is not s:
-            raise ValueError(f"fused_ema_: teacher[{first}] and teacher[{i}] are one tensor with two students")
-    kept = list(first_with.values())
-    return (
-        [teachers[i] for i in kept],
-        [students[i] for i in kept],
-        None if shadows is None else [shadows[i] for i in kept],
-    )
+def _on_device(momentum: float | Tensor, device: torch.device, compute: torch.dtype) -> float | Tensor:
+    """``momentum`` as the kernel takes it: a float is an argument, in float32; float64 has to be read from memory."""
+    if isinstance(momentum, Tensor):
+        on_host = momentum.device.type == "cpu" and device.type == "cuda"
+        return _on_device(momentum.item(), device, compute) if on_host else momentum.to(device)
+    return torch.full((), momentum, dtype=compute, device=device) if compute == torch.float64 else float(momentum)
 
 
-def _device(teachers: list[Tensor]) -> torch.device:
-    return teachers[0].device if teachers else torch.device("cpu")
+def _take(tensors: Sequence[Tensor], indices: Iterable[int]) -> list[Tensor]:
+    return [tensors[i] for i in indices]
+
+
+class _OnCPU:
+    """One pass of lerp_; a student of another dtype is converted a tensor at a time, while that is in the cache."""
+
+    def __init__(self, teacher: Sequence[Tensor], student: Sequence[Tensor], shadow: Sequence[Tensor] | None) -> None:
+        # lerp_ knows no 8-bit dtypes, and the shadow of a half-precision teacher must not be rounded twice.
+        least = 2 if shadow is None else 4
+        same = [
+            t.dtype == s.dtype and t.is_floating_point() and t.element_size() >= least
+            for t, s in zip(teacher, student, strict=True)
+        ]
+        self.same = [i for i, yes in enumerate(same) if yes]
+        self.mixed = [i for i, yes in enumerate(same) if not yes]
+
+    def __call__(
+        self,
+        teacher: Sequence[Tensor],
+        student: Sequence[Tensor],
+        momentum: float | Tensor,
+        shadow: Sequence[Tensor] | None,
+    ) -> None:
+        rest = 1 - float(momentum)
+        if self.same:
+            torch._foreach_lerp_(_take(teacher, self.same), _take(student, self.same), rest)
+        if self.same and shadow is not None:
+            torch._foreach_copy_(_take(shadow, self.same), _take(teacher, self.same))
+        for i in self.mixed:
+            t, s = teacher[i], student[i]
+            if not t.is_floating_point():
+                new = s
+            elif t.dtype == compute_dtype(t, s):
+                new = t.lerp_(s.to(t.dtype), rest)
+            else:
+                new = t.to(compute_dtype(t, s)).lerp_(s.to(compute_dtype(t, s)), rest)
+            for written in (t,) if shadow is None else (t, shadow[i]):
+                if written is not new:
+                    written.copy_(new)
+
+
+_EMA: dict[str, Callable[..., Update]] = {
+    "reference": lambda teacher, student, shadow: reference.ema_,
+    "cpu": _OnCPU,
+    "triton": _OnTriton,
+}
+
+
+class _Plan:
+    """What one list of tensors needs after all checks: the indices that take part, and what updates those."""
+
+    def __init__(
+        self,
+        backend: str | None,
+        teacher: Sequence[Tensor],
+        student: Sequence[Tensor],
+        shadow: Sequence[Tensor] | None,
+    ) -> None:
+        self.kept = _pairing.check("fused_ema_", teacher, student, shadow)
+        self.all_kept = len(self.kept) == len(teacher)
+        build = choose("fused_ema_", backend, _EMA, teacher[0].device if teacher else torch.device("cpu"))
+        self.update = build(*self.take(teacher, student, shadow))
+
+    def take(self, *lists: Sequence[Tensor] | None) -> list[Any]:
+        """The tensors that take part, of each list."""
+        return [x if x is None or self.all_kept else _take(x, self.kept) for x in lists]
 
 
 class EMA:
     """The prepared form of :func:`fused_ema_`: pairs are matched and checked once, then updated many times.
+
+    Checks and tables are made again when the address of a tensor has changed.
 
     Args:
         teacher, student, shadow: as in :func:`fused_ema_`. The tensors are kept by reference.
@@ -132,13 +216,63 @@ class EMA:
         shadow: Iterable[Tensor] | None = None,
         backend: str | None = None,
     ) -> None:
-        self.teacher, self.student, self.shadow = _prepare(teacher, student, shadow)
-        self._run = choose("fused_ema_", backend, _EMA, _device(self.teacher))
+        self.backend = backend
+        self.teacher, self.student = _pairing.pair("fused_ema_", teacher, student)
+        self.shadow = None if shadow is None else _pairing.listed("fused_ema_", "shadow", shadow)
+        self._prepare()
+
+    def _prepare(self) -> None:
+        plan = _Plan(self.backend, self.teacher, self.student, self.shadow)
+        self.teacher, self.student, self.shadow = plan.take(self.teacher, self.student, self.shadow)
+        self._update = plan.update
+        self._tensors = [*self.teacher, *self.student, *(self.shadow or ())]
+        self._addresses = [*map(Tensor.data_ptr, self._tensors)]
 
     def update_(self, momentum: float | Tensor) -> None:
         """Update the teacher (and its shadow) in place; ``momentum`` as in :func:`fused_ema_`."""
+        if torch.compiler.is_compiling():
+            return fused_ema_(self.teacher, self.student, momentum, shadow=self.shadow, backend=self.backend)
         check_scalar("fused_ema_", "momentum", momentum, low=0, high=1)
-        self._run(self.teacher, self.student, momentum, self.shadow)
+        if [*map(Tensor.data_ptr, self._tensors)] != self._addresses:
+            self._prepare()
+        with torch.no_grad():
+            self._update(self.teacher, self.student, momentum, self.shadow)
+
+
+def _place(tensors: list[Tensor]) -> list[Any]:
+    return [*map(Tensor.data_ptr, tensors), *map(Tensor.stride, tensors), *map(Tensor.numel, tensors)]
+
+
+# Plans of past calls by the identity of their tensors. An entry goes when one of its tensors does.
+_PLANS: dict[tuple[Any, ...], tuple[list[Any], _Plan, list[Any]]] = {}
+
+
+def _remembered(
+    backend: str | None, teacher: list[Tensor], student: list[Tensor], shadow: list[Tensor] | None
+) -> _Plan:
+    """The plan of an earlier call with these very tensors if they still lie where they did, else a new one."""
+    tensors = [*teacher, *student, *(shadow or ())]
+    key = (backend, len(teacher), len(student), shadow is None, *map(id, tensors))
+    known = _PLANS.get(key)
+    if known is not None and known[0] == _place(tensors):
+        return known[1]
+    plan = _Plan(backend, teacher, student, shadow)
+    refs = [weakref.ref(tensor, lambda _: _PLANS.pop(key, None)) for tensor in tensors]
+    _PLANS[key] = _place(tensors), plan, refs
+    return plan
+
+
+@torch.library.custom_op("fastrm::ema_", mutates_args=("teacher", "shadow"))
+def _ema_op(
+    teacher: list[Tensor],
+    student: list[Tensor],
+    momentum: Tensor,
+    shadow: list[Tensor],
+    has_shadow: bool,
+    backend: str | None,
+) -> None:
+    value = momentum.item() if momentum.device.type == "cpu" else momentum
+    fused_ema_(teacher, student, value, shadow=shadow if has_shadow else None, backend=backend)
 
 
 def fused_ema_(
@@ -156,6 +290,9 @@ def fused_ema_(
     student into a float32 teacher is the intended use. A bf16 or fp16 *teacher* is allowed, but loses every change
     smaller than half its spacing: at momentum .999 that is most of them.
 
+    On a GPU one launch updates all pairs of the same dtypes; the tables for it are kept until a tensor moves or dies.
+    Call it once before you capture it in a CUDA graph.
+
     Args:
         teacher: iterable of tensors, or a module: its parameters are matched with those of a student module by
             name, where the name parts ``module`` and ``_orig_mod`` that wrappers add are ignored. Integer tensors
@@ -169,6 +306,15 @@ def fused_ema_(
         ValueError, TypeError: the lists do not pair up, shapes, dtypes or devices do not fit, a tensor to be written
             is expanded, or the backend cannot be had. Nothing is written then.
     """
-    check_scalar("fused_ema_", "momentum", momentum, low=0, high=1)
-    teachers, students, shadows = _prepare(teacher, student, shadow)
-    choose("fused_ema_", backend, _EMA, _device(teachers))(teachers, students, momentum, shadows)
+    teachers, students = _pairing.pair("fused_ema_", teacher, student)
+    shadows = None if shadow is None else _pairing.listed("fused_ema_", "shadow", shadow)
+    with torch.no_grad():
+        if torch.compiler.is_compiling():
+            if not isinstance(momentum, Tensor):
+                # An addition keeps a changing number out of the graph; a constructor would bake it in and recompile.
+                momentum = torch.zeros((), dtype=torch.float64) + momentum
+            return _ema_op(teachers, students, momentum, shadows or [], shadows is not None, backend)
+        check_scalar("fused_ema_", "momentum", momentum, low=0, high=1)
+        plan = _remembered(backend, teachers, students, shadows)
+        teachers, students, shadows = plan.take(teachers, students, shadows)
+        plan.update(teachers, students, momentum, shadows)

@@ -1,9 +1,10 @@
-"""Optimizers, parameter groups and schedules."""
+"""Optimizers that update the teacher in the same pass, parameter groups and schedules."""
 
-from torch.optim import SGD, AdamW
-
+from fastrm.optim.adamw import AdamW
 from fastrm.optim.groups import build_optimizer
+from fastrm.optim.lamb import apex_problem, fused_lamb
 from fastrm.optim.lars import LARS
 from fastrm.optim.schedules import Schedule
+from fastrm.optim.sgd import SGD
 
-__all__ = ["LARS", "SGD", "AdamW", "Schedule", "build_optimizer"]
+__all__ = ["LARS", "SGD", "AdamW", "Schedule", "apex_problem", "build_optimizer", "fused_lamb"]

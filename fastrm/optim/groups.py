@@ -5,10 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 from torch import nn
-from torch.optim import SGD, AdamW, Optimizer
+from torch.optim import Optimizer
 
 from fastrm.config import OptimConfig
+from fastrm.optim.adamw import AdamW
 from fastrm.optim.lars import LARS
+from fastrm.optim.sgd import SGD
 
 
 def build_optimizer(module: nn.Module, config: OptimConfig) -> Optimizer:

@@ -1,86 +1,101 @@
-"""LARS (You et al., arXiv 1708.03888), as MoCo-v3 and BYOL use it."""
+"""LARS with the teacher's average inside the step."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.optim import Optimizer
+
+from fastrm.kernels import optim as launches
+from fastrm.kernels._dispatch import check_scalar
+from fastrm.optim._base import TeacherOptimizer
 
 
-class LARS(Optimizer):
-    """SGD with momentum whose update of each weight is scaled to the weight's own norm.
+class LARS(TeacherOptimizer):
+    """Layer-wise adaptive rate scaling (You et al., arXiv 1708.03888), as used for large batches by MoCo-v3 and BYOL.
 
-    For tensors of more than one dimension::
+    For a tensor of more than one dimension::
 
         update = grad + weight_decay * param
-        update *= trust_coefficient * |param| / |update|      (left as it is where a norm is 0)
-        buffer = momentum * buffer + update
-        param -= lr * buffer
+        update = update * trust_coefficient * |param| / |update|      where both norms are above 0
 
-    Tensors of one dimension or none (biases, norm scales) get no decay and no scaling.
+    and ``update = grad`` for one of one dimension or none (biases, normalisation layers). Then::
+
+        buffer = momentum * buffer + update
+        param  = param - lr * buffer
+        teacher = ema_momentum * teacher + (1 - ema_momentum) * param        where there is a teacher
+
+    On a GPU that is two launches for the whole model; norms are summed in a fixed order, so two runs give the same
+    bits. A parameter without a gradient stays, and its teacher still gets its average.
 
     Args:
-        params: parameters or parameter groups.
-        lr: learning rate, at least 0.
-        momentum: from 0 to 1.
-        weight_decay: at least 0.
-        trust_coefficient: above 0.
+        params: parameters or groups; every option but ``teacher`` and ``shadow`` may differ by group.
+        lr: learning rate, a number or a 0-d tensor (which a CUDA graph reads at each replay).
+        momentum: of the buffer.
+        weight_decay: factor of the parameter that is added to its gradient.
+        trust_coefficient: of the scaling above.
+        teacher: tensors aligned with the parameters, in the order of the groups; dtypes may differ from theirs.
+        ema_momentum: the teacher's momentum, a number from 0 to 1 or a 0-d tensor; settable at any time, as
+            ``optimizer.ema_momentum`` or in a group.
+        shadow: low-precision copies of the teacher, written in the same pass.
+        backend: ``None``, ``"triton"``, ``"cpu"`` or ``"reference"``; the last two are foreach operations.
 
     Raises:
-        ValueError: a setting is out of range.
+        ValueError, TypeError: an option is out of range, teacher or shadow do not fit the parameters, or the backend
+            cannot be had.
     """
+
+    _launch = launches.LARS
 
     def __init__(
         self,
         params: Any,
-        lr: float,
+        lr: float | Tensor,
         momentum: float = 0.9,
-        weight_decay: float = 0.0,
+        weight_decay: float = 0,
         trust_coefficient: float = 0.001,
+        *,
+        teacher: Iterable[Tensor] | None = None,
+        ema_momentum: float | Tensor | None = None,
+        shadow: Iterable[Tensor] | None = None,
+        backend: str | None = None,
     ) -> None:
-        for name, value, fine in (
-            ("lr", lr, lr >= 0),
-            ("momentum", momentum, 0 <= momentum <= 1),
-            ("weight_decay", weight_decay, weight_decay >= 0),
-            ("trust_coefficient", trust_coefficient, trust_coefficient > 0),
-        ):
-            if not fine:
-                raise ValueError(f"LARS: {name}={value} is out of range")
         defaults = {
             "lr": lr,
             "momentum": momentum,
             "weight_decay": weight_decay,
             "trust_coefficient": trust_coefficient,
         }
-        super().__init__(params, defaults)
+        super().__init__(params, defaults, teacher=teacher, ema_momentum=ema_momentum, shadow=shadow, backend=backend)
 
-    @torch.no_grad()
-    def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor | None:  # type: ignore[override]
-        """Update the parameters from their gradients; those without one stay."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        for group in self.param_groups:
-            for param in group["params"]:
-                if param.grad is not None:
-                    self._update(param, group)
-        return loss
+    def _check(self, group: dict[str, Any]) -> None:
+        super()._check(group)
+        check_scalar("LARS", "momentum", group["momentum"], low=0)
+        check_scalar("LARS", "trust_coefficient", group["trust_coefficient"], low=0)
 
-    def _update(self, param: Tensor, group: dict[str, Any]) -> None:
-        update = param.grad
-        assert update is not None
-        if param.ndim > 1:
-            update = update.add(param, alpha=group["weight_decay"])
-            norms = param.norm(), update.norm()
-            trust = group["trust_coefficient"] * norms[0] / norms[1]
-            # `where`, not `if`: reading a norm would make the host wait for the device.
-            update = update * torch.where((norms[0] > 0) & (norms[1] > 0), trust, 1.0)
+    def _state(self, group: dict[str, Any], param: Tensor, grad: Tensor) -> list[Tensor]:
         state = self.state[param]
         if "momentum_buffer" not in state:
             state["momentum_buffer"] = torch.zeros_like(param)
-        buffer = state["momentum_buffer"].mul_(group["momentum"]).add_(update)
-        param.sub_(buffer * group["lr"])
+        return [state["momentum_buffer"]]
+
+    def _options(self, group: dict[str, Any]) -> list[float | Tensor]:
+        return [group["lr"], group["momentum"], group["weight_decay"], group["trust_coefficient"], 0.0]
+
+    def _foreach(self, group: dict[str, Any], params: list[Tensor], grads: list[Tensor]) -> None:
+        buffers = [self._state(group, p, g)[0] for p, g in zip(params, grads, strict=True)]
+        wide = [i for i, p in enumerate(params) if p.ndim > 1]
+        if wide:
+            weights = [params[i] for i in wide]
+            updates = torch._foreach_add([grads[i] for i in wide], weights, alpha=group["weight_decay"])
+            norms = zip(torch._foreach_norm(weights), torch._foreach_norm(updates), strict=True)
+            trust = group["trust_coefficient"]
+            torch._foreach_mul_(updates, [torch.where((p > 0) & (u > 0), trust * p / u, 1.0) for p, u in norms])
+            grads = [*grads]
+            for i, update in zip(wide, updates, strict=True):
+                grads[i] = update
+        torch._foreach_mul_(buffers, group["momentum"])
+        torch._foreach_add_(buffers, grads)
+        torch._foreach_add_(params, buffers, alpha=-float(group["lr"]))

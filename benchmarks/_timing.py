@@ -1,0 +1,115 @@
+"""What the benchmarks share: the tensors of real networks, timing in turn, and the table."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def resnet50_shapes() -> list[tuple[int, ...]]:
+    """Shapes of ResNet-50's 161 parameters."""
+    shapes: list[tuple[int, ...]] = [(64, 3, 7, 7), (64,), (64,)]
+    inside = 64
+    for width, blocks in ((64, 3), (128, 4), (256, 6), (512, 3)):
+        for block in range(blocks):
+            convolutions = [(width, inside, 1, 1), (width, width, 3, 3), (4 * width, width, 1, 1)]
+            if block == 0:
+                convolutions.append((4 * width, inside, 1, 1))
+            for shape in convolutions:
+                shapes += [shape, shape[:1], shape[:1]]
+            inside = 4 * width
+    return [*shapes, (1000, 2048), (1000,)]
+
+
+def vit_b_shapes() -> list[tuple[int, ...]]:
+    """Shapes of ViT-B/16's 152 parameters."""
+    d = 768
+    block = [(d,), (d,), (3 * d, d), (3 * d,), (d, d), (d,), (d,), (d,), (4 * d, d), (4 * d,), (d, 4 * d), (d,)]
+    return [(1, 1, d), (1, 197, d), (d, 3, 16, 16), (d,), *block * 12, (d,), (d,), (1000, d), (1000,)]
+
+
+NETWORKS = {"ResNet-50": resnet50_shapes, "ViT-B": vit_b_shapes}
+
+
+def tensors(network: str, dtype: torch.dtype = torch.float32, seed: int = 0) -> list[Tensor]:
+    """Random tensors of a network's shapes, on the device of the benchmarks."""
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randn(shape, generator=generator).to(DEVICE, dtype) for shape in NETWORKS[network]()]
+
+
+@dataclass(frozen=True)
+class Row:
+    """Median time of one contender, what it moved, and how it compares with the first one and with a plain copy."""
+
+    case: str
+    name: str
+    ms: float
+    gigabytes_per_second: float
+    share_of_copy: float
+    times_the_first: float
+
+
+def once(call: Callable[[], object], repeats: int) -> float:
+    """Milliseconds of one call: the mean of ``repeats`` in a row."""
+    if DEVICE.type == "cuda":
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        for _ in range(repeats):
+            call()
+        end.record()
+        end.synchronize()
+        return start.elapsed_time(end) / repeats
+    begin = time.perf_counter()
+    for _ in range(repeats):
+        call()
+    return (time.perf_counter() - begin) * 1e3 / repeats
+
+
+def compare(
+    case: str, contenders: Mapping[str, Callable[[], object]], bytes_moved: float, *, rounds: int = 15, repeats: int = 0
+) -> list[Row]:
+    """Time the contenders in turn, a call each, round by round; the medians are over rounds, ratios of pairs in one.
+
+    ``bytes_moved`` is the floor of the operation, the same for all, so that GB/s can be compared. A plain copy of as
+    many bytes joins in.
+    """
+    repeats = repeats or (10 if DEVICE.type == "cuda" else 1)
+    source = torch.empty(int(bytes_moved) // 2, dtype=torch.uint8, device=DEVICE)
+    target = torch.empty_like(source)
+    everyone = {**contenders, "plain copy": lambda: target.copy_(source)}
+    for call in everyone.values():
+        once(call, repeats)
+    times: dict[str, list[float]] = {name: [] for name in everyone}
+    for _ in range(rounds):
+        for name, call in everyone.items():
+            times[name].append(once(call, repeats))
+    first = next(iter(times.values()))
+    return [
+        Row(
+            case=case,
+            name=name,
+            ms=statistics.median(these),
+            gigabytes_per_second=bytes_moved / statistics.median(these) / 1e6,
+            share_of_copy=statistics.median(c / t for c, t in zip(times["plain copy"], these, strict=True)),
+            times_the_first=statistics.median(t / f for f, t in zip(first, these, strict=True)),
+        )
+        for name, these in times.items()
+    ]
+
+
+def table(rows: Iterable[Row]) -> str:
+    """The rows as Markdown."""
+    lines = ["| case | what | ms | GB/s | share of a copy | times the first |", "|---|---|--:|--:|--:|--:|"]
+    lines += [
+        f"| {r.case} | {r.name} | {r.ms:.3f} | {r.gigabytes_per_second:.0f} | {r.share_of_copy:.2f} "
+        f"| {r.times_the_first:.2f} |"
+        for r in rows
+    ]
+    return "\n".join(lines)

@@ -1,0 +1,286 @@
+"""Read the compiled kernels, without a GPU: registers, spills, width of the memory accesses, bytes an element.
+
+    python benchmarks/kernel_report.py [--arch 80 90 100 120] [--json FILE]
+
+A new kernel is a function that yields its cases, added to CASES.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+if str(ROOT) not in sys.path:  # run as a script
+    sys.path.insert(0, str(ROOT))
+
+__all__ = ["CASES", "Case", "Reading", "read", "replace", "report", "table"]
+
+ARCHS = (80, 90, 100, 120)
+
+
+@dataclass(frozen=True)
+class Case:
+    """A kernel as the library launches it.
+
+    Attributes:
+        name: what the report calls it.
+        kernel: the ``triton.jit`` function.
+        types: Triton types of the arguments that are passed at run time, ``{"x_ptr": "*fp32", "rows": "i32"}``.
+        constants: values of all other arguments.
+        options: of the launch, such as ``num_warps``.
+        elements: elements that the main path handles with the memory accesses seen in the code, or ``None`` where
+            that cannot be read off (a loop over tiles, say).
+        floor: bytes an element that have to move.
+        aligned: pointers that are known to be at 16-byte addresses; all of them unless given.
+    """
+
+    name: str
+    kernel: Any
+    types: dict[str, str]
+    constants: dict[str, Any]
+    options: dict[str, Any] = field(default_factory=dict)
+    elements: int | None = None
+    floor: float | None = None
+    aligned: tuple[str, ...] | None = None
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What the machine code of a case says. Widths are in bits; ``bytes_per_element`` counts 128-bit accesses only."""
+
+    name: str
+    arch: int
+    registers: int
+    stack: int
+    local: int
+    shared: int
+    load_bits: int
+    store_bits: int
+    bytes_per_element: float | None
+    floor: float | None
+
+
+def ema_cases() -> Iterable[Case]:
+    import torch
+
+    from fastrm.kernels import _multi_tensor as shared
+    from fastrm.kernels import ema
+
+    f32, f64, bf16, f16 = torch.float32, torch.float64, torch.bfloat16, torch.float16
+    for teacher, student, shadow in ((f32, f32, None), (f32, bf16, None), (f32, bf16, bf16), (f32, f16, None),
+                                     (bf16, bf16, None), (f64, f64, None)):  # fmt: skip
+        for in_memory in (False, True) if student == f32 else (False,):
+            wide = f64 if teacher == f64 else f32
+            stored_in_memory = in_memory or wide == f64
+            constants = dict(zip(("TEACHER", "STUDENT", "SHADOW"), _names(teacher, student, shadow), strict=True))
+            yield Case(
+                name=f"ema {_short(teacher)} <- {_short(student)}{_plus(shadow)}{', momentum tensor' * in_memory}",
+                kernel=ema._ema_kernel,
+                types={
+                    "table_ptr": "*i64",
+                    "chunks_ptr": "*i64",
+                    "momentum": f"*{_triton(wide)}" if stored_in_memory else "fp32",
+                    "rest": "fp32",
+                },
+                constants={
+                    **constants,
+                    "COMPUTE": shared.DTYPES[wide],
+                    "MOMENTUM_IN_MEMORY": stored_in_memory,
+                    "BLOCK": shared.BLOCK,
+                },
+                options={"num_warps": shared.WARPS},
+                elements=shared.BLOCK,
+                floor=2 * teacher.itemsize + student.itemsize + (shadow.itemsize if shadow else 0),
+            )
+
+
+def optim_cases() -> Iterable[Case]:
+    import torch
+
+    from fastrm.kernels import _multi_tensor as shared
+    from fastrm.kernels import _optim_kernels as kernels
+    from fastrm.kernels import optim
+
+    f32, bf16 = torch.float32, torch.bfloat16
+    tables = {"table_ptr": "*i64", "options_ptr": "*fp64"}
+    options = {"num_warps": shared.WARPS}
+    yield Case(
+        name="lars norms f32",
+        kernel=kernels._norms_kernel,
+        types={**tables, "spans_ptr": "*i64", "partials_ptr": "*fp32"},
+        constants={
+            "grad_scale_ptr": None,
+            "PARAM": shared.DTYPES[f32],
+            "COMPUTE": shared.DTYPES[f32],
+            "OPERANDS": 5,
+            "BLOCK": shared.BLOCK,
+        },
+        options=options,
+        floor=8,
+    )
+    for param, teacher, shadow in ((f32, None, None), (f32, f32, None), (f32, f32, bf16), (bf16, f32, None)):
+        constants = {
+            **dict(zip(("PARAM", "TEACHER", "SHADOW"), _names(param, teacher, shadow), strict=True)),
+            "COMPUTE": shared.DTYPES[f32],
+            "BLOCK": shared.BLOCK,
+        }
+        average = 2 * teacher.itemsize if teacher else 0
+        average += shadow.itemsize if shadow else 0
+        what = _short(param) + (f" + teacher {_short(teacher)}{_plus(shadow)}" if teacher else "")
+        momentum = {**constants, "BUFFER": True, "MAX_SPANS": optim.MAX_SPANS}
+        for scaled in (False, True) if param == f32 else (True,):
+            scaler = {"grad_scale_ptr": "*fp32", "found_inf_ptr": "*fp32"} if scaled else {}
+            absent = {} if scaled else {"grad_scale_ptr": None, "found_inf_ptr": None}
+            name = f"{what}{', scaler' * scaled}"
+            chunked = {**tables, "chunks_ptr": "*i64", **scaler}
+            yield Case(
+                name=f"lars {name}",
+                kernel=kernels._momentum_kernel,
+                types={**chunked, "partials_ptr": "*fp32"},
+                constants={**momentum, **absent},
+                options=options,
+                elements=shared.BLOCK,
+                floor=5 * param.itemsize + average,
+            )
+            yield Case(
+                name=f"sgd {name}",
+                kernel=kernels._momentum_kernel,
+                types=chunked,
+                constants={**momentum, **absent, "partials_ptr": None},
+                options=options,
+                elements=shared.BLOCK,
+                floor=5 * param.itemsize + average,
+            )
+            yield Case(
+                name=f"adamw {name}",
+                kernel=kernels._adamw_kernel,
+                types={**chunked, "finished_ptr": "*i32", "tensors": "i32"},
+                constants={**constants, **absent},
+                options=options,
+                elements=shared.BLOCK,
+                floor=7 * param.itemsize + average,
+            )
+
+
+CASES: list[Callable[[], Iterable[Case]]] = [ema_cases, optim_cases]
+
+
+def _names(*dtypes: Any) -> list[Any]:
+    from fastrm.kernels._multi_tensor import DTYPES
+
+    return [DTYPES[dtype] for dtype in dtypes]
+
+
+def _short(dtype: Any) -> str:
+    return str(dtype).removeprefix("torch.").replace("bfloat", "bf").replace("float", "f")
+
+
+def _plus(shadow: Any) -> str:
+    return f" + shadow {_short(shadow)}" if shadow else ""
+
+
+def _triton(dtype: Any) -> str:
+    return {"f32": "fp32", "f64": "fp64", "f16": "fp16", "bf16": "bf16"}[_short(dtype)]
+
+
+def read(case: Case, arch: int) -> Reading:
+    """Compile ``case`` for compute capability ``arch`` (90 is sm_90) and read its machine code."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    order = {name: i for i, name in enumerate(case.kernel.arg_names)}
+    unknown = (case.types.keys() | case.constants.keys()) ^ order.keys()
+    if unknown:
+        raise ValueError(f"{case.name}: arguments {sorted(unknown)} are missing or unknown")
+    pointers = [name for name, type_ in case.types.items() if type_.startswith("*")]
+    aligned = pointers if case.aligned is None else case.aligned
+    source = ASTSource(
+        fn=case.kernel,
+        signature={name: case.types.get(name, "constexpr") for name in order},
+        constexprs={(order[name],): value for name, value in case.constants.items()},
+        attrs={(order[name],): [["tt.divisibility", 16]] for name in aligned},
+    )
+    compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=case.options)
+    usage, code = _disassemble(compiled.asm["cubin"])
+    accesses = [(kind, _bits(suffix)) for kind, suffix in re.findall(r"\b(LDG|LDGSTS|STG)(\.[\w.]+)?", code)]
+    loads = [bits for kind, bits in accesses if kind != "STG"]
+    stores = [bits for kind, bits in accesses if kind == "STG"]
+    wide = sum(bits >= 128 and bits for _, bits in accesses) // 8
+    threads = 32 * case.options.get("num_warps", 4)
+    return Reading(
+        name=case.name,
+        arch=arch,
+        registers=usage["REG"],
+        stack=usage["STACK"],
+        # LDL and STL are spills, which the usage line does not always count.
+        local=usage["LOCAL"] + len(re.findall(r"\b(?:LDL|STL)\b", code)),
+        shared=compiled.metadata.shared,
+        load_bits=max(loads, default=0),
+        store_bits=max(stores, default=0),
+        bytes_per_element=wide * threads / case.elements if case.elements else None,
+        floor=case.floor,
+    )
+
+
+def _bits(suffix: str) -> int:
+    match = re.search(r"\.(?:U|S)?(8|16|64|128|256)\b", suffix)
+    return int(match.group(1)) if match else 32
+
+
+def _disassemble(cubin: bytes) -> tuple[dict[str, int], str]:
+    import triton
+
+    tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "kernel.cubin"
+        path.write_bytes(cubin)
+        run = [
+            subprocess.run([tools / tool, *flags, path], capture_output=True, text=True, check=True).stdout
+            for tool, *flags in (("cuobjdump", "-res-usage"), ("nvdisasm",))
+        ]
+    return {name: int(value) for name, value in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", run[0])}, run[1]
+
+
+def report(archs: Iterable[int] = ARCHS) -> list[Reading]:
+    """Readings of all cases."""
+    return [read(case, arch) for cases in CASES for case in cases() for arch in archs]
+
+
+def table(readings: Iterable[Reading]) -> str:
+    """The readings as Markdown."""
+    lines = [
+        "| kernel | sm | registers | stack | local | shared | load bits | store bits | bytes/element | floor |",
+        "|---|--:|--:|--:|--:|--:|--:|--:|--:|--:|",
+    ]
+    for r in readings:
+        moved, floor = (f"{x:g}" if x is not None else "-" for x in (r.bytes_per_element, r.floor))
+        lines.append(
+            f"| {r.name} | {r.arch} | {r.registers} | {r.stack} | {r.local} | {r.shared} "
+            f"| {r.load_bits} | {r.store_bits} | {moved} | {floor} |"
+        )
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--arch", type=int, nargs="+", default=ARCHS, help="compute capabilities, 90 for sm_90")
+    parser.add_argument("--json", type=Path, help="write the readings there, too")
+    args = parser.parse_args()
+    readings = report(args.arch)
+    print(table(readings))
+    if args.json:
+        args.json.write_text(json.dumps([asdict(r) for r in readings], indent=1))
+
+
+if __name__ == "__main__":
+    main()

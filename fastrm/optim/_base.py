@@ -1,0 +1,210 @@
+"""What LARS, SGD and AdamW share: the teacher inside the step, gradient scaling, and the choice of backend."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastrm.kernels import fused_ema_
+from fastrm.kernels import optim as launches
+from fastrm.kernels._dispatch import check_scalar, choose
+from fastrm.kernels._multi_tensor import launchable
+from fastrm.kernels._pairing import check as check_pairs
+from fastrm.kernels._pairing import listed
+
+
+class TeacherOptimizer(torch.optim.Optimizer):
+    """An optimizer whose step may also average the parameters into a teacher.
+
+    A subclass says what its rule is in :meth:`_foreach`, and how its launch is fed in :meth:`_state` and
+    :meth:`_options`.
+
+    Args:
+        params, defaults: as in ``torch.optim.Optimizer``.
+        teacher: tensors aligned with the parameters, in the order of the groups, or ``None``.
+        ema_momentum: teacher <- ema_momentum * teacher + (1 - ema_momentum) * parameter, after the parameters moved;
+            a number or a 0-d tensor. Set ``optimizer.ema_momentum`` (or a group's value) to change it.
+        shadow: low-precision copies of the teacher, written in the same pass, or ``None``.
+        backend: as in fastrm.kernels.
+    """
+
+    _step_supports_amp_scaling = True  # a GradScaler hands over grad_scale and found_inf instead of waiting for them
+    _launch: type[launches.Step]
+
+    def __init__(
+        self,
+        params: Any,
+        defaults: dict[str, Any],
+        *,
+        teacher: Iterable[Tensor] | None,
+        ema_momentum: float | Tensor | None,
+        shadow: Iterable[Tensor] | None,
+        backend: str | None,
+    ) -> None:
+        self._name = type(self).__name__
+        self._teacher: dict[Tensor, Tensor] = {}
+        self._shadow: dict[Tensor, Tensor] = {}
+        self._backend = backend
+        self._plan: list[Any] | None = None
+        super().__init__(params, {**defaults, "ema_momentum": ema_momentum})
+        self._choose()
+        if teacher is None:
+            if shadow is not None or ema_momentum is not None:
+                raise ValueError(f"{self._name}: shadow and ema_momentum need a teacher")
+            return
+        if any(group["ema_momentum"] is None for group in self.param_groups):
+            raise ValueError(f"{self._name}: teacher needs ema_momentum, a number from 0 to 1 or a 0-d tensor")
+        students = self._params()
+        teachers = listed(self._name, "teacher", teacher)
+        shadows = None if shadow is None else listed(self._name, "shadow", shadow)
+        if len(check_pairs(self._name, teachers, students, shadows)) != len(students):
+            raise ValueError(f"{self._name}: teacher holds a tensor twice; each parameter needs its own")
+        self._teacher = dict(zip(students, teachers, strict=True))
+        self._shadow = {} if shadows is None else dict(zip(students, shadows, strict=True))
+
+    def _foreach(self, group: dict[str, Any], params: list[Tensor], grads: list[Tensor]) -> None:
+        """Step ``params`` in plain PyTorch; ``grads`` may be changed."""
+        raise NotImplementedError
+
+    def _state(self, group: dict[str, Any], param: Tensor, grad: Tensor) -> list[Tensor]:
+        """The state of one parameter as the launch takes it, made if there is none."""
+        raise NotImplementedError
+
+    def _options(self, group: dict[str, Any]) -> list[float | Tensor]:
+        """A group's options as the launch takes them, but for the teacher's momentum, which is last."""
+        raise NotImplementedError
+
+    @property
+    def ema_momentum(self) -> float | Tensor | None:
+        """The teacher's momentum, of the first group; setting it sets that of all groups."""
+        return self.param_groups[0]["ema_momentum"]
+
+    @ema_momentum.setter
+    def ema_momentum(self, value: float | Tensor) -> None:
+        check_scalar(self._name, "ema_momentum", value, low=0, high=1)
+        for group in self.param_groups:
+            group["ema_momentum"] = value
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """As in ``torch.optim.Optimizer``; a group cannot join once there is a teacher."""
+        if self._teacher:
+            raise ValueError(f"{self._name}: no group can be added to an optimizer that has a teacher; make a new one")
+        super().add_param_group(param_group)
+        group = self.param_groups[-1]
+        if group["ema_momentum"] is not None:
+            check_scalar(self._name, "ema_momentum", group["ema_momentum"], low=0, high=1)
+        for param in group["params"]:
+            if not param.is_floating_point():
+                raise TypeError(f"{self._name}: a parameter is {param.dtype}; it must be a floating dtype")
+        self._check(group)
+        self._plan = None
+
+    def _check(self, group: dict[str, Any]) -> None:
+        """Raise if a group's options are out of range."""
+        check_scalar(self._name, "lr", group["lr"], low=0)
+        check_scalar(self._name, "weight_decay", group["weight_decay"], low=0)
+
+    def __getstate__(self) -> dict[str, Any]:
+        ours = {k: self.__dict__[k] for k in ("_name", "_teacher", "_shadow", "_backend")}
+        return {**super().__getstate__(), **ours}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._plan = None  # load_state_dict comes here too: the state is in other tensors now
+        for group in self.param_groups:
+            for name, value in self.defaults.items():
+                group.setdefault(name, value)
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Move the parameters, then the teacher. A step that a GradScaler skips moves neither."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        found_inf = getattr(self, "found_inf", None)
+        self._choose()(getattr(self, "grad_scale", None), found_inf if isinstance(found_inf, Tensor) else None)
+        return loss
+
+    def _params(self) -> list[Tensor]:
+        return [param for group in self.param_groups for param in group["params"]]
+
+    def _choose(self) -> Callable[..., None]:
+        ways = {"triton": self._step_launched, "cpu": self._step_foreach, "reference": self._step_foreach}
+        return choose(self._name, self._backend, ways, self.param_groups[0]["params"][0].device)
+
+    def _step_foreach(self, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
+        if found_inf is not None and found_inf.item():
+            return
+        for group in self.param_groups:
+            params = [p for p in group["params"] if p.grad is not None]
+            if params:
+                grads = _dense(self._name, params)
+                if grad_scale is not None:
+                    grads = list(torch._foreach_div(grads, grad_scale.to(grads[0].device)))
+                self._foreach(group, params, grads)
+            self._average(group["params"], group["ema_momentum"])
+
+    def _average(self, params: Sequence[Tensor], momentum: float | Tensor) -> None:
+        if self._teacher and params:
+            shadow = [self._shadow[p] for p in params] if self._shadow else None
+            fused_ema_([self._teacher[p] for p in params], params, momentum, shadow=shadow, backend=self._backend)
+
+    def _step_launched(self, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
+        params = self._params()
+        present = [param.grad is not None for param in params]
+        if self._plan is None or self._plan[0] != present:
+            self._plan = [present, *self._prepare(grad_scale, found_inf)]
+        _, steps, resting = self._plan
+        options = [[*self._options(group), _or_zero(group["ema_momentum"])] for group in self.param_groups]
+        for step, members in steps:
+            step(_dense(self._name, members), options, grad_scale, found_inf)
+        for group, rest in zip(self.param_groups, resting, strict=True):
+            if rest and self._teacher:
+                self._average(rest, _unless(found_inf, group["ema_momentum"], rest[0].device))
+
+    def _prepare(self, grad_scale: Tensor | None, found_inf: Tensor | None) -> tuple[list[Any], list[list[Tensor]]]:
+        """Launches for the parameters that have a gradient, one a combination of dtypes; and, by group, the rest."""
+        gathered: dict[tuple[Any, ...], list[Any]] = {}
+        resting: list[list[Tensor]] = []
+        for batch, group in enumerate(self.param_groups):
+            resting.append([p for p in group["params"] if p.grad is None])
+            for p in group["params"]:
+                if p.grad is None:
+                    continue
+                partners = [x[p] for x in (self._teacher, self._shadow) if x]
+                if not launchable(p, *partners):
+                    raise TypeError(f"{self._name}: no kernel for {[x.dtype for x in (p, *partners)]} on {p.device}")
+                state = self._state(group, p, p.grad)
+                key = (p.device, p.dtype, len(state), *(x.dtype for x in partners))
+                gathered.setdefault(key, []).append((p, state, batch))
+        steps = []
+        for members in gathered.values():
+            params, states, batches = (list(x) for x in zip(*members, strict=True))
+            teacher = [self._teacher[p] for p in params] if self._teacher else None
+            shadow = [self._shadow[p] for p in params] if self._shadow else None
+            columns = [list(column) for column in zip(*states, strict=True)]
+            steps.append((self._launch(params, columns, teacher, shadow, batches), params))
+        return steps, resting
+
+
+def _dense(name: str, params: Sequence[Tensor]) -> list[Tensor]:
+    grads = [param.grad for param in params]
+    if any(grad is not None and grad.is_sparse for grad in grads):
+        raise TypeError(f"{name}: a gradient is sparse; only dense gradients are supported")
+    return grads  # type: ignore[return-value]
+
+
+def _or_zero(momentum: float | Tensor | None) -> float | Tensor:
+    return 0.0 if momentum is None else momentum
+
+
+def _unless(found_inf: Tensor | None, momentum: float | Tensor, device: torch.device) -> float | Tensor:
+    """``momentum``, or 1, which leaves the teacher where it is, on a skipped step; without reading ``found_inf``."""
+    if found_inf is None:
+        return momentum
+    value = torch.as_tensor(momentum, dtype=torch.float64).to(device)
+    return torch.where(found_inf.to(device).reshape(()) != 0, 1.0, value)

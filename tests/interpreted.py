@@ -1,0 +1,41 @@
+"""Triton cases: on the GPU where there is one, else in Triton's interpreter, in a process of its own.
+
+The interpreter is chosen when Triton is imported, for a whole process; the other tests need the real compiler.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+DEVICE = torch.device("cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu")
+
+TRITON = pytest.param("triton", marks=() if INTERPRETED else pytest.mark.gpu)
+BACKENDS = ["reference", "cpu", TRITON]
+
+
+def device_of(backend: str) -> torch.device:
+    """Where the tensors of a case lie."""
+    if backend != "triton":
+        return torch.device("cpu")
+    if DEVICE.type == "cpu" and not INTERPRETED:
+        pytest.skip("no GPU; test_triton_cases_in_the_interpreter runs this case")
+    return DEVICE
+
+
+def run_triton_cases(file: str) -> None:
+    """Run the Triton cases of a test file in the interpreter."""
+    if INTERPRETED:
+        pytest.skip("this is that run")
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-k", "triton", file]
+    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    root = Path(__file__).parent.parent
+    done = subprocess.run(command, env=environment, cwd=root, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert " passed" in done.stdout, done.stdout

@@ -1,0 +1,486 @@
+"""LARS, SGD and AdamW after every step against float64 NumPy and torch.optim, with the teacher inside the step."""
+
+from __future__ import annotations
+
+import copy
+import importlib
+import io
+import itertools
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from fastrm.kernels import fused_ema_
+from fastrm.kernels import optim as launches
+from fastrm.optim import LARS, SGD, AdamW, apex_problem, fused_lamb
+from tests.interpreted import TRITON, device_of, run_triton_cases
+
+Array = NDArray[np.float64]
+Rule = Callable[[list[Array], list[Array | None], list[dict[str, Any]], int], None]
+
+SHAPES: list[tuple[int, ...]] = [(3, 5), (70, 131), (17,), (), (4, 3, 2, 2), (2048,), (0, 4), (1, 1)]
+BACKENDS = ["cpu", TRITON]
+
+
+def numpy(tensor: Tensor) -> Array:
+    return tensor.detach().cpu().double().numpy().copy()
+
+
+def parameters(device: torch.device, seed: int = 0, dtype: torch.dtype = torch.float32) -> list[nn.Parameter]:
+    generator = torch.Generator().manual_seed(seed)
+    return [nn.Parameter(torch.randn(shape, generator=generator).to(device, dtype)) for shape in SHAPES]
+
+
+def set_gradients(params: list[nn.Parameter], step: int, without: int | None = None, scale: float = 1.0) -> None:
+    generator = torch.Generator().manual_seed(100 + step)
+    for i, param in enumerate(params):
+        gradient = torch.randn(param.shape, generator=generator)
+        param.grad = None if i == without else (gradient * scale).to(param.device, param.dtype)
+
+
+class Definition:
+    """One rule in float64 NumPy, written from the formulas."""
+
+    def __init__(self, rule: str, params: list[nn.Parameter], options: list[dict[str, float]]) -> None:
+        self.rule, self.options = rule, options
+        self.params = [numpy(p) for p in params]
+        self.teacher = [p.copy() for p in self.params]
+        self.first: list[Array | None] = [None] * len(params)
+        self.second: list[Array] = [np.zeros_like(p) for p in self.params]
+        self.steps = [0] * len(params)
+
+    def step(self, gradients: list[Array | None], ema: float) -> None:
+        for i, gradient in enumerate(gradients):
+            if gradient is not None:
+                getattr(self, f"_{self.rule}")(i, gradient, **self.options[i])
+            self.teacher[i] = ema * self.teacher[i] + (1 - ema) * self.params[i]
+
+    def _lars(
+        self, i: int, g: Array, lr: float, momentum: float, weight_decay: float, trust_coefficient: float
+    ) -> None:
+        p = self.params[i]
+        if p.ndim > 1:
+            g = g + weight_decay * p
+            norms = np.sqrt((p**2).sum()), np.sqrt((g**2).sum())
+            if min(norms) > 0:
+                g = g * trust_coefficient * norms[0] / norms[1]
+        before = self.first[i]
+        self.first[i] = g if before is None else momentum * before + g
+        self.params[i] = p - lr * self.first[i]
+
+    def _sgd(
+        self, i: int, g: Array, lr: float, momentum: float = 0, dampening: float = 0, weight_decay: float = 0,
+        nesterov: bool = False,
+    ) -> None:  # fmt: skip
+        g = g + weight_decay * self.params[i]
+        if momentum:
+            before = self.first[i]
+            buffer = g if before is None else momentum * before + (1 - dampening) * g
+            self.first[i] = buffer
+            g = g + momentum * buffer if nesterov else buffer
+        self.params[i] = self.params[i] - lr * g
+
+    def _adamw(
+        self, i: int, g: Array, lr: float, betas: tuple[float, float], weight_decay: float, eps: float = 1e-8
+    ) -> None:
+        self.steps[i] += 1
+        before = self.first[i]
+        mean = (1 - betas[0]) * g + (0 if before is None else betas[0] * before)
+        self.first[i] = mean
+        self.second[i] = betas[1] * self.second[i] + (1 - betas[1]) * g**2
+        mean = mean / (1 - betas[0] ** self.steps[i])
+        root = np.sqrt(self.second[i] / (1 - betas[1] ** self.steps[i]))
+        self.params[i] = self.params[i] * (1 - lr * weight_decay) - lr * mean / (root + eps)
+
+
+CASES: dict[str, tuple[type[torch.optim.Optimizer], str, dict[str, Any], dict[str, Any]]] = {
+    "lars": (LARS, "lars", {"lr": 0.3, "momentum": 0.9, "weight_decay": 0.01, "trust_coefficient": 0.02},
+             {"lr": 0.1, "trust_coefficient": 0.01, "momentum": 0.5}),
+    "sgd": (SGD, "sgd", {"lr": 0.1}, {"lr": 0.2, "weight_decay": 0.1}),
+    "momentum": (SGD, "sgd", {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.01}, {"lr": 0.2, "momentum": 0.5}),
+    "one group without momentum": (SGD, "sgd", {"lr": 0.1, "momentum": 0.9}, {"momentum": 0}),
+    "dampening": (SGD, "sgd", {"lr": 0.1, "momentum": 0.9, "dampening": 0.3, "weight_decay": 0.01}, {"dampening": 0}),
+    "nesterov": (SGD, "sgd", {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.01, "nesterov": True}, {"nesterov": False}),
+    "adamw": (AdamW, "adamw", {"lr": 0.01, "betas": (0.9, 0.999), "weight_decay": 0.1},
+              {"weight_decay": 0, "betas": (0.8, 0.95)}),
+}  # fmt: skip
+THEIRS: dict[str, Any] = {"sgd": torch.optim.SGD, "adamw": torch.optim.AdamW}
+
+
+def groups(params: list[nn.Parameter], other: dict[str, Any]) -> list[dict[str, Any]]:
+    return [{"params": params[::2]}, {"params": params[1::2], **other}]
+
+
+def grouped(things: list[Any]) -> list[Any]:
+    """In the order of the groups."""
+    return things[::2] + things[1::2]
+
+
+def test_triton_cases_in_the_interpreter() -> None:
+    run_triton_cases(__file__)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("name", CASES)
+def test_every_step_against_the_definition_and_torch(name: str, backend: str) -> None:
+    device = device_of(backend)
+    kind, rule, options, other = CASES[name]
+    params, theirs = parameters(device), parameters(device)
+    teacher = [p.detach().clone() for p in params]
+    shadow = [p.detach().bfloat16() for p in params]
+    definition = Definition(rule, params, [{**options, **(other if i % 2 else {})} for i in range(len(params))])
+    ours = kind(
+        groups(params, other), **options, teacher=grouped(teacher), shadow=grouped(shadow), ema_momentum=0.5,
+        backend=backend,
+    )  # fmt: skip
+    rival = THEIRS[rule](groups(theirs, other), **options) if rule in THEIRS else None
+    for step in range(5):
+        ema = 0.5 + 0.1 * step
+        ours.ema_momentum = ema  # type: ignore[attr-defined]
+        for optimizer in (ours, rival):
+            if optimizer is not None:
+                for group in optimizer.param_groups:
+                    group["lr"] *= 0.9
+        definition.options = [{**o, "lr": o["lr"] * 0.9} for o in definition.options]
+        for these in (params, theirs):
+            set_gradients(these, step, without={2: 1, 3: 4}.get(step))
+        definition.step([None if p.grad is None else numpy(p.grad) for p in params], ema)
+        ours.step()
+        for i, param in enumerate(params):
+            np.testing.assert_allclose(numpy(param), definition.params[i], rtol=2e-5, atol=2e-6)
+            np.testing.assert_allclose(numpy(teacher[i]), definition.teacher[i], rtol=2e-5, atol=2e-6)
+            np.testing.assert_allclose(numpy(shadow[i]), definition.teacher[i], rtol=2**-7, atol=2e-6)
+        if rival is not None:
+            rival.step()
+            for p, q in zip(params, theirs, strict=True):
+                torch.testing.assert_close(p, q, rtol=2e-5, atol=2e-6)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("name", ["lars", "dampening", "adamw"])
+def test_state_round_trip_is_exact(name: str, backend: str) -> None:
+    device = device_of(backend)
+    kind, _, options, other = CASES[name]
+
+    def run(reload: bool) -> list[Tensor]:
+        params = parameters(device)
+        teacher = [p.detach().clone() for p in params]
+        together = {"teacher": grouped(teacher), "ema_momentum": 0.9, "backend": backend}
+        optimizer = kind(groups(params, other), **options, **together)
+        for step in range(4):
+            if reload and step == 2:
+                file = io.BytesIO()
+                torch.save(optimizer.state_dict(), file)
+                file.seek(0)
+                optimizer = kind(groups(params, {}), lr=7.0, **{**together, "ema_momentum": 0.1})
+                optimizer.load_state_dict(torch.load(file, weights_only=True))
+            set_gradients(params, step)
+            optimizer.step()
+        return [*(p.detach() for p in params), *teacher]
+
+    for a, b in zip(run(False), run(True), strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("name", ["momentum", "adamw"])
+def test_goes_on_from_torchs_state(name: str, backend: str) -> None:
+    device = device_of(backend)
+    kind, rule, options, _ = CASES[name]
+    params = parameters(device)
+    rival = THEIRS[rule](params, **options)
+    set_gradients(params, 0)
+    rival.step()
+    mine = [nn.Parameter(p.detach().clone()) for p in params]
+    ours = kind(mine, **options, backend=backend)
+    ours.load_state_dict(copy.deepcopy(rival.state_dict()))
+    for step in (1, 2):
+        set_gradients(params, step)
+        set_gradients(mine, step)
+        rival.step()
+        ours.step()
+        for p, q in zip(mine, params, strict=True):
+            torch.testing.assert_close(p, q, rtol=2e-5, atol=2e-6)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("name", ["lars", "momentum", "dampening", "adamw"])
+def test_a_step_that_the_scaler_skips_moves_nothing(name: str, backend: str) -> None:
+    device = device_of(backend)
+    kind, _, options, _ = CASES[name]
+    params, plain = parameters(device), parameters(device)
+    frozen = nn.Parameter(torch.ones(5, device=device))
+    teacher = [torch.zeros_like(p) for p in [*params, frozen]]
+    plain_teacher = [torch.zeros_like(p) for p in plain]
+    together = {"ema_momentum": 0.5, "backend": backend}
+    optimizer = kind([*params, frozen], **options, teacher=teacher, **together)
+    unscaled = kind(plain, **options, teacher=plain_teacher, **together)
+    scaler = torch.amp.GradScaler(device.type, init_scale=1024.0)
+    assert scaler._scale is None
+    scaler.scale(torch.zeros((), device=device))  # makes the scale
+    for step, broken in enumerate((True, False, True, False)):
+        set_gradients(params, step, scale=scaler.get_scale())
+        if broken:
+            assert params[1].grad is not None
+            params[1].grad[3, 4] = float("inf")
+        before = [x.detach().clone() for x in (*params, frozen, *teacher)]
+        scaler.step(optimizer)
+        scaler.update()
+        if broken:
+            for x, old in zip((*params, frozen, *teacher), before, strict=True):
+                assert torch.equal(x, old)
+            continue
+        set_gradients(plain, step)
+        unscaled.step()
+        for p, q in zip([*params, *teacher[:-1]], [*plain, *plain_teacher], strict=True):
+            torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-6)
+    assert (teacher[-1] == 0.75).all()  # two steps were taken
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_options_as_tensors_are_read_at_each_step(backend: str) -> None:
+    device = device_of(backend)
+    params, plain = parameters(device), parameters(device)
+    teacher, plain_teacher = ([p.detach().clone() for p in params] for _ in range(2))
+    lr, ema = torch.tensor(0.1, device=device), torch.tensor(0.5, device=device)
+    optimizer = SGD(params, lr, 0.9, teacher=teacher, ema_momentum=ema, backend=backend)
+    rival = SGD(plain, 0.1, 0.9, teacher=plain_teacher, ema_momentum=0.5, backend=backend)
+    for step, (rate, momentum) in enumerate([(0.1, 0.5), (0.3, 0.25)]):
+        lr.fill_(rate)
+        ema.fill_(momentum)
+        rival.param_groups[0]["lr"], rival.ema_momentum = rate, momentum
+        for these, o in ((params, optimizer), (plain, rival)):
+            set_gradients(these, step)
+            o.step()
+        for p, q in zip([*params, *teacher], [*plain, *plain_teacher], strict=True):
+            torch.testing.assert_close(p, q, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("name", ["lars", "nesterov", "adamw"])
+def test_layouts(name: str, backend: str) -> None:
+    """Parameters, gradients and teachers that differ in layout or dtype, and a parameter inside a larger block."""
+    device = device_of(backend)
+    kind, rule, options, _ = CASES[name]
+    block = torch.zeros(6, 20, device=device)
+    shape = (6, 4, 3, 5)
+    generator = torch.Generator().manual_seed(0)
+    first = torch.randn(shape, generator=generator).to(device)
+    params = [
+        nn.Parameter(first.clone(memory_format=torch.channels_last)),
+        nn.Parameter(first.clone()),
+        nn.Parameter(block[:, 3:12:2]),
+    ]
+    teacher = [first.clone(), first.permute(3, 2, 1, 0).contiguous().permute(3, 2, 1, 0), block[:, 4:13:2]]
+    definition = Definition(rule, params, [options] * 3)
+    definition.teacher = [numpy(t) for t in teacher]
+    optimizer = kind(params, **options, teacher=teacher, ema_momentum=0.5, backend=backend)
+    for step in range(2):
+        set_layout = (torch.contiguous_format, torch.channels_last)[step]
+        for param in params:
+            gradient = torch.randn(param.shape, generator=generator).to(device)
+            param.grad = gradient.contiguous(memory_format=set_layout) if param.ndim == 4 else gradient
+        definition.step([numpy(p.grad) for p in params if p.grad is not None], 0.5)
+        optimizer.step()
+        for i, param in enumerate(params):
+            np.testing.assert_allclose(numpy(param), definition.params[i], rtol=2e-5, atol=2e-6)
+            np.testing.assert_allclose(numpy(teacher[i]), definition.teacher[i], rtol=2e-5, atol=2e-6)
+    assert (block[:, [0, 1, 2, *range(13, 20)]] == 0).all()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_dtypes(backend: str) -> None:
+    """Half-precision parameters with a float32 teacher; float64; both in one optimizer."""
+    device = device_of(backend)
+    half, double = parameters(device, dtype=torch.float16), parameters(device, dtype=torch.float64)
+    teacher = [p.detach().float() for p in half] + [p.detach().clone() for p in double]
+    definition = Definition("sgd", double, [{"lr": 0.1, "momentum": 0.9}] * len(double))
+    optimizer = SGD([*half, *double], 0.1, 0.9, teacher=teacher, ema_momentum=0.75, backend=backend)
+    for step in range(3):
+        set_gradients(half, step)
+        set_gradients(double, step)
+        old = [numpy(t) for t in teacher[: len(half)]]
+        definition.step([numpy(p.grad) for p in double if p.grad is not None], 0.75)
+        optimizer.step()
+        for i, p in enumerate(half):
+            # The average is of the parameter as it is stored, like that of a later fused_ema_.
+            np.testing.assert_allclose(numpy(teacher[i]), 0.75 * old[i] + 0.25 * numpy(p), rtol=1e-6, atol=1e-7)
+            np.testing.assert_allclose(numpy(p), definition.params[i], rtol=1e-2, atol=1e-2)
+        for i, p in enumerate(double):
+            np.testing.assert_allclose(numpy(p), definition.params[i], rtol=1e-12, atol=1e-13)
+            np.testing.assert_allclose(numpy(teacher[len(half) + i]), definition.teacher[i], rtol=1e-12, atol=1e-13)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_lars_without_a_norm_and_twice_the_same_bits(backend: str) -> None:
+    device = device_of(backend)
+    zero, still = (nn.Parameter(torch.full((2, 2), v, device=device)) for v in (0.0, 1.0))
+    zero.grad, still.grad = torch.ones(2, 2, device=device), torch.zeros(2, 2, device=device)
+    LARS([zero, still], lr=0.5, trust_coefficient=0.001, backend=backend).step()
+    assert (zero == -0.5).all()
+    assert (still == 1).all()
+
+    def run() -> Tensor:
+        large = nn.Parameter(torch.randn(300, 1000, generator=torch.Generator().manual_seed(0)).to(device))
+        large.grad = large.detach().sin()
+        LARS([large], lr=0.5, weight_decay=0.1, backend=backend).step()
+        return large.detach()
+
+    assert torch.equal(run(), run())
+
+
+@pytest.mark.parametrize("backend", [TRITON])
+def test_launches_of_a_whole_model(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    device = device_of(backend)
+    counted: list[str] = []
+
+    class Counted:
+        def __init__(self, name: str) -> None:
+            self.name, self.kernel = name, getattr(launches, name)
+
+        def __getitem__(self, grid: Any) -> Any:
+            counted.append(self.name)
+            return self.kernel[grid]
+
+    for name in ("_norms_kernel", "_momentum_kernel", "_adamw_kernel"):
+        monkeypatch.setattr(launches, name, Counted(name))
+    for kind, expected in (
+        (LARS, ["_norms_kernel", "_momentum_kernel"]), (SGD, ["_momentum_kernel"]), (AdamW, ["_adamw_kernel"])
+    ):  # fmt: skip
+        params = parameters(device)
+        teacher = [p.detach().clone() for p in params]
+        optimizer = kind(groups(params, {"lr": 0.2}), lr=0.1, teacher=grouped(teacher), ema_momentum=0.5)  # type: ignore[operator]
+        optimizer._backend = backend
+        for step in range(2):
+            set_gradients(params, step)
+            counted.clear()
+            optimizer.step()
+            assert counted == expected
+
+
+def test_the_teacher_is_that_of_fused_ema() -> None:
+    params = parameters(torch.device("cpu"))
+    teacher = [p.detach().clone() for p in params]
+    apart = [t.clone() for t in teacher]
+    optimizer = AdamW(params, teacher=teacher, ema_momentum=0.99)
+    for step in range(3):
+        set_gradients(params, step)
+        optimizer.step()
+        fused_ema_(apart, params, 0.99)
+        for a, b in zip(teacher, apart, strict=True):
+            assert torch.equal(a, b)
+
+
+def test_copies_keep_the_teacher_and_closures_run() -> None:
+    params = parameters(torch.device("cpu"))
+    optimizer = LARS(params, 0.1, teacher=[torch.zeros_like(p) for p in params], ema_momentum=0.5)
+    twin = copy.deepcopy(optimizer)
+    for p in itertools.chain(*(g["params"] for g in twin.param_groups)):
+        p.grad = torch.zeros_like(p)
+    assert twin.step(lambda: 3) == 3
+    for p in twin.param_groups[0]["params"]:
+        np.testing.assert_allclose(numpy(twin._teacher[p]), numpy(p) / 2)
+    assert all((t == 0).all() for t in optimizer._teacher.values())
+
+
+def test_errors() -> None:
+    def make(**options: Any) -> LARS:
+        return LARS([nn.Parameter(torch.ones(2, 2)), nn.Parameter(torch.ones(3))], **{"lr": 0.1, **options})
+
+    two = [torch.zeros(2, 2), torch.zeros(3)]
+    same = torch.zeros(2, 2)
+    for options, message in (
+        ({"teacher": two}, "teacher needs ema_momentum"),
+        ({"ema_momentum": 0.5}, "need a teacher"),
+        ({"teacher": two[:1], "ema_momentum": 0.5}, "2 student tensors for 1 teacher"),
+        ({"teacher": two[::-1], "ema_momentum": 0.5}, r"teacher\[0\] has \(3,\)"),
+        ({"teacher": two, "ema_momentum": 1.5}, "ema_momentum=1.5"),
+        ({"teacher": two, "shadow": two[:1], "ema_momentum": 0.5}, "1 shadow tensors for 2"),
+        ({"backend": "cuda"}, "backend='cuda'"),
+        ({"lr": -1}, "lr=-1"),
+        ({"trust_coefficient": float("nan")}, "trust_coefficient=nan"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            make(**options)
+    with pytest.raises(ValueError, match=r"one tensor with two students|twice"):
+        LARS([nn.Parameter(torch.ones(2, 2)) for _ in "12"], 0.1, teacher=[same, same], ema_momentum=0.5)
+    optimizer = make(teacher=two, ema_momentum=0.5)
+    with pytest.raises(ValueError, match="ema_momentum=2"):
+        optimizer.ema_momentum = 2
+    with pytest.raises(ValueError, match="no group can be added"):
+        optimizer.add_param_group({"params": [nn.Parameter(torch.ones(1))]})
+    with pytest.raises(ValueError, match="nesterov needs"):
+        SGD([nn.Parameter(torch.ones(1))], 0.1, nesterov=True)
+    with pytest.raises(ValueError, match=r"betas\[1\]=1"):
+        AdamW([nn.Parameter(torch.ones(1))], betas=(0.9, 1))
+    sparse = nn.Parameter(torch.ones(2, 2))
+    sparse.grad = torch.eye(2).to_sparse()
+    with pytest.raises(TypeError, match="sparse"):
+        SGD([sparse], 0.1).step()
+    assert (sparse == 1).all()
+
+
+def test_apex_absent_or_another_package(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.path", [str(tmp_path)])
+    for name in ("apex", "apex.optimizers", "amp_C"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    assert "not installed" in (apex_problem() or "")
+    with pytest.raises(ImportError, match=r"github\.com/NVIDIA/apex"):
+        fused_lamb()
+    (tmp_path / "apex").mkdir()
+    (tmp_path / "apex" / "__init__.py").write_text("")
+    importlib.invalidate_caches()
+    assert "another package of that name" in (apex_problem() or "")
+    (tmp_path / "apex" / "optimizers.py").write_text("class FusedLAMB: pass")
+    importlib.invalidate_caches()
+    assert "without its CUDA extensions" in (apex_problem() or "")
+    (tmp_path / "amp_C.py").write_text("")
+    importlib.invalidate_caches()
+    assert apex_problem() is None
+    assert fused_lamb().__name__ == "FusedLAMB"
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["lars", "momentum", "adamw"])
+def test_in_a_cuda_graph_and_without_a_wait(name: str) -> None:
+    kind, _, options, _ = CASES[name]
+    device = torch.device("cuda")
+    params, plain = parameters(device), parameters(device)
+    teacher, plain_teacher = ([p.detach().clone() for p in params] for _ in range(2))
+    lr, ema = torch.tensor(0.1, device=device), torch.tensor(0.5, device=device)
+    found_inf = torch.zeros(1, device=device)
+    graphed: Any = kind(params, **{**options, "lr": lr}, teacher=teacher, ema_momentum=ema)
+    eager: Any = kind(plain, **{**options, "lr": 0.1}, teacher=plain_teacher, ema_momentum=0.5)
+    graphed.found_inf = found_inf
+    for these in (params, plain):
+        set_gradients(these, 0)
+    graphed.step()
+    eager.step()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        graphed.step()
+    for step, (rate, momentum, inf) in enumerate([(0.1, 0.5, 0), (0.3, 0.25, 0), (0.3, 0.25, 1)], start=1):
+        lr.fill_(rate)
+        ema.fill_(momentum)
+        found_inf.fill_(inf)
+        set_gradients(plain, step)
+        for p, q in zip(params, plain, strict=True):
+            p.grad.copy_(q.grad)  # type: ignore[union-attr,arg-type]
+        graph.replay()
+        if not inf:
+            eager.param_groups[0]["lr"], eager.ema_momentum = rate, momentum
+            torch.cuda.synchronize()
+            torch.cuda.set_sync_debug_mode("error")
+            try:
+                eager.step()
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
+        for p, q in zip([*params, *teacher], [*plain, *plain_teacher], strict=True):
+            torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-6)
