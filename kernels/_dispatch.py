@@ -52,11 +52,6 @@ def choose(op: str, backend: str | None, implementations: Implementations, devic
     return implementations[backend]
 
 
-def device_guard(device: torch.device) -> contextlib.AbstractContextManager[Any]:
-    """Make ``device`` current for a launch: Triton launches on the current one, wherever the tensors are."""
-    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
-
-
 def compute_dtype(*tensors: Tensor | None) -> torch.dtype:
     """Dtype of the computation: float32, or float64 where an input is float64."""
     wide = any(t is not None and t.dtype == torch.float64 for t in tensors)

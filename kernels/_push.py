@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from . import reference
-from ._dispatch import device_guard, tl, triton
+from ._dispatch import tl, triton
+from ._multi_tensor import guard
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 WIDEST = 512  # columns of a row that one program holds
@@ -91,7 +92,7 @@ def launch_push(
 ) -> None:
     """Write the unit ``keys`` into ``queue`` from row ``start``, move ``pointer`` on and clear ``tickets``."""
     dim = queue.shape[1]
-    with device_guard(queue.device):
+    with guard(queue.device):
         push_kernel[(triton.cdiv(len(keys), block_r(dim)),)](
             queue, keys.contiguous(), start, pointer, tickets, 0 if tickets is None else len(tickets), len(keys),
             len(queue), dim, block_d(dim), block_r(dim),

@@ -15,12 +15,14 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from . import _blocked
-from ._dispatch import device_guard, triton
+from ._dispatch import triton
+from ._multi_tensor import guard
 from ._push import block_d, block_r, fits, launch_push
 
 if triton is not None:
@@ -48,26 +50,66 @@ def product_kind(dtype: torch.dtype) -> str:
     return "tf32x3" if torch.get_float32_matmul_precision() == "highest" else "tf32"
 
 
-def tile(kind: str, dim: int, many: bool, major: int) -> tuple[int, int, int, int] | None:
-    """BLOCK_N, BLOCK_K, warps and stages; None where the registers would not do."""
-    width = max(64, block_d(dim))
-    if many and kind == "half" and major in (9, 10) and width in _WIDE_TILES:
-        return _WIDE_TILES[width]
-    return _TILES[kind].get(width)
+class Plan(NamedTuple):
+    """How the work is divided among programs."""
+
+    block_n: int
+    """Queries of a program of the sweep."""
+    block_k: int
+    """Bank rows that it takes at a time."""
+    warps: int
+    stages: int
+    blocks: int
+    """Of queries."""
+    parts: int
+    """Of the bank."""
+    share: int
+    """Tiles of a part."""
+    block_r: int
+    """Rows that are finished at a time."""
+    chunk: int
+    """Parts of the bank that are put together at a time."""
+
+    def constants(self, dim: int, gradient: bool) -> dict[str, int]:
+        """Compile-time arguments that the sweep and what follows it have in common."""
+        return {
+            "D": dim,
+            "BLOCK_D": block_d(dim),
+            "BLOCK_R": self.block_r,
+            "BLOCK_S": triton.next_power_of_2(self.parts),
+            "CHUNK": self.chunk,
+            "GRADIENT": gradient,
+        }
 
 
 @functools.lru_cache(maxsize=1024)
-def cut(tiles: int, blocks: int, slots: int) -> tuple[int, int]:
-    """Into how many parts of how many tiles to cut the bank, for ``blocks`` of queries.
+def plan(n: int, size: int, dim: int, kind: str, slots: int, major: int) -> Plan | None:
+    """Divide ``n`` queries and a bank of ``size`` rows among ``slots`` programs at a time.
 
-    Time goes as the rounds of ``slots`` programs, each as long as its tiles, and one more to begin and to end.
+    Args:
+        n, size, dim: rows of the queries and of the bank, and their width.
+        kind: of product.
+        slots: programs that the device runs at a time.
+        major: of the device's compute capability.
+
+    Returns:
+        The plan, or None where rows of ``dim`` are too wide for the registers.
     """
+    width = max(64, block_d(dim))
+    if width not in _TILES[kind]:
+        return None
+    wide = kind == "half" and width in _WIDE_TILES and n >= 1024 and major in (9, 10)
+    block_n, block_k, warps, stages = _WIDE_TILES[width] if wide else _TILES[kind][width]
+    blocks, tiles = -(-n // block_n), -(-size // block_k)
 
     def time(parts: int) -> int:
+        """Rounds of programs, each as long as its tiles, and one more to begin and to end."""
         return -(-blocks * parts // slots) * (-(-tiles // parts) + 1)
 
-    share = -(-tiles // min(range(1, min(tiles, max(slots // blocks, 4)) + 1), key=time))
-    return -(-tiles // share), share
+    share = -(-tiles // min(range(1, max(2, min(tiles, max(slots // blocks, 4)) + 1)), key=time))
+    parts = -(-tiles // max(share, 1)) or 1
+    chunk = min(8, triton.next_power_of_2(parts))
+    return Plan(block_n, block_k, warps, stages, blocks, parts, share, min(block_r(dim, chunk), block_n), chunk)
 
 
 def _capacity(device: torch.device) -> tuple[int, int]:
@@ -94,51 +136,38 @@ def losses(
     """The same as :func:`fastrm.kernels._blocked.losses`, to which it leaves what the kernels do not take."""
     (n, dim), device = query.shape, query.device
     bank = key if queue is None else queue
-    slots, major = _capacity(device)
+    size = 0 if bank is None else len(bank)
     kind = "half" if bank is None else product_kind(bank.dtype)
-    shape = tile(kind, dim, n >= 64 * slots, major)
     fitting = fits(query, key, same, queue, push) and (queue is None or queue.is_contiguous())
-    if shape is None or not fitting or n == 0 or (bank is not None and len(bank) == 0):
+    work = plan(n, size, dim, kind, *_capacity(device)) if fitting else None
+    if work is None or n == 0 or (bank is not None and size == 0):
         return _blocked.losses(query, key, same, queue, numbers, key_offset, reduction, gradient, pointer, push)
 
-    block_n, block_k, warps, stages = shape
-    blocks = triton.cdiv(n, block_n)
-    parts, share = (1, 0) if bank is None else cut(triton.cdiv(len(bank), block_k), blocks, slots)
-    chunk = min(8, triton.next_power_of_2(parts))
     in_batch = key is not None and queue is None
-    constants = {
-        "D": dim,
-        "BLOCK_D": block_d(dim),
-        "BLOCK_R": min(block_r(dim, chunk), block_n),
-        "BLOCK_S": triton.next_power_of_2(parts),
-        "CHUNK": chunk,
-        "GRADIENT": gradient,
-    }
-    groups = blocks if in_batch else triton.cdiv(n, constants["BLOCK_R"])
+    groups = work.blocks if in_batch else triton.cdiv(n, work.block_r)
+    constants = work.constants(dim, gradient)
 
     def empty(*size: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.empty(size, dtype=dtype, device=device)
 
     values = empty(n if reduction == "none" else 3)
     to_query = empty(n, dim) if gradient else empty(0)
-    tickets = (
-        empty(blocks + 2, dtype=torch.int64) if key is not None else torch.zeros(1, dtype=torch.int64, device=device)
-    )
+    tickets = empty(2 + work.blocks, dtype=torch.int64)
     # A number on the host is an argument; one on the device is read there, so that the host does not wait for it.
     temperature, residual_weight, contrastive_weight = (
         number if isinstance(number, Tensor) and number.device == device else float(number) for number in numbers
     )
     shared = {
         "query_ptr": query.contiguous(),
-        "logsums_ptr": None if key is None else empty(parts, n),
-        "averages_ptr": empty(parts, n, dim, dtype=bank.dtype) if gradient and bank is not None else None,
+        "logsums_ptr": None if key is None else empty(work.parts, n),
+        "averages_ptr": empty(work.parts, n, dim, dtype=bank.dtype) if gradient and bank is not None else None,
         "tickets_ptr": tickets,
         "temperature": temperature,
         "residual_weight": residual_weight,
         "contrastive_weight": contrastive_weight,
         "scale": 1 / n if reduction == "mean" else 1.0,
         "n": n,
-        "splits": parts,
+        "splits": work.parts,
     }
     ends = {
         "key_ptr": None if key is None else key.contiguous(),
@@ -147,29 +176,29 @@ def losses(
         "losses_ptr": values,
         "sums_ptr": None if reduction == "none" else empty(2, groups),
     }
-    with device_guard(device):
+    with guard(device):
         if key is None:
             tickets.zero_()  # which the first launch does otherwise
         if key is not None and bank is not None:
             if in_batch:
                 bank = torch.empty_like(key, memory_format=torch.contiguous_format)
                 launch_push(bank, key, None, None, tickets)
-            sweep_kernel[(blocks * parts,)](
+            sweep_kernel[(work.blocks * work.parts,)](
                 **shared,
                 **(ends if in_batch else dict.fromkeys(ends)),
                 bank_ptr=bank,
                 pointer_ptr=pointer,
-                size=len(bank),
+                size=size,
                 key_offset=key_offset,
-                share=share,
+                share=work.share,
                 **constants,
-                BLOCK_N=block_n,
-                BLOCK_K=block_k,
+                BLOCK_N=work.block_n,
+                BLOCK_K=work.block_k,
                 IN_BATCH=in_batch,
                 PRECISION="tf32" if kind == "half" else kind,
                 UPCAST=device.type != "cuda" and bank.dtype == torch.bfloat16,
-                num_warps=warps,
-                num_stages=stages,
+                num_warps=work.warps,
+                num_stages=work.stages,
             )
         if not in_batch:
             pushed = 0 if pointer is None or push is None else len(push)
@@ -180,7 +209,7 @@ def losses(
                 pointer_ptr=pointer if pushed else None,
                 push_ptr=push.contiguous() if push is not None and pushed else None,
                 count=pushed,
-                size=1 if queue is None else len(queue),
+                size=size,
                 **constants,
                 PUSH_R=block_r(dim),
             )
