@@ -91,8 +91,9 @@ class OptimConfig:
     """Passes over the images; all schedules span them."""
     max_steps: int | None = None
     """Stop after this many optimizer steps; the schedules still span --epochs, so that a later resume goes on."""
-    optimizer: Literal["lars", "sgd", "adamw"] = "lars"
-    """lars: tensors of one dimension or none get no decay and no scaling. adamw: they get no decay."""
+    optimizer: Literal["lars", "sgd", "adamw", "lamb"] = "lars"
+    """lars: tensors of one dimension or none get no decay and no scaling. adamw, lamb: they get no decay.
+    lamb is FusedLAMB of NVIDIA's apex, and needs it and a GPU."""
     lr: float = 0.6
     """Peak learning rate for a batch of 256; it is scaled by batch / 256. A cosine leads from it to 0."""
     weight_decay: float = 1e-6

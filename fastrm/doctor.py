@@ -16,6 +16,7 @@ import torch
 import fastrm
 from fastrm import _cli
 from fastrm.device import available_cores, choose_precision, why_no_gpu
+from fastrm.optim import apex_problem
 
 
 def _device() -> str:
@@ -61,14 +62,8 @@ def _compile() -> str:
 
 
 def _apex() -> str:
-    if importlib.util.find_spec("apex") is None:
-        return "not installed, and not needed"
-    if importlib.util.find_spec("amp_C") is None:
-        return (
-            "not NVIDIA's: the package called apex on PyPI is something else; "
-            "pip uninstall apex, and build NVIDIA's from its repository NVIDIA/apex"
-        )
-    return "NVIDIA's, not used yet"
+    problem = apex_problem()
+    return f"not used, needed for --optimizer lamb only: {problem}" if problem else "NVIDIA's, for --optimizer lamb"
 
 
 def _distributed() -> str:

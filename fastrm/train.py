@@ -31,7 +31,6 @@ from fastrm.device import available_cores, choose_device, choose_kernels, choose
 from fastrm.distributed import world as read_world
 from fastrm.errors import TrainingError, UsageError
 from fastrm.evaluate import knn
-from fastrm.kernels import EMA
 from fastrm.methods import Method, StepOutput, build_method
 from fastrm.metrics import METRICS, TENSORBOARD, Recorder
 from fastrm.optim import Schedule, build_optimizer
@@ -78,7 +77,7 @@ def train(config: Config) -> dict[str, Any]:
     method = build_method(config, backend=backend).to(device)
     if config.device.channels_last:
         method = method.to(memory_format=torch.channels_last)
-    optimizer = build_optimizer(method, config.optim)
+    optimizer: Any = build_optimizer(method, config.optim, backend=backend)
     scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
 
     out = config.run.out or Path("runs", f"{source.name}-{config.method.method}-{config.model.arch}")
@@ -97,7 +96,6 @@ def train(config: Config) -> dict[str, Any]:
         evaluated = False
         recorder.note("evaluation kNN is left out: the images have no labels")
 
-    ema = EMA(method.teacher, method.student, backend=backend)
     if config.device.compile:
         for part in (method.student, method.teacher, method.predictor):
             part.compile()  # in place: the parameters keep their names
@@ -124,14 +122,13 @@ def train(config: Config) -> dict[str, Any]:
                 scaler.scale(output.loss / accumulate).backward()
                 outputs.append(output._replace(loss=output.loss.detach()))
 
+            optimizer.ema_momentum = momentum = schedule.teacher_momentum(done)
             scale = scaler.get_scale()
-            scaler.step(optimizer)
+            scaler.step(optimizer)  # moves the teacher too
             scaler.update()
             optimizer.zero_grad(set_to_none=True)
-            momentum = schedule.teacher_momentum(done)
             # A step that overflowed fp16 is skipped and lowers the scale; it moves neither teacher nor queue.
             if scaler.get_scale() >= scale:
-                ema.update_(momentum)
                 for output in outputs:
                     method.push(output.keys)
 

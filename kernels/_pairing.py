@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -22,7 +23,7 @@ def _plain_names(op: str, argument: str, module: nn.Module) -> dict[str, Tensor]
     return named
 
 
-def listed(op: str, argument: str, tensors: Tensors) -> list[Tensor]:
+def listed(op: str, argument: str, tensors: Iterable[Any] | nn.Module) -> list[Any]:
     """``tensors`` as a list; what is in it is for :func:`check` to see."""
     if isinstance(tensors, (Tensor, nn.Module)):
         raise TypeError(f"{op}: {argument} is a {type(tensors).__name__}; it must be an iterable of tensors")

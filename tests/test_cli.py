@@ -58,6 +58,7 @@ def fails(entry: Callable[[list[str]], None], flags: list[str], capsys: pytest.C
         (["--data", "digits", "--batch-size", "4", "--accumulate", "4"], ["--batch-size 4", "BatchNorm"]),
         (["--data", "digits", "--precision", "fp16"], ["--precision fp16 needs a GPU"]),
         (["--data", "digits", "--stem", "small", "--arch", "test_convnext"], ["--stem small is for ResNets"]),
+        ([*TINY, "--data", "digits", "--optimizer", "lamb"], ["--optimizer lamb", "NVIDIA/apex"]),
         (["--data", "digits", "--loader", "memory"], ["--loader memory does not exist yet"]),
         ([*TINY, "--data", "digits", "--out", "notes/note.txt"], ["--out notes/note.txt cannot be written"]),
         ([*TINY, "--data", "digits", "--out", "notes/note.txt/deeper"], ["--out notes/note.txt/deeper cannot"]),
@@ -156,13 +157,3 @@ def test_doctor_prints_a_line_a_part(capsys: pytest.CaptureFixture[str]) -> None
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in lines] == list(doctor.PARTS)
     assert all(len(line) > 13 for line in lines)
-
-
-def test_doctor_tells_the_wrong_apex_from_the_right_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    installed = {"apex"}
-    monkeypatch.setattr(doctor.importlib.util, "find_spec", lambda name: object() if name in installed else None)
-    assert "not NVIDIA's" in doctor.PARTS["apex"]()
-    installed.add("amp_C")
-    assert doctor.PARTS["apex"]().startswith("NVIDIA's")
-    installed.clear()
-    assert "not installed" in doctor.PARTS["apex"]()

@@ -115,7 +115,7 @@ def test_odd_pictures_are_read_as_they_look(tmp_path: Path) -> None:
     picture.convert("P").save(tmp_path / "palette.png")
     picture.convert("RGBA").save(tmp_path / "alpha.png")
     picture.save(tmp_path / "UPPER CASE ü.JPG".replace("JPG", "WEBP"))
-    Image.fromarray(grey.astype(np.uint16) * 257).save(tmp_path / "sixteen.png")
+    Image.fromarray(grey.astype(np.uint16) << 8).save(tmp_path / "sixteen.png")
     exif = Image.Exif()
     exif[0x0112] = 6  # shown turned by a quarter, clockwise
     picture.rotate(90, expand=True).save(tmp_path / "turned.jpg", exif=exif)

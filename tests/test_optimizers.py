@@ -377,6 +377,30 @@ def test_the_teacher_is_that_of_fused_ema() -> None:
             assert torch.equal(a, b)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("name", CASES)
+def test_a_parameter_without_a_teacher_moves_all_the_same(name: str, backend: str) -> None:
+    """As a predictor's; one of those that have a teacher has no gradient besides."""
+    kind, _, options, other = CASES[name]
+    device = device_of(backend)
+    params, twins = parameters(device), parameters(device)
+    led = [i for i in range(len(params)) if i % 3]
+    teacher = [params[i].detach().clone() if i in led else None for i in range(len(params))]
+    want = [numpy(p) for p in params]
+    optimizer: Any = kind(groups(params, other), teacher=grouped(teacher), ema_momentum=0.9, backend=backend, **options)
+    plain: Any = kind(groups(twins, other), backend=backend, **options)
+    for step in range(3):
+        for mine, single in ((params, optimizer), (twins, plain)):
+            set_gradients(mine, step, without=1)
+            single.step()
+        for i in led:
+            want[i] = 0.9 * want[i] + 0.1 * numpy(params[i])
+    for i, (param, twin) in enumerate(zip(params, twins, strict=True)):
+        assert torch.equal(param, twin)
+        if (follower := teacher[i]) is not None:
+            np.testing.assert_allclose(numpy(follower), want[i], rtol=1e-5, atol=1e-6)
+
+
 def test_copies_keep_the_teacher_and_closures_run() -> None:
     params = parameters(torch.device("cpu"))
     optimizer = LARS(params, 0.1, teacher=[torch.zeros_like(p) for p in params], ema_momentum=0.5)
@@ -398,10 +422,10 @@ def test_errors() -> None:
     for options, message in (
         ({"teacher": two}, "teacher needs ema_momentum"),
         ({"ema_momentum": 0.5}, "need a teacher"),
-        ({"teacher": two[:1], "ema_momentum": 0.5}, "2 student tensors for 1 teacher"),
+        ({"teacher": two[:1], "ema_momentum": 0.5}, "1 teacher tensors for 2 parameters"),
         ({"teacher": two[::-1], "ema_momentum": 0.5}, r"teacher\[0\] has \(3,\)"),
         ({"teacher": two, "ema_momentum": 1.5}, "ema_momentum=1.5"),
-        ({"teacher": two, "shadow": two[:1], "ema_momentum": 0.5}, "1 shadow tensors for 2"),
+        ({"teacher": two, "shadow": two[:1], "ema_momentum": 0.5}, "1 shadow tensors for 2 parameters"),
         ({"backend": "cuda"}, "backend='cuda'"),
         ({"lr": -1}, "lr=-1"),
         ({"trust_coefficient": float("nan")}, "trust_coefficient=nan"),
@@ -437,7 +461,8 @@ def test_apex_absent_or_another_package(tmp_path: Any, monkeypatch: pytest.Monke
     (tmp_path / "apex" / "__init__.py").write_text("")
     importlib.invalidate_caches()
     assert "another package of that name" in (apex_problem() or "")
-    (tmp_path / "apex" / "optimizers.py").write_text("class FusedLAMB: pass")
+    (tmp_path / "apex" / "optimizers").mkdir()
+    (tmp_path / "apex" / "optimizers" / "__init__.py").write_text("class FusedLAMB: pass")
     importlib.invalidate_caches()
     assert "without its CUDA extensions" in (apex_problem() or "")
     (tmp_path / "amp_C.py").write_text("")

@@ -24,7 +24,8 @@ class TeacherOptimizer(torch.optim.Optimizer):
 
     Args:
         params, defaults: as in ``torch.optim.Optimizer``.
-        teacher: tensors aligned with the parameters, in the order of the groups, or ``None``.
+        teacher: tensors aligned with the parameters, in the order of the groups, with ``None`` for a parameter that
+            has no counterpart (a predictor's); or ``None``.
         ema_momentum: teacher <- ema_momentum * teacher + (1 - ema_momentum) * parameter, after the parameters moved;
             a number or a 0-d tensor. Set ``optimizer.ema_momentum`` (or a group's value) to change it.
         shadow: low-precision copies of the teacher, written in the same pass, or ``None``.
@@ -39,9 +40,9 @@ class TeacherOptimizer(torch.optim.Optimizer):
         params: Any,
         defaults: dict[str, Any],
         *,
-        teacher: Iterable[Tensor] | None,
+        teacher: Iterable[Tensor | None] | None,
         ema_momentum: float | Tensor | None,
-        shadow: Iterable[Tensor] | None,
+        shadow: Iterable[Tensor | None] | None,
         backend: str | None,
     ) -> None:
         self._name = type(self).__name__
@@ -57,13 +58,22 @@ class TeacherOptimizer(torch.optim.Optimizer):
             return
         if any(group["ema_momentum"] is None for group in self.param_groups):
             raise ValueError(f"{self._name}: teacher needs ema_momentum, a number from 0 to 1 or a 0-d tensor")
-        students = self._params()
-        teachers = listed(self._name, "teacher", teacher)
-        shadows = None if shadow is None else listed(self._name, "shadow", shadow)
-        if len(check_pairs(self._name, teachers, students, shadows)) != len(students):
+        params = self._params()
+        columns = [listed(self._name, "teacher", teacher)]
+        if shadow is not None:
+            columns.append(listed(self._name, "shadow", shadow))
+        for name, column in zip(("teacher", "shadow"), columns, strict=False):
+            if len(column) != len(params):
+                raise ValueError(
+                    f"{self._name}: {len(column)} {name} tensors for {len(params)} parameters; they must pair up, "
+                    "with None for a parameter without one"
+                )
+        led = [i for i, tensor in enumerate(columns[0]) if tensor is not None]
+        students, teachers, *shadows = ([column[i] for i in led] for column in (params, *columns))
+        if len(check_pairs(self._name, teachers, students, shadows[0] if shadows else None)) != len(students):
             raise ValueError(f"{self._name}: teacher holds a tensor twice; each parameter needs its own")
         self._teacher = dict(zip(students, teachers, strict=True))
-        self._shadow = {} if shadows is None else dict(zip(students, shadows, strict=True))
+        self._shadow = dict(zip(students, shadows[0], strict=True)) if shadows else {}
 
     def _foreach(self, group: dict[str, Any], params: list[Tensor], grads: list[Tensor]) -> None:
         """Step ``params`` in plain PyTorch; ``grads`` may be changed."""
@@ -149,7 +159,8 @@ class TeacherOptimizer(torch.optim.Optimizer):
             self._average(group["params"], group["ema_momentum"])
 
     def _average(self, params: Sequence[Tensor], momentum: float | Tensor) -> None:
-        if self._teacher and params:
+        params = [p for p in params if p in self._teacher]
+        if params:
             shadow = [self._shadow[p] for p in params] if self._shadow else None
             fused_ema_([self._teacher[p] for p in params], params, momentum, shadow=shadow, backend=self._backend)
 
@@ -163,7 +174,7 @@ class TeacherOptimizer(torch.optim.Optimizer):
         for step, members in steps:
             step(_dense(self._name, members), options, grad_scale, found_inf)
         for group, rest in zip(self.param_groups, resting, strict=True):
-            if rest and self._teacher:
+            if rest:
                 self._average(rest, _unless(found_inf, group["ema_momentum"], rest[0].device))
 
     def _prepare(self, grad_scale: Tensor | None, found_inf: Tensor | None) -> tuple[list[Any], list[list[Tensor]]]:
@@ -175,7 +186,7 @@ class TeacherOptimizer(torch.optim.Optimizer):
             for p in group["params"]:
                 if p.grad is None:
                     continue
-                partners = [x[p] for x in (self._teacher, self._shadow) if x]
+                partners = [x[p] for x in (self._teacher, self._shadow) if p in x]
                 if not launchable(p, *partners):
                     raise TypeError(f"{self._name}: no kernel for {[x.dtype for x in (p, *partners)]} on {p.device}")
                 state = self._state(group, p, p.grad)
@@ -184,8 +195,8 @@ class TeacherOptimizer(torch.optim.Optimizer):
         steps = []
         for members in gathered.values():
             params, states, batches = (list(x) for x in zip(*members, strict=True))
-            teacher = [self._teacher[p] for p in params] if self._teacher else None
-            shadow = [self._shadow[p] for p in params] if self._shadow else None
+            teacher = [self._teacher[p] for p in params] if params[0] in self._teacher else None
+            shadow = [self._shadow[p] for p in params] if params[0] in self._shadow else None
             columns = [list(column) for column in zip(*states, strict=True)]
             steps.append((self._launch(params, columns, teacher, shadow, batches), params))
         return steps, resting

@@ -35,9 +35,9 @@ class AdamW(TeacherOptimizer):
         eps: float = 1e-8,
         weight_decay: float = 1e-2,
         *,
-        teacher: Iterable[Tensor] | None = None,
+        teacher: Iterable[Tensor | None] | None = None,
         ema_momentum: float | Tensor | None = None,
-        shadow: Iterable[Tensor] | None = None,
+        shadow: Iterable[Tensor | None] | None = None,
         backend: str | None = None,
     ) -> None:
         defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}

@@ -1,32 +1,73 @@
-"""Which parameters are decayed, and the optimizer that a run asks for."""
+"""Which parameters are decayed, which teacher tensor follows which, and the optimizer that a run asks for."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from fastrm.config import OptimConfig
+from fastrm.errors import UsageError
+from fastrm.kernels import EMA
+from fastrm.methods import Method
 from fastrm.optim.adamw import AdamW
+from fastrm.optim.lamb import fused_lamb
 from fastrm.optim.lars import LARS
 from fastrm.optim.sgd import SGD
 
 
-def build_optimizer(module: nn.Module, config: OptimConfig) -> Optimizer:
-    """Return the optimizer over the parameters of ``module`` that are trained; the learning rate is set each step.
+def build_optimizer(method: Method[Any], config: OptimConfig, *, backend: str | None = None) -> Optimizer:
+    """Return the optimizer over what is trained of ``method``, whose step also averages the student into the teacher.
 
-    LARS leaves tensors of one dimension or none without decay and scaling by itself. AdamW gives them a group
-    without decay. SGD decays everything, as MoCo-v2 was published.
+    Set the learning rate in ``param_groups`` and the teacher's momentum in ``optimizer.ema_momentum`` before a step.
+
+    LARS leaves tensors of one dimension or none without decay and scaling by itself. AdamW and LAMB get them in a
+    group without decay. SGD decays everything, as MoCo-v2 was published.
+
+    Raises:
+        UsageError: the optimizer cannot be had here.
     """
-    params = [p for p in module.parameters() if p.requires_grad]
+    params = [p for p in method.parameters() if p.requires_grad]
     decay = config.weight_decay
-    if config.optimizer == "lars":
-        return LARS(params, lr=0.0, momentum=0.9, weight_decay=decay, trust_coefficient=config.trust_coefficient)
+    if config.optimizer == "lamb":
+        return _lamb(method, _groups(params, decay))
+    partners = _partners(method)
+    shared: dict[str, Any] = {"lr": 0.0, "ema_momentum": 1.0, "backend": backend}
+    if config.optimizer == "adamw":
+        groups = _groups(params, decay)
+        ordered = [p for group in groups for p in group["params"]]
+        return AdamW(groups, teacher=[partners.get(p) for p in ordered], **shared)
+    shared |= {"momentum": 0.9, "weight_decay": decay, "teacher": [partners.get(p) for p in params]}
     if config.optimizer == "sgd":
-        return SGD(params, lr=0.0, momentum=0.9, weight_decay=decay)
+        return SGD(params, **shared)
+    return LARS(params, trust_coefficient=config.trust_coefficient, **shared)
+
+
+def _groups(params: list[nn.Parameter], decay: float) -> list[dict[str, Any]]:
     groups: list[dict[str, Any]] = [
         {"params": [p for p in params if p.ndim > 1], "weight_decay": decay},
         {"params": [p for p in params if p.ndim <= 1], "weight_decay": 0.0},
     ]
-    return AdamW([group for group in groups if group["params"]], lr=0.0)
+    return [group for group in groups if group["params"]]
+
+
+def _partners(method: Method[Any]) -> dict[Tensor, Tensor]:
+    """The teacher's tensor for each of the student's; a predictor has none. What is frozen stays alike by itself."""
+    teacher = dict(method.teacher.named_parameters())
+    return {p: teacher[name] for name, p in method.student.named_parameters() if p.requires_grad}
+
+
+def _lamb(method: Method[Any], groups: list[dict[str, Any]]) -> Optimizer:
+    """apex's FusedLAMB, with the teacher's average after each step that is not skipped."""
+    try:
+        kind = fused_lamb()
+    except ImportError as error:
+        raise UsageError(f"--{error}") from None
+    if groups[0]["params"][0].device.type != "cuda":
+        raise UsageError("--optimizer lamb: apex's FusedLAMB needs a GPU; use lars, sgd or adamw")
+    optimizer: Any = kind(groups, lr=0.0)
+    optimizer.ema_momentum = 1.0
+    average = EMA(method.teacher, method.student)
+    optimizer.register_step_post_hook(lambda *_: average.update_(optimizer.ema_momentum))
+    return optimizer

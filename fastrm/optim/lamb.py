@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+from pathlib import Path
 from typing import Any
 
 _HOW = (
@@ -13,14 +14,14 @@ _HOW = (
 
 
 def apex_problem() -> str | None:
-    """Why NVIDIA apex's fused optimizers cannot be had, and what to do; ``None`` if they can."""
-    if importlib.util.find_spec("apex") is None:
+    """Why NVIDIA apex's fused optimizers cannot be had, and what to do; ``None`` if they can.
+
+    Looks without importing: another package of that name may do anything when it is imported.
+    """
+    spec = importlib.util.find_spec("apex")
+    if spec is None:
         return f"NVIDIA apex is not installed; {_HOW}"
-    try:
-        found = importlib.util.find_spec("apex.optimizers") is not None
-    except Exception:  # finding a part imports the package, and another package of that name may do anything
-        found = False
-    if not found:
+    if not any(Path(folder, "optimizers").is_dir() for folder in spec.submodule_search_locations or ()):
         return f"the apex that is installed is another package of that name, from PyPI; pip uninstall apex, and {_HOW}"
     if importlib.util.find_spec("amp_C") is None:
         return f"NVIDIA apex is installed without its CUDA extensions; {_HOW}"

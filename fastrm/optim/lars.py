@@ -36,7 +36,8 @@ class LARS(TeacherOptimizer):
         momentum: of the buffer.
         weight_decay: factor of the parameter that is added to its gradient.
         trust_coefficient: of the scaling above.
-        teacher: tensors aligned with the parameters, in the order of the groups; dtypes may differ from theirs.
+        teacher: tensors aligned with the parameters, in the order of the groups, ``None`` for a parameter without
+            one; dtypes may differ from theirs.
         ema_momentum: the teacher's momentum, a number from 0 to 1 or a 0-d tensor; settable at any time, as
             ``optimizer.ema_momentum`` or in a group.
         shadow: low-precision copies of the teacher, written in the same pass.
@@ -57,9 +58,9 @@ class LARS(TeacherOptimizer):
         weight_decay: float = 0,
         trust_coefficient: float = 0.001,
         *,
-        teacher: Iterable[Tensor] | None = None,
+        teacher: Iterable[Tensor | None] | None = None,
         ema_momentum: float | Tensor | None = None,
-        shadow: Iterable[Tensor] | None = None,
+        shadow: Iterable[Tensor | None] | None = None,
         backend: str | None = None,
     ) -> None:
         defaults = {

@@ -36,9 +36,9 @@ class SGD(TeacherOptimizer):
         weight_decay: float = 0,
         nesterov: bool = False,
         *,
-        teacher: Iterable[Tensor] | None = None,
+        teacher: Iterable[Tensor | None] | None = None,
         ema_momentum: float | Tensor | None = None,
-        shadow: Iterable[Tensor] | None = None,
+        shadow: Iterable[Tensor | None] | None = None,
         backend: str | None = None,
     ) -> None:
         defaults = {
