@@ -138,9 +138,10 @@ def losses(
     bank = key if queue is None else queue
     size = 0 if bank is None else len(bank)
     kind = "half" if bank is None else product_kind(bank.dtype)
-    fitting = fits(query, key, same, queue, push) and (queue is None or queue.is_contiguous())
+    empty_one = n == 0 or (bank is not None and size == 0)
+    fitting = not empty_one and fits(query, key, same, queue, push) and (queue is None or queue.is_contiguous())
     work = plan(n, size, dim, kind, *_capacity(device)) if fitting else None
-    if work is None or n == 0 or (bank is not None and size == 0):
+    if work is None:
         return _blocked.losses(query, key, same, queue, numbers, key_offset, reduction, gradient, pointer, push)
 
     in_batch = key is not None and queue is None
