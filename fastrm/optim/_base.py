@@ -125,8 +125,8 @@ class TeacherOptimizer(torch.optim.Optimizer):
         super().__setstate__(state)
         self._plan = None  # load_state_dict comes here too: the state is in other tensors now
         for group in self.param_groups:
-            for name, value in self.defaults.items():
-                group.setdefault(name, value)
+            for name in self.defaults.keys() - {"differentiable"}:  # torch adds that one to the defaults by itself
+                group.setdefault(name, self.defaults[name])
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
