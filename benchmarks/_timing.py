@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import statistics
 import time
 from collections.abc import Callable, Iterable, Mapping
@@ -75,7 +76,7 @@ def once(call: Callable[[], object], repeats: int) -> float:
 def compare(
     case: str, contenders: Mapping[str, Callable[[], object]], bytes_moved: float, *, rounds: int = 15, repeats: int = 0
 ) -> list[Row]:
-    """Time the contenders in turn, a call each, round by round; the medians are over rounds, ratios of pairs in one.
+    """Time the contenders in turn, a call each, round by round; medians are over rounds, ratios of pairs in one.
 
     ``bytes_moved`` is the floor of the operation, the same for all, so that GB/s can be compared. A plain copy of as
     many bytes joins in.
@@ -87,9 +88,11 @@ def compare(
     for call in everyone.values():
         once(call, repeats)
     times: dict[str, list[float]] = {name: [] for name in everyone}
+    order = random.Random(0)
     for _ in range(rounds):
-        for name, call in everyone.items():
-            times[name].append(once(call, repeats))
+        # In a new order each round: what runs after the copy, say, finds less of its input in the cache.
+        for name in order.sample(list(everyone), len(everyone)):
+            times[name].append(once(everyone[name], repeats))
     first = next(iter(times.values()))
     return [
         Row(
