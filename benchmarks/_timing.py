@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
@@ -71,6 +72,31 @@ def once(call: Callable[[], object], repeats: int) -> float:
     for _ in range(repeats):
         call()
     return (time.perf_counter() - begin) * 1e3 / repeats
+
+
+def median_ms(call: Callable[[], object], rounds: int = 7) -> float:
+    """Median time of one contender alone."""
+    repeats = 10 if DEVICE.type == "cuda" else 1
+    once(call, repeats)
+    return statistics.median(once(call, repeats) for _ in range(rounds))
+
+
+def extra_memory(call: Callable[[], object]) -> float:
+    """MiB that a call takes at its peak beyond what was held before; NaN where that cannot be read."""
+    call()
+    if DEVICE.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        call()
+        return (torch.cuda.max_memory_allocated() - before) / 2**20
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        call()
+    held = peak = 0
+    for event in profiler.profiler.kineto_results.events():  # type: ignore[union-attr]
+        if event.name() == "[memory]":
+            held += event.nbytes()
+            peak = max(peak, held)
+    return peak / 2**20
 
 
 def compare(
