@@ -38,10 +38,12 @@ def contenders(
     """Teacher and student as they start, and by name what makes a teacher of its own and the call that updates it."""
     teacher, student = tensors(network, seed=0), tensors(network, dtype, seed=1)
     module = Holder(student)
+    # One teacher for all who take a list: how memory happens to be laid out is up to a sixth of the time on a CPU.
+    mine = [t.clone() for t in teacher]
 
     def on_list(update: Callable[[list[Tensor]], Callable[[], object]]) -> Callable[[], Contender]:
         def make() -> Contender:
-            mine = [t.clone() for t in teacher]
+            torch._foreach_copy_(mine, teacher)
             return mine, update(mine)
 
         return make
@@ -111,7 +113,7 @@ def measure(network: str, dtype: torch.dtype) -> list[Row]:
             torch.testing.assert_close(t.detach(), want, rtol=1e-5, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}")
         ready[name] = call
     moved = sum(t.numel() for t in teacher) * (8 + dtype.itemsize)
-    return compare(f"{network} {str(dtype)[6:]} student", ready, moved)
+    return compare(f"{network} {str(dtype)[6:]} student", ready, moved, rounds=31)
 
 
 @pytest.mark.parametrize(("network", "dtype"), CASES)
@@ -126,7 +128,7 @@ def test_update(network: str, dtype: torch.dtype, benchmark: Any) -> None:
     benchmark.pedantic(makers["fused_ema_"]()[1], rounds=5, warmup_rounds=1)
     if (network, dtype) == ("ResNet-50", torch.float32):
         assert times["_foreach_lerp_"].times_the_first >= 0.95
-        assert times["lightly update_momentum"].times_the_first > 1
+        assert times["lightly update_momentum"].times_the_first > 1.3  # 1.46 to 1.52 seen; the machine decides
 
 
 def host_microseconds() -> dict[str, float]:
