@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: install demo test check format bench clean
+.PHONY: install demo test check format bench gpu clean
 
 install: $(VENV)/installed
 
@@ -32,6 +32,10 @@ format: install
 
 bench: install
 	$(BIN)/python -m pytest benchmarks --benchmark-only
+
+# With the Python at hand, not .venv: the packages of a stock PyTorch image are enough.
+gpu:
+	$(PYTHON) -m benchmarks.gpu
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import statistics
 import time
 from collections.abc import Callable, Iterable, Mapping
@@ -9,6 +10,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
@@ -72,10 +74,35 @@ def once(call: Callable[[], object], repeats: int) -> float:
     return (time.perf_counter() - begin) * 1e3 / repeats
 
 
+def median_ms(call: Callable[[], object], rounds: int = 7) -> float:
+    """Median time of one contender alone."""
+    repeats = 10 if DEVICE.type == "cuda" else 1
+    once(call, repeats)
+    return statistics.median(once(call, repeats) for _ in range(rounds))
+
+
+def extra_memory(call: Callable[[], object]) -> float:
+    """MiB that a call takes at its peak beyond what was held before; NaN where that cannot be read."""
+    call()
+    if DEVICE.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        call()
+        return (torch.cuda.max_memory_allocated() - before) / 2**20
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        call()
+    held = peak = 0
+    for event in profiler.profiler.kineto_results.events():  # type: ignore[union-attr]
+        if event.name() == "[memory]":
+            held += event.nbytes()
+            peak = max(peak, held)
+    return peak / 2**20
+
+
 def compare(
     case: str, contenders: Mapping[str, Callable[[], object]], bytes_moved: float, *, rounds: int = 15, repeats: int = 0
 ) -> list[Row]:
-    """Time the contenders in turn, a call each, round by round; the medians are over rounds, ratios of pairs in one.
+    """Time the contenders in turn, a call each, round by round; medians are over rounds, ratios of pairs in one.
 
     ``bytes_moved`` is the floor of the operation, the same for all, so that GB/s can be compared. A plain copy of as
     many bytes joins in.
@@ -87,9 +114,11 @@ def compare(
     for call in everyone.values():
         once(call, repeats)
     times: dict[str, list[float]] = {name: [] for name in everyone}
+    order = random.Random(0)
     for _ in range(rounds):
-        for name, call in everyone.items():
-            times[name].append(once(call, repeats))
+        # In a new order each round: what runs after the copy, say, finds less of its input in the cache.
+        for name in order.sample(list(everyone), len(everyone)):
+            times[name].append(once(everyone[name], repeats))
     first = next(iter(times.values()))
     return [
         Row(

@@ -41,6 +41,7 @@ class Case:
             that cannot be read off (a loop over tiles, say).
         floor: bytes an element that have to move.
         aligned: pointers that are known to be at 16-byte addresses; all of them unless given.
+        archs: compute capabilities that it is launched on; all of them unless given.
     """
 
     name: str
@@ -51,11 +52,15 @@ class Case:
     elements: int | None = None
     floor: float | None = None
     aligned: tuple[str, ...] | None = None
+    archs: tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True)
 class Reading:
-    """What the machine code of a case says. Widths are in bits; ``bytes_per_element`` counts 128-bit accesses only."""
+    """What the machine code of a case says. Widths are in bits; ``bytes_per_element`` counts 128-bit accesses only.
+
+    ``product`` is the instruction of the matrix products: HGMMA is Hopper's wgmma, UTC…MMA Blackwell's tcgen05.
+    """
 
     name: str
     arch: int
@@ -65,6 +70,7 @@ class Reading:
     shared: int
     load_bits: int
     store_bits: int
+    product: str
     bytes_per_element: float | None
     floor: float | None
 
@@ -171,7 +177,88 @@ def optim_cases() -> Iterable[Case]:
             )
 
 
-CASES: list[Callable[[], Iterable[Case]]] = [ema_cases, optim_cases]
+def contrastive_cases() -> Iterable[Case]:
+    import torch
+
+    from fastrm.kernels import _finish, _push, _sweep, _sweep_kernel
+
+    f32, bf16, f16 = torch.float32, torch.bfloat16, torch.float16
+    numbers = dict.fromkeys(("temperature", "residual_weight", "contrastive_weight", "scale"), "fp32")
+
+    def matrices(dtype: torch.dtype, *names: str) -> dict[str, str]:
+        return {f"{name}_ptr": f"*{_triton(dtype)}" for name in names}
+
+    for dtype, n, size, dim, in_batch, gradient, archs in (
+        (bf16, 256, 65536, 128, False, True, None),
+        (bf16, 256, 65536, 128, False, False, None),
+        (f16, 256, 65536, 128, False, True, None),
+        (f32, 256, 65536, 128, False, True, None),
+        (bf16, 12544, 65536, 128, False, True, (90, 100)),
+        (bf16, 512, 4096, 256, False, True, None),
+        (bf16, 256, 256, 256, True, True, None),
+        (bf16, 16384, 16384, 256, True, True, (90, 100)),
+    ):
+        kind = _sweep.product_kind(dtype)
+        plan = _sweep.plan(n, size, dim, kind, slots=132, major=9 if archs else 8)
+        assert plan is not None
+        name = f"{_short(dtype)} {n} x {size} x {dim}{' in batch' * in_batch}{', no gradient' * (not gradient)}"
+        types = {"tickets_ptr": "*i64", **numbers, **matrices(f32, "logsums"), "n": "i32", "splits": "i32"}
+        types |= matrices(dtype, "averages") if gradient else {}
+        ends = matrices(dtype, "key", "same") | matrices(f32, "losses", "sums")
+        ends |= matrices(f32, "gradient") if gradient else {}
+        absent = {} if gradient else {"averages_ptr": None, "gradient_ptr": None}
+        without_ends = dict.fromkeys((*ends, "gradient_ptr"))
+        yield Case(
+            name=f"sweep {name}",
+            kernel=_sweep_kernel.sweep_kernel,
+            types={
+                **types,
+                **(ends if in_batch else {"pointer_ptr": "*i64"}),
+                **matrices(dtype if in_batch else f32, "query"),
+                **matrices(dtype, "bank"),
+                **dict.fromkeys(("size", "key_offset", "share"), "i32"),
+            },
+            constants={
+                **absent,
+                **({"pointer_ptr": None} if in_batch else without_ends),
+                **plan.constants(dim, gradient),
+                "BLOCK_N": plan.block_n,
+                "BLOCK_K": plan.block_k,
+                "IN_BATCH": in_batch,
+                "PRECISION": "tf32" if kind == "half" else kind,
+                "UPCAST": False,
+            },
+            options={"num_warps": plan.warps, "num_stages": plan.stages},
+            archs=archs,
+        )
+        if in_batch:
+            continue
+        yield Case(
+            name=f"finish and push {name}",
+            kernel=_finish.finish_kernel,
+            types={
+                **types,
+                **ends,
+                **matrices(f32, "query", "push"),
+                **matrices(dtype, "queue"),
+                **{"pointer_ptr": "*i64", "count": "i32", "size": "i32"},
+            },
+            constants={**absent, **plan.constants(dim, gradient), "PUSH_R": _push.block_r(dim)},
+        )
+    yield Case(
+        name="enqueue f32 into bf16 x 128",
+        kernel=_push.push_kernel,
+        types={
+            **matrices(bf16, "queue"),
+            **matrices(f32, "keys"),
+            **dict.fromkeys(("start_ptr", "pointer_ptr"), "*i64"),
+            **dict.fromkeys(("tickets", "count", "size"), "i32"),
+        },
+        constants={"tickets_ptr": None, "D": 128, "BLOCK_D": _push.block_d(128), "BLOCK_R": _push.block_r(128)},
+    )
+
+
+CASES: list[Callable[[], Iterable[Case]]] = [ema_cases, optim_cases, contrastive_cases]
 
 
 def _names(*dtypes: Any) -> list[Any]:
@@ -227,6 +314,7 @@ def read(case: Case, arch: int) -> Reading:
         shared=compiled.metadata.shared,
         load_bits=max(loads, default=0),
         store_bits=max(stores, default=0),
+        product=max(re.findall(r"\b(?:UTC)?[HQ]G?MMA\b", code), key=len, default="-"),
         bytes_per_element=wide * threads / case.elements if case.elements else None,
         floor=case.floor,
     )
@@ -253,20 +341,22 @@ def _disassemble(cubin: bytes) -> tuple[dict[str, int], str]:
 
 def report(archs: Iterable[int] = ARCHS) -> list[Reading]:
     """Readings of all cases."""
-    return [read(case, arch) for cases in CASES for case in cases() for arch in archs]
+    every = [(case, arch) for cases in CASES for case in cases() for arch in archs]
+    return [read(case, arch) for case, arch in every if case.archs is None or arch in case.archs]
 
 
 def table(readings: Iterable[Reading]) -> str:
     """The readings as Markdown."""
     lines = [
-        "| kernel | sm | registers | stack | local | shared | load bits | store bits | bytes/element | floor |",
-        "|---|--:|--:|--:|--:|--:|--:|--:|--:|--:|",
+        "| kernel | sm | registers | stack | local | shared | load bits | store bits | product | bytes/element "
+        "| floor |",
+        "|---|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|",
     ]
     for r in readings:
         moved, floor = (f"{x:g}" if x is not None else "-" for x in (r.bytes_per_element, r.floor))
         lines.append(
             f"| {r.name} | {r.arch} | {r.registers} | {r.stack} | {r.local} | {r.shared} "
-            f"| {r.load_bits} | {r.store_bits} | {moved} | {floor} |"
+            f"| {r.load_bits} | {r.store_bits} | {r.product} | {moved} | {floor} |"
         )
     return "\n".join(lines)
 

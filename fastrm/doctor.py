@@ -41,7 +41,11 @@ def _triton() -> str:
 
 
 def _kernels() -> str:
-    return "reference (plain PyTorch) for every operation; fused backends do not exist yet"
+    if torch.cuda.is_available() and importlib.util.find_spec("triton") is not None:
+        return "triton: fused, a launch or two an operation"
+    if torch.cuda.is_available():
+        return "reference (plain PyTorch), since Triton is not installed"
+    return "cpu: foreach and cache-blocked PyTorch; triton needs an NVIDIA GPU"
 
 
 def _loader() -> str:

@@ -19,6 +19,8 @@ _found = importlib.util.find_spec("triton") is not None
 triton: Any = importlib.import_module("triton") if _found else None
 tl: Any = importlib.import_module("triton.language") if _found else None
 
+_interpreted = triton is not None and triton.knobs.runtime.interpret  # fixed from Triton's first import on
+
 Implementations = Mapping[str, Callable[..., Any]]
 
 
@@ -26,7 +28,7 @@ def triton_problem(device: torch.device) -> str | None:
     """Why Triton cannot run on ``device``, or None if it can."""
     if triton is None:
         return "Triton is not installed; it comes with torch on Linux"
-    if device.type == "cuda" or triton.knobs.runtime.interpret:
+    if device.type == "cuda" or _interpreted:
         return None
     return f"the tensors are on {device}; Triton needs a CUDA device, or TRITON_INTERPRET=1 before Python starts"
 
@@ -102,7 +104,8 @@ def check_scalar(
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{op}: {name} is a {type(value).__name__}; it must be a number or a 0-d tensor")
     above = value > low if open_low else value >= low
-    if not (math.isfinite(value) and above and value <= high):
+    # Not math.isfinite, which torch.compile cannot trace for a float that changes between calls.
+    if not (abs(value) < math.inf and above and value <= high):
         wanted = [f"{'above' if open_low else 'at least'} {low:g}"] if low > -math.inf else []
         wanted += [f"at most {high:g}"] if high < math.inf else []
         raise ValueError(f"{op}: {name}={value} must be finite{''.join(', ' + w for w in wanted)}")

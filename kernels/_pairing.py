@@ -16,7 +16,9 @@ def _plain_names(op: str, argument: str, module: nn.Module) -> dict[str, Tensor]
     """Parameters by name, without the name parts that wrappers add."""
     named: dict[str, Tensor] = {}
     for name, parameter in module.named_parameters():
-        plain = ".".join(part for part in name.split(".") if part not in _WRAPPERS)
+        plain = name
+        if any(wrapper in name for wrapper in _WRAPPERS):
+            plain = ".".join(part for part in name.split(".") if part not in _WRAPPERS)
         if plain in named:
             raise ValueError(f"{op}: {argument} has two parameters named {plain!r} once wrappers are ignored")
         named[plain] = parameter

@@ -2,16 +2,70 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
 from torch import Tensor
 
-from . import reference
+from . import _fused, reference
 from ._dispatch import check_no_grad, check_rows, check_scalar, choose
 from .queue import check_ring
 
 _REDUCTIONS = ("mean", "sum", "none")
-_INFO_NCE = {"reference": reference.info_nce}
-_RESIDUAL = {"reference": reference.residual_loss}
-_RESIDUAL_INFO_NCE = {"reference": reference.residual_info_nce}
+
+
+def _info_nce(
+    backend: str,
+    query: Tensor,
+    key: Tensor,
+    queue: Tensor | None,
+    temperature: float | Tensor,
+    key_offset: int,
+    reduction: str,
+) -> Tensor:
+    return _fused.differentiable(backend, query, key, None, queue, (temperature, 0.0, 1.0), key_offset, reduction)[0]
+
+
+def _residual_loss(backend: str, student: Tensor, teacher: Tensor, reduction: str) -> Tensor:
+    return _fused.differentiable(backend, student, None, teacher, None, (1.0, 1.0, 0.0), 0, reduction)[0]
+
+
+def _residual_info_nce(
+    backend: str,
+    query: Tensor,
+    key: Tensor,
+    same_view_key: Tensor,
+    queue: Tensor | None,
+    pointer: Tensor | None,
+    temperature: float | Tensor,
+    residual_weight: float | Tensor,
+    contrastive_weight: float | Tensor,
+    key_offset: int,
+    push: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    numbers = (temperature, residual_weight, contrastive_weight)
+    ring = () if pointer is None else (pointer, push)
+    loss, losses = _fused.differentiable(backend, query, key, same_view_key, queue, numbers, key_offset, "mean", *ring)
+    return loss, losses[1], losses[2]
+
+
+def _backends(plain: Callable[..., Any], fused: Callable[..., Any]) -> dict[str, Callable[..., Any]]:
+    return {"reference": plain} | {backend: partial(fused, backend) for backend in _fused.BACKENDS}
+
+
+_INFO_NCE = _backends(reference.info_nce, _info_nce)
+_RESIDUAL = _backends(reference.residual_loss, _residual_loss)
+_RESIDUAL_INFO_NCE = _backends(reference.residual_info_nce, _residual_info_nce)
+
+
+def _check_number(op: str, name: str, value: float | Tensor, device: torch.device, **limits: Any) -> None:
+    check_scalar(op, name, value, **limits)
+    if isinstance(value, Tensor):
+        check_no_grad(op, name, value)
+        if value.device not in (device, torch.device("cpu")):
+            raise ValueError(f"{op}: {name} is on {value.device}; it must be on {device} or on the CPU")
 
 
 def _check_reduction(op: str, reduction: str) -> None:
@@ -76,7 +130,7 @@ def info_nce(
             cannot be had.
     """
     _check_contrast("info_nce", query, key, queue, key_offset)
-    check_scalar("info_nce", "temperature", temperature, low=0, open_low=True)
+    _check_number("info_nce", "temperature", temperature, query.device, low=0, open_low=True)
     _check_reduction("info_nce", reduction)
     run = choose("info_nce", backend, _INFO_NCE, query.device)
     return run(query, key, queue, temperature, key_offset, reduction)
@@ -158,9 +212,9 @@ def residual_info_nce(
         raise ValueError(
             f"{op}: same_view_key has shape {tuple(same_view_key.shape)}; it must be {tuple(query.shape)} like query"
         )
-    check_scalar(op, "temperature", temperature, low=0, open_low=True)
-    check_scalar(op, "residual_weight", residual_weight)
-    check_scalar(op, "contrastive_weight", contrastive_weight)
+    _check_number(op, "temperature", temperature, query.device, low=0, open_low=True)
+    _check_number(op, "residual_weight", residual_weight, query.device)
+    _check_number(op, "contrastive_weight", contrastive_weight, query.device)
     if pointer is not None:
         if queue is None:
             raise ValueError(f"{op}: pointer is given without a queue to push into")

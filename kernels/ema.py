@@ -14,6 +14,8 @@ from ._dispatch import check_scalar, choose, compute_dtype, tl, triton
 from ._multi_tensor import BLOCK, DTYPES, WARPS, Mirror, addresses, cut, flat, guard, launchable
 from ._pairing import Tensors
 
+LARGE = 32768  # elements from which torch itself splits an operation on the CPU among threads
+
 Update = Callable[[Sequence[Tensor], Sequence[Tensor], "float | Tensor", "Sequence[Tensor] | None"], None]
 
 if triton is not None:
@@ -131,7 +133,7 @@ def _take(tensors: Sequence[Tensor], indices: Iterable[int]) -> list[Tensor]:
 
 
 class _OnCPU:
-    """One pass of lerp_; a student of another dtype is converted a tensor at a time, while that is in the cache."""
+    """One pass of lerp_ or faster; a student of another dtype is converted a tensor at a time, still in the cache."""
 
     def __init__(self, teacher: Sequence[Tensor], student: Sequence[Tensor], shadow: Sequence[Tensor] | None) -> None:
         # lerp_ knows no 8-bit dtypes, and the shadow of a half-precision teacher must not be rounded twice.
@@ -140,7 +142,13 @@ class _OnCPU:
             t.dtype == s.dtype and t.is_floating_point() and t.element_size() >= least
             for t, s in zip(teacher, student, strict=True)
         ]
+        large = [
+            yes and t.dtype in (torch.float32, torch.float64) and t.numel() >= LARGE and flat(t, s)
+            for yes, t, s in zip(same, teacher, student, strict=True)
+        ]
         self.same = [i for i, yes in enumerate(same) if yes]
+        self.large = [i for i, yes in enumerate(large) if yes]
+        self.small = [i for i in self.same if not large[i]]
         self.mixed = [i for i, yes in enumerate(same) if not yes]
 
     def __call__(
@@ -151,8 +159,27 @@ class _OnCPU:
         shadow: Sequence[Tensor] | None,
     ) -> None:
         rest = 1 - float(momentum)
-        if self.same:
-            torch._foreach_lerp_(_take(teacher, self.same), _take(student, self.same), rest)
+        lerped = self.same
+        if self.large and rest <= 0.5:
+            # A step of SGD down the teacher's distance to the student, whose pass is 5 to 8 % faster than lerp_'s.
+            # Near rest 1 the difference from the teacher would lose the student's last bits, and small tensors are
+            # not worth waking all threads.
+            lerped, large = self.small, _take(teacher, self.large)
+            torch._fused_sgd_(
+                large,
+                _take(student, self.large),
+                [],
+                weight_decay=1.0,
+                momentum=0.0,
+                lr=rest,
+                dampening=0.0,
+                nesterov=False,
+                maximize=True,
+                is_first_step=False,
+            )
+            torch.autograd.graph.increment_version(large)
+        if lerped:
+            torch._foreach_lerp_(_take(teacher, lerped), _take(student, lerped), rest)
         if self.same and shadow is not None:
             torch._foreach_copy_(_take(shadow, self.same), _take(teacher, self.same))
         for i in self.mixed:

@@ -2,13 +2,27 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor, nn
 
-from . import reference
+from . import _push, reference
 from ._dispatch import check_no_grad, check_rows, choose
 
-_ENQUEUE = {"reference": reference.enqueue_}
+
+@torch.library.custom_op("fastrm::enqueue_", mutates_args=("queue", "pointer"))
+def _enqueue(queue: Tensor, pointer: Tensor, keys: Tensor, backend: str) -> None:
+    _BACKENDS[backend](queue, pointer, keys)
+
+
+@_enqueue.register_fake
+def _enqueue_fake(queue: Tensor, pointer: Tensor, keys: Tensor, backend: str) -> None:
+    pass
+
+
+_BACKENDS = {"cpu": reference.enqueue_, "triton": _push.enqueue_}
+_ENQUEUE = {"reference": reference.enqueue_} | {backend: partial(_enqueue, backend=backend) for backend in _BACKENDS}
 
 
 def check_ring(op: str, queue: Tensor, pointer: Tensor) -> None:

@@ -270,12 +270,26 @@ def test_plans_go_with_their_tensors() -> None:
     assert len(ema._PLANS) == count
 
 
+@pytest.mark.parametrize("momentum", [0.2, 0.75])
+@pytest.mark.parametrize("student_layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("dtype", [F32, F64])
+def test_layouts_that_differ_in_large_tensors(
+    dtype: torch.dtype, student_layout: torch.memory_format, momentum: float
+) -> None:
+    """The CPU takes another way for those of one dtype whose layouts agree."""
+    teacher = torch.randn(8, 64, 10, 10, dtype=dtype).to(memory_format=torch.channels_last)
+    student = torch.randn(8, 64, 10, 10, dtype=dtype).to(memory_format=student_layout)
+    assert teacher.numel() > ema.LARGE
+    check([teacher], [student], momentum, "cpu", [teacher.half()])
+
+
+@pytest.mark.parametrize("size", [3, 70_001])
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_autograd_sees_that_the_teacher_changed(backend: str) -> None:
+def test_autograd_sees_that_the_teacher_changed(backend: str, size: int) -> None:
     device = device_of(backend)
-    x, teacher = torch.ones(3, device=device, requires_grad=True), torch.ones(3, device=device)
+    x, teacher = torch.ones(size, device=device, requires_grad=True), torch.ones(size, device=device)
     product = (x * teacher).sum()
-    fused_ema_([teacher], [torch.zeros(3, device=device)], 0.5, backend=backend)
+    fused_ema_([teacher], [torch.zeros(size, device=device)], 0.5, backend=backend)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         product.backward()
     parameter = nn.Parameter(torch.ones(3, device=device))

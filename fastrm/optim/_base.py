@@ -19,7 +19,7 @@ from fastrm.kernels._pairing import listed
 class TeacherOptimizer(torch.optim.Optimizer):
     """An optimizer whose step may also average the parameters into a teacher.
 
-    A subclass says what its rule is in :meth:`_foreach`, and how its launch is fed in :meth:`_state` and
+    A subclass says what its rule is in :meth:`_plainly`, and how its launch is fed in :meth:`_state` and
     :meth:`_options`.
 
     Args:
@@ -75,7 +75,7 @@ class TeacherOptimizer(torch.optim.Optimizer):
         self._teacher = dict(zip(students, teachers, strict=True))
         self._shadow = dict(zip(students, shadows[0], strict=True)) if shadows else {}
 
-    def _foreach(self, group: dict[str, Any], params: list[Tensor], grads: list[Tensor]) -> None:
+    def _plainly(self, group: dict[str, Any], params: list[Tensor], grads: list[Tensor]) -> None:
         """Step ``params`` in plain PyTorch; ``grads`` may be changed."""
         raise NotImplementedError
 
@@ -143,10 +143,10 @@ class TeacherOptimizer(torch.optim.Optimizer):
         return [param for group in self.param_groups for param in group["params"]]
 
     def _choose(self) -> Callable[..., None]:
-        ways = {"triton": self._step_launched, "cpu": self._step_foreach, "reference": self._step_foreach}
+        ways = {"triton": self._step_launched, "cpu": self._step_plainly, "reference": self._step_plainly}
         return choose(self._name, self._backend, ways, self.param_groups[0]["params"][0].device)
 
-    def _step_foreach(self, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
+    def _step_plainly(self, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
         if found_inf is not None and found_inf.item():
             return
         for group in self.param_groups:
@@ -155,7 +155,7 @@ class TeacherOptimizer(torch.optim.Optimizer):
                 grads = _dense(self._name, params)
                 if grad_scale is not None:
                     grads = list(torch._foreach_div(grads, grad_scale.to(grads[0].device)))
-                self._foreach(group, params, grads)
+                self._plainly(group, params, grads)
             self._average(group["params"], group["ema_momentum"])
 
     def _average(self, params: Sequence[Tensor], momentum: float | Tensor) -> None:
@@ -207,6 +207,23 @@ def _dense(name: str, params: Sequence[Tensor]) -> list[Tensor]:
     if any(grad is not None and grad.is_sparse for grad in grads):
         raise TypeError(f"{name}: a gradient is sparse; only dense gradients are supported")
     return grads  # type: ignore[return-value]
+
+
+def fastest(*columns: Sequence[Tensor | None]) -> dict[str, Any]:
+    """Which of torch's own implementations of a rule to call, given parameters, gradients and state.
+
+    On the CPU one pass over everything ("fused"), which reads all tensors of a row as flat, whatever their strides:
+    where those are not the same, and elsewhere than on the CPU, a list at a time ("foreach").
+    """
+    rows = [[x for x in row if x is not None] for row in zip(*columns, strict=True)]
+    fused = all(row[0].device.type == "cpu" and _flat(row) for row in rows)
+    return {"fused": fused, "foreach": not fused}
+
+
+def _flat(row: list[Tensor]) -> bool:
+    first = row[0]
+    dense = first.is_contiguous() or (first.ndim == 4 and first.is_contiguous(memory_format=torch.channels_last))
+    return dense and all(x.stride() == first.stride() and x.dtype == first.dtype for x in row)
 
 
 def _or_zero(momentum: float | Tensor | None) -> float | Tensor:

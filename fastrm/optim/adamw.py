@@ -11,7 +11,7 @@ from torch.optim.adamw import adamw
 
 from fastrm.kernels import optim as launches
 from fastrm.kernels._dispatch import check_scalar
-from fastrm.optim._base import TeacherOptimizer
+from fastrm.optim._base import TeacherOptimizer, fastest
 
 
 class AdamW(TeacherOptimizer):
@@ -64,11 +64,12 @@ class AdamW(TeacherOptimizer):
     def _options(self, group: dict[str, Any]) -> list[float | Tensor]:
         return [group["lr"], *group["betas"], group["eps"], group["weight_decay"]]
 
-    def _foreach(self, group: dict[str, Any], params: list[Tensor], grads: list[Tensor]) -> None:
+    def _plainly(self, group: dict[str, Any], params: list[Tensor], grads: list[Tensor]) -> None:
         states = [self._state(group, p, g) for p, g in zip(params, grads, strict=True)]
         first, second, steps = (list(column) for column in zip(*states, strict=True))
         adamw(
-            params, grads, first, second, [], steps, foreach=True, capturable=steps[0].is_cuda, amsgrad=False,
+            params, grads, first, second, [], steps, **fastest(params, grads, first, second),
+            capturable=steps[0].is_cuda, amsgrad=False,
             beta1=group["betas"][0], beta2=group["betas"][1], lr=float(group["lr"]),
             weight_decay=group["weight_decay"], eps=group["eps"], maximize=False,
         )  # fmt: skip

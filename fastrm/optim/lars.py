@@ -41,7 +41,7 @@ class LARS(TeacherOptimizer):
         ema_momentum: the teacher's momentum, a number from 0 to 1 or a 0-d tensor; settable at any time, as
             ``optimizer.ema_momentum`` or in a group.
         shadow: low-precision copies of the teacher, written in the same pass.
-        backend: ``None``, ``"triton"``, ``"cpu"`` or ``"reference"``; the last two are foreach operations.
+        backend: ``None``, ``"triton"``, ``"cpu"`` or ``"reference"``; the last two are plain PyTorch.
 
     Raises:
         ValueError, TypeError: an option is out of range, teacher or shadow do not fit the parameters, or the backend
@@ -85,18 +85,15 @@ class LARS(TeacherOptimizer):
     def _options(self, group: dict[str, Any]) -> list[float | Tensor]:
         return [group["lr"], group["momentum"], group["weight_decay"], group["trust_coefficient"], 0.0]
 
-    def _foreach(self, group: dict[str, Any], params: list[Tensor], grads: list[Tensor]) -> None:
-        buffers = [self._state(group, p, g)[0] for p, g in zip(params, grads, strict=True)]
-        wide = [i for i, p in enumerate(params) if p.ndim > 1]
-        if wide:
-            weights = [params[i] for i in wide]
-            updates = torch._foreach_add([grads[i] for i in wide], weights, alpha=group["weight_decay"])
-            norms = zip(torch._foreach_norm(weights), torch._foreach_norm(updates), strict=True)
-            trust = group["trust_coefficient"]
-            torch._foreach_mul_(updates, [torch.where((p > 0) & (u > 0), trust * p / u, 1.0) for p, u in norms])
-            grads = [*grads]
-            for i, update in zip(wide, updates, strict=True):
-                grads[i] = update
-        torch._foreach_mul_(buffers, group["momentum"])
-        torch._foreach_add_(buffers, grads)
-        torch._foreach_add_(params, buffers, alpha=-float(group["lr"]))
+    def _plainly(self, group: dict[str, Any], params: list[Tensor], grads: list[Tensor]) -> None:
+        # Tensor by tensor, not operation by operation over the list: what one writes the next finds in the cache.
+        for param, grad in zip(params, grads, strict=True):
+            buffer = self._state(group, param, grad)[0].mul_(group["momentum"])
+            if param.ndim > 1:
+                update = grad.add(param, alpha=group["weight_decay"])
+                norms = param.norm(), update.norm()
+                trust = group["trust_coefficient"] * norms[0] / norms[1]
+                buffer.addcmul_(update, torch.where((norms[0] > 0) & (norms[1] > 0), trust, 1.0))
+            else:
+                buffer.add_(grad)
+            param.add_(buffer, alpha=-float(group["lr"]))

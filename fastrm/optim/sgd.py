@@ -11,7 +11,7 @@ from torch.optim.sgd import sgd
 
 from fastrm.kernels import optim as launches
 from fastrm.kernels._dispatch import check_scalar
-from fastrm.optim._base import TeacherOptimizer
+from fastrm.optim._base import TeacherOptimizer, fastest
 
 
 class SGD(TeacherOptimizer):
@@ -89,11 +89,11 @@ class SGD(TeacherOptimizer):
         share = 1 - group["dampening"]
         return [group["lr"], group["momentum"], group["weight_decay"], share, float(group["nesterov"])]
 
-    def _foreach(self, group: dict[str, Any], params: list[Tensor], grads: list[Tensor]) -> None:
+    def _plainly(self, group: dict[str, Any], params: list[Tensor], grads: list[Tensor]) -> None:
         buffers = [self.state[p].get("momentum_buffer") for p in params]
         names = ("momentum", "dampening", "weight_decay", "nesterov")
-        options = {name: group[name] for name in names}
-        sgd(params, grads, buffers, foreach=True, lr=float(group["lr"]), maximize=False, **options)
+        options = {name: group[name] for name in names} | fastest(params, grads, buffers)
+        sgd(params, grads, buffers, lr=float(group["lr"]), maximize=False, **options)
         if group["momentum"]:
             for p, buffer in zip(params, buffers, strict=True):
                 self.state[p]["momentum_buffer"] = buffer

@@ -1,0 +1,41 @@
+"""The queue's update alone, against the slice assignment of the official code and lightly's memory bank.
+
+pytest benchmarks/bench_queue.py --benchmark-only -s
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from benchmarks._timing import DEVICE, compare, table
+from fastrm.kernels import FeatureQueue
+
+SIZE, DIM = 65_536, 128
+
+
+@pytest.mark.parametrize("count", [256, 4_096])
+def test_enqueue(count: int, benchmark: Any) -> None:
+    torch.manual_seed(0)
+    queue = FeatureQueue(SIZE, DIM).to(DEVICE)
+    features, pointer = queue.features.clone(), [0]
+    keys = torch.randn(count, DIM, device=DEVICE)
+
+    def slices() -> None:
+        """As MoCo does it: the queue's size must be a multiple of the batch."""
+        features[pointer[0] : pointer[0] + count] = F.normalize(keys, dim=1)
+        pointer[0] = (pointer[0] + count) % SIZE
+
+    ours = lambda: queue.enqueue_(keys)  # noqa: E731
+    for _ in range(3):
+        ours()
+        slices()
+        torch.testing.assert_close(queue.features, features, rtol=1e-6, atol=1e-6)
+        assert queue.pointer.item() == pointer[0]
+    rows = compare(f"{count} keys", {"enqueue_": ours, "slice assignment": slices}, 2 * keys.nbytes, repeats=20)
+    print("\n" + table(rows))
+    benchmark.extra_info.update({row.name: row.ms for row in rows})
+    benchmark.pedantic(ours, rounds=5, iterations=10, warmup_rounds=1)

@@ -1,0 +1,115 @@
+"""The losses and their gradient in plain PyTorch, block by block over the bank: the CPU's path.
+
+The same sweep as the Triton kernel's (see ``_sweep``), for any device, dtype and width. A block of logits stays in a
+core's cache, so the N×K logits never exist and the memory does not grow with the bank.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ._dispatch import compute_dtype, no_autocast
+from .reference import enqueue_, reduce, unit
+
+ROWS = 256  # queries in a block of logits
+ELEMENTS = 1 << 18  # of a block of logits, and of the bank's rows behind it: 1 MiB each in float32
+
+
+@torch.no_grad()
+def losses(
+    query: Tensor,
+    key: Tensor | None,
+    same: Tensor | None,
+    queue: Tensor | None,
+    numbers: Sequence[float | Tensor],
+    key_offset: int,
+    reduction: str,
+    gradient: bool,
+    pointer: Tensor | None,
+    push: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """InfoNCE of ``query`` if there is a ``key``, plus the residual term if there is a ``same``-view key.
+
+    ``numbers`` are the temperature and the weights of the residual term and of InfoNCE. With ``pointer``, ``push``
+    enters the queue after it was scored.
+
+    Returns:
+        Losses: the weighted sum a row [N] for ``reduction="none"``, else [3]: weighted sum, contrastive, residual.
+        Gradient of the (reduced) weighted sum to ``query`` [N, D], empty unless ``gradient``.
+    """
+    with no_autocast(query.device):
+        dtype = compute_dtype(query, key, same, queue)
+        temperature, residual_weight, contrastive_weight = (
+            number.to(dtype) if isinstance(number, Tensor) else number for number in numbers
+        )
+        rows = query.to(dtype)
+        squared = rows.square().sum(dim=1, keepdim=True)
+        inverse = torch.where(squared > 0, squared.rsqrt(), 0)  # so a zero row has a zero unit row and gradient
+        u = rows * inverse
+        pull = torch.zeros_like(u) if gradient else None  # gradient to the unit queries
+        contrastive = residual = u.new_zeros(len(u))
+        if key is not None:
+            in_batch = queue is None
+            positive = unit(key[key_offset : key_offset + len(u)].to(dtype))
+            bank = key if queue is None else queue
+            contrastive, average = _sweep(u, positive, bank, key_offset if in_batch else None, temperature, gradient)
+            if average is not None and pull is not None:
+                pull += (average - positive) * (contrastive_weight / temperature)
+        if same is not None:
+            toward = unit(same.to(dtype))
+            residual = 2 - 2 * (u * toward).sum(dim=1)
+            if pull is not None:
+                pull -= toward * (2 * residual_weight)
+
+        if reduction == "none":
+            values = contrastive_weight * contrastive + residual_weight * residual
+        else:
+            contrastive, residual = reduce(contrastive, reduction), reduce(residual, reduction)
+            values = torch.stack([contrastive_weight * contrastive + residual_weight * residual, contrastive, residual])
+        if queue is not None and pointer is not None and push is not None:
+            enqueue_(queue, pointer, push)
+        if pull is None:
+            return values, u.new_empty(0)
+        pull -= u * (pull * u).sum(dim=1, keepdim=True)  # through the normalisation
+        pull *= inverse / max(len(u), 1) if reduction == "mean" else inverse
+        return values, pull
+
+
+def _sweep(
+    u: Tensor, positive: Tensor, bank: Tensor, key_offset: int | None, temperature: float | Tensor, gradient: bool
+) -> tuple[Tensor, Tensor | None]:
+    """Cross-entropy of each unit query [N, D], and the candidates' average weighted by their probability [N, D].
+
+    The positive is the first candidate; row ``key_offset + i`` of an in-batch bank, which is the same, is left out.
+    """
+    n, dim = u.shape
+    scaled = u / temperature
+    first = (scaled * positive).sum(dim=1, keepdim=True)
+    top, total = first.clone(), torch.ones_like(first)  # running maximum, and sum of exp(logit - top)
+    average = positive.clone() if gradient else None  # sum of exp(logit - top) * candidate
+    columns = max(ELEMENTS // max(min(n, ROWS), dim, 1), 16)
+    scratch = u.new_empty(min(n, ROWS) * min(columns, len(bank)))
+    for c in range(0, len(bank), columns):
+        block = bank[c : c + columns].to(u.dtype)
+        if key_offset is not None:
+            block = unit(block)
+        for r in range(0, n, ROWS):
+            part = slice(r, r + ROWS)
+            queries = scaled[part]
+            logits = scratch[: len(queries) * len(block)].view(len(queries), len(block))
+            torch.mm(queries, block.T, out=logits)
+            if key_offset is not None:
+                logits.diagonal(r + key_offset - c).fill_(-math.inf)
+            above = torch.maximum(top[part], logits.amax(dim=1, keepdim=True))
+            shrink = (top[part] - above).exp_()
+            logits.sub_(above).exp_()
+            top[part] = above
+            total[part].mul_(shrink).add_(logits.sum(dim=1, keepdim=True))
+            if average is not None:
+                average[part].mul_(shrink).addmm_(logits, block)
+    loss = ((top - first) + total.log()).squeeze(1)
+    return loss, None if average is None else average.div_(total)

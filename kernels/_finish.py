@@ -1,0 +1,193 @@
+"""What follows the sweep, row by row: the losses, their gradient, and the sums over the rows. Triton functions only."""
+
+# mypy: disallow-untyped-defs=False
+from __future__ import annotations
+
+from ._dispatch import tl, triton
+
+if triton is not None:
+    from ._push import load_unit, push_rows
+
+    LOG2E = tl.constexpr(1.4426950408889634)
+    _LN2 = tl.constexpr(0.6931471805599453)
+
+    @triton.jit
+    def number(x):
+        """The value of a float or of a 0-d tensor, in float32."""
+        x = tl.to_tensor(x)
+        return (tl.load(x) if x.dtype.is_ptr() else x).to(tl.float32)
+
+    @triton.jit
+    def is_last(ticket_ptr, arrivals):
+        """Whether this is the last of ``arrivals`` programs to come here: it then sees what all of them have stored."""
+        tl.debug_barrier()
+        return tl.atomic_add(ticket_ptr, 1, sem="acq_rel") == arrivals - 1
+
+    @triton.jit
+    def _total(x_ptr, count):
+        total = tl.zeros([256], tl.float32)
+        for first in range(0, count, 256):
+            at = first + tl.arange(0, 256)
+            total += tl.load(x_ptr + at, mask=at < count, other=0.0)
+        return tl.sum(total)
+
+    @triton.jit
+    def finish_rows(
+        rows,
+        query_ptr,
+        key_ptr,  # None: no contrast
+        same_ptr,  # None: no residual term
+        averages_ptr,  # [splits, n, D], each the average of a split's candidates weighted by exp(logit)
+        logsums_ptr,  # [splits, n], log2 of the sum of those weights
+        gradient_ptr,
+        temperature,
+        residual_weight,
+        contrastive_weight,
+        scale,  # of each row in the reduced loss
+        n,
+        key_offset,
+        splits,
+        D: tl.constexpr,
+        BLOCK_D: tl.constexpr,
+        BLOCK_S: tl.constexpr,
+        CHUNK: tl.constexpr,
+        GRADIENT: tl.constexpr,
+    ):
+        """Put together what the splits found, add positive and residual term; the two losses of each row."""
+        live = rows < n
+        d = tl.arange(0, BLOCK_D)
+        query, inverse = load_unit(query_ptr, rows, live, D, BLOCK_D)
+        contrastive = tl.zeros_like(inverse)
+        residual = tl.zeros_like(inverse)
+        pull = tl.zeros_like(query)  # gradient to the unit query
+        if key_ptr is not None:
+            key, _ = load_unit(key_ptr, rows + key_offset, live, D, BLOCK_D)
+            positive = tl.sum(query * key, axis=1) * (LOG2E / temperature)
+            every = tl.arange(0, BLOCK_S)[:, None]
+            logsums_ptrs = logsums_ptr + every.to(tl.int64) * n + rows[None, :]
+            logsums = tl.load(logsums_ptrs, mask=(every < splits) & live[None, :], other=float("-inf"))
+            top = tl.maximum(positive, tl.max(logsums, axis=0))
+            total = tl.exp2(positive - top) + tl.sum(tl.exp2(logsums - top[None, :]), axis=0)
+            contrastive = tl.where(live, ((top - positive) + tl.log2(total)) * _LN2, 0.0)
+            if GRADIENT:
+                pull += (tl.exp2(positive - top) / total - 1)[:, None] * key
+                for first in range(0, splits, CHUNK):
+                    some = first + tl.arange(0, CHUNK)[:, None]
+                    mask = (some < splits) & live[None, :]
+                    at = some.to(tl.int64) * n + rows[None, :]
+                    found = tl.load(logsums_ptr + at, mask=mask, other=float("-inf"))
+                    chances = tl.exp2(found - top[None, :]) / total[None, :]
+                    averages_ptrs = averages_ptr + at[:, :, None] * D + d[None, None, :]
+                    averages = tl.load(averages_ptrs, mask=mask[:, :, None] & (d < D)[None, None, :], other=0.0)
+                    pull += tl.sum(chances[:, :, None] * averages.to(tl.float32), axis=0)
+                pull *= contrastive_weight * scale / temperature
+        if same_ptr is not None:
+            toward, _ = load_unit(same_ptr, rows, live, D, BLOCK_D)
+            residual = tl.where(live, 2 - 2 * tl.sum(query * toward, axis=1), 0.0)
+            pull -= (2 * residual_weight * scale) * toward
+        if GRADIENT:
+            pull = (pull - tl.sum(pull * query, axis=1)[:, None] * query) * inverse[:, None]  # through the norm
+            gradient_ptrs = gradient_ptr + rows[:, None].to(tl.int64) * D + d[None, :]
+            tl.store(gradient_ptrs, pull, mask=live[:, None] & (d < D)[None, :])
+        return contrastive, residual
+
+    @triton.jit
+    def finish_group(
+        group,
+        groups,
+        first,  # row of the group, of `count` rows
+        count,
+        query_ptr,
+        key_ptr,
+        same_ptr,
+        averages_ptr,
+        logsums_ptr,
+        gradient_ptr,
+        losses_ptr,  # [n], or [3]: weighted sum, contrastive, residual
+        sums_ptr,  # [2, groups], or None for a loss a row
+        ticket_ptr,
+        temperature,
+        residual_weight,
+        contrastive_weight,
+        scale,
+        n,
+        key_offset,
+        splits,
+        D: tl.constexpr,
+        BLOCK_D: tl.constexpr,
+        BLOCK_R: tl.constexpr,
+        BLOCK_S: tl.constexpr,
+        CHUNK: tl.constexpr,
+        GRADIENT: tl.constexpr,
+    ):
+        """Finish a group of rows, BLOCK_R at a time; the last program to do so adds the groups up, in their order."""
+        contrastive = tl.zeros([BLOCK_R], tl.float32)
+        residual = tl.zeros([BLOCK_R], tl.float32)
+        for at in range(first, first + count, BLOCK_R):
+            rows = at + tl.arange(0, BLOCK_R)
+            c, r = finish_rows(
+                rows, query_ptr, key_ptr, same_ptr, averages_ptr, logsums_ptr, gradient_ptr,
+                temperature, residual_weight, contrastive_weight, scale, n, key_offset, splits,
+                D, BLOCK_D, BLOCK_S, CHUNK, GRADIENT,
+            )  # fmt: skip
+            if sums_ptr is None:
+                tl.store(losses_ptr + rows, contrastive_weight * c + residual_weight * r, mask=rows < n)
+            contrastive += c
+            residual += r
+        if sums_ptr is not None:
+            tl.store(sums_ptr + group, tl.sum(contrastive))
+            tl.store(sums_ptr + groups + group, tl.sum(residual))
+            if is_last(ticket_ptr, groups):
+                c_sum = _total(sums_ptr, groups) * scale
+                r_sum = _total(sums_ptr + groups, groups) * scale
+                tl.store(losses_ptr, contrastive_weight * c_sum + residual_weight * r_sum)
+                tl.store(losses_ptr + 1, c_sum)
+                tl.store(losses_ptr + 2, r_sum)
+
+    @triton.jit(do_not_specialize=["n", "splits", "count"])
+    def finish_kernel(
+        query_ptr,
+        key_ptr,
+        same_ptr,
+        averages_ptr,
+        logsums_ptr,
+        gradient_ptr,
+        losses_ptr,
+        sums_ptr,
+        tickets_ptr,  # [0] counts the programs that are done, [1] is the pointer before the push
+        queue_ptr,  # None: no push
+        pointer_ptr,
+        push_ptr,
+        temperature,
+        residual_weight,
+        contrastive_weight,
+        scale,
+        n,
+        splits,
+        count,  # of keys to push
+        size,  # of the queue
+        D: tl.constexpr,
+        BLOCK_D: tl.constexpr,
+        BLOCK_R: tl.constexpr,
+        BLOCK_S: tl.constexpr,
+        CHUNK: tl.constexpr,
+        PUSH_R: tl.constexpr,
+        GRADIENT: tl.constexpr,
+    ):
+        """The queue form's second launch: programs that finish BLOCK_R rows each, then ones that push PUSH_R keys."""
+        program = tl.program_id(0)
+        groups = tl.cdiv(n, BLOCK_R)
+        if program < groups:
+            finish_group(
+                program, groups, program * BLOCK_R, BLOCK_R,
+                query_ptr, key_ptr, same_ptr, averages_ptr, logsums_ptr, gradient_ptr,
+                losses_ptr, sums_ptr, tickets_ptr,
+                number(temperature), number(residual_weight), number(contrastive_weight), scale, n, 0, splits,
+                D, BLOCK_D, BLOCK_R, BLOCK_S, CHUNK, GRADIENT,
+            )  # fmt: skip
+        elif queue_ptr is not None:
+            start = tl.load(tickets_ptr + 1)
+            index = (program - groups) * PUSH_R + tl.arange(0, PUSH_R)
+            push_rows(index, queue_ptr, push_ptr, start, count, size, D, BLOCK_D)
+            if program == groups:
+                tl.store(pointer_ptr, (start + count) % size)

@@ -1,0 +1,107 @@
+"""Unit rows, and the ring they are written into, as Triton kernels. All matrices are contiguous."""
+
+# mypy: disallow-untyped-defs=False
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from . import reference
+from ._dispatch import tl, triton
+from ._multi_tensor import guard
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+WIDEST = 512  # columns of a row that one program holds
+TILE = 4096  # elements that a program holds of rows it reads and writes
+
+if triton is not None:
+
+    @triton.jit
+    def load_unit(x_ptr, rows, live, D: tl.constexpr, BLOCK_D: tl.constexpr):
+        """Rows at length 1 in float32, and the inverse of their lengths; both 0 for a zero row and for a dead one."""
+        d = tl.arange(0, BLOCK_D)
+        x_ptrs = x_ptr + rows[:, None].to(tl.int64) * D + d[None, :]
+        x = tl.load(x_ptrs, mask=live[:, None] & (d < D)[None, :], other=0.0).to(tl.float32)
+        squared = tl.sum(x * x, axis=1)
+        inverse = tl.where(squared > 0, tl.rsqrt(squared), 0.0)
+        return x * inverse[:, None], inverse
+
+    @triton.jit
+    def push_rows(
+        index,  # of the keys that are written here
+        queue_ptr,
+        keys_ptr,
+        start,  # row of the ring for key 0
+        count,
+        size,
+        D: tl.constexpr,
+        BLOCK_D: tl.constexpr,
+    ):
+        """Write unit keys into the ring; of more keys than it holds only the last ones."""
+        live = (index < count) & (index >= count - size)
+        unit, _ = load_unit(keys_ptr, index, live, D, BLOCK_D)
+        d = tl.arange(0, BLOCK_D)
+        queue_ptrs = queue_ptr + ((start + index) % size)[:, None] * D + d[None, :]
+        tl.store(queue_ptrs, unit.to(queue_ptr.dtype.element_ty), mask=live[:, None] & (d < D)[None, :])
+
+    @triton.jit(do_not_specialize=["tickets", "count"])
+    def push_kernel(
+        queue_ptr,
+        keys_ptr,
+        start_ptr,  # a copy of the pointer, which some programs still read when it has moved; None stands for 0
+        pointer_ptr,
+        tickets_ptr,  # counters to clear for the next launch, or None
+        tickets,
+        count,
+        size,
+        D: tl.constexpr,
+        BLOCK_D: tl.constexpr,
+        BLOCK_R: tl.constexpr,
+    ):
+        program = tl.program_id(0)
+        start = tl.full((), 0, tl.int64)
+        if start_ptr is not None:
+            start = tl.load(start_ptr)
+        push_rows(program * BLOCK_R + tl.arange(0, BLOCK_R), queue_ptr, keys_ptr, start, count, size, D, BLOCK_D)
+        if program == 0:
+            if pointer_ptr is not None:
+                tl.store(pointer_ptr, (start + count) % size)
+            if tickets_ptr is not None:
+                for first in range(0, tickets, 128):
+                    at = first + tl.arange(0, 128)
+                    tl.store(tickets_ptr + at, tl.zeros([128], tl.int64), mask=at < tickets)
+
+
+def block_d(dim: int) -> int:
+    """Columns of a tile for rows of ``dim``: a power of two, and at least what a matrix product takes."""
+    return max(16, 1 << (dim - 1).bit_length())
+
+
+def block_r(dim: int, copies: int = 1) -> int:
+    """Rows of a tile that has ``copies`` of them."""
+    return max(1, TILE // (block_d(dim) * copies))
+
+
+def fits(*matrices: Tensor | None) -> bool:
+    """Whether the kernels take these matrices: their dtypes, and a width from 1 to WIDEST."""
+    return all(x is None or (x.dtype in DTYPES and 0 < x.shape[1] <= WIDEST) for x in matrices)
+
+
+def launch_push(
+    queue: Tensor, keys: Tensor, start: Tensor | None, pointer: Tensor | None, tickets: Tensor | None
+) -> None:
+    """Write the unit ``keys`` into ``queue`` from row ``start``, move ``pointer`` on and clear ``tickets``."""
+    dim = queue.shape[1]
+    with guard(queue.device):
+        push_kernel[(triton.cdiv(len(keys), block_r(dim)),)](
+            queue, keys.contiguous(), start, pointer, tickets, 0 if tickets is None else len(tickets), len(keys),
+            len(queue), dim, block_d(dim), block_r(dim),
+        )  # fmt: skip
+
+
+def enqueue_(queue: Tensor, pointer: Tensor, keys: Tensor) -> None:
+    """Write the unit keys into the ring and advance the pointer: a copy of the pointer, and one launch."""
+    if not (fits(queue, keys) and queue.is_contiguous()):
+        reference.enqueue_(queue, pointer, keys)
+    elif len(keys):
+        launch_push(queue, keys, pointer.clone(), pointer, None)

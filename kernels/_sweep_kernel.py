@@ -1,0 +1,145 @@
+"""The sweep over the bank, a Triton kernel; see ``_sweep`` for what it computes and why."""
+
+# mypy: disallow-untyped-defs=False
+from __future__ import annotations
+
+from ._dispatch import tl, triton
+
+if triton is not None:
+    from ._finish import LOG2E, finish_group, is_last, number
+    from ._push import load_unit
+
+    @triton.jit
+    def _add_tile(
+        tile,
+        query,
+        top,
+        total,
+        average,
+        bank_ptr,
+        size,
+        positives,  # column of each row's positive, which is left out
+        D: tl.constexpr,
+        BLOCK_D: tl.constexpr,
+        BLOCK_K: tl.constexpr,
+        EDGE: tl.constexpr,  # the tile may reach over the end of the bank, or hold positives
+        GRADIENT: tl.constexpr,
+        PRECISION: tl.constexpr,
+        UPCAST: tl.constexpr,
+    ):
+        columns = tile * BLOCK_K + tl.arange(0, BLOCK_K)
+        d = tl.arange(0, BLOCK_D)
+        bank_ptrs = bank_ptr + columns[:, None].to(tl.int64) * D + d[None, :]
+        if EDGE:
+            bank = tl.load(bank_ptrs, mask=(columns < size)[:, None] & (d < D)[None, :], other=0.0)
+        elif D == BLOCK_D:
+            bank = tl.load(bank_ptrs)
+        else:
+            bank = tl.load(bank_ptrs, mask=(d < D)[None, :], other=0.0)
+        if UPCAST:
+            bank = bank.to(tl.float32)
+        logits = tl.dot(query, tl.trans(bank), input_precision=PRECISION)
+        if EDGE:
+            out = (columns >= size)[None, :] | (columns[None, :] == positives[:, None])
+            logits = tl.where(out, float("-inf"), logits)
+        above = tl.maximum(top, tl.max(logits, axis=1))
+        shrink = tl.exp2(top - above)
+        weights = tl.exp2(logits - above[:, None])
+        total = total * shrink + tl.sum(weights, axis=1)
+        if GRADIENT:
+            average = tl.dot(weights.to(bank.dtype), bank, acc=average * shrink[:, None], input_precision=PRECISION)
+        return above, total, average
+
+    @triton.jit(do_not_specialize=["n", "key_offset", "splits", "share"])
+    def sweep_kernel(
+        query_ptr,
+        bank_ptr,
+        averages_ptr,  # [splits, n, D] in the bank's dtype, [splits, n]: see finish_rows
+        logsums_ptr,
+        tickets_ptr,  # [0] counts finished blocks, [1] keeps the pointer, [2:] count the splits that are done
+        pointer_ptr,  # None: nothing will be pushed
+        key_ptr,  # this and the next four are for the in-batch form only
+        same_ptr,
+        gradient_ptr,
+        losses_ptr,
+        sums_ptr,
+        temperature,
+        residual_weight,
+        contrastive_weight,
+        scale,
+        n,
+        size,  # of the bank
+        key_offset,
+        splits,
+        share,  # tiles of a split
+        D: tl.constexpr,
+        BLOCK_D: tl.constexpr,
+        BLOCK_N: tl.constexpr,
+        BLOCK_K: tl.constexpr,
+        BLOCK_R: tl.constexpr,
+        BLOCK_S: tl.constexpr,
+        CHUNK: tl.constexpr,
+        IN_BATCH: tl.constexpr,
+        GRADIENT: tl.constexpr,
+        PRECISION: tl.constexpr,
+        UPCAST: tl.constexpr,  # multiply in float32: the interpreter's bfloat16 product is wrong
+    ):
+        program = tl.program_id(0)
+        blocks = tl.cdiv(n, BLOCK_N)
+        block, split = program % blocks, program // blocks  # programs side by side read the same part of the bank
+        if not IN_BATCH and program == 0:
+            tl.store(tickets_ptr, 0)
+            if pointer_ptr is not None:
+                tl.store(tickets_ptr + 1, tl.load(pointer_ptr))
+
+        rows = block * BLOCK_N + tl.arange(0, BLOCK_N)
+        live = rows < n
+        unit, _ = load_unit(query_ptr, rows, live, D, BLOCK_D)
+        query = (unit * (LOG2E / number(temperature))).to(bank_ptr.dtype.element_ty)
+        if UPCAST:
+            query = query.to(tl.float32)
+        top = tl.full([BLOCK_N], -1e30, tl.float32)  # finite, as -inf less -inf is no number
+        total = tl.zeros([BLOCK_N], tl.float32)
+        average = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
+
+        # Tiles from `first` to `whole` lie within the bank; those from `hole` to `filled` of them hold positives.
+        first = split * share
+        end = tl.minimum(first + share, tl.cdiv(size, BLOCK_K))
+        whole = tl.maximum(tl.minimum(end, size // BLOCK_K), first)
+        hole, filled = whole, whole
+        positives = rows
+        if IN_BATCH:
+            positives += key_offset
+            at = block * BLOCK_N + key_offset
+            hole = tl.minimum(tl.maximum(at // BLOCK_K, first), whole)
+            filled = tl.minimum(tl.maximum((at + BLOCK_N - 1) // BLOCK_K + 1, hole), whole)
+        else:
+            positives = tl.full([BLOCK_N], -1, tl.int32)
+        holes = filled - hole
+        for i in range(first, whole - holes):
+            top, total, average = _add_tile(
+                tl.where(i < hole, i, i + holes), query, top, total, average, bank_ptr, size, positives,
+                D, BLOCK_D, BLOCK_K, False, GRADIENT, PRECISION, UPCAST,
+            )  # fmt: skip
+        for i in tl.range(0, holes + end - whole, num_stages=1):
+            top, total, average = _add_tile(
+                tl.where(i < holes, hole + i, whole + i - holes), query, top, total, average, bank_ptr, size, positives,
+                D, BLOCK_D, BLOCK_K, True, GRADIENT, PRECISION, UPCAST,
+            )  # fmt: skip
+
+        at = split.to(tl.int64) * n + rows
+        found = total > 0
+        tl.store(logsums_ptr + at, tl.where(found, top + tl.log2(total), float("-inf")), mask=live)
+        if GRADIENT:
+            d = tl.arange(0, BLOCK_D)
+            average = (average / tl.where(found, total, 1.0)[:, None]).to(averages_ptr.dtype.element_ty)
+            tl.store(averages_ptr + at[:, None] * D + d[None, :], average, mask=live[:, None] & (d < D)[None, :])
+        if IN_BATCH:  # noqa: SIM102
+            if is_last(tickets_ptr + 2 + block, splits):
+                finish_group(
+                    block, blocks, block * BLOCK_N, BLOCK_N,
+                    query_ptr, key_ptr, same_ptr, averages_ptr, logsums_ptr, gradient_ptr,
+                    losses_ptr, sums_ptr, tickets_ptr,
+                    number(temperature), number(residual_weight), number(contrastive_weight),
+                    scale, n, key_offset, splits, D, BLOCK_D, BLOCK_R, BLOCK_S, CHUNK, GRADIENT,
+                )  # fmt: skip
