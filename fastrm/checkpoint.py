@@ -1,11 +1,8 @@
-"""Files that appear whole or not at all, and the checkpoint that a run resumes from."""
+"""The checkpoint that a run resumes from."""
 
 from __future__ import annotations
 
-import json
-import os
 import pickle
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -13,6 +10,7 @@ import torch
 
 from fastrm.config import Config, flag
 from fastrm.errors import UsageError
+from fastrm.files import write_whole
 
 NAME = "checkpoint.pt"
 FORMAT = 1
@@ -20,7 +18,7 @@ FORMAT = 1
 # Settings that may differ between a run and its continuation, since they do not change what is learned.
 FREE_ON_RESUME = frozenset(
     {"max_steps", "log_every", "eval_every", "checkpoint_every", "out", "resume", "recipe"}
-    | {"device", "compile", "channels_last", "kernels", "loader", "workers", "data_root"}
+    | {"device", "compile", "channels_last", "kernels", "loader", "scan", "workers", "data_root"}
 )
 
 
@@ -32,29 +30,6 @@ class Stateful(Protocol):
 
     def load_state_dict(self, state_dict: Any, /) -> Any:
         """Take a state over."""
-
-
-def write_whole(path: Path, write: Callable[[Path], object]) -> None:
-    """Let ``write`` fill a file beside ``path``, and give it that name once it is safely on the disk."""
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        write(partial)
-        with open(partial, "rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
-
-
-def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Write a JSON file, whole."""
-    write_whole(path, lambda partial: partial.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8"))
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """Read what :func:`write_json` wrote."""
-    content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    return content
 
 
 def locate(path: Path) -> Path:

@@ -24,7 +24,8 @@ class InputConfig:
 
     data: str = ""
     """digits, fashion-mnist, cifar10, cifar100, stl10, synthetic, or a folder:
-    train/CLASS/… with optional val/CLASS/…, CLASS/…, or images at any depth without labels."""
+    train/CLASS/… with optional val/CLASS/…, CLASS/…, or images at any depth without labels;
+    or WebDataset shards, quoted: '/shards/train-{0000..0146}.tar'."""
     data_root: Path | None = None
     """Where a named set lies or is downloaded to; unset: ~/.cache/fastrm.
     For fashion-mnist a folder with the four IDX files, plain or gzip, serves."""
@@ -36,8 +37,8 @@ class InputConfig:
     """Images an optimizer step, over all processes; unset: 256 a process."""
     loader: Literal["auto", "dali", "torch", "memory"] = "auto"
     """What reads and augments the images.
-    auto: memory, the whole set on the device, for named sets; for folders dali where it is
-    installed, and else torch."""
+    auto: memory, the whole set on the device, for named sets; for files dali on a GPU where it is
+    installed, and else torch, worker processes."""
     scan: bool = True
     """Before the run, look for broken files in a folder, leave them out and list them in skipped.txt."""
     workers: int | None = None

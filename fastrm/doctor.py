@@ -49,8 +49,8 @@ def _kernels() -> str:
 
 
 def _loader() -> str:
-    folders = "dali" if dali_problem() is None else f"torch, {min(available_cores(), 8)} worker processes"
-    return f"memory for named sets; for folders {folders}"
+    dali = torch.cuda.is_available() and dali_problem() is None
+    return f"memory for named sets; for files {'dali' if dali else f'torch, {min(available_cores(), 8)} processes'}"
 
 
 def _dali() -> str:

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch.utils.tensorboard import SummaryWriter
 
-from fastrm.checkpoint import write_whole
+from fastrm.files import write_text
 
 METRICS = "metrics.jsonl"
 TENSORBOARD = "tensorboard"
@@ -51,7 +51,7 @@ class Recorder:
             return
         kept = [line for line in self._path.read_text(encoding="utf-8").splitlines() if _step_of(line) <= step]
         text = "".join(f"{line}\n" for line in kept)
-        write_whole(self._path, lambda partial: partial.write_text(text, encoding="utf-8"))
+        write_text(self._path, text)
 
     def note(self, text: str) -> None:
         """Say something to the person at the screen."""

@@ -8,7 +8,6 @@ Read :func:`train` from top to bottom: what can be wrong is found first, then th
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import math
 import platform
 import shutil
@@ -29,11 +28,11 @@ from fastrm.config import Config, defaults, resolved, validate
 from fastrm.data import Loader, Source, make_loader, open_source
 from fastrm.data.augmentation import IMAGENET_MEAN, IMAGENET_STD
 from fastrm.data.scan import SKIPPED, scan, write_skipped
-from fastrm.data.sources import FileImages
 from fastrm.device import available_cores, choose_device, choose_kernels, choose_precision
 from fastrm.distributed import world as read_world
 from fastrm.errors import TrainingError, UsageError
 from fastrm.evaluate import knn
+from fastrm.files import read_json, write_json, write_whole
 from fastrm.methods import Method, StepOutput, build_method
 from fastrm.metrics import METRICS, TENSORBOARD, Recorder
 from fastrm.optim import Schedule, build_optimizer
@@ -59,9 +58,8 @@ def train(config: Config) -> dict[str, Any]:
     source = open_source(config.input.data, config.input.data_root)
     batch, accumulate, workers = _sizes(config)
     broken: dict[Path, str] = {}
-    if config.input.scan and isinstance(source.train, FileImages):
-        sound, broken = scan(source.train, workers=workers)
-        source = dataclasses.replace(source, train=sound)
+    if config.input.scan:
+        source, broken = scan(source, workers=workers)
     loader = make_loader(
         source,
         method=config.method.method,
@@ -70,6 +68,7 @@ def train(config: Config) -> dict[str, Any]:
         device=device,
         workers=workers,
         seed=config.run.seed,
+        dtype=AUTOCAST.get(precision, torch.float32),
         loader=config.input.loader,
         crop_min=config.input.crop_min,
         rank=world.rank,
@@ -82,8 +81,8 @@ def train(config: Config) -> dict[str, Any]:
     torch.manual_seed(config.run.seed)
     torch.backends.cudnn.benchmark = True
     method = build_method(config, backend=backend).to(device)
-    if config.device.channels_last:
-        method = method.to(memory_format=torch.channels_last)
+    layout = torch.channels_last if config.device.channels_last else torch.contiguous_format
+    method = method.to(memory_format=layout)
     optimizer: Any = build_optimizer(method, config.optim, backend=backend)
     scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
 
@@ -91,7 +90,7 @@ def train(config: Config) -> dict[str, Any]:
     start = checkpoint.resume(config, out, method=method, optimizer=optimizer, scaler=scaler)
     if start >= schedule.total:
         print(f"{out} holds this run, complete after {start} steps")
-        return checkpoint.read_json(out / SUMMARY)
+        return read_json(out / SUMMARY)
     _open_folder(config, out, fresh=start == 0)
     recorder = Recorder(out, start=start, total=schedule.total)
     recorder.note(f"data       {source.about}")
@@ -125,8 +124,7 @@ def train(config: Config) -> dict[str, Any]:
 
             outputs: list[StepOutput] = []
             for first, second in islice(batches, accumulate):
-                if config.device.channels_last:
-                    first, second = (view.contiguous(memory_format=torch.channels_last) for view in (first, second))
+                first, second = (view.contiguous(memory_format=layout) for view in (first, second))
                 with torch.autocast(device.type, AUTOCAST.get(precision), enabled=precision in AUTOCAST):
                     output: StepOutput = method(first, second, residual_weight, measure=logged)
                 scaler.scale(output.loss / accumulate).backward()
@@ -145,6 +143,9 @@ def train(config: Config) -> dict[str, Any]:
             recorder.advance(done)
             clock.steps += 1
             epoch = done / schedule.steps_per_epoch
+            if not loader.broken.keys() <= broken.keys():
+                broken |= loader.broken
+                write_skipped(out, broken)
             if logged:
                 parts = _averaged(outputs)  # the host waits for the device here
                 rate = batch * clock.lap()
@@ -164,7 +165,7 @@ def train(config: Config) -> dict[str, Any]:
                     checkpoint.save(out, config, done, method=method, optimizer=optimizer, scaler=scaler)
     finally:
         recorder.close()
-    return checkpoint.read_json(out / SUMMARY)
+    return read_json(out / SUMMARY)
 
 
 def _sizes(config: Config) -> tuple[int, int, int]:
@@ -219,7 +220,7 @@ def _open_folder(config: Config, out: Path, *, fresh: bool) -> None:
     """Make the run folder with its ``config.json``; a fresh run takes the place of an older one."""
     try:
         out.mkdir(parents=True, exist_ok=True)
-        checkpoint.write_json(out / "config.json", config.flat())
+        write_json(out / "config.json", config.flat())
         if fresh:
             for name in (METRICS, checkpoint.NAME, BACKBONE, SUMMARY, SKIPPED):
                 (out / name).unlink(missing_ok=True)
@@ -242,7 +243,7 @@ def _write_results(out: Path, config: Config, source: Source, method: Method[Any
     }
     weights = {name: value.contiguous() for name, value in method.student.backbone.net.state_dict().items()}
     content = safetensors.torch.save(weights, metadata=about)
-    checkpoint.write_whole(out / BACKBONE, lambda partial: partial.write_bytes(content))
+    write_whole(out / BACKBONE, lambda partial: partial.write_bytes(content))
     summary = {
         **last,
         "images": len(source.train),
@@ -255,7 +256,7 @@ def _write_results(out: Path, config: Config, source: Source, method: Method[Any
         "torch": torch.__version__,
         "python": platform.python_version(),
     }
-    checkpoint.write_json(out / SUMMARY, summary)
+    write_json(out / SUMMARY, summary)
 
 
 def _described(config: Config, device: torch.device, precision: str) -> str:

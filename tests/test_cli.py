@@ -59,7 +59,7 @@ def fails(entry: Callable[[list[str]], None], flags: list[str], capsys: pytest.C
         (["--data", "digits", "--precision", "fp16"], ["--precision fp16 needs a GPU"]),
         (["--data", "digits", "--stem", "small", "--arch", "test_convnext"], ["--stem small is for ResNets"]),
         ([*TINY, "--data", "digits", "--optimizer", "lamb"], ["--optimizer lamb", "NVIDIA/apex"]),
-        (["--data", "digits", "--loader", "dali"], ["--loader dali reads folders only"]),
+        (["--data", "digits", "--loader", "dali"], ["--loader dali reads files only"]),
         ([*TINY, "--data", "digits", "--out", "notes/note.txt"], ["--out notes/note.txt cannot be written"]),
         ([*TINY, "--data", "digits", "--out", "notes/note.txt/deeper"], ["--out notes/note.txt/deeper cannot"]),
         ([*TINY, "--data", "digits", "--resume", "elsewhere"], ["elsewhere does not exist"]),

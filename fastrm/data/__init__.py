@@ -32,6 +32,9 @@ class Loader(Protocol):
     def seek(self, batch: int) -> None:
         """Go on from this batch, counted from the start of the run."""
 
+    broken: dict[Path, str]
+    """Files that were left out while reading, and what is wrong with them."""
+
 
 def make_loader(
     data: str | Path | Source,
@@ -42,6 +45,7 @@ def make_loader(
     device: str | torch.device,
     workers: int,
     seed: int,
+    dtype: torch.dtype = torch.float32,
     loader: str = "auto",
     crop_min: float = 0.2,
     data_root: Path | None = None,
@@ -59,16 +63,17 @@ def make_loader(
         device: where the views are put.
         workers: loader processes; 0 loads in this one.
         seed: the same seed gives the same views, whatever the number of workers.
-        loader: ``"memory"`` holds the whole set on the device and needs a named one; ``"dali"`` reads folders;
-            ``"torch"`` uses worker processes; ``"auto"`` is memory for named sets, for folders dali where it is
-            installed and else torch.
+        dtype: of the views; that in which the network computes saves a conversion.
+        loader: ``"memory"`` holds the whole set on the device and needs a named one; ``"dali"`` reads files;
+            ``"torch"`` uses worker processes; ``"auto"`` is memory for named sets, and for files dali on a GPU where
+            it is installed, else torch, which is the faster of the two on a CPU.
         crop_min: smallest share of the area that a crop takes.
         data_root: where a named set lies.
         rank, world_size: this process among all; together they see every image once an epoch.
 
     Returns:
-        A :class:`Loader`: iterate it for one epoch of (first, second), float32 [B, 3, H, W] each, normalised by
-        ImageNet's mean and standard deviation; ``len`` is the number of batches an epoch.
+        A :class:`Loader`: iterate it for one epoch of (first, second), [B, 3, H, W] each, channels last, normalised
+        by ImageNet's mean and standard deviation; ``len`` is the number of batches an epoch.
 
     Raises:
         UsageError: the data cannot be opened or holds less than a batch, or the loader does not exist.
@@ -84,12 +89,13 @@ def make_loader(
         "image_size": image_size,
         "batch_size": batch_size,
         "device": torch.device(device),
+        "dtype": dtype,
         "seed": seed,
         "rank": rank,
         "world_size": world_size,
     }
     recipe = augmentation(method, crop_min=crop_min)
-    kind = _kind(loader, source.train)
+    kind = _kind(loader, source.train, torch.device(device))
     if kind == "memory":
         assert isinstance(source.train, ArrayImages)
         return MemoryLoader(source.train, recipe, **common)
@@ -99,15 +105,15 @@ def make_loader(
     return TorchLoader(source.train, recipe, workers=workers, **common)
 
 
-def _kind(loader: str, images: Images) -> str:
+def _kind(loader: str, images: Images, device: torch.device) -> str:
     """Which loader it will be."""
     held = isinstance(images, ArrayImages)
     if loader == "auto":
-        return "memory" if held else "torch" if dali_problem() else "dali"
+        return "memory" if held else "dali" if device.type == "cuda" and not dali_problem() else "torch"
     if loader == "memory" and not held:
-        raise UsageError("--loader memory holds named sets only; for a folder give dali, torch or auto")
+        raise UsageError("--loader memory holds named sets only; for files give dali, torch or auto")
     if loader == "dali" and held:
-        raise UsageError("--loader dali reads folders only; for a named set give memory, torch or auto")
+        raise UsageError("--loader dali reads files only; for a named set give memory, torch or auto")
     if loader == "dali" and (problem := dali_problem()):
         raise UsageError(f"--loader dali cannot be used: {problem}")
     if loader not in ("memory", "torch", "dali"):

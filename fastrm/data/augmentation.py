@@ -29,7 +29,7 @@ class View:
     contrast: float = 0.4
     saturation: float = 0.4
     hue: float = 0.1
-    """The shift is drawn from ± this share of the colour circle."""
+    """The shift is drawn from ± this share of the colour circle, at most a third."""
     grayscale_probability: float = 0.2
     blur_probability: float = 0.5
     blur_sigma: tuple[float, float] = (0.1, 2.0)
@@ -38,6 +38,10 @@ class View:
     """Inverts values of 128 and above (of 255)."""
     flip_probability: float = 0.5
     """Left to right."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.hue <= 1 / 3:
+            raise ValueError(f"View: hue is {self.hue}; it must be from 0 to a third")
 
 
 @dataclass(frozen=True, kw_only=True)

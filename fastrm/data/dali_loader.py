@@ -7,7 +7,6 @@ hue in YIQ, not in HSV. Order and parameters come from :mod:`fastrm.data.draws`,
 from __future__ import annotations
 
 import importlib
-import io
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -18,17 +17,13 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image
 from torch import Tensor
 
 from fastrm.data import batched
 from fastrm.data.augmentation import Augmentation, View
-from fastrm.data.draws import BatchSampler, Draws, Sample, as_sizes, batch_generator, blur_radius, draw
-from fastrm.data.sources import FileImages, decode
-
-_ORIENTATION = 0x0112
-# How a file ends that was not cut off: one that was would stop DALI, without its name.
-_ENDS = {"JPEG": b"\xff\xd9", "PNG": b"IEND\xaeB`\x82"}
+from fastrm.data.draws import Batch, BatchSampler, Draws, blur_radius, draw_views
+from fastrm.data.scan import report
+from fastrm.data.sources import FileImages, decode, inspect
 
 _AHEAD = 2  # batches that are read and cropped while one is in use
 
@@ -55,31 +50,22 @@ class Encoded(NamedTuple):
     """Height and width, upright."""
 
 
-def encoded(path: Path) -> Encoded:
-    """Read a file; what DALI might show otherwise than :func:`fastrm.data.sources.decode`, or not at all, is decoded
-    here and passed on as an uncompressed picture.
+def encoded(content: bytes) -> Encoded:
+    """Pass a file's bytes on; what DALI might show otherwise than :func:`fastrm.data.sources.decode`, or not at all,
+    is decoded here and passed on as an uncompressed picture.
 
     Raises:
         OSError, ValueError, SyntaxError, Image.DecompressionBombError: it is no picture, or a broken one.
     """  # fmt: skip
-    content = path.read_bytes()
-    with Image.open(io.BytesIO(content)) as image:
-        orientation = image.getexif().get(_ORIENTATION, 1)
-        plain = (
-            image.mode in ("RGB", "L")
-            and image.format in _ENDS
-            and content.endswith(_ENDS[image.format])
-            and "transparency" not in image.info
-            and (orientation == 1 or image.format == "JPEG")
-        )
-        width, height = image.size
-    if not plain:
-        upright = decode(path)
-        width, height = upright.size
-        content = b"P6\n%d %d\n255\n" % upright.size + upright.tobytes()
-    elif orientation in (5, 6, 7, 8):
-        width, height = height, width
-    return Encoded(np.frombuffer(content, dtype=np.uint8), (height, width))
+    header = inspect(content)
+    return Encoded(np.frombuffer(content, dtype=np.uint8), header.size) if header.plain else uncompressed(content)
+
+
+def uncompressed(content: bytes) -> Encoded:
+    """Decode a file here, and pass it on as a PPM picture; raises as :func:`encoded`."""
+    picture = decode(content)
+    ppm = b"P6\n%d %d\n255\n" % picture.size + picture.tobytes()
+    return Encoded(np.frombuffer(ppm, dtype=np.uint8), (picture.height, picture.width))
 
 
 class DaliLoader:
@@ -97,19 +83,23 @@ class DaliLoader:
         image_size: int,
         batch_size: int,
         device: torch.device,
+        dtype: torch.dtype,
         workers: int,
         seed: int,
         rank: int,
         world_size: int,
         regions: bool = False,
     ) -> None:
-        self._images, self._augmentation, self._device = images, augmentation, device
-        self._size, self._seed = image_size, seed
+        self._images, self._augmentation, self._device, self._dtype = images, augmentation, device, dtype
+        self._size = image_size
         self._sampler = BatchSampler(len(images), batch_size, seed, rank, world_size)
+        self.broken: dict[Path, str] = {}
+        """Files that were left out, and what is wrong with them."""
         threads = max(1, workers)
         self._threads = ThreadPoolExecutor(threads)
         self._reader = ThreadPoolExecutor(1)  # one batch after the other
-        self._pipeline = _pipeline(augmentation, image_size, batch_size, device, threads, regions=regions)
+        self._build = lambda: _pipeline(augmentation, image_size, batch_size, device, threads, regions=regions)
+        self._pipeline = self._build()
 
     def __len__(self) -> int:
         """Batches an epoch."""
@@ -117,13 +107,13 @@ class DaliLoader:
 
     def seek(self, batch: int) -> None:
         """Go on from this batch, counted from the start of the run."""
-        self._sampler.epoch, self._sampler.skip = divmod(batch, len(self))
+        self._sampler.seek(batch)
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         submitted: deque[Future[_Cropped]] = deque()
         try:
-            for number, batch in enumerate(self._sampler, start=self._sampler.skip):
-                submitted.append(self._reader.submit(self._crop, batch, number))
+            for batch in self._sampler:
+                submitted.append(self._reader.submit(self._crop, batch))
                 if len(submitted) > _AHEAD:
                     yield self._finish(submitted.popleft().result())
             while submitted:
@@ -131,27 +121,27 @@ class DaliLoader:
         finally:
             for unused in submitted:  # left before the end
                 unused.cancel()
-        self._sampler.epoch, self._sampler.skip = self._sampler.epoch + 1, 0
+        self._sampler.next_epoch()
 
-    def _crop(self, batch: list[Sample], number: int) -> _Cropped:
+    def _crop(self, batch: Batch) -> _Cropped:
         """Read the files of a batch, draw its views, and let DALI crop them."""
-        files = list(self._threads.map(lambda sample: self._images.read(sample[1], encoded), batch))
-        generator = batch_generator(self._seed, batch[0][0], number, self._sampler.rank)
-        sizes = as_sizes([file.size for file in files])
-        drawn = [draw(view, *sizes, self._size, generator) for view in self._augmentation.views]
+        try:
+            return self._cropped(batch, encoded)
+        except RuntimeError:
+            # DALI does not say which file it could not decode, and is of no use afterwards. Pillow finds the file, if
+            # it too thinks it broken, and decodes the others of this batch.
+            self._pipeline = self._build()
+            return self._cropped(batch, uncompressed)
+
+    def _cropped(self, batch: Batch, encode: Any) -> _Cropped:
+        files = list(self._threads.map(lambda index: self._images.read(index, encode)[1], batch.images))
+        sizes = [file.size for file in files]
+        drawn = draw_views(self._augmentation.views, sizes, self._size, self._sampler.generator(batch))
         inputs: dict[str, Any] = {"encoded": [file.content for file in files]}
         for name, draws in zip(("first", "second"), drawn, strict=True):
             inputs |= {f"{name}_box": draws.box.int().numpy(), f"{name}_flip": draws.flip.int().numpy()}
         outputs = self._pipeline.run(**inputs)
         return [(self._copied(crops), draws) for crops, draws in zip(outputs, drawn, strict=True)]
-
-    def _finish(self, cropped: _Cropped) -> tuple[Tensor, Tensor]:
-        """Carry out what follows the crop."""
-        first, second = (
-            self._recoloured(crops, draws, view)
-            for (crops, draws), view in zip(cropped, self._augmentation.views, strict=True)
-        )
-        return first, second
 
     def _copied(self, output: Any) -> Tensor:
         """A copy of our own, uint8 [B, S, S, 3]: DALI writes into its buffers again."""
@@ -163,10 +153,18 @@ class DaliLoader:
         feed_ndarray(output.as_tensor(), copy, cuda_stream=torch.cuda.current_stream(self._device))
         return copy
 
+    def _finish(self, cropped: _Cropped) -> tuple[Tensor, Tensor]:
+        """Carry out what follows the crop."""
+        report(self.broken, self._images, dict(self._images.unreadable))
+        pairs = zip(cropped, self._augmentation.views, strict=True)
+        first, second = (self._recoloured(crops, draws, view) for (crops, draws), view in pairs)
+        return first, second
+
     def _recoloured(self, crops: Tensor, draws: Draws, view: View) -> Tensor:
-        images = (crops.permute(0, 3, 1, 2).float() / 255).contiguous()
+        images = crops.permute(0, 3, 1, 2).to(torch.float32, memory_format=torch.contiguous_format)
         batched.recolour_(images, draws, blur_radius=blur_radius(view, self._size))
-        return batched.normalise(images, self._augmentation.mean, self._augmentation.std)
+        out = batched.empty_views(len(images), self._size, self._dtype, self._device)
+        return batched.normalise(images, self._augmentation.mean, self._augmentation.std, out=out)
 
 
 def _pipeline(

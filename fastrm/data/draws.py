@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -11,8 +12,15 @@ from torch import Tensor
 
 from fastrm.data.augmentation import View
 
-# (epoch, index): a sample's random numbers depend on these and the seed alone, not on which worker draws them.
-Sample = tuple[int, int]
+
+class Batch(NamedTuple):
+    """What a batch's random numbers depend on, beside the seed and the rank, and the images in it."""
+
+    epoch: int
+    number: int
+    """Within the epoch."""
+    images: list[int]
+
 
 _CROP_TRIES = 10
 
@@ -28,11 +36,25 @@ class BatchSampler:
     def __len__(self) -> int:
         return self.length // (self.batch_size * self.world_size)
 
-    def __iter__(self) -> Iterator[list[Sample]]:
+    def __iter__(self) -> Iterator[Batch]:
         order = np.random.default_rng((self.seed, self.epoch)).permutation(self.length)
-        for batch in range(self.skip, len(self)):
-            start = (batch * self.world_size + self.rank) * self.batch_size
-            yield [(self.epoch, int(i)) for i in order[start : start + self.batch_size]]
+        for number in range(self.skip, len(self)):
+            start = (number * self.world_size + self.rank) * self.batch_size
+            yield Batch(self.epoch, number, order[start : start + self.batch_size].tolist())
+
+    def seek(self, batch: int) -> None:
+        """Go on from this batch, counted from the start of the run."""
+        self.epoch, self.skip = divmod(batch, len(self))
+
+    def next_epoch(self) -> None:
+        """Go on from the start of the next epoch."""
+        self.epoch, self.skip = self.epoch + 1, 0
+
+    def generator(self, batch: Batch) -> torch.Generator:
+        """The random numbers of a batch: the same wherever and whenever it is made."""
+        place = (self.seed, batch.epoch, batch.number, self.rank)
+        state = np.random.SeedSequence(place).generate_state(1, np.uint64)[0]
+        return torch.Generator().manual_seed(int(state))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,12 +81,6 @@ class Draws:
     def part(self, which: slice) -> Draws:
         """Return what was drawn for some of the images."""
         return Draws(**{field.name: getattr(self, field.name)[which] for field in fields(self)})
-
-
-def batch_generator(seed: int, *place: int) -> torch.Generator:
-    """Return a CPU generator for one batch, given the seed and its place: epoch, batch and rank."""
-    state = np.random.SeedSequence((seed, *place)).generate_state(1, np.uint64)[0]
-    return torch.Generator().manual_seed(int(state))
 
 
 def draw(view: View, heights: Tensor, widths: Tensor, image_size: int, generator: torch.Generator) -> Draws:
@@ -133,7 +149,9 @@ def _boxes(view: View, heights: Tensor, widths: Tensor, generator: torch.Generat
     return torch.stack([top, left, h, w], dim=1)
 
 
-def as_sizes(sizes: Sequence[tuple[int, int]]) -> tuple[Tensor, Tensor]:
-    """Heights and widths, int64 [B] each, of (height, width) pairs."""
+def draw_views(
+    views: Sequence[View], sizes: Sequence[tuple[int, int]], image_size: int, generator: torch.Generator
+) -> list[Draws]:
+    """Draw the parameters of each view for images of these (height, width)."""
     heights, widths = torch.tensor(sizes, dtype=torch.int64).reshape(-1, 2).unbind(1)
-    return heights, widths
+    return [draw(view, heights, widths, image_size, generator) for view in views]

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from fastrm.data import batched
 from fastrm.data.augmentation import Augmentation, View
-from fastrm.data.draws import BatchSampler, Sample, batch_generator, blur_radius, draw
+from fastrm.data.draws import Batch, BatchSampler, Draws, blur_radius, draw_views
 from fastrm.data.sources import ArrayImages
 
 
@@ -27,15 +28,15 @@ class MemoryLoader:
         image_size: int,
         batch_size: int,
         device: torch.device,
+        dtype: torch.dtype,
         seed: int,
         rank: int,
         world_size: int,
     ) -> None:
-        self._augmentation, self._size, self._seed = augmentation, image_size, seed
+        self._augmentation, self._size, self._dtype = augmentation, image_size, dtype
         self._sampler = BatchSampler(len(images), batch_size, seed, rank, world_size)
-        pixels = torch.from_numpy(images.pixels)
-        pixels = pixels[:, None] if pixels.ndim == 3 else pixels.permute(0, 3, 1, 2)
-        self._pixels = pixels.contiguous().to(device)
+        self._pixels = images.tensor().contiguous().to(device)
+        self.broken: dict[Path, str] = {}  # an array cannot be
 
     def __len__(self) -> int:
         """Batches an epoch."""
@@ -43,27 +44,24 @@ class MemoryLoader:
 
     def seek(self, batch: int) -> None:
         """Go on from this batch, counted from the start of the run."""
-        self._sampler.epoch, self._sampler.skip = divmod(batch, len(self))
+        self._sampler.seek(batch)
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        for number, batch in enumerate(self._sampler, start=self._sampler.skip):
-            yield self._views(batch, number)
-        self._sampler.epoch, self._sampler.skip = self._sampler.epoch + 1, 0
+        for batch in self._sampler:
+            yield self._views(batch)
+        self._sampler.next_epoch()
 
-    def _views(self, batch: list[Sample], number: int) -> tuple[Tensor, Tensor]:
-        index = torch.tensor([index for _, index in batch]).to(self._pixels.device, non_blocking=True)
+    def _views(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        index = torch.tensor(batch.images).to(self._pixels.device, non_blocking=True)
         pixels = self._pixels.index_select(0, index)
-        generator = batch_generator(self._seed, batch[0][0], number, self._sampler.rank)
-        first, second = (self._view(pixels, view, generator) for view in self._augmentation.views)
+        height, width = pixels.shape[2:]
+        sizes = [(height, width)] * len(pixels)
+        drawn = draw_views(self._augmentation.views, sizes, self._size, self._sampler.generator(batch))
+        first, second = (self._view(pixels, *pair) for pair in zip(self._augmentation.views, drawn, strict=True))
         return first, second
 
-    def _view(self, pixels: Tensor, view: View, generator: torch.Generator) -> Tensor:
-        heights, widths = (torch.full((len(pixels),), side) for side in pixels.shape[-2:])
-        images = batched.carry_out(
-            pixels,
-            draw(view, heights, widths, self._size, generator),
-            image_size=self._size,
-            bicubic=view.interpolation == "bicubic",
-            blur_radius=blur_radius(view, self._size),
-        )
-        return batched.normalise(images, self._augmentation.mean, self._augmentation.std)
+    def _view(self, pixels: Tensor, view: View, draws: Draws) -> Tensor:
+        bicubic, radius = view.interpolation == "bicubic", blur_radius(view, self._size)
+        images = batched.carry_out(pixels, draws, image_size=self._size, bicubic=bicubic, blur_radius=radius)
+        out = batched.empty_views(len(images), self._size, self._dtype, images.device)
+        return batched.normalise(images, self._augmentation.mean, self._augmentation.std, out=out)

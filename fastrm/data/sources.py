@@ -3,23 +3,26 @@
 from __future__ import annotations
 
 import gzip
+import io
 import os
 import struct
-import threading
-import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
+from torch import Tensor
 
 from fastrm.errors import UsageError
+from fastrm.files import cache_root
 
 T = TypeVar("T")
-_naming = threading.Lock()
+BROKEN = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)
+"""What Pillow raises for a file that is no picture, or a broken one."""
 
 NAMED = ("digits", "fashion-mnist", "cifar10", "cifar100", "stl10", "synthetic")
 ENDINGS = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".ppm", ".pgm"})
@@ -43,6 +46,11 @@ class ArrayImages:
     def __getitem__(self, index: int) -> Image.Image:
         return Image.fromarray(self.pixels[index]).convert("RGB")
 
+    def tensor(self) -> Tensor:
+        """The same memory as uint8 [N, 1 or 3, H, W]."""
+        pixels = torch.from_numpy(self.pixels)
+        return pixels[:, None] if pixels.ndim == 3 else pixels.permute(0, 3, 1, 2)
+
     def subset(self, indices: NDArray[np.int64]) -> ArrayImages:
         """Return the images at ``indices``."""
         return ArrayImages(self.pixels[indices], None if self.labels is None else self.labels[indices])
@@ -50,8 +58,6 @@ class ArrayImages:
 
 class FileImages:
     """Images in files, decoded when they are asked for.
-
-    A file that cannot be decoded is named in a warning, once a process, and the next readable one takes its place.
 
     Args:
         paths: N files.
@@ -61,33 +67,45 @@ class FileImages:
     def __init__(self, paths: Sequence[Path], labels: NDArray[np.int64] | None) -> None:
         self.paths = paths
         self.labels = labels
-        self._unreadable: set[int] = set()
+        self.unreadable: dict[int, str] = {}
+        """What is wrong with the files that could not be read, by index."""
 
     def __len__(self) -> int:
         return len(self.paths)
 
     def __getitem__(self, index: int) -> Image.Image:
-        return self.read(index, decode)
+        return self.read(index, decode)[1]
 
-    def read(self, index: int, read: Callable[[Path], T]) -> T:
-        """Apply ``read`` to the file at ``index``, or where that fails to the next one that it can read."""
+    def content(self, index: int) -> bytes:
+        """The bytes of a file."""
+        return self.paths[index].read_bytes()
+
+    def stored_in(self) -> list[Path]:
+        """The files on disk that hold the images."""
+        return list(self.paths)
+
+    def read(self, index: int, read: Callable[[bytes], T]) -> tuple[int, T]:
+        """Apply ``read`` to the bytes of a file, or where that fails to those of the next one that it can read.
+
+        Returns:
+            The index of the file that was read, and what ``read`` made of it.
+        """
         for step in range(len(self.paths)):
             at = (index + step) % len(self.paths)
-            if at in self._unreadable:
+            if at in self.unreadable:
                 continue
             try:
-                return read(self.paths[at])
-            except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-                with _naming:  # two threads may have met it at once
-                    new = at not in self._unreadable
-                    self._unreadable.add(at)
-                if new:
-                    warnings.warn(f"left out, since it cannot be read: {self.paths[at]} ({error})", stacklevel=3)
+                return at, read(self.content(at))
+            except BROKEN as error:
+                self.unreadable[at] = str(error) or type(error).__name__
         raise UsageError(f"none of the {len(self.paths)} image files can be read; the first is {self.paths[0]}")
 
     def subset(self, indices: NDArray[np.int64]) -> FileImages:
         """Return the images at ``indices``."""
-        return FileImages([self.paths[i] for i in indices], None if self.labels is None else self.labels[indices])
+        return FileImages([self.paths[i] for i in indices], self._labels_of(indices))
+
+    def _labels_of(self, indices: NDArray[np.int64]) -> NDArray[np.int64] | None:
+        return None if self.labels is None else self.labels[indices]
 
 
 Images = ArrayImages | FileImages
@@ -108,13 +126,48 @@ class Source:
     """One line for the person who starts the run."""
 
 
-def decode(path: Path) -> Image.Image:
+def decode(content: bytes) -> Image.Image:
     """Read a picture as RGB, upright as its EXIF orientation says, 16-bit gray scaled to 8."""
-    with Image.open(path) as opened:
+    with Image.open(io.BytesIO(content)) as opened:
         image = ImageOps.exif_transpose(opened)
         if image.mode.startswith("I"):  # 16 bits; a plain conversion would clip everything above 255
             return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
         return image.convert("RGB")
+
+
+_ORIENTATION = 0x0112
+# How a file ends that was not cut off: some decoders make up the rest, others stop without naming the file.
+_ENDS = {"JPEG": b"\xff\xd9", "PNG": b"IEND\xaeB`\x82"}
+
+
+class Header(NamedTuple):
+    """What is known of a picture before it is decoded."""
+
+    size: tuple[int, int]
+    """Height and width, upright."""
+    plain: str | None
+    """``"JPEG"`` or ``"PNG"`` where any decoder shows it as :func:`decode` does."""
+
+
+def inspect(content: bytes) -> Header:
+    """Read a picture's header.
+
+    Raises:
+        OSError, ValueError, SyntaxError, Image.DecompressionBombError: it is no picture.
+    """
+    with Image.open(io.BytesIO(content)) as image:
+        orientation = image.getexif().get(_ORIENTATION, 1)
+        plain = (
+            image.format in _ENDS
+            and image.mode in ("RGB", "L")
+            and content.endswith(_ENDS[image.format])
+            and "transparency" not in image.info
+            and orientation == 1
+        )
+        width, height = image.size
+        return Header(
+            (width, height) if orientation in (5, 6, 7, 8) else (height, width), image.format if plain else None
+        )
 
 
 def open_source(data: str, data_root: Path | None = None) -> Source:
@@ -124,7 +177,7 @@ def open_source(data: str, data_root: Path | None = None) -> Source:
         UsageError: there is no such set or folder, it holds no image, or a named set is not there and cannot be
             downloaded.
     """
-    root = data_root or Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "fastrm"
+    root = data_root or cache_root()
     openers: dict[str, Callable[[], Source]] = {
         "digits": _digits,
         "synthetic": _synthetic,
@@ -135,11 +188,18 @@ def open_source(data: str, data_root: Path | None = None) -> Source:
     }
     if data in openers:
         return openers[data]()
+    if data.endswith(".tar"):
+        from fastrm.data.shards import open_shards
+
+        shards = open_shards(data)
+        return without_validation("shards", shards, f"{len(shards):,} images in {len(shards.stored_in())} shards")
     folder = Path(data).expanduser()
     if not folder.exists():
-        raise UsageError(f"--data {data} does not exist; give a folder of images, or one of {', '.join(NAMED)}")
+        raise UsageError(
+            f"--data {data} does not exist; give a folder of images, tar shards, or one of {', '.join(NAMED)}"
+        )
     if not folder.is_dir():
-        raise UsageError(f"--data {data} is a file; give the folder that holds the images")
+        raise UsageError(f"--data {data} is a file; give the folder that holds the images, or shards that end in .tar")
     return _folder(folder)
 
 
@@ -178,21 +238,21 @@ def _folder(folder: Path) -> Source:
         raise UsageError(f"--data {folder} holds no image; looked below {base} for {', '.join(sorted(ENDINGS))}")
     name = folder.resolve().name or "data"
     about = f"{len(train):,} images in {base}"
-    if not classes:
-        return Source(name=name, train=train, bank=None, test=None, about=f"{about}, without labels")
-    about += f", {len(classes)} classes"
-    if base != folder and (folder / "val").is_dir():
+    if classes and base != folder and (folder / "val").is_dir():
         test, _ = _labelled(folder / "val", classes)
         if test.labels is not None:
-            return Source(name=name, train=train, bank=train, test=test, about=f"{about}; {len(test):,} for validation")
-    bank, test_part = _held_out(train)
-    return Source(
-        name=name,
-        train=train,
-        bank=bank,
-        test=test_part,
-        about=f"{about}; without a val folder, kNN is tried on a tenth of them and looks up the rest",
-    )
+            about += f", {len(classes)} classes; {len(test):,} for validation"
+            return Source(name=name, train=train, bank=train, test=test, about=about)
+    return without_validation(name, train, about)
+
+
+def without_validation(name: str, train: FileImages, about: str) -> Source:
+    """A source whose labelled images, if it has labels, are split for kNN."""
+    if train.labels is None:
+        return Source(name=name, train=train, bank=None, test=None, about=f"{about}, without labels")
+    bank, test = _held_out(train)
+    about += f", {len(np.unique(train.labels))} classes; without a val folder, kNN is tried on a tenth of them"
+    return Source(name=name, train=train, bank=bank, test=test, about=f"{about} and looks up the rest")
 
 
 def _held_out(images: FileImages) -> tuple[FileImages, FileImages]:

@@ -1,0 +1,328 @@
+"""Images in files and shards, through both loaders: parity with torchvision, odd and broken files, order, resume."""
+
+from __future__ import annotations
+
+import gzip
+import io
+import shutil
+import tarfile
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from fastrm import train
+from fastrm.config import Config
+from fastrm.data import augmentation, make_loader, open_source
+from fastrm.data.dali_loader import DaliLoader, dali_problem, encoded
+from fastrm.data.draws import draw_views
+from fastrm.data.scan import scan
+from fastrm.data.shards import expand
+from fastrm.data.sources import FileImages, decode
+from fastrm.data.torch_loader import TorchLoader
+from fastrm.errors import UsageError
+from tests.conftest import natural_pictures
+from tests.test_batched import composed
+
+needs_dali = pytest.mark.skipif(dali_problem() is not None, reason=f"needs DALI: {dali_problem()}")
+
+
+@pytest.fixture(scope="module")
+def odd(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Sound pictures of every kind that a folder may hold."""
+    folder = tmp_path_factory.mktemp("odd files é")
+    colour = Image.fromarray(natural_pictures(1, 60, 80)[0].permute(1, 2, 0).numpy())
+    gray = colour.convert("L")
+    colour.convert("CMYK").save(folder / "cmyk.jpg")
+    gray.save(folder / "gray.jpg")
+    colour.save(folder / "progressive.jpg", progressive=True)
+    colour.convert("P").save(folder / "palette.png")
+    colour.convert("RGBA").save(folder / "alpha.png")
+    gray.convert("LA").save(folder / "gray alpha.png")
+    Image.fromarray(np.asarray(gray).astype(np.uint16) << 8).save(folder / "sixteen.png")
+    for ending in ("webp", "bmp", "tiff", "png", "JPEG", "PNG"):
+        colour.save(folder / f"plain.{ending}")
+    colour.save(folder / "png.jpg", format="PNG")
+    colour.save(folder / "Ümlaut 日本.JPG")
+    colour.resize((3, 2)).save(folder / "tiny.png")
+    colour.resize((1, 1)).save(folder / "one.jpg")
+    colour.resize((4000, 20)).save(folder / "long.jpg")
+    colour.resize((20, 4000)).save(folder / "high.png")
+    for orientation in range(2, 9):
+        exif = Image.Exif()
+        exif[0x0112] = orientation
+        colour.save(folder / f"turned{orientation}.jpg", exif=exif)
+        colour.save(folder / f"turned{orientation}.png", exif=exif)
+    colour.save(folder / "._hidden.jpg")
+    return folder
+
+
+@pytest.fixture
+def broken(pictures: Path, tmp_path: Path) -> Path:
+    """20 sound pictures among which are a cut one, an empty one, a text, and a header alone."""
+    sound = sorted((pictures / "flat").glob("*.jpg"))[:20]
+    for path in sound:
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    content = sound[0].read_bytes()
+    (tmp_path / "cut.jpg").write_bytes(content[:-60])  # within the picture, behind its header
+    (tmp_path / "empty.jpg").write_bytes(b"")
+    (tmp_path / "text.png").write_text("not a picture")
+    (tmp_path / "header.png").write_bytes(
+        b"\x89PNG\r\n\x1a\n\x00\x00\x00\rIHDR\x00\x00\x00\x08\x00\x00\x00\x08\x08\x02"
+    )
+    return tmp_path
+
+
+def add_sound(pictures: Path, folder: Path, count: int) -> None:
+    for i, path in enumerate(sorted((pictures / "flat").glob("*.jpg"))[:count]):
+        (folder / f"more{i}.jpg").write_bytes(path.read_bytes())
+
+
+def skipped(out: Path) -> list[str]:
+    return [Path(line.split("\t")[0]).name for line in (out / "skipped.txt").read_text().splitlines()]
+
+
+def made(data: Path | str, kind: str = "dali", **options: object):
+    defaults = {"method": "mocov2", "image_size": 24, "batch_size": 8, "device": "cpu", "workers": 2, "seed": 5}
+    return make_loader(str(data), **{**defaults, "loader": kind, **options})
+
+
+DALI = pytest.param("dali", marks=needs_dali)
+
+
+@pytest.mark.parametrize("kind", [DALI, pytest.param("dali by regions", marks=needs_dali), "torch"])
+@pytest.mark.parametrize("method", ["mocov3", "byol"])
+def test_views_of_odd_files_are_torchvisions(odd: Path, method: str, kind: str) -> None:
+    images = open_source(str(odd)).train
+    assert isinstance(images, FileImages)
+    recipe = augmentation(method, crop_min=0.2)
+    common: dict[str, Any] = {
+        "image_size": 48, "batch_size": len(images), "device": torch.device("cpu"), "dtype": torch.float32,
+        "workers": 1, "seed": 5, "rank": 0, "world_size": 1,
+    }  # fmt: skip
+    loader: Any
+    if kind == "torch":
+        loader = TorchLoader(images, recipe, **common)
+    else:
+        loader = DaliLoader(images, recipe, regions="regions" in kind, **common)
+    (batch,) = loader._sampler
+    views = next(iter(loader))
+    pictures = [images[index] for index in batch.images]
+    sizes = [(picture.height, picture.width) for picture in pictures]
+    drawn = draw_views(recipe.views, sizes, 48, loader._sampler.generator(batch))
+    mean, std = (torch.tensor(values)[:, None, None] for values in (recipe.mean, recipe.std))
+    for view, draws, out in zip(recipe.views, drawn, views, strict=True):
+        for i, picture in enumerate(pictures):
+            image = torch.from_numpy(np.array(picture)).permute(2, 0, 1)
+            want = composed(image, draws, i, view.interpolation, 48, 2)
+            error = float((out[i] * std + mean - want).abs().mean())
+            # JPEG decoders differ by a step or two in the rounding of the inverse cosine transform and of the upsampled
+            # chroma; solarizing makes a large difference of a small one at its threshold.
+            assert error < (12 if draws.solarize[i] else 4) / 255, images.paths[batch.images[i]]
+
+
+def test_a_file_is_passed_on_as_it_looks(odd: Path) -> None:
+    for path in sorted(odd.iterdir()):
+        assert encoded(path.read_bytes()).size == decode(path.read_bytes()).size[::-1], path.name
+
+
+@pytest.mark.parametrize("kind", [DALI, "torch"])
+def test_seek_and_resume_are_exact_and_workers_do_not_matter(pictures: Path, kind: str) -> None:
+    loader = made(pictures / "classes", kind)
+    every = [torch.stack(pair) for _ in range(2) for pair in loader]
+    assert len(loader) == 12
+    assert len(every) == 24
+    assert not torch.equal(every[0], every[12])
+    other = made(pictures / "classes", kind, workers=1)
+    for batch in (0, 5, 13):
+        other.seek(batch)
+        assert torch.equal(torch.stack(next(iter(other))), every[batch])
+    assert every[0].shape == (2, 8, 3, 24, 24)
+    assert not torch.equal(every[0][0], every[0][1])
+
+
+@pytest.mark.parametrize("kind", [DALI, "torch"])
+def test_ranks_share_an_epoch(pictures: Path, kind: str) -> None:
+    loaders = [made(pictures / "classes", kind, workers=1, rank=rank, world_size=2) for rank in (0, 1)]
+    shares = [[index for batch in loader._sampler for index in batch.images] for loader in loaders]
+    assert sorted(shares[0] + shares[1]) == list(range(96))
+    first, second = (next(iter(loader))[0] for loader in loaders)
+    assert first.shape == (8, 3, 24, 24)
+    assert not torch.equal(first, second)
+
+
+@pytest.mark.parametrize("kind", [DALI, "torch"])
+def test_odd_files_train_for_two_epochs(odd: Path, kind: str) -> None:
+    loader = made(odd, kind, workers=1)
+    for _ in range(2):
+        assert all(torch.isfinite(torch.stack(pair)).all() for pair in loader)
+
+
+@pytest.mark.parametrize("kind", [DALI, "torch"])
+def test_broken_files_are_named_and_left_out(broken: Path, pictures: Path, kind: str) -> None:
+    loader = made(broken, kind, batch_size=24)
+    with pytest.warns(UserWarning, match="left out"), pytest.raises(UsageError, match="4 of 24 files are broken"):
+        next(iter(loader))
+    add_sound(pictures, broken, 30)
+    loader = made(broken, kind, batch_size=27)
+    with pytest.warns(UserWarning, match="left out") as seen:
+        views = [torch.stack(pair) for _ in range(2) for pair in loader]
+    assert len(views) == 4
+    assert all(torch.isfinite(pair).all() for pair in views)
+    for name in ("cut.jpg", "empty.jpg", "text.png", "header.png"):
+        assert sum(name in str(warning.message) for warning in seen) == 1, name
+    assert {path.name for path in loader.broken} == {"cut.jpg", "empty.jpg", "text.png", "header.png"}
+
+
+@pytest.mark.parametrize("kind", [DALI, "torch"])
+@pytest.mark.parametrize("damage", ["scan", "tables", "chunk"])
+def test_a_file_that_is_damaged_inside_stops_nothing(pictures: Path, tmp_path: Path, kind: str, damage: str) -> None:
+    add_sound(pictures, tmp_path, 23)
+    picture = Image.fromarray(natural_pictures(1, 60, 80)[0].permute(1, 2, 0).numpy())
+    name = "damaged.png" if damage == "chunk" else "damaged.jpg"
+    picture.save(tmp_path / name)
+    content = bytearray((tmp_path / name).read_bytes())
+    middle = content.index(b"\xff\xc4") + 8 if damage == "tables" else len(content) // 2
+    content[middle : middle + 40] = bytes(range(200, 240))
+    (tmp_path / name).write_bytes(content)
+    loader = made(tmp_path, kind, workers=1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # a decoder may well make something of it
+        for _ in range(2):
+            assert sum(len(first) for first, _ in loader) == 24
+
+
+@pytest.mark.parametrize("kind", [DALI, "torch"])
+def test_memory_stays_flat(pictures: Path, kind: str) -> None:
+    status = Path("/proc/self/statm")
+    if not status.exists():
+        pytest.skip("needs /proc to read the resident set")
+    loader = made(pictures / "classes", kind)
+    resident = []
+    for _ in range(20):
+        assert len(list(loader)) == 12
+        resident.append(int(status.read_text().split()[1]))
+    assert resident[-1] < 1.05 * resident[4]
+
+
+@pytest.fixture(autouse=True)
+def _cache_of_our_own(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+
+
+def test_what_a_loader_cannot_do_is_said(pictures: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(UsageError, match="--loader memory holds named sets only"):
+        made(pictures / "flat", "memory")
+    monkeypatch.setattr("fastrm.data.dali_problem", lambda: "DALI is not installed")
+    with pytest.raises(UsageError, match="--loader dali cannot be used: DALI is not installed"):
+        made(pictures / "flat", "dali")
+    assert type(made(pictures / "flat", "auto")).__name__ == "TorchLoader"
+
+
+@pytest.mark.parametrize("kind", [DALI, "torch"])
+def test_broken_files_are_found_before_a_run(
+    broken: Path, pictures: Path, kind: str, small: Callable[..., Config], tmp_path: Path
+) -> None:
+    with pytest.raises(UsageError, match=r"--data: 4 of 24 files are broken, more than a tenth; .*cut.jpg"):
+        train.train(small(data=str(broken), loader=kind, batch_size=8))
+    add_sound(pictures, broken, 30)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)  # nothing is left to be found while reading
+        summary = train.train(small(data=str(broken), loader=kind, batch_size=8))
+    assert summary["images"] == 50
+    assert skipped(tmp_path / "run") == ["cut.jpg", "empty.jpg", "header.png", "text.png"]
+
+
+@pytest.mark.parametrize("kind", [DALI, "torch"])
+def test_what_the_scan_did_not_see_is_listed_too(
+    broken: Path, pictures: Path, kind: str, small: Callable[..., Config], tmp_path: Path
+) -> None:
+    add_sound(pictures, broken, 30)
+    options: dict[str, Any] = {"data": str(broken), "loader": kind, "batch_size": 27, "workers": 1, "max_steps": 4}
+    with pytest.warns(UserWarning, match="left out"):
+        train.train(small(**options, scan=False))
+    assert sorted(skipped(tmp_path / "run")) == ["cut.jpg", "empty.jpg", "header.png", "text.png"]
+
+
+def test_the_scan_covers_the_images_for_knn_and_is_remembered(pictures: Path, tmp_path: Path) -> None:
+    shutil.copytree(pictures / "split", tmp_path / "data")
+    some, other = sorted((tmp_path / "data" / "val").rglob("*.jpg"))[:2]
+    some.write_bytes(some.read_bytes()[:-300])
+    source = open_source(str(tmp_path / "data"))
+    found, faults = scan(source, workers=2)
+    assert [*faults] == [some]
+    assert found.test is not None
+    assert (len(found.train), len(found.test)) == (84, 11)
+    assert found.bank is found.train
+    assert found.test.labels is not None
+    assert len(found.test.labels) == 11
+    with mock.patch("fastrm.data.scan.fault", side_effect=AssertionError("looked again")):
+        assert scan(source, workers=2)[1] == faults
+    other.write_bytes(b"")
+    with pytest.raises(UsageError, match="2 of 12 files are broken"):
+        scan(source, workers=2)
+
+
+@pytest.fixture
+def shards(pictures: Path, tmp_path: Path) -> str:
+    """Two shards of 48 pictures with labels, and members that are no pictures."""
+    paths = sorted((pictures / "classes").rglob("*.jpg"))
+    for shard in range(2):
+        with tarfile.open(tmp_path / f"train-{shard:04d}.tar", "w") as tar:
+            for i, path in enumerate(paths[48 * shard : 48 * shard + 48]):
+                for ending, content in (("jpg", path.read_bytes()), ("cls", path.parent.name[-1].encode())):
+                    info = tarfile.TarInfo(f"some/{shard}{i:03d}.{ending}")
+                    info.size = len(content)
+                    tar.addfile(info, io.BytesIO(content))
+            tar.addfile(tarfile.TarInfo("some/._000.jpg"))
+            tar.addfile(tarfile.TarInfo("../../etc/readme.txt"))
+    return str(tmp_path / "train-{0000..0001}.tar")
+
+
+@pytest.mark.parametrize("kind", [DALI, "torch"])
+def test_shards_give_what_the_files_give(shards: str, pictures: Path, kind: str) -> None:
+    images, files = open_source(shards).train, open_source(str(pictures / "classes")).train
+    assert isinstance(images, FileImages)
+    assert isinstance(files, FileImages)
+    assert len(images) == 96
+    # A name as label is the position among the sorted names; a number is itself.
+    digits = sorted({int(path.parent.name[-1]) for path in files.paths})
+    assert images.labels is not None
+    assert files.labels is not None
+    assert images.labels.tolist() == [digits[label] for label in files.labels]
+    for mine, other in zip(made(shards, kind), made(pictures / "classes", kind), strict=True):
+        assert torch.equal(torch.stack(mine), torch.stack(other))
+
+
+def test_a_run_on_shards(shards: str, small: Callable[..., Config]) -> None:
+    summary = train.train(small(data=shards, batch_size=16, eval_every=1, epochs=1, max_steps=None))
+    assert summary["images"] == 96
+    assert any("knn" in name for name in summary)
+
+
+def test_shards_that_are_not_there_or_no_tar_files(shards: str, tmp_path: Path) -> None:
+    for pattern, message in (
+        (str(tmp_path / "train-{0..2}.tar"), "train-0.tar does not exist"),
+        (str(tmp_path / "train-{0001..0000}.tar"), "counts down"),
+    ):
+        with pytest.raises(UsageError, match=message):
+            open_source(pattern)
+    whole = (tmp_path / "train-0001.tar").read_bytes()
+    for name, content in (("text", b"no tar" * 200), ("gzip", gzip.compress(whole)), ("empty", b"")):
+        (tmp_path / f"{name}.tar").write_bytes(content)
+        with pytest.raises(UsageError, match=r"is not a whole, uncompressed tar file|holds no image"):
+            open_source(str(tmp_path / f"{name}.tar"))
+    assert expand("{a,b}-{08..10}.tar") == [f"{x}-{n}.tar" for x in "ab" for n in ("08", "09", "10")]
+
+
+def test_a_shard_that_was_cut_off(shards: str, tmp_path: Path) -> None:
+    whole = (tmp_path / "train-0001.tar").read_bytes()
+    (tmp_path / "cut.tar").write_bytes(whole[: len(whole) // 2 + 700])
+    with pytest.raises(UsageError, match=r"cut.tar is not a whole, uncompressed tar file"):
+        open_source(str(tmp_path / "cut.tar"))
