@@ -381,6 +381,16 @@ def flag(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
+def check_range(name: str, value: float | None) -> None:
+    """Raise a UsageError if the value of a setting is out of range; None, for unset, is not."""
+    low, high, open_low = _RANGES[name]
+    if value is None or (math.isfinite(value) and (value > low if open_low else value >= low) and value <= high):
+        return
+    wanted = f"above {low:g}" if open_low else f"at least {low:g}"
+    most = f" and at most {high:g}" if high < math.inf else ""
+    raise UsageError(f"{flag(name)} {value} is out of range; it must be {wanted}{most}")
+
+
 def validate(config: Config) -> None:
     """Check everything that can be checked without the data, the machine or the network.
 
@@ -390,16 +400,8 @@ def validate(config: Config) -> None:
     values = config.flat()
     if not values["data"]:
         raise UsageError("--data is missing; give a folder of images, or a named set such as digits")
-    for name, (low, high, open_low) in _RANGES.items():
-        value = values[name]
-        if value is None:
-            continue
-        if not (math.isfinite(value) and (value > low if open_low else value >= low) and value <= high):
-            wanted = f"above {low:g}" if open_low else f"at least {low:g}"
-            raise UsageError(
-                f"{flag(name)} {value} is out of range; it must be {wanted}"
-                + (f" and at most {high:g}" if high < math.inf else "")
-            )
+    for name in _RANGES:
+        check_range(name, values[name])
     for group in dataclasses.fields(config):
         for name, kind in get_type_hints(type(getattr(config, group.name))).items():
             if get_origin(kind) is Literal and values[name] not in get_args(kind):

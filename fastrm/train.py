@@ -82,7 +82,6 @@ def train(config: Config) -> dict[str, Any]:
     torch.backends.cudnn.benchmark = True
     method = build_method(config, backend=backend).to(device)
     layout = torch.channels_last if config.device.channels_last else torch.contiguous_format
-    method = method.to(memory_format=layout)
     optimizer: Any = build_optimizer(method, config.optim, backend=backend)
     scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
 

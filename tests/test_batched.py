@@ -183,5 +183,9 @@ def test_the_contact_sheet(tmp_path: Path) -> None:
     main(["--data", "digits", "--image-size", "32", "--images", "4", "--out", str(tmp_path / "views.png")])
     with Image.open(tmp_path / "views.png") as sheet:
         assert sheet.size == (4 * 34 + 2, 2 * 34 + 2)
+    for wrong in (["--images", "0"], ["--image-size", "0"], ["--data", "nowhere"], ["--loader", "dali"]):
+        with pytest.raises(UsageError, match=wrong[0]):
+            main(["--data", "digits", "--out", str(tmp_path / "x.png"), *wrong])
+    assert not (tmp_path / "x.png").exists()
     with pytest.raises(UsageError, match=r"--out .*views\.xyz cannot be written"):
         main(["--data", "digits", "--image-size", "32", "--out", str(tmp_path / "views.xyz")])

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from fastrm import _cli
-from fastrm.config import MethodName
+from fastrm.config import MethodName, check_range
 from fastrm.data import make_loader, open_source
 from fastrm.data.augmentation import IMAGENET_MEAN, IMAGENET_STD
 from fastrm.errors import UsageError
@@ -23,7 +23,7 @@ class Options:
     """Draw both views of some images."""
 
     data: str
-    """A folder, or the name of a set, as in fastrm.train."""
+    """A folder, shards, or the name of a set, as in fastrm.train."""
     out: Path
     """The picture that is written."""
     data_root: Path | None = None
@@ -48,6 +48,9 @@ def contact_sheet(options: Options) -> None:
     """
     from torchvision.utils import save_image
 
+    check_range("image_size", options.image_size)
+    if options.images < 1:
+        raise UsageError(f"--images {options.images} is out of range; it must be at least 1")
     source = open_source(options.data, options.data_root)
     count = min(options.images, len(source.train))
     loader = make_loader(

@@ -172,7 +172,8 @@ def _pipeline(
 ) -> Any:
     """Files and boxes in, two crops out, uint8 [B, S, S, 3]; ``device`` is the only difference between GPU and CPU.
 
-    ``regions`` decodes the two boxes; otherwise the picture is decoded once and the boxes are taken from it.
+    ``regions`` decodes the two boxes; otherwise the picture is decoded once and the boxes are taken from it. Once is
+    faster on two CPU cores and JPEGs of 500x375: 463 to 501 images a second against 443 to 466. No GPU was timed.
     """
     from nvidia.dali import fn, pipeline_def, types
 
@@ -186,16 +187,17 @@ def _pipeline(
         prefetch_queue_depth=1,  # batches ahead are this loader's business: inputs are given with each run
     )
     def crops() -> tuple[Any, ...]:
-        decoder = "mixed" if gpu else "cpu"
+        # The hardware decoder of a GPU takes this share of the JPEGs, and the CUDA cores the rest.
+        decoder = {"device": "mixed", "hw_decoder_load": 0.65} if gpu else {"device": "cpu"}
         file = fn.external_source(name="encoded", dtype=types.UINT8, ndim=1)
-        whole = None if regions else fn.decoders.image(file, device=decoder, output_type=types.RGB)
+        whole = None if regions else fn.decoders.image(file, output_type=types.RGB, **decoder)
         views = []
         for name, view in zip(("first", "second"), augmentation.views, strict=True):
             box = fn.external_source(name=f"{name}_box", dtype=types.INT32, ndim=1)
             flip = fn.external_source(name=f"{name}_flip", dtype=types.INT32, ndim=0)
             start, shape = box[0:2], box[2:4]
             if regions:
-                picture = fn.decoders.image_slice(file, start, shape, axes=(0, 1), device=decoder)
+                picture = fn.decoders.image_slice(file, start, shape, axes=(0, 1), **decoder)
             else:
                 picture = fn.slice(whole, start, shape, axes=(0, 1))
             resized = fn.resize(

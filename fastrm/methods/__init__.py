@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
+
 from fastrm.config import Config
 from fastrm.methods.base import Method, StepOutput
 from fastrm.methods.byol import BYOL
@@ -34,4 +36,5 @@ def build_method(config: Config, *, backend: str | None = None) -> Method[Any]:
         stem=config.model.stem,
         moco_vit=config.method.method == "mocov3",
     )
-    return METHODS[config.method.method](backbone, config.method, backend=backend)
+    method = METHODS[config.method.method](backbone, config.method, backend=backend)
+    return method.to(memory_format=torch.channels_last) if config.device.channels_last else method
