@@ -252,6 +252,7 @@ def contrastive_cases() -> Iterable[Case]:
             **matrices(bf16, "queue"),
             **matrices(f32, "keys"),
             **dict.fromkeys(("start_ptr", "pointer_ptr"), "*i64"),
+            "skip_ptr": "*fp32",
             **dict.fromkeys(("tickets", "count", "size"), "i32"),
         },
         constants={"tickets_ptr": None, "D": 128, "BLOCK_D": _push.block_d(128), "BLOCK_R": _push.block_r(128)},

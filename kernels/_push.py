@@ -51,6 +51,7 @@ if triton is not None:
         start_ptr,  # a copy of the pointer, which some programs still read when it has moved; None stands for 0
         pointer_ptr,
         tickets_ptr,  # counters to clear for the next launch, or None
+        skip_ptr,  # nothing is pushed where this is not 0, or None
         tickets,
         count,
         size,
@@ -62,6 +63,8 @@ if triton is not None:
         start = tl.full((), 0, tl.int64)
         if start_ptr is not None:
             start = tl.load(start_ptr)
+        if skip_ptr is not None:
+            count = tl.where(tl.load(skip_ptr) != 0, 0, count)
         push_rows(program * BLOCK_R + tl.arange(0, BLOCK_R), queue_ptr, keys_ptr, start, count, size, D, BLOCK_D)
         if program == 0:
             if pointer_ptr is not None:
@@ -88,20 +91,25 @@ def fits(*matrices: Tensor | None) -> bool:
 
 
 def launch_push(
-    queue: Tensor, keys: Tensor, start: Tensor | None, pointer: Tensor | None, tickets: Tensor | None
+    queue: Tensor,
+    keys: Tensor,
+    start: Tensor | None,
+    pointer: Tensor | None,
+    tickets: Tensor | None,
+    skip: Tensor | None = None,
 ) -> None:
     """Write the unit ``keys`` into ``queue`` from row ``start``, move ``pointer`` on and clear ``tickets``."""
     dim = queue.shape[1]
     with guard(queue.device):
         push_kernel[(triton.cdiv(len(keys), block_r(dim)),)](
-            queue, keys.contiguous(), start, pointer, tickets, 0 if tickets is None else len(tickets), len(keys),
+            queue, keys.contiguous(), start, pointer, tickets, skip, 0 if tickets is None else len(tickets), len(keys),
             len(queue), dim, block_d(dim), block_r(dim),
         )  # fmt: skip
 
 
-def enqueue_(queue: Tensor, pointer: Tensor, keys: Tensor) -> None:
+def enqueue_(queue: Tensor, pointer: Tensor, keys: Tensor, skip: Tensor | None = None) -> None:
     """Write the unit keys into the ring and advance the pointer: a copy of the pointer, and one launch."""
     if not (fits(queue, keys) and queue.is_contiguous()):
-        reference.enqueue_(queue, pointer, keys)
+        reference.enqueue_(queue, pointer, keys, skip)
     elif len(keys):
-        launch_push(queue, keys, pointer.clone(), pointer, None)
+        launch_push(queue, keys, pointer.clone(), pointer, None, skip)

@@ -12,12 +12,12 @@ from ._dispatch import check_no_grad, check_rows, choose
 
 
 @torch.library.custom_op("fastrm::enqueue_", mutates_args=("queue", "pointer"))
-def _enqueue(queue: Tensor, pointer: Tensor, keys: Tensor, backend: str) -> None:
-    _BACKENDS[backend](queue, pointer, keys)
+def _enqueue(queue: Tensor, pointer: Tensor, keys: Tensor, skip: Tensor | None, backend: str) -> None:
+    _BACKENDS[backend](queue, pointer, keys, skip)
 
 
 @_enqueue.register_fake
-def _enqueue_fake(queue: Tensor, pointer: Tensor, keys: Tensor, backend: str) -> None:
+def _enqueue_fake(queue: Tensor, pointer: Tensor, keys: Tensor, skip: Tensor | None, backend: str) -> None:
     pass
 
 
@@ -38,13 +38,17 @@ def check_ring(op: str, queue: Tensor, pointer: Tensor) -> None:
         )
 
 
-def enqueue_(queue: Tensor, pointer: Tensor, keys: Tensor, *, backend: str | None = None) -> None:
+def enqueue_(
+    queue: Tensor, pointer: Tensor, keys: Tensor, *, skip: Tensor | None = None, backend: str | None = None
+) -> None:
     """Normalise ``keys`` and write them into the ring ``queue`` at ``pointer``, wrapping round its end.
 
     Args:
         queue: [K, D], floating, changed in place.
         pointer: 0-d int64 tensor, the row that is written next, changed in place.
         keys: [B, D], floating, any B; of more than K keys the last K are kept. A zero row is stored as zeros.
+        skip: a tensor of one element on the queue's device: where it is not 0, nothing changes. The ``found_inf`` of
+            a GradScaler fits, and the host does not wait for it.
         backend: ``None``, ``"triton"``, ``"cpu"`` or ``"reference"``.
 
     Raises:
@@ -54,7 +58,11 @@ def enqueue_(queue: Tensor, pointer: Tensor, keys: Tensor, *, backend: str | Non
     check_no_grad("enqueue_", "queue", queue)
     check_rows("enqueue_", "keys", keys, dim=queue.shape[1], device=queue.device)
     check_ring("enqueue_", queue, pointer)
-    choose("enqueue_", backend, _ENQUEUE, queue.device)(queue, pointer, keys)
+    if skip is not None and (skip.numel() != 1 or skip.device != queue.device):
+        raise ValueError(
+            f"enqueue_: skip has shape {tuple(skip.shape)} on {skip.device}; it must be one element on {queue.device}"
+        )
+    choose("enqueue_", backend, _ENQUEUE, queue.device)(queue, pointer, keys, skip)
 
 
 class FeatureQueue(nn.Module):
@@ -82,9 +90,9 @@ class FeatureQueue(nn.Module):
         self.register_buffer("features", reference.unit(torch.randn(size, dim)).to(dtype))
         self.register_buffer("pointer", torch.zeros((), dtype=torch.int64))
 
-    def enqueue_(self, keys: Tensor, *, backend: str | None = None) -> None:
+    def enqueue_(self, keys: Tensor, *, skip: Tensor | None = None, backend: str | None = None) -> None:
         """Put ``keys`` [B, dim] into the ring; see :func:`fastrm.kernels.enqueue_`."""
-        enqueue_(self.features, self.pointer, keys, backend=backend)
+        enqueue_(self.features, self.pointer, keys, skip=skip, backend=backend)
 
     def extra_repr(self) -> str:
         """Size and dtype, for ``print(module)``."""

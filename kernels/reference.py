@@ -98,11 +98,15 @@ def residual_info_nce(
 
 
 @torch.no_grad()
-def enqueue_(queue: Tensor, pointer: Tensor, keys: Tensor) -> None:
-    """Write the unit keys into the ring's rows pointer, pointer + 1, … and advance the pointer."""
+def enqueue_(queue: Tensor, pointer: Tensor, keys: Tensor, skip: Tensor | None = None) -> None:
+    """Write the unit keys into the ring's rows pointer, pointer + 1, … and advance the pointer; not where ``skip``."""
     size, count = queue.shape[0], keys.shape[0]
     kept = keys[max(count - size, 0) :]  # of more keys than rows only the last ones would survive
     first = pointer + (count - kept.shape[0])
     rows = (first + torch.arange(kept.shape[0], device=queue.device)) % size
-    queue.index_copy_(0, rows, unit(kept.to(compute_dtype(queue, kept))).to(queue.dtype))
-    pointer.copy_((pointer + count) % size)
+    new, end = unit(kept.to(compute_dtype(queue, kept))).to(queue.dtype), (pointer + count) % size
+    if skip is not None:
+        skipped = skip.reshape(()) != 0
+        new, end = torch.where(skipped, queue[rows], new), torch.where(skipped, pointer, end)
+    queue.index_copy_(0, rows, new)
+    pointer.copy_(end)

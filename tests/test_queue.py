@@ -41,6 +41,26 @@ def test_any_count_wraps_at_any_pointer(backend: str, pointer: int, count: int) 
     check(rows(1, 7, 5).to(device), torch.tensor(pointer, device=device), rows(2, count, 5).to(device), backend)
 
 
+@pytest.mark.parametrize("dim", [32, 600])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_skipped_push_moves_nothing(backend: str, dim: int) -> None:
+    device = device_of(backend)
+    ring, pointer = rows(1, 50, dim).to(device), torch.tensor(45, device=device)
+    before = ring.clone()
+    for skip in (torch.ones(1), torch.tensor(True), torch.tensor(3.0)):
+        keys = torch.full((20, dim), float("nan"), device=device)
+        enqueue_(ring, pointer, keys, skip=skip.to(device), backend=backend)
+        assert torch.equal(ring, before)
+        assert pointer.item() == 45
+    other, at = before.clone(), pointer.clone()
+    enqueue_(ring, pointer, rows(2, 20, dim).to(device), skip=torch.zeros((), device=device), backend=backend)
+    enqueue_(other, at, rows(2, 20, dim).to(device), backend=backend)
+    assert torch.equal(ring, other)
+    assert pointer.item() == 15
+    with pytest.raises(ValueError, match="skip has shape"):
+        enqueue_(ring, pointer, rows(2, 2, dim).to(device), skip=torch.zeros(2, device=device), backend=backend)
+
+
 @pytest.mark.parametrize("dim", [1, 3, 16, 96, 128, 129, 512, 600])
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_any_width(backend: str, dim: int) -> None:
@@ -115,7 +135,8 @@ def test_a_push_compiles_without_graph_breaks(backend: str) -> None:
 def test_the_operator_passes_opcheck(backend: str) -> None:
     device = device_of(backend)
     ring, pointer = rows(1, 9, 4).to(device), torch.tensor(7, device=device)
-    torch.library.opcheck(queue._enqueue, (ring, pointer, rows(2, 5, 4).to(device), backend))
+    for skip in (None, torch.zeros((), device=device)):
+        torch.library.opcheck(queue._enqueue, (ring, pointer, rows(2, 5, 4).to(device), skip, backend))
 
 
 @pytest.mark.parametrize("backend", ["cpu", TRITON])
