@@ -9,11 +9,12 @@ from typing import Any, Protocol
 import torch
 
 from fastrm.config import Config, flag
+from fastrm.distributed import gather_objects, world
 from fastrm.errors import UsageError
 from fastrm.files import write_whole
 
 NAME = "checkpoint.pt"
-FORMAT = 1
+FORMAT = 2
 
 # Settings that may differ between a run and its continuation, since they do not change what is learned.
 FREE_ON_RESUME = frozenset(
@@ -62,7 +63,7 @@ def load(path: Path) -> dict[str, Any]:
 
 
 def save(out: Path, config: Config, step: int, **parts: Stateful) -> None:
-    """Write the checkpoint of a run folder: all that an exact resume needs.
+    """Write the checkpoint of a run folder, all that an exact resume needs; to be called in all processes.
 
     Loaders need nothing: their batches follow from the seed and the step.
 
@@ -75,8 +76,11 @@ def save(out: Path, config: Config, step: int, **parts: Stateful) -> None:
     random = {"cpu": torch.get_rng_state()}
     if torch.cuda.is_available():
         random["cuda"] = torch.cuda.get_rng_state()
+    everyone = gather_objects(random)
+    if world().rank:
+        return
     states = {name: part.state_dict() for name, part in parts.items()}
-    state = {"format": FORMAT, "config": config.flat(), "step": step, "random": random, **states}
+    state = {"format": FORMAT, "config": config.flat(), "step": step, "random": everyone, **states}
     write_whole(out / NAME, lambda partial: torch.save(state, partial))
 
 
@@ -98,13 +102,19 @@ def resume(config: Config, out: Path, **parts: Stateful) -> int:
     if changed:
         differences = "; ".join(f"{flag(name)} was {then.get(name)}, is {now[name]}" for name in changed)
         raise UsageError(f"{path} is of other settings: {differences}. Use its own, another --out, or --resume never")
+    if (processes := len(state["random"])) != world().size:
+        raise UsageError(
+            f"{path} is of a run in {processes} processes, and these are {world().size}: every batch would be another "
+            "one. Start as many, or give another --out"
+        )
     try:
         for name, part in parts.items():
             part.load_state_dict(state[name])
     except (RuntimeError, ValueError, KeyError) as error:
         raise UsageError(f"{path} does not fit its own settings: {str(error).splitlines()[0]}") from None
-    torch.set_rng_state(state["random"]["cpu"])
-    if torch.cuda.is_available() and "cuda" in state["random"]:
-        torch.cuda.set_rng_state(state["random"]["cuda"])
+    random = state["random"][world().rank]
+    torch.set_rng_state(random["cpu"])
+    if torch.cuda.is_available() and "cuda" in random:
+        torch.cuda.set_rng_state(random["cuda"])
     step: int = state["step"]
     return step

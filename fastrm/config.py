@@ -112,6 +112,8 @@ class OptimConfig:
     """Learning rate (for a batch of 256) at which the warm-up starts."""
     accumulate: int = 1
     """Micro-batches an optimizer step; each has batch-size / accumulate images and is contrasted within itself."""
+    clip_norm: float | None = None
+    """Largest norm of the whole gradient, which is scaled down to it; unset: no limit."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -348,6 +350,7 @@ def from_flat(leaves: Mapping[str, Any]) -> Config:
 # name: (lowest, highest, whether the lowest itself is left out)
 _RANGES: Mapping[str, tuple[float, float, bool]] = {
     "image_size": (8, 4096, False),
+    "clip_norm": (0, math.inf, True),
     "crop_min": (0, 1, True),
     "batch_size": (2, math.inf, False),
     "workers": (0, 256, False),

@@ -1,13 +1,24 @@
-"""What this process is among all that train together."""
+"""What this process is among all that train together, and what they exchange. Alone, there is no process group."""
 
 from __future__ import annotations
 
+import dataclasses
+import datetime
+import inspect
 import os
-from typing import NamedTuple
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple, TypeVar
 
-from torch import Tensor
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from fastrm.errors import UsageError
+
+E = TypeVar("E")
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # the name before torch 2.14
 
 
 class World(NamedTuple):
@@ -17,18 +28,200 @@ class World(NamedTuple):
     size: int = 1
 
 
-def world() -> World:
-    """Read what torchrun put into the environment.
+@contextmanager
+def processes(device: torch.device) -> Iterator[World]:
+    """Join the others that torchrun started, over NCCL on GPUs and gloo on CPUs, and leave them at the end.
 
     Raises:
-        UsageError: there are several processes, which the trainer does not support yet.
+        UsageError: the environment is not torchrun's, or the others cannot be reached.
     """
     size = int(os.environ.get("WORLD_SIZE", "1"))
-    if size > 1:
-        raise UsageError(f"torchrun started {size} processes, but training in several is not supported yet; start one")
-    return World()
+    if size == 1:
+        yield World()
+        return
+    missing = [name for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
+    if missing:
+        raise UsageError(f"WORLD_SIZE is {size}, but {', '.join(missing)} is not set; start several with torchrun")
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    try:
+        dist.init_process_group(backend, timeout=datetime.timedelta(minutes=30))
+    except (RuntimeError, ValueError) as error:
+        raise UsageError(
+            f"the other processes cannot be reached over {backend}: {str(error).splitlines()[0]}"
+        ) from None
+    try:
+        yield world()
+    finally:
+        dist.destroy_process_group()
+
+
+def own_device(device: torch.device) -> torch.device:
+    """The GPU of this process among those of its machine; a CPU is shared.
+
+    Raises:
+        UsageError: there are more processes than GPUs.
+    """
+    if device.type != "cuda":
+        return device
+    index = int(os.environ.get("LOCAL_RANK", "0"))
+    if index >= torch.cuda.device_count():
+        raise UsageError(
+            f"process {index} of this machine has no GPU: there are {torch.cuda.device_count()}; "
+            "give torchrun at most as many --nproc-per-node"
+        )
+    torch.cuda.set_device(index)
+    return torch.device("cuda", index)
+
+
+def world() -> World:
+    """This process among all that joined."""
+    return World(dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else World()
+
+
+@contextmanager
+def first_alone() -> Iterator[None]:
+    """Let the first process go through before the others: it fills the caches that they then read."""
+    rank, size = world()
+    if rank:
+        dist.barrier()
+    yield
+    if size > 1 and not rank:
+        dist.barrier()
+
+
+def replicate(module: nn.Module, device: torch.device) -> DistributedDataParallel:
+    """Average the gradients of ``module`` over all processes.
+
+    Its buffers are left alone: queues, which are alike already, and BatchNorm's statistics, which only evaluation uses.
+    """
+    known = inspect.signature(DistributedDataParallel).parameters
+    name = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"  # before torch 2.14
+    options: dict[str, Any] = {name: False, "gradient_as_bucket_view": True}
+    return DistributedDataParallel(module, device_ids=[device] if device.type == "cuda" else None, **options)
+
+
+def barrier() -> None:
+    """Wait for all."""
+    if world().size > 1:
+        dist.barrier()
 
 
 def gather_rows(rows: Tensor) -> tuple[Tensor, int]:
     """Rows of all processes, without gradient, and where this process's own begin among them."""
-    return rows, 0
+    rank, size = world()
+    if size == 1:
+        return rows, 0
+    last = rows.ndim == 4 and rows.is_contiguous(memory_format=torch.channels_last)
+    sent = (rows.permute(0, 2, 3, 1) if last else rows).detach().contiguous()
+    gathered = sent.new_empty(size * len(sent), *sent.shape[1:])
+    _all_gather(gathered, sent)
+    return gathered.permute(0, 3, 1, 2) if last else gathered, rank * len(rows)
+
+
+def gather_objects(value: Any) -> list[Any]:
+    """Plain values of all processes, in order of rank."""
+    values: list[Any] = [value] * world().size
+    if len(values) > 1:
+        dist.all_gather_object(values, value)
+    return values
+
+
+def mean(values: Tensor) -> Tensor:
+    """Mean over all processes, the same for each."""
+    size = world().size
+    if size > 1:
+        values = values.clone()
+        dist.all_reduce(values)
+        values /= size
+    return values
+
+
+def shuffled(network: Callable[[Tensor], E], images: Tensor) -> E:
+    """Encode images in batches that are mixed over all processes, and give each its own rows back.
+
+    Shuffle-BN (He et al., arXiv 1911.05722): the keys' BatchNorm then sees other images than the queries', so that
+    its statistics do not tell which key belongs to a query. ``network`` returns a dataclass of tensors [B, …], and
+    has no gradient.
+    """
+    everyone, own = gather_rows(images)
+    count = len(images)
+    order = torch.randperm(len(everyone), device=images.device)
+    dist.broadcast(order, 0)
+    encoding: Any = network(everyone[order[own : own + count]])
+    back = order.argsort()[own : own + count]
+    restored: dict[int, Tensor] = {}  # fields may be one and the same tensor
+    for field in dataclasses.fields(encoding):
+        rows = getattr(encoding, field.name)
+        if id(rows) not in restored:
+            restored[id(rows)] = gather_rows(rows)[0][back]
+    changes = {field.name: restored[id(getattr(encoding, field.name))] for field in dataclasses.fields(encoding)}
+    mine: E = dataclasses.replace(encoding, **changes)
+    return mine
+
+
+class _Sum(torch.autograd.Function):
+    """Sum over all processes; so is its gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, values: Tensor) -> Tensor:
+        total = values.clone()
+        dist.all_reduce(total)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        total = grads[0].clone()
+        dist.all_reduce(total)
+        return total
+
+
+class _SyncOnCPU(nn.modules.batchnorm._BatchNorm):
+    """BatchNorm over the batch of all processes on CPUs, which ``torch.nn.SyncBatchNorm`` does not know."""
+
+    def _check_input_dim(self, input: Tensor) -> None:
+        pass
+
+    def forward(self, input: Tensor) -> Tensor:
+        if not self.training:
+            return super().forward(input)
+        axes = [axis for axis in range(input.ndim) if axis != 1]
+        shape = [1, -1, *(1 for _ in axes[1:])]
+        count = input.numel() // input.shape[1] * world().size  # all have batches of one size
+        values = input.to(torch.promote_types(input.dtype, torch.float32))
+        average = _Sum.apply(values.sum(axes)) / count
+        centred = values - average.view(shape)
+        variance = _Sum.apply(centred.square().sum(axes)) / count
+        if self.track_running_stats:
+            assert self.running_mean is not None
+            assert self.running_var is not None
+            assert self.num_batches_tracked is not None
+            with torch.no_grad():
+                self.num_batches_tracked += 1
+                share = 1 / float(self.num_batches_tracked) if self.momentum is None else self.momentum
+                self.running_mean.lerp_(average, share)
+                self.running_var.lerp_(variance * (count / max(1, count - 1)), share)
+        out = centred * (variance + self.eps).rsqrt().view(shape)
+        if self.affine:
+            out = out * self.weight.view(shape) + self.bias.view(shape)
+        return out.to(input.dtype)
+
+
+def synchronise_norms(module: nn.Module, device: torch.device) -> None:
+    """Let every BatchNorm in ``module`` see the batch of all processes.
+
+    Raises:
+        UsageError: there is one that cannot on a CPU.
+    """
+    if world().size == 1:
+        return
+    for name, child in module.named_children():
+        if not isinstance(child, nn.modules.batchnorm._BatchNorm):
+            synchronise_norms(child, device)
+        elif device.type == "cuda":
+            from timm.layers import convert_sync_batchnorm
+
+            setattr(module, name, convert_sync_batchnorm(child))
+        elif type(child) in (nn.BatchNorm1d, nn.BatchNorm2d):
+            child.__class__ = _SyncOnCPU
+        else:
+            raise UsageError(f"{type(child).__name__} cannot be synchronised between processes on CPUs; start one")

@@ -6,7 +6,7 @@ import json
 import math
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -22,17 +22,18 @@ class Recorder:
     """Records a run in its folder and shows it on the screen.
 
     Args:
-        out: the run folder.
+        out: the run folder; None for a process whose metrics others record.
         start: steps that are already done; what was recorded after them, by a run that was cut off, is dropped.
         total: steps of the whole run.
     """
 
-    def __init__(self, out: Path, *, start: int, total: int) -> None:
-        self._path = out / METRICS
-        self._keep_until(start)
-        self._file = open(self._path, "a", encoding="utf-8")  # noqa: SIM115 (open as long as the run)
-        self._board = SummaryWriter(str(out / TENSORBOARD), purge_step=start + 1)
-        self._console = Console(highlight=False, soft_wrap=True)
+    def __init__(self, out: Path | None, *, start: int, total: int) -> None:
+        self._file: TextIO | None = None
+        if out is not None:
+            self._keep_until(out / METRICS, start)
+            self._file = open(out / METRICS, "a", encoding="utf-8")  # noqa: SIM115 (open as long as the run)
+            self._board = SummaryWriter(str(out / TENSORBOARD), purge_step=start + 1)
+        self._console = Console(highlight=False, soft_wrap=True, quiet=out is None)
         self._progress = Progress(
             TextColumn("training"),
             BarColumn(),
@@ -41,17 +42,15 @@ class Recorder:
             TimeRemainingColumn(),
             console=self._console,
             transient=True,
-            disable=not self._console.is_terminal,
+            disable=out is None or not self._console.is_terminal,
         )
         self._task = self._progress.add_task("training", total=total, completed=start, shown="")
         self._progress.start()
 
-    def _keep_until(self, step: int) -> None:
-        if not self._path.exists():
-            return
-        kept = [line for line in self._path.read_text(encoding="utf-8").splitlines() if _step_of(line) <= step]
-        text = "".join(f"{line}\n" for line in kept)
-        write_text(self._path, text)
+    def _keep_until(self, path: Path, step: int) -> None:
+        if path.exists():
+            kept = [line for line in path.read_text(encoding="utf-8").splitlines() if _step_of(line) <= step]
+            write_text(path, "".join(f"{line}\n" for line in kept))
 
     def note(self, text: str) -> None:
         """Say something to the person at the screen."""
@@ -63,6 +62,8 @@ class Recorder:
 
     def record(self, values: dict[str, Any]) -> None:
         """Append one object; ``step`` and ``epoch`` are among its values. Numbers that are not finite become null."""
+        if self._file is None:
+            return
         finite = {k: v if not isinstance(v, float) or math.isfinite(v) else None for k, v in values.items()}
         # One write a line, so that a reader never sees half of one.
         self._file.write(json.dumps(finite) + "\n")
@@ -78,14 +79,16 @@ class Recorder:
 
     def sync(self) -> None:
         """Put what was recorded on the disk, before a checkpoint that counts on it."""
-        os.fsync(self._file.fileno())
-        self._board.flush()
+        if self._file is not None:
+            os.fsync(self._file.fileno())
+            self._board.flush()
 
     def close(self) -> None:
         """End the display and close the files."""
         self._progress.stop()
-        self._file.close()
-        self._board.close()
+        if self._file is not None:
+            self._file.close()
+            self._board.close()
 
 
 def _step_of(line: str) -> float:

@@ -8,7 +8,6 @@ Read :func:`train` from top to bottom: what can be wrong is found first, then th
 from __future__ import annotations
 
 import argparse
-import math
 import platform
 import shutil
 import time
@@ -29,17 +28,17 @@ from fastrm.data import Loader, Source, make_loader, open_source
 from fastrm.data.augmentation import IMAGENET_MEAN, IMAGENET_STD
 from fastrm.data.scan import SKIPPED, scan, write_skipped
 from fastrm.device import available_cores, choose_device, choose_kernels, choose_precision
-from fastrm.distributed import world as read_world
-from fastrm.errors import TrainingError, UsageError
+from fastrm.distributed import World, barrier, first_alone, mean, own_device, processes, synchronise_norms
+from fastrm.errors import UsageError
 from fastrm.evaluate import knn
 from fastrm.files import read_json, write_json, write_whole
 from fastrm.methods import Method, StepOutput, build_method
 from fastrm.metrics import METRICS, TENSORBOARD, Recorder
 from fastrm.optim import Schedule, build_optimizer
+from fastrm.step import AUTOCAST, Step
 
 BACKBONE = "backbone.safetensors"
 SUMMARY = "summary.json"
-AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def train(config: Config) -> dict[str, Any]:
@@ -50,16 +49,21 @@ def train(config: Config) -> dict[str, Any]:
         TrainingError: the run cannot go on; what was saved before stays.
     """
     validate(config)
-    world = read_world()
-    device = choose_device(config.device.device)
+    device = own_device(choose_device(config.device.device))
+    with processes(device) as world:
+        return _train(config, device, world)
+
+
+def _train(config: Config, device: torch.device, world: World) -> dict[str, Any]:
     precision = choose_precision(config.device.precision, device)
     backend = choose_kernels(config.device.kernels, device)
     config = resolved(config, world.size)
-    source = open_source(config.input.data, config.input.data_root)
     batch, accumulate, workers = _sizes(config)
     broken: dict[Path, str] = {}
-    if config.input.scan:
-        source, broken = scan(source, workers=workers)
+    with first_alone():  # it may download the images, and leaves the others what its scan found
+        source = open_source(config.input.data, config.input.data_root)
+        if config.input.scan:
+            source, broken = scan(source, workers=workers)
     loader = make_loader(
         source,
         method=config.method.method,
@@ -81,21 +85,35 @@ def train(config: Config) -> dict[str, Any]:
     torch.manual_seed(config.run.seed)
     torch.backends.cudnn.benchmark = True
     method = build_method(config, backend=backend).to(device)
-    layout = torch.channels_last if config.device.channels_last else torch.contiguous_format
+    if not method.queues:
+        synchronise_norms(method, device)
     optimizer: Any = build_optimizer(method, config.optim, backend=backend)
-    scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
+    if config.device.compile:
+        for part in (method.student, method.teacher, method.predictor):
+            part.compile()  # in place: the parameters keep their names
+    step_once = Step(
+        method,
+        optimizer,
+        precision=precision,
+        accumulate=accumulate,
+        clip_norm=config.optim.clip_norm,
+        layout=torch.channels_last if config.device.channels_last else torch.contiguous_format,
+    )
+    parts = {"method": method, "optimizer": optimizer, "scaler": step_once.scaler}
 
     out = config.run.out or Path("runs", f"{source.name}-{config.method.method}-{config.model.arch}")
-    start = checkpoint.resume(config, out, method=method, optimizer=optimizer, scaler=scaler)
+    start = checkpoint.resume(config, out, **parts)
     if start >= schedule.total:
         print(f"{out} holds this run, complete after {start} steps")
         return read_json(out / SUMMARY)
-    _open_folder(config, out, fresh=start == 0)
-    recorder = Recorder(out, start=start, total=schedule.total)
+    barrier()  # all have looked at what is in the folder
+    if world.rank == 0:
+        _open_folder(config, out, fresh=start == 0)
+    recorder = Recorder(out if world.rank == 0 else None, start=start, total=schedule.total)
     recorder.note(f"data       {source.about}")
-    recorder.note(f"settings   {_described(config, device, precision)}")
+    recorder.note(f"settings   {_described(config, device, precision, world)}")
     recorder.note(f"folder     {out}" + (f", continued after step {start}" if start else ""))
-    if broken:
+    if broken and world.rank == 0:
         write_skipped(out, broken)
         recorder.note(f"left out   {len(broken)} broken files, listed in {out / SKIPPED}")
     scores: dict[str, float] = {}
@@ -104,66 +122,47 @@ def train(config: Config) -> dict[str, Any]:
         evaluated = False
         recorder.note("evaluation kNN is left out: the images have no labels")
 
-    if config.device.compile:
-        for part in (method.student, method.teacher, method.predictor):
-            part.compile()  # in place: the parameters keep their names
     method.train()
-    residual_weight = torch.zeros((), device=device)
     batches = _micro_batches(loader, start, schedule)
     clock = _Clock()
     last: dict[str, Any] = {}
     try:
         for step in range(start, schedule.total):
             done = step + 1
-            logged = done == 1 or done % config.run.log_every == 0 or done == schedule.total
-            lr = schedule.lr(step)
-            for group in optimizer.param_groups:
-                group["lr"] = lr
-            residual_weight.fill_(schedule.residual_weight(step))
-
-            outputs: list[StepOutput] = []
-            for first, second in islice(batches, accumulate):
-                first, second = (view.contiguous(memory_format=layout) for view in (first, second))
-                with torch.autocast(device.type, AUTOCAST.get(precision), enabled=precision in AUTOCAST):
-                    output: StepOutput = method(first, second, residual_weight, measure=logged)
-                scaler.scale(output.loss / accumulate).backward()
-                outputs.append(output._replace(loss=output.loss.detach()))
-
-            optimizer.ema_momentum = momentum = schedule.teacher_momentum(done)
-            scale = scaler.get_scale()
-            scaler.step(optimizer)  # moves the teacher too
-            scaler.update()
-            optimizer.zero_grad(set_to_none=True)
-            # A step that overflowed fp16 is skipped and lowers the scale; it moves neither teacher nor queue.
-            if scaler.get_scale() >= scale:
-                for output in outputs:
-                    method.push(output.keys)
-
+            end = done == schedule.total
+            logged = done == 1 or done % config.run.log_every == 0 or end
+            lr, momentum = schedule.lr(step), schedule.teacher_momentum(done)
+            outputs = step_once(
+                islice(batches, accumulate),
+                lr=lr,
+                residual_weight=schedule.residual_weight(step),
+                teacher_momentum=momentum,
+                measure=logged,
+            )
             recorder.advance(done)
             clock.steps += 1
             epoch = done / schedule.steps_per_epoch
-            if not loader.broken.keys() <= broken.keys():
+            if world.rank == 0 and not loader.broken.keys() <= broken.keys():
                 broken |= loader.broken
                 write_skipped(out, broken)
             if logged:
-                parts = _averaged(outputs)  # the host waits for the device here
-                rate = batch * clock.lap()
-                last |= {"step": done, "epoch": epoch, **parts, "lr": lr, "teacher_momentum": momentum}
-                recorder.record({**last, "images_per_second": rate})
-                if not math.isfinite(parts["loss"]):
-                    raise TrainingError(f"the loss is {parts['loss']} at step {done}; {out} keeps the last checkpoint")
-            end = done == schedule.total
+                last |= {"step": done, "epoch": epoch, **_averaged(outputs)}  # the host waits for the device here
+                last |= {"lr": lr, "teacher_momentum": momentum, "skipped_steps": step_once.check(done)}
+                recorder.record({**last, "images_per_second": batch * clock.lap()})
             with clock.paused():
                 if evaluated and (end or done % (config.run.eval_every * schedule.steps_per_epoch) == 0):
-                    scores = knn(method, source, config, device, workers)
-                    recorder.record({"step": done, "epoch": epoch, **scores})
-                if end:  # before the checkpoint that says so: a run cut off in between does this step again
+                    if world.rank == 0:
+                        scores = knn(method, source, config, device, workers)
+                        recorder.record({"step": done, "epoch": epoch, **scores})
+                    barrier()
+                if end and world.rank == 0:  # before the checkpoint that says so: a run cut off before does this again
                     _write_results(out, config, source, method, {**last, **scores})
                 if end or done % (config.run.checkpoint_every or schedule.steps_per_epoch) == 0:
                     recorder.sync()
-                    checkpoint.save(out, config, done, method=method, optimizer=optimizer, scaler=scaler)
+                    checkpoint.save(out, config, done, **parts)
     finally:
         recorder.close()
+    barrier()  # the summary is there
     return read_json(out / SUMMARY)
 
 
@@ -188,10 +187,10 @@ def _micro_batches(loader: Loader, step: int, schedule: Schedule) -> Iterator[tu
 
 
 def _averaged(outputs: Sequence[StepOutput]) -> dict[str, float]:
-    """Mean of a step's micro-batches, read in one transfer."""
+    """Mean over a step's micro-batches and all processes, read in one transfer."""
     names = ("loss", "contrastive", "residual", "gap")
     stacked = torch.stack([torch.stack([getattr(output, name).float() for name in names]) for output in outputs])
-    return dict(zip(names, stacked.mean(dim=0).tolist(), strict=True))
+    return dict(zip(names, mean(stacked.mean(dim=0)).tolist(), strict=True))
 
 
 class _Clock:
@@ -258,14 +257,14 @@ def _write_results(out: Path, config: Config, source: Source, method: Method[Any
     write_json(out / SUMMARY, summary)
 
 
-def _described(config: Config, device: torch.device, precision: str) -> str:
+def _described(config: Config, device: torch.device, precision: str, world: World) -> str:
     """What ``auto`` chose, in one line."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu, {torch.get_num_threads()} threads"
     settings = config.method
     residual = f"residual weight {settings.residual_weight:g} at the {settings.residual_at}"
     return (
         f"{settings.method}, {residual}; {config.model.arch}; batch {config.input.batch_size}; {name}; {precision}"
-        f"{', compiled' if config.device.compile else ''}"
+        f"{', compiled' if config.device.compile else ''}{f'; {world.size} processes' if world.size > 1 else ''}"
     )
 
 

@@ -97,13 +97,6 @@ def test_gpu_wishes_without_a_gpu(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_several_processes_are_refused_for_now(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    assert "2 processes" in fails(train.main, ["--data", "digits"], capsys)
-
-
 def test_help_groups_the_flags(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stop:
         train.main(["--help"])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch import Tensor
 
 from fastrm import checkpoint, train
 from fastrm.config import Config
@@ -70,7 +71,8 @@ def test_the_run_folder(small: Small, tmp_path: Path) -> None:
     steps, scores = records(out)[:-1], records(out)[-1]
     assert [record["step"] for record in steps] == [1, 2]
     assert set(steps[0]) == {
-        "step", "epoch", "loss", "contrastive", "residual", "gap", "lr", "teacher_momentum", "images_per_second",
+        "step", "epoch", "loss", "contrastive", "residual", "gap", "lr", "teacher_momentum", "skipped_steps",
+        "images_per_second",
     }  # fmt: skip
     for record in steps:
         np.testing.assert_allclose(record["loss"], record["contrastive"] + record["residual"], rtol=1e-6)
@@ -166,15 +168,76 @@ def test_a_damaged_checkpoint_gives_one_line_and_stays(damage: str, small: Small
     assert not trace.exists()
 
 
-def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(small: Small, tmp_path: Path) -> None:
-    train.train(small(max_steps=2))
-    state = checkpoint.load(tmp_path / "run")
-    state["method"]["predictor.0.weight"].fill_(float("nan"))
-    torch.save(state, tmp_path / "run" / "checkpoint.pt")
-    with pytest.raises(TrainingError, match="the loss is nan at step 3"):
-        train.train(small(max_steps=4))
-    assert checkpoint.load(tmp_path / "run")["step"] == 2
+def poisoned_views(monkeypatch: pytest.MonkeyPatch, poisoned: Callable[[int], bool]) -> None:
+    """Put a NaN into the first view of some batches of a run."""
+    plain = train.make_loader
+
+    class Poisoned:
+        def __init__(self, loader: Any) -> None:
+            self.loader, self.number, self.broken = loader, 0, loader.broken
+
+        def __len__(self) -> int:
+            return len(self.loader)
+
+        def seek(self, batch: int) -> None:
+            self.number = batch
+            self.loader.seek(batch)
+
+        def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+            for first, second in self.loader:
+                yield first * (float("nan") if poisoned(self.number) else 1), second
+                self.number += 1
+
+    monkeypatch.setattr(train, "make_loader", lambda *args, **options: Poisoned(plain(*args, **options)))
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("optimizer", ["sgd", "lars", "adamw"])
+def test_a_step_without_a_finite_gradient_moves_nothing(
+    method: str, optimizer: str, small: Small, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    leaves = {"method": method, "optimizer": optimizer}
+    train.train(small(**leaves, max_steps=2))
+    before = checkpoint.load(tmp_path / "run")
+    poisoned_views(monkeypatch, lambda batch: batch == 2)
+    train.train(small(**leaves, max_steps=3))
+    after = checkpoint.load(tmp_path / "run")
+    assert after["step"] == 3
+    for name, value in before["method"].items():
+        if not name.endswith("num_batches_tracked"):
+            assert torch.equal(value, after["method"][name]), name
+    assert same(before["optimizer"]["state"], after["optimizer"]["state"])
+    assert records(tmp_path / "run")[-1]["skipped_steps"] == 1
     assert records(tmp_path / "run")[-1]["loss"] is None  # JSON has no NaN
+
+
+def test_ten_steps_in_a_row_without_a_finite_gradient_stop_the_run(
+    small: Small, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train.train(small(max_steps=2))
+    poisoned_views(monkeypatch, lambda batch: batch in (3, 4) or batch >= 6)
+    with pytest.raises(TrainingError, match="10 steps in a row, up to step 16, had a gradient that is not finite"):
+        train.train(small(max_steps=40, checkpoint_every=3))
+    assert checkpoint.load(tmp_path / "run")["step"] == 15
+    monkeypatch.undo()
+    train.train(small(max_steps=17))
+    assert np.isfinite(records(tmp_path / "run")[-1]["loss"])
+
+
+def test_clipping_limits_the_whole_gradient(small: Small, tmp_path: Path) -> None:
+    """SGD's first step is lr times the clipped gradient, without decay and warm-up."""
+    leaves = {"optimizer": "sgd", "weight_decay": 0.0, "lr": 1.0, "max_steps": 1, "residual_weight": 0.0}
+    moved = {}
+    for clip in (None, 1e-3):
+        config = small(**leaves, clip_norm=clip, out=tmp_path / f"{clip}")
+        torch.manual_seed(config.run.seed)
+        start = dict(train.build_method(config).named_parameters())
+        train.train(config)
+        state = checkpoint.load(tmp_path / f"{clip}")["method"]
+        steps = [state[n] - p.detach() for n, p in start.items() if p.requires_grad]
+        moved[clip] = float(torch.stack([step.double().norm() for step in steps]).norm()) / (32 / 256)
+    assert moved[None] > 1e-2
+    assert moved[1e-3] == pytest.approx(1e-3, rel=1e-3)
 
 
 def test_accumulation_moves_teacher_and_queue_once_a_step(small: Small, tmp_path: Path) -> None:
@@ -197,15 +260,12 @@ def test_fused_operations_and_reference_train_alike_for_50_steps(method: str, sm
     losses = {}
     for kernels in ("auto", "reference"):
         out = tmp_path / kernels
-        train.train(small(method=method, kernels=kernels, batch_size=16, max_steps=50, lr=0.1, out=out))
+        train.train(small(method=method, kernels=kernels, batch_size=16, max_steps=50, lr=0.02, out=out))
         losses[kernels] = [record["loss"] for record in records(out)]
-    # Both are right to float32's rounding, and training amplifies that: two reference runs of which one starts with
-    # the last bit of one weight matrix changed differ by up to 2e-5 in 10 steps and 3.6e-3 in 50. Thrice that at most.
-    # DenseCL matches positions by argmax, and a last bit may turn one match of the 16 x 4 x 4 positions: that moves a
-    # share of .5 / 256 of the loss by about 1, which is 5e-4 of a loss near 4.
-    np.testing.assert_allclose(
-        losses["auto"][:10], losses["reference"][:10], rtol=5e-4 if method == "densecl" else 6e-5
-    )
+    # Both are right to float32's rounding, and training amplifies that. Of 24 reference runs, six a method, that start
+    # with the last bit of one weight matrix changed, the worst differs by 3e-6 in 5 steps and 4e-3 in 50; at higher
+    # learning rates a tie in a ReLU or an argmax that a last bit decides comes earlier.
+    np.testing.assert_allclose(losses["auto"][:5], losses["reference"][:5], rtol=1e-5)
     np.testing.assert_allclose(losses["auto"], losses["reference"], rtol=1e-2)
     assert len(losses["auto"]) == 50
     assert losses["auto"] != losses["reference"]  # they are two paths

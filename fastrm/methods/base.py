@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from fastrm.config import MethodConfig
-from fastrm.distributed import gather_rows
+from fastrm.distributed import gather_rows, shuffled, world
 from fastrm.kernels import FeatureQueue, info_nce, residual_info_nce, residual_loss
 from fastrm.models import Backbone
 
@@ -74,6 +74,8 @@ class Method(nn.Module, Generic[E]):
     Attributes:
         student, teacher: networks of one layout; the trainer averages the student's parameters into the teacher
             after each optimizer step. The teacher's BatchNorm works in training mode with statistics of its own.
+            In several processes BatchNorm sees the batch of all (SyncBN), or, in methods with queues, the teacher's
+            sees a part of it that is mixed over all (shuffle-BN).
         predictor: the student's last head, without a counterpart in the teacher; or an identity.
         queues: rings of past keys, one a direction or kind of key; empty for methods without.
         directions: 2 where the student sees both views, 1 where it sees only the first.
@@ -117,12 +119,12 @@ class Method(nn.Module, Generic[E]):
         students = [self.encode_student(view) for view in views[: self.directions]]
         with torch.no_grad():
             # By view. The teacher on the first is only for the residual term where the student sees no other.
-            teachers: list[E | None] = [None, self.teacher(second)]
+            teachers: list[E | None] = [None, self.encode_teacher(second)]
             if self.directions == 2 or self.trains_residual:
-                teachers[0] = self.teacher(first)
+                teachers[0] = self.encode_teacher(first)
             elif measure:
                 with unchanged_buffers(self.teacher):
-                    teachers[0] = self.teacher(first)
+                    teachers[0] = self.encode_teacher(first)
 
         losses, contrastives, residuals, gaps = [], [], [], []
         keys: list[Tensor] = []
@@ -149,6 +151,11 @@ class Method(nn.Module, Generic[E]):
         """Student on one view."""
         encoding: E = self.student(view)
         return replace(encoding, output=self.predictor(encoding.output))
+
+    def encode_teacher(self, view: Tensor) -> E:
+        """Teacher on one view."""
+        encoding: E = shuffled(self.teacher, view) if self.queues and world().size > 1 else self.teacher(view)
+        return encoding
 
     def direction(
         self, d: int, student: E, key: E, same: E | None, residual_weight: Tensor
@@ -191,11 +198,12 @@ class Method(nn.Module, Generic[E]):
         """What the teacher's encoding leaves to the queues."""
         return (key.output,)
 
-    def push(self, keys: tuple[Tensor, ...]) -> None:
-        """Put a step's keys into the queues: after the optimizer step, so that a skipped step moves nothing."""
+    def push(self, keys: tuple[Tensor, ...], *, skip: Tensor | None = None) -> None:
+        """Put a step's keys into the queues: after the optimizer step, and not where ``skip``, so that a skipped step
+        moves nothing."""
         for queue, rows in zip(self.queues, keys, strict=True):
             assert isinstance(queue, FeatureQueue)
-            queue.enqueue_(gather_rows(rows)[0], backend=self.backend)
+            queue.enqueue_(gather_rows(rows)[0], skip=skip, backend=self.backend)
 
 
 @contextmanager

@@ -33,6 +33,8 @@ class TeacherOptimizer(torch.optim.Optimizer):
     """
 
     _step_supports_amp_scaling = True  # a GradScaler hands over grad_scale and found_inf instead of waiting for them
+    found_inf: Tensor | None = None
+    """A tensor of one element: where it is not 0, a step moves nothing, and on a GPU the host does not wait for it."""
     _launch: type[launches.Step]
 
     def __init__(
@@ -135,8 +137,8 @@ class TeacherOptimizer(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        found_inf = getattr(self, "found_inf", None)
-        self._choose()(getattr(self, "grad_scale", None), found_inf if isinstance(found_inf, Tensor) else None)
+        found_inf = self.found_inf if isinstance(self.found_inf, Tensor) else None  # a GradScaler may leave a number
+        self._choose()(getattr(self, "grad_scale", None), found_inf)
         return loss
 
     def _params(self) -> list[Tensor]:

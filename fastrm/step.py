@@ -1,0 +1,144 @@
+"""One optimizer step: micro-batches, loss, backward, the guard, the optimizer with the teacher, and the queues."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.profiler import record_function
+
+from fastrm.distributed import replicate, world
+from fastrm.errors import TrainingError
+from fastrm.methods import Method, StepOutput
+from fastrm.optim import TeacherOptimizer
+
+AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
+MOST_SKIPPED = 10
+"""Steps in a row without a finite gradient, after which a run stops."""
+
+
+class Step:
+    """What a run does again and again.
+
+    A step whose gradient is not finite moves nothing: neither student, teacher, optimizer state, BatchNorm's running
+    statistics nor queue. On a GPU the host does not wait to see whether it was: the flag stays on the device, and is
+    read when something is logged.
+
+    Args:
+        method: student, teacher and queues, on their device.
+        optimizer: moves the student, and the teacher in the same step.
+        precision: ``"bf16"``, ``"fp16"`` or ``"fp32"``.
+        accumulate: micro-batches a step.
+        clip_norm: largest norm of the whole gradient; None does not limit it.
+        layout: memory format of the images.
+    """
+
+    def __init__(
+        self,
+        method: Method[Any],
+        optimizer: Any,
+        *,
+        precision: str,
+        accumulate: int,
+        clip_norm: float | None,
+        layout: torch.memory_format,
+    ) -> None:
+        self.method, self.optimizer = method, optimizer
+        self.accumulate, self.clip_norm, self.layout = accumulate, clip_norm, layout
+        self.params = [p for p in method.parameters() if p.requires_grad]
+        self.device = self.params[0].device
+        self.autocast = AUTOCAST.get(precision)
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=precision == "fp16")
+        self.skipped = torch.zeros((), device=self.device)
+        """Steps of this process's life that were skipped."""
+        self.in_a_row = torch.zeros((), device=self.device)
+        self.residual_weight = torch.zeros((), device=self.device)
+        self.statistics = _one_tensor(method)
+        self.network = replicate(method, self.device) if world().size > 1 else method
+
+    def __call__(
+        self,
+        batches: Iterable[tuple[Tensor, Tensor]],
+        *,
+        lr: float,
+        residual_weight: float,
+        teacher_momentum: float,
+        measure: bool,
+    ) -> list[StepOutput]:
+        """Make a step on ``accumulate`` pairs of views, and return what the micro-batches gave."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        self.optimizer.ema_momentum = teacher_momentum
+        self.residual_weight.fill_(residual_weight)
+        statistics = self.statistics.clone()
+        outputs = []
+        for number, (first, second) in enumerate(batches, start=1):
+            last = number == self.accumulate
+            with contextlib.nullcontext() if last or isinstance(self.network, Method) else self.network.no_sync():
+                outputs.append(self._micro_batch(first, second, measure))
+        with record_function("optimizer and teacher"):
+            skip = self._move()
+            self.statistics.copy_(torch.where(skip != 0, statistics, self.statistics))
+        with record_function("queue"):
+            for output in outputs:
+                self.method.push(output.keys, skip=skip)
+        return outputs
+
+    def _micro_batch(self, first: Tensor, second: Tensor, measure: bool) -> StepOutput:
+        first, second = (view.contiguous(memory_format=self.layout) for view in (first, second))
+        with torch.autocast(self.device.type, self.autocast, enabled=self.autocast is not None):
+            output: StepOutput = self.network(first, second, self.residual_weight, measure=measure)
+        with record_function("backward"):
+            self.scaler.scale(output.loss / self.accumulate).backward()
+        return output._replace(loss=output.loss.detach())
+
+    def _move(self) -> Tensor:
+        """Clip, step unless the gradient is not finite, and say with 1 or 0 whether it was not."""
+        self.scaler.unscale_(self.optimizer)
+        grads = [p.grad for p in self.params if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm(grads)
+        if self.clip_norm is not None:
+            torch.nn.utils.clip_grads_with_norm_(self.params, self.clip_norm, norm)
+        skip = (~norm.isfinite()).float()
+        if self.scaler.is_enabled():
+            self.scaler.step(self.optimizer)
+        elif isinstance(self.optimizer, TeacherOptimizer):
+            self.optimizer.found_inf = skip
+            self.optimizer.step()
+        elif not skip:  # apex's LAMB does not take the flag
+            self.optimizer.step()
+        self.scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.skipped += skip
+        self.in_a_row = (self.in_a_row + 1) * skip
+        return skip
+
+    def check(self, done: int) -> int:
+        """Steps that were skipped so far; the host waits for the device.
+
+        Raises:
+            TrainingError: the last ten were.
+        """
+        total, in_a_row = torch.stack([self.skipped, self.in_a_row]).tolist()
+        if in_a_row >= MOST_SKIPPED:
+            raise TrainingError(
+                f"{in_a_row:.0f} steps in a row, up to step {done}, had a gradient that is not finite and were "
+                "skipped; what was saved before stays; a lower --lr, --clip-norm or --precision fp32 may help"
+            )
+        return int(total)
+
+
+def _one_tensor(module: nn.Module) -> Tensor:
+    """Let BatchNorm's running means and variances be views of one tensor, so that one copy keeps and restores all."""
+    norms = [m for m in module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    places = [(m, name) for m in norms for name in ("running_mean", "running_var") if m._buffers.get(name) is not None]
+    if not places:
+        return torch.empty(0, device=next(module.parameters()).device)
+    values = [getattr(m, name) for m, name in places]
+    together = torch.cat([value.flatten() for value in values])
+    for (m, name), view, value in zip(places, together.split([v.numel() for v in values]), values, strict=True):
+        m._buffers[name] = view.view_as(value)
+    return together

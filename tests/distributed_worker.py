@@ -1,0 +1,164 @@
+"""What tests/test_distributed.py starts in several processes."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastrm import train
+from fastrm.config import Config, build
+from fastrm.distributed import gather_rows, processes, replicate, shuffled, synchronise_norms, world
+from fastrm.methods import METHODS, Method
+from fastrm.methods.base import Encoding
+
+SMALL: dict[str, Any] = {
+    "data": "digits", "arch": "test_resnet", "image_size": 32, "batch_size": 16, "epochs": 1, "workers": 0,
+    "hidden_dim": 24, "output_dim": 12, "predictor_hidden_dim": 24, "queue_size": 96, "warmup_epochs": 0.0,
+    "log_every": 1, "eval_every": 1,
+}  # fmt: skip
+
+
+class Tiny(nn.Module):
+    """A backbone of two convolutions in timm's form."""
+
+    def __init__(self, norm: str) -> None:
+        super().__init__()
+        self.first, self.second = nn.Conv2d(3, 8, 3, 2), nn.Conv2d(8, 8, 3, 2)
+        self.norm: nn.Module = nn.BatchNorm2d(8) if norm == "batchnorm" else nn.GroupNorm(1, 8)
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        features = self.second(self.norm(self.first(images)).relu())
+        return features.mean(dim=(2, 3)), features
+
+
+def layer_norms(module: nn.Module) -> None:
+    """Heads without BatchNorm."""
+    for name, child in module.named_children():
+        if isinstance(child, nn.BatchNorm1d):
+            setattr(module, name, nn.LayerNorm(child.num_features))
+        else:
+            layer_norms(child)
+
+
+def made(method: str, norm: str) -> Method[Any]:
+    torch.manual_seed(0)
+    backbone = Tiny(norm)
+    backbone.dim = backbone.map_dim = 8  # type: ignore[assignment]
+    config: Config = build(**{**SMALL, "method": method})
+    built = METHODS[method](backbone, config.method, backend="reference")
+    if norm == "layernorm":
+        layer_norms(built)
+        built.teacher.requires_grad_(False)
+    with torch.no_grad():  # a teacher that differs from the student
+        for p in built.teacher.parameters():
+            p.add_(0.1 * torch.randn_like(p))
+    return built.double()
+
+
+def gradients(folder: Path) -> None:
+    """Each process on its half of a batch, averaged by DDP, against one on the whole."""
+    rank, size = world()
+    results = {}
+    cases = [(m, "layernorm") for m in ("mocov3", "mocov2", "byol")] + [(m, "batchnorm") for m in ("mocov3", "byol")]
+    weight = torch.tensor(0.7, dtype=torch.float64)
+    for method, norm in cases:
+        torch.manual_seed(1)
+        views = torch.randn(2, 16, 3, 16, 16, dtype=torch.float64)
+        shared = made(method, norm)
+        if not shared.queues:
+            synchronise_norms(shared, torch.device("cpu"))
+        network = replicate(shared, torch.device("cpu"))
+        mine = views[:, 16 // size * rank : 16 // size * (rank + 1)]
+        output = network(mine[0], mine[1], weight)
+        output.loss.backward()
+        loss = gather_rows(output.loss.detach().reshape(1))[0].mean()
+
+        alone = made(method, norm)
+        want = whole_batch(alone, views, weight)
+        worst = 0.0
+        # Of the whole gradient: a bias in front of a normalisation has none but rounding.
+        largest = max(float(q.grad.abs().max()) for q in alone.parameters() if q.grad is not None)
+        for p, q in zip(shared.parameters(), alone.parameters(), strict=True):
+            if p.requires_grad:
+                assert p.grad is not None
+                assert q.grad is not None
+                worst = max(worst, float((p.grad - q.grad).abs().max()) / largest)
+        for a, b in zip(shared.buffers(), alone.buffers(), strict=True):
+            torch.testing.assert_close(a, b, msg=f"{method} {norm}: a buffer differs")
+        results[f"{method} {norm}"] = (abs(float(loss - want)), worst)
+    if rank == 0:
+        (folder / "gradients.json").write_text(json.dumps(results))
+
+
+def whole_batch(method: Method[Any], views: Tensor, weight: Tensor) -> Tensor:
+    """Loss of one process without the others: what the group does is taken away."""
+    from unittest import mock
+
+    alone = {"gather_rows": lambda rows: (rows, 0), "world": lambda: (0, 1)}
+    alone["world"] = lambda: mock.Mock(size=1, rank=0)
+    with mock.patch.multiple("fastrm.methods.base", **alone):
+        output = method(views[0], views[1], weight)
+    output.loss.backward()
+    return output.loss.detach()
+
+
+def shuffle() -> None:
+    """Rows come back in their order, and every batch that the network saw was a mixture."""
+    rank, size = world()
+    images = torch.arange(8.0 * rank, 8.0 * rank + 8)[:, None, None, None].expand(8, 3, 4, 4)
+    seen: list[Tensor] = []
+
+    def network(batch: Tensor) -> Encoding:
+        seen.append(batch[:, 0, 0, 0])
+        rows = batch.mean(dim=(2, 3))
+        return Encoding(rows, 2 * rows, 2 * rows)
+
+    for last in (False, True):
+        mine = images.contiguous(memory_format=torch.channels_last if last else torch.contiguous_format)
+        encoding = shuffled(network, mine)
+        assert torch.equal(encoding.backbone, images.mean(dim=(2, 3)))
+        assert torch.equal(encoding.output, 2 * images.mean(dim=(2, 3)))
+    everyone = gather_rows(torch.stack(seen).T.contiguous())[0].T
+    for row in everyone:
+        assert sorted(row.tolist()) == list(range(8 * size))
+    foreign = sum(int(value) // 8 != rank for value in seen[0])
+    assert 0 < foreign < 8
+
+
+def trained(folder: Path, method: str) -> None:
+    """Twenty steps of the trainer, and what each process holds afterwards."""
+    built: list[Method[Any]] = []
+    build_method = train.build_method
+
+    def kept(*args: Any, **options: Any) -> Method[Any]:
+        built.append(build_method(*args, **options))
+        if world().rank == 0:
+            torch.save(built[0].state_dict(), folder / "start.pt")
+        return built[0]
+
+    train.build_method = kept
+    rank = None
+    original = train._micro_batches
+
+    def remembered(*args: Any) -> Any:
+        nonlocal rank
+        rank = world().rank
+        return original(*args)
+
+    train._micro_batches = remembered
+    train.train(build(**{**SMALL, "method": method, "max_steps": 20, "out": folder / "run"}))
+    torch.save(built[0].state_dict(), folder / f"rank{rank}.pt")
+
+
+if __name__ == "__main__":
+    what, where = sys.argv[1], Path(sys.argv[2])
+    if what == "train":
+        trained(where, sys.argv[3])
+    else:
+        with processes(torch.device("cpu")):
+            gradients(where) if what == "gradients" else shuffle()
