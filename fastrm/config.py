@@ -147,6 +147,8 @@ class RunConfig:
     """Epochs between two kNN evaluations, besides the one at the end; 0: never."""
     checkpoint_every: int | None = None
     """Steps between two checkpoints, besides the one at the end; unset: an epoch."""
+    profile: int = 0
+    """Steps to profile, after the first two: a Chrome trace in the folder, and where the time goes on the screen."""
     out: Path | None = None
     """Folder that the run is written to; unset: runs/DATA-METHOD-ARCH."""
     resume: str = "auto"
@@ -351,6 +353,7 @@ def from_flat(leaves: Mapping[str, Any]) -> Config:
 _RANGES: Mapping[str, tuple[float, float, bool]] = {
     "image_size": (8, 4096, False),
     "clip_norm": (0, math.inf, True),
+    "profile": (0, 1000, False),
     "crop_min": (0, 1, True),
     "batch_size": (2, math.inf, False),
     "workers": (0, 256, False),

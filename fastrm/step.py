@@ -79,7 +79,7 @@ class Step:
             last = number == self.accumulate
             with contextlib.nullcontext() if last or isinstance(self.network, Method) else self.network.no_sync():
                 outputs.append(self._micro_batch(first, second, measure))
-        with record_function("optimizer and teacher"):
+        with record_function("optimizer and teacher update"):
             skip = self._move()
             self.statistics.copy_(torch.where(skip != 0, statistics, self.statistics))
         with record_function("queue"):
@@ -132,13 +132,17 @@ class Step:
 
 
 def _one_tensor(module: nn.Module) -> Tensor:
-    """Let BatchNorm's running means and variances be views of one tensor, so that one copy keeps and restores all."""
+    """Lay BatchNorm's running means and variances into one tensor, so that one copy keeps and restores all of them."""
     norms = [m for m in module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
     places = [(m, name) for m in norms for name in ("running_mean", "running_var") if m._buffers.get(name) is not None]
     if not places:
         return torch.empty(0, device=next(module.parameters()).device)
     values = [getattr(m, name) for m, name in places]
     together = torch.cat([value.flatten() for value in values])
-    for (m, name), view, value in zip(places, together.split([v.numel() for v in values]), values, strict=True):
-        m._buffers[name] = view.view_as(value)
+    start = 0
+    for (m, name), value in zip(places, values, strict=True):
+        # Not a view by autograd's lights: the update of one would count as a change of all, which backward refuses.
+        own = torch.empty(0, dtype=value.dtype, device=value.device)
+        m._buffers[name] = own.set_(together.untyped_storage(), start, value.shape, value.stride())
+        start += value.numel()
     return together

@@ -12,7 +12,7 @@ import platform
 import shutil
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from typing import Any
 import safetensors.torch
 import torch
 from torch import Tensor
+from torch.profiler import record_function
 
 import fastrm
 from fastrm import _cli, checkpoint
@@ -35,6 +36,7 @@ from fastrm.files import read_json, write_json, write_whole
 from fastrm.methods import Method, StepOutput, build_method
 from fastrm.metrics import METRICS, TENSORBOARD, Recorder
 from fastrm.optim import Schedule, build_optimizer
+from fastrm.profiling import profiled
 from fastrm.step import AUTOCAST, Step
 
 BACKBONE = "backbone.safetensors"
@@ -126,7 +128,8 @@ def _train(config: Config, device: torch.device, world: World) -> dict[str, Any]
     batches = _micro_batches(loader, start, schedule)
     clock = _Clock()
     last: dict[str, Any] = {}
-    try:
+    profile = config.run.profile if world.rank == 0 else 0
+    with closing(recorder), profiled(profile, out, recorder.note) as stepped:
         for step in range(start, schedule.total):
             done = step + 1
             end = done == schedule.total
@@ -139,6 +142,8 @@ def _train(config: Config, device: torch.device, world: World) -> dict[str, Any]
                 teacher_momentum=momentum,
                 measure=logged,
             )
+            with clock.paused():
+                stepped()
             recorder.advance(done)
             clock.steps += 1
             epoch = done / schedule.steps_per_epoch
@@ -160,8 +165,6 @@ def _train(config: Config, device: torch.device, world: World) -> dict[str, Any]
                 if end or done % (config.run.checkpoint_every or schedule.steps_per_epoch) == 0:
                     recorder.sync()
                     checkpoint.save(out, config, done, **parts)
-    finally:
-        recorder.close()
     barrier()  # the summary is there
     return read_json(out / SUMMARY)
 
@@ -182,7 +185,13 @@ def _micro_batches(loader: Loader, step: int, schedule: Schedule) -> Iterator[tu
     while True:
         epoch, done = divmod(step, schedule.steps_per_epoch)
         loader.seek(epoch * len(loader) + done * accumulate)
-        yield from islice(loader, (schedule.steps_per_epoch - done) * accumulate)
+        views = islice(loader, (schedule.steps_per_epoch - done) * accumulate)
+        while True:
+            with record_function("data"):
+                pair = next(views, None)
+            if pair is None:
+                break
+            yield pair
         step = (epoch + 1) * schedule.steps_per_epoch
 
 

@@ -7,7 +7,7 @@ else its kernel needs. A second table, the chunks, says for each program which t
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -41,6 +41,11 @@ def flat(*tensors: Tensor) -> bool:
     """Whether a kernel may read all ``tensors``, of one shape, as flat."""
     first = layout(tensors[0])
     return first is not None and all(layout(other) == first for other in tensors[1:])
+
+
+def in_order(tensors: Iterable[Tensor | None]) -> list[Any]:
+    """The memory of tensors without gaps as their elements lie there, in one dimension unless that is their order."""
+    return [t if t is None or t.is_contiguous() else t.as_strided((t.numel(),), (1,)) for t in tensors]
 
 
 def launchable(*tensors: Tensor) -> bool:

@@ -16,6 +16,7 @@ from typing import Any, Generic, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.profiler import record_function
 
 from fastrm.config import MethodConfig
 from fastrm.distributed import gather_rows, shuffled, world
@@ -116,8 +117,9 @@ class Method(nn.Module, Generic[E]):
             measure: also give the residual and the gap where training does not need them.
         """
         views = (first, second)
-        students = [self.encode_student(view) for view in views[: self.directions]]
-        with torch.no_grad():
+        with record_function("student"):
+            students = [self.encode_student(view) for view in views[: self.directions]]
+        with torch.no_grad(), record_function("teacher"):
             # By view. The teacher on the first is only for the residual term where the student sees no other.
             teachers: list[E | None] = [None, self.encode_teacher(second)]
             if self.directions == 2 or self.trains_residual:
@@ -126,6 +128,12 @@ class Method(nn.Module, Generic[E]):
                 with unchanged_buffers(self.teacher):
                     teachers[0] = self.encode_teacher(first)
 
+        with record_function("loss"):
+            return self._losses(students, teachers, residual_weight, measure)
+
+    def _losses(
+        self, students: list[E], teachers: list[E | None], residual_weight: Tensor, measure: bool
+    ) -> StepOutput:
         losses, contrastives, residuals, gaps = [], [], [], []
         keys: list[Tensor] = []
         for d, student in enumerate(students):

@@ -11,7 +11,7 @@ from torch import Tensor
 from fastrm.kernels import fused_ema_
 from fastrm.kernels import optim as launches
 from fastrm.kernels._dispatch import check_scalar, choose
-from fastrm.kernels._multi_tensor import launchable
+from fastrm.kernels._multi_tensor import flat, in_order, launchable
 from fastrm.kernels._pairing import check as check_pairs
 from fastrm.kernels._pairing import listed
 
@@ -211,21 +211,19 @@ def _dense(name: str, params: Sequence[Tensor]) -> list[Tensor]:
     return grads  # type: ignore[return-value]
 
 
-def fastest(*columns: Sequence[Tensor | None]) -> dict[str, Any]:
-    """Which of torch's own implementations of a rule to call, given parameters, gradients and state.
+def fastest(*columns: Sequence[Any]) -> tuple[list[list[Any]], dict[str, Any]]:
+    """Which of torch's own implementations of a rule to call, and on what: parameters, gradients and state.
 
-    On the CPU one pass over everything ("fused"), which reads all tensors of a row as flat, whatever their strides:
-    where those are not the same, and elsewhere than on the CPU, a list at a time ("foreach").
+    On the CPU one pass over everything ("fused"), which reads all tensors of a row as flat, whatever their strides, and
+    copies those that are not in the order of their dimensions: so it gets them flat. Where the strides of a row differ,
+    and elsewhere than on the CPU, a list at a time ("foreach").
     """
     rows = [[x for x in row if x is not None] for row in zip(*columns, strict=True)]
-    fused = all(row[0].device.type == "cpu" and _flat(row) for row in rows)
-    return {"fused": fused, "foreach": not fused}
-
-
-def _flat(row: list[Tensor]) -> bool:
-    first = row[0]
-    dense = first.is_contiguous() or (first.ndim == 4 and first.is_contiguous(memory_format=torch.channels_last))
-    return dense and all(x.stride() == first.stride() and x.dtype == first.dtype for x in row)
+    fused = all(
+        row[0].device.type == "cpu" and flat(*row) and all(x.dtype == row[0].dtype for x in row) for row in rows
+    )
+    arranged = [in_order(column) if fused else list(column) for column in columns]
+    return arranged, {"fused": fused, "foreach": not fused}
 
 
 def _or_zero(momentum: float | Tensor | None) -> float | Tensor:

@@ -67,8 +67,9 @@ class AdamW(TeacherOptimizer):
     def _plainly(self, group: dict[str, Any], params: list[Tensor], grads: list[Tensor]) -> None:
         states = [self._state(group, p, g) for p, g in zip(params, grads, strict=True)]
         first, second, steps = (list(column) for column in zip(*states, strict=True))
+        (values, slopes, first, second), way = fastest(params, grads, first, second)
         adamw(
-            params, grads, first, second, [], steps, **fastest(params, grads, first, second),
+            values, slopes, first, second, [], steps, **way,
             capturable=steps[0].is_cuda, amsgrad=False,
             beta1=group["betas"][0], beta2=group["betas"][1], lr=float(group["lr"]),
             weight_decay=group["weight_decay"], eps=group["eps"], maximize=False,

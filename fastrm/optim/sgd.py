@@ -92,8 +92,12 @@ class SGD(TeacherOptimizer):
     def _plainly(self, group: dict[str, Any], params: list[Tensor], grads: list[Tensor]) -> None:
         buffers = [self.state[p].get("momentum_buffer") for p in params]
         names = ("momentum", "dampening", "weight_decay", "nesterov")
-        options = {name: group[name] for name in names} | fastest(params, grads, buffers)
-        sgd(params, grads, buffers, lr=float(group["lr"]), maximize=False, **options)
+        (values, slopes, velocities), way = fastest(params, grads, buffers)
+        options = {name: group[name] for name in names} | way
+        sgd(values, slopes, velocities, lr=float(group["lr"]), maximize=False, **options)
         if group["momentum"]:
-            for p, buffer in zip(params, buffers, strict=True):
-                self.state[p]["momentum_buffer"] = buffer
+            for p, buffer, new in zip(params, buffers, velocities, strict=True):
+                if buffer is None:  # torch made it, like the gradient that it got
+                    self.state[p]["momentum_buffer"] = (
+                        new if new.shape == p.shape else new.as_strided(p.shape, p.stride())
+                    )
