@@ -62,6 +62,8 @@ def test_crop_with_antialiased_resize_and_flip(pixels: Tensor, mode: str, size: 
         want = F.resized_crop(image, top, left, height, width, [size, size], InterpolationMode(mode), antialias=True)
         want = F.horizontal_flip(want) if flip[i] else want
         assert error(mine[i], want / 255) < ROUNDING, i
+        alone = batched.crop(image, (top, left, height, width), bool(flip[i]), size, mode)
+        assert error(alone[0].float(), want / 255) < ROUNDING, i
 
 
 @pytest.mark.parametrize(
@@ -135,7 +137,8 @@ def test_whole_views(method: str, channels: int) -> None:
         heights, widths = torch.full((64,), 60), torch.full((64,), 80)
         draws = draw(view, heights, widths, 48, torch.Generator().manual_seed(1))
         bicubic = view.interpolation == "bicubic"
-        mine = batched.carry_out(pixels, draws, image_size=48, bicubic=bicubic, blur_radius=2)
+        mine = batched.crop_resize(pixels, draws.box, draws.flip, 48, bicubic=bicubic)
+        batched.recolour_(mine, draws, blur_radius=2)
         wants = [composed(p.expand(3, -1, -1), draws, i, view.interpolation, 48, 2) for i, p in enumerate(pixels)]
         # Seven roundings to bytes, and a pixel on the solarizing threshold that falls on the other side.
         errors = [error(a.expand(3, -1, -1), b) for a, b in zip(mine, wants, strict=True)]

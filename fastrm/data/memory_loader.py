@@ -13,6 +13,8 @@ from fastrm.data.augmentation import Augmentation, View
 from fastrm.data.draws import Batch, BatchSampler, Draws, blur_radius, draw_views
 from fastrm.data.sources import ArrayImages
 
+_TINY = 2**11  # values of a picture below which a call for each costs more than the wasted arithmetic of all together
+
 
 class MemoryLoader:
     """Pairs of views of images held as arrays; each pass over the loader is the next epoch.
@@ -35,7 +37,7 @@ class MemoryLoader:
     ) -> None:
         self._augmentation, self._size, self._dtype = augmentation, image_size, dtype
         self._sampler = BatchSampler(len(images), batch_size, seed, rank, world_size)
-        self._pixels = images.tensor().contiguous().to(device)
+        self._pixels = images.tensor().to(device)
         self.broken: dict[Path, str] = {}  # an array cannot be
 
     def __len__(self) -> int:
@@ -52,16 +54,28 @@ class MemoryLoader:
         self._sampler.next_epoch()
 
     def _views(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        index = torch.tensor(batch.images).to(self._pixels.device, non_blocking=True)
-        pixels = self._pixels.index_select(0, index)
-        height, width = pixels.shape[2:]
-        sizes = [(height, width)] * len(pixels)
+        height, width = self._pixels.shape[2:]
+        sizes = [(height, width)] * len(batch.images)
         drawn = draw_views(self._augmentation.views, sizes, self._size, self._sampler.generator(batch))
-        first, second = (self._view(pixels, *pair) for pair in zip(self._augmentation.views, drawn, strict=True))
+        first, second = (self._view(batch, *pair) for pair in zip(self._augmentation.views, drawn, strict=True))
         return first, second
 
-    def _view(self, pixels: Tensor, view: View, draws: Draws) -> Tensor:
-        bicubic, radius = view.interpolation == "bicubic", blur_radius(view, self._size)
-        images = batched.carry_out(pixels, draws, image_size=self._size, bicubic=bicubic, blur_radius=radius)
+    def _view(self, batch: Batch, view: View, draws: Draws) -> Tensor:
+        images = self._cropped(batch, draws, view.interpolation)
+        batched.recolour_(images, draws, blur_radius=blur_radius(view, self._size))
         out = batched.empty_views(len(images), self._size, self._dtype, images.device)
         return batched.normalise(images, self._augmentation.mean, self._augmentation.std, out=out)
+
+    def _cropped(self, batch: Batch, draws: Draws, interpolation: str) -> Tensor:
+        """float32 [B, C, S, S]: in one go on a GPU or where the pictures are tiny; else picture by picture in bytes."""
+        if self._pixels.device.type == "cuda" or self._pixels[0].numel() < _TINY:
+            index = torch.tensor(batch.images).to(self._pixels.device, non_blocking=True)
+            bicubic = interpolation == "bicubic"
+            return batched.crop_resize(
+                self._pixels.index_select(0, index), draws.box, draws.flip, self._size, bicubic=bicubic
+            )
+        out = torch.empty(len(batch.images), self._pixels.shape[1], self._size, self._size)
+        places = zip(batch.images, draws.box.tolist(), draws.flip.tolist(), strict=True)
+        for row, (at, box, flip) in zip(out, places, strict=True):
+            row.copy_(batched.crop(self._pixels[at], box, flip, self._size, interpolation)[0])
+        return out

@@ -10,7 +10,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn import functional
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import v2
 
@@ -76,11 +75,8 @@ class _Views(Dataset[_Loaded]):
         for i in range(len(sizes)):
             picture = pixels(i)
             for view, draws, box, flip, out in zip(views, drawn, boxes, flips, outs, strict=True):
-                top, left, height, width = box[i]
-                crop = picture[None, :, top : top + height, left : left + width]
-                crop = functional.interpolate(crop, (size, size), mode=view.interpolation, antialias=True)
+                crop = batched.crop(picture, box[i], flip[i], size, view.interpolation)
                 image = crop.to(torch.float32, memory_format=torch.contiguous_format)
-                image = image.flip(-1) if flip[i] else image
                 batched.recolour_(image, draws.part(slice(i, i + 1)), blur_radius=blur_radius(view, size))
                 out[i] = image[0].round_().to(torch.uint8)  # first to bytes, then to channels last: twice as fast
         return outs[0], outs[1]
