@@ -1,53 +1,263 @@
-"""Time of a training step, a method each: both networks, loss, backward, optimizer, teacher and queue.
+"""Images a second of the real trainer, against the loops that people write, and against the bare networks.
 
-pytest benchmarks/bench_step.py --benchmark-only
+pytest benchmarks/bench_step.py --benchmark-only -s
 """
 
 from __future__ import annotations
 
+import contextlib
+import copy
+import importlib
+import io
+import json
+import random
+import re
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from PIL import Image
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+from torchvision.transforms import v2
 
-from fastrm.config import build
-from fastrm.kernels import EMA
+from benchmarks._timing import DEVICE
+from fastrm import train
+from fastrm.config import Config, build
+from fastrm.data import Source, augmentation, open_source
+from fastrm.data.augmentation import IMAGENET_MEAN, IMAGENET_STD, View
+from fastrm.device import available_cores
 from fastrm.methods import build_method
-from fastrm.optim import build_optimizer
 
-BATCH, SIZE = 32, 32
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+BATCH, SIZE, STEPS, ROUNDS = 128, 64, 9, 3
+WORKERS = min(available_cores(), 8)
+SHARED: dict[str, Any] = {
+    "data": "synthetic", "arch": "resnet18", "stem": "imagenet", "image_size": SIZE, "batch_size": BATCH,
+    "residual_weight": 0.0, "queue_size": 4096, "precision": "fp32", "epochs": 20, "eval_every": 0, "log_every": 1000,
+    "max_steps": STEPS, "warmup_epochs": 0.0,
+}  # fmt: skip
+
+
+class Transformed(Dataset[Any]):
+    """Two views of each picture, as the loops make them: in worker processes, a picture at a time."""
+
+    def __init__(self, source: Source, first: Any, second: Any = None) -> None:
+        self.images, self.first, self.second = source.train, first, second
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> Any:
+        image = self.images[index]
+        return self.first(image) if self.second is None else (self.first(image), self.second(image))
+
+
+def in_workers(data: Transformed) -> DataLoader[Any]:
+    return DataLoader(data, batch_size=BATCH, shuffle=True, drop_last=True, num_workers=WORKERS)
+
+
+def transform(view: View) -> v2.Compose:
+    """One of MoCo-v3's views through torchvision."""
+    blur = v2.GaussianBlur(5, tuple(s * SIZE / 224 for s in view.blur_sigma))
+    colour = v2.ColorJitter(view.brightness, view.contrast, view.saturation, view.hue)
+    return v2.Compose(
+        [
+            v2.RandomResizedCrop(SIZE, scale=view.crop_scale, antialias=True),
+            v2.RandomApply([colour], p=view.jitter_probability),
+            v2.RandomGrayscale(view.grayscale_probability),
+            v2.RandomApply([blur], p=view.blur_probability),
+            v2.RandomSolarize(128, p=view.solarize_probability),
+            v2.RandomHorizontalFlip(),
+            v2.ToImage(),
+            v2.ToDtype(torch.float32, scale=True),
+            v2.Normalize(IMAGENET_MEAN, IMAGENET_STD),
+        ]
+    )
+
+
+def rate(loader: Any, step: Callable[[Tensor, Tensor], None]) -> float:
+    """Images a second of a loop, from its second step on."""
+    begin = 0.0
+    for number, (first, second, *_) in enumerate(loader):
+        if number == STEPS:
+            break
+        step(first.to(DEVICE), second.to(DEVICE))
+        if number == 0:
+            synchronise()
+            begin = time.perf_counter()
+    synchronise()
+    return BATCH * (STEPS - 1) / (time.perf_counter() - begin)
+
+
+def synchronise() -> None:
+    if DEVICE.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def trainer(method: str, folder: Path, **leaves: Any) -> Callable[[], float]:
+    """What a run records of itself, from its second step on."""
+    config = build(**SHARED, **leaves, method=method, resume="never", out=folder)
+
+    def run() -> float:
+        with contextlib.redirect_stdout(io.StringIO()):
+            train.train(config)
+        lines = (folder / "metrics.jsonl").read_text().splitlines()
+        speed: float = json.loads(lines[-1])["images_per_second"]
+        return speed
+
+    return run
+
+
+def encoder(config: Config) -> tuple[nn.Module, nn.Module]:
+    """Backbone and heads as our run has them, in the usual memory format."""
+    method = build_method(config.replace(channels_last=False)).to(DEVICE)
+    return method.student, method.predictor
+
+
+class Pooled(nn.Module):
+    """An encoder that returns its projection."""
+
+    def __init__(self, inner: nn.Module, predictor: nn.Module | None = None) -> None:
+        super().__init__()
+        self.inner, self.predictor = inner, predictor or nn.Identity()
+
+    def forward(self, images: Tensor) -> Tensor:
+        projection: Tensor = self.predictor(self.inner(images).output)
+        return projection
+
+
+def lightly_loop(source: Source) -> Callable[[], float]:
+    """As in lightly's MoCo example: its loss with a memory bank, its update, its transform, SGD."""
+    loss = importlib.import_module("lightly.loss").NTXentLoss(temperature=0.2, memory_bank_size=(4096, 128))
+    update = importlib.import_module("lightly.models.utils").update_momentum
+    views = importlib.import_module("lightly.transforms").MoCoV2Transform(input_size=SIZE)
+    student = Pooled(encoder(build(**SHARED, method="mocov2"))[0])
+    teacher = copy.deepcopy(student).requires_grad_(False)
+    optimizer = torch.optim.SGD(student.parameters(), lr=0.015, momentum=0.9, weight_decay=1e-4)
+    loss = loss.to(DEVICE)
+
+    def step(first: Tensor, second: Tensor) -> None:
+        update(student, teacher, 0.999)
+        query = student(first)
+        with torch.no_grad():
+            key = teacher(second)
+        value = loss(query, key)
+        value.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return lambda: rate(in_workers(Transformed(source, views)), step)
+
+
+def mocov3_loop(source: Source) -> Callable[[], float]:
+    """In the style of MoCo-v3's official code: symmetric loss of einsum and cross-entropy, a loop for the teacher,
+    LARS parameter by parameter."""
+    config = build(**SHARED, method="mocov3")
+    student = Pooled(*encoder(config))
+    teacher = Pooled(copy.deepcopy(student.inner)).requires_grad_(False)
+    velocity = {p: torch.zeros_like(p) for p in student.parameters()}
+    criterion = nn.CrossEntropyLoss()
+
+    def contrast(query: Tensor, key: Tensor) -> Tensor:
+        query, key = nn.functional.normalize(query, dim=1), nn.functional.normalize(key, dim=1)
+        logits = torch.einsum("nc,mc->nm", query, key)
+        loss: Tensor = criterion(logits, torch.arange(len(logits), device=DEVICE)) * 2
+        return loss
+
+    @torch.no_grad()
+    def lars() -> None:
+        for p, mu in velocity.items():
+            assert p.grad is not None
+            update = p.grad
+            if p.ndim > 1:
+                update = update.add(p, alpha=1e-6)
+                norm, other = torch.norm(p), torch.norm(update)
+                one = torch.ones_like(norm)
+                update = update * torch.where(norm > 0, torch.where(other > 0, 0.001 * norm / other, one), one)
+            mu.mul_(0.9).add_(update)
+            p.add_(mu, alpha=-0.3)
+            p.grad = None
+
+    def step(first: Tensor, second: Tensor) -> None:
+        query = student(first), student(second)
+        with torch.no_grad():
+            for ours, theirs in zip(student.inner.parameters(), teacher.inner.parameters(), strict=True):
+                theirs.data = theirs.data * 0.99 + ours.data * 0.01
+            key = teacher(first), teacher(second)
+        (contrast(query[0], key[1]) + contrast(query[1], key[0])).backward()
+        lars()
+
+    first, second = (transform(view) for view in augmentation("mocov3", crop_min=0.2).views)
+    return lambda: rate(in_workers(Transformed(source, first, second)), step)
+
+
+def bare(method: str) -> Callable[[], float]:
+    """Forward of both networks and backward of the student on a batch that is there already."""
+    built = build_method(build(**SHARED, method=method)).to(DEVICE).train()
+    images = torch.randn(BATCH, 3, SIZE, SIZE, device=DEVICE).contiguous(memory_format=torch.channels_last)
+
+    def step(first: Tensor, second: Tensor) -> None:
+        views = (first, second)[: built.directions]
+        total = torch.stack([built.encode_student(view).output.sum() for view in views]).sum()
+        with torch.no_grad():
+            for view in views:
+                built.teacher(view)
+        total.backward()
+        built.zero_grad(set_to_none=True)
+
+    return lambda: rate([(images, images)] * STEPS, step)
+
+
+def compare(names: dict[str, Callable[[], float]]) -> dict[str, float]:
+    """Run the contenders in turn, print the table, and return by how much the first is faster than each."""
+    rates: dict[str, list[float]] = {name: [] for name in names}
+    order = random.Random(0)
+    for _ in range(ROUNDS):
+        for name in order.sample(list(names), len(names)):
+            rates[name].append(names[name]())
+    first = rates[next(iter(names))]
+    print(f"\nResNet-18, {SIZE} pixels, batch {BATCH}, float32, {DEVICE}, {WORKERS} workers")
+    print("| loop | images a second | from, to | fastrm is faster by |\n|---|--:|--:|--:|")
+    ratios = {}
+    for name, these in rates.items():
+        ratios[name] = statistics.median(a / b for a, b in zip(first, these, strict=True))
+        print(f"| {name} | {statistics.median(these):.0f} | {min(these):.0f}, {max(these):.0f} | {ratios[name]:.2f} |")
+    return ratios
+
+
+@pytest.mark.parametrize("method", ["mocov2", "mocov3"])
+def test_against_the_loops(method: str, tmp_path: Path, benchmark: Any) -> None:
+    source = open_source("synthetic")
+    assert isinstance(source.train[0], Image.Image)
+    rival: dict[str, Callable[[], float]]
+    if method == "mocov2":
+        pytest.importorskip("lightly")
+        rival = {"lightly's MoCo example": lightly_loop(source)}
+    else:
+        rival = {"the official MoCo-v3's style": mocov3_loop(source)}
+    ratios = compare({"fastrm.train": trainer(method, tmp_path / "run"), **rival, "bare networks": bare(method)})
+    benchmark.extra_info.update(ratios)
+    benchmark.pedantic(lambda: None, rounds=1)
+    assert ratios[next(iter(rival))] > 1
 
 
 @pytest.mark.parametrize("residual_weight", [0.0, 1.0])
 @pytest.mark.parametrize("method", ["mocov3", "mocov2", "byol", "densecl"])
-def test_step(method: str, residual_weight: float, benchmark: Any) -> None:
-    config = build(
-        data="synthetic", method=method, arch="resnet18", image_size=SIZE, queue_size=4096,
-        residual_weight=residual_weight,
-    )  # fmt: skip
-    torch.manual_seed(0)
-    model = build_method(config).to(DEVICE, memory_format=torch.channels_last)
-    optimizer = build_optimizer(model, config.optim)
-    average = EMA(model.teacher, model.student)
-    views = [
-        torch.randn(BATCH, 3, SIZE, SIZE, device=DEVICE).contiguous(memory_format=torch.channels_last) for _ in "12"
-    ]
-    weight = torch.tensor(residual_weight, device=DEVICE)
-
-    def step() -> None:
-        output = model(*views, weight)
-        output.loss.backward()
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        average.update_(0.99)
-        model.push(output.keys)
-        if DEVICE.type == "cuda":
-            torch.cuda.synchronize()
-
-    step()
-    assert torch.isfinite(model(*views, weight).loss)
-    benchmark.extra_info["images_per_step"] = BATCH
-    benchmark.pedantic(step, rounds=3, warmup_rounds=1)
-    if benchmark.stats is not None:
-        print(f"\n{method} weight {residual_weight:g}: {BATCH / benchmark.stats.stats.median:.1f} images a second")
+def test_where_a_step_goes(
+    method: str, residual_weight: float, tmp_path: Path, benchmark: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What is outside the networks' forward and backward, by the trainer's own profile."""
+    leaves = {**SHARED, "residual_weight": residual_weight, "max_steps": 7}
+    train.train(build(**leaves, method=method, out=tmp_path / "run", profile=4))
+    shown = capsys.readouterr().out
+    shares = {name: float(share) for name, share in re.findall(r"^([a-z ]+?)\s+[\d.]+\s+([\d.]+)%$", shown, re.M)}
+    inside = sum(shares[name] for name in ("student", "teacher", "backward"))
+    with capsys.disabled():
+        print(f"\n{method}, weight {residual_weight:g}: {100 - inside:.1f} % outside the networks: {shares}")
+    benchmark.extra_info.update(shares)
+    benchmark.pedantic(lambda: None, rounds=1)
+    assert inside > 80
