@@ -114,7 +114,7 @@ def trainer(method: str, folder: Path, **leaves: Any) -> Callable[[], float]:
 
 def encoder(config: Config) -> tuple[nn.Module, nn.Module]:
     """Backbone and heads as our run has them, in the usual memory format."""
-    method = build_method(config.replace(channels_last=False)).to(DEVICE)
+    method = build_method(config.replace(channels_last=False), device=DEVICE)
     return method.student, method.predictor
 
 
@@ -197,7 +197,7 @@ def mocov3_loop(source: Source) -> Callable[[], float]:
 
 def bare(method: str) -> Callable[[], float]:
     """Forward of both networks and backward of the student on a batch that is there already."""
-    built = build_method(build(**SHARED, method=method)).to(DEVICE).train()
+    built = build_method(build(**SHARED, method=method), device=DEVICE).train()
     images = torch.randn(BATCH, 3, SIZE, SIZE, device=DEVICE).contiguous(memory_format=torch.channels_last)
 
     def step(first: Tensor, second: Tensor) -> None:

@@ -116,12 +116,12 @@ def load_run(path: Path, device: torch.device) -> tuple[Config, Method[Any], dic
     """
     state = checkpoint.load(path)
     config = from_flat(state["config"])
-    method = build_method(config)
+    method = build_method(config, device=device)
     try:
         method.load_state_dict(state["method"])
     except RuntimeError as error:
         raise UsageError(f"{path} does not fit its own settings: {str(error).splitlines()[0]}") from None
-    return config, method.to(device), state
+    return config, method, state
 
 
 @dataclass(frozen=True, kw_only=True)

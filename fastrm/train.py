@@ -86,7 +86,7 @@ def _train(config: Config, device: torch.device, world: World) -> dict[str, Any]
 
     torch.manual_seed(config.run.seed)
     torch.backends.cudnn.benchmark = True
-    method = build_method(config, backend=backend).to(device)
+    method = build_method(config, device=device, backend=backend)
     if not method.queues:
         synchronise_norms(method, device)
     optimizer: Any = build_optimizer(method, config.optim, backend=backend)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 
 import numpy as np
@@ -13,6 +14,7 @@ from torch import nn
 from fastrm.errors import UsageError
 from fastrm.models import build_backbone
 from fastrm.models.backbone import sincos_positions
+from fastrm.models.layout import small_maps_contiguous
 
 
 @pytest.mark.parametrize(
@@ -85,3 +87,20 @@ def test_an_unknown_name_suggests_the_nearest() -> None:
 def test_a_size_that_does_not_fit_is_said() -> None:
     with pytest.raises(UsageError, match=r"--arch vit_tiny_patch16_224 cannot .*--image-size 8"):
         build_backbone("vit_tiny_patch16_224", image_size=8)
+
+
+def test_convolutions_of_small_maps_are_contiguous_and_give_the_same() -> None:
+    plain = build_backbone("resnet18", image_size=64, stem="imagenet").eval().to(memory_format=torch.channels_last)
+    mixed = copy.deepcopy(plain)
+    small_maps_contiguous(mixed, 64)
+    layers = dict(mixed.net.named_modules())
+    wide = {name: m.weight for name, m in layers.items() if isinstance(m, nn.Conv2d) and m.kernel_size != (1, 1)}
+    # 64 pixels leave maps of 4x4 before the last stage; its shortcut and all before stay as they were.
+    for name, weight in wide.items():
+        small = name.startswith("layer4") or (name.startswith("layer3") and name != "layer3.0.conv1")
+        assert weight.is_contiguous() == small, name
+        assert weight.is_contiguous(memory_format=torch.channels_last) != small, name
+    images = torch.randn(2, 3, 64, 64)
+    for mine, other in zip(mixed(images), plain(images), strict=True):
+        torch.testing.assert_close(mine, other, rtol=1e-4, atol=1e-5)
+    assert not mixed.training
