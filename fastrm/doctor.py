@@ -83,7 +83,7 @@ def _distributed() -> str:
         )
         if there
     ]
-    return f"{', '.join(backends)} available; training in several processes is not supported yet"
+    return f"{', '.join(backends)} available; start several processes with torchrun"
 
 
 def _version(package: str) -> str | None:

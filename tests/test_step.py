@@ -1,0 +1,120 @@
+"""The step: no graph breaks, no waiting for the device, and the profile."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from fastrm import train
+from fastrm.config import Config
+from fastrm.methods import build_method
+from fastrm.optim import build_optimizer
+from fastrm.profiling import PARTS
+from fastrm.step import Step
+
+Small = Callable[..., Config]
+METHODS = ["mocov3", "mocov2", "byol", "densecl"]
+
+
+@pytest.mark.parametrize(
+    ("method", "arch"),
+    [*((method, "test_resnet") for method in METHODS), ("mocov3", "test_vit"), ("byol", "test_convnext")],
+)
+def test_student_teacher_and_predictor_compile_without_graph_breaks(method: str, arch: str, small: Small) -> None:
+    built = build_method(small(method=method, arch=arch, image_size=160 if arch == "test_vit" else 32))
+    images = torch.randn(4, 3, *(2 * [160 if arch == "test_vit" else 32]))
+    output = built.student(images).output.detach()
+    for part, inputs in ((built.student, images), (built.teacher, images), (built.predictor, output)):
+        if isinstance(part, nn.Identity):
+            continue  # there is nothing to compile
+        torch._dynamo.reset()
+        explained: Any = torch._dynamo.explain(part)(inputs)
+        assert explained.graph_break_count == 0, explained.break_reasons
+        assert explained.graph_count == 1
+
+
+class Reads(TorchDispatchMode):
+    """Counts how often a value is brought to the host."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += func is torch.ops.aten._local_scalar_dense.default
+        return func(*args, **(kwargs or {}))
+
+
+def ready(config: Config, device: torch.device) -> tuple[Step, list[tuple[Tensor, Tensor]]]:
+    torch.manual_seed(0)
+    method = build_method(config, device=device).train()
+    optimizer = build_optimizer(method, config.optim)
+    step = Step(
+        method, optimizer, precision="fp32", accumulate=2, clip_norm=1.0, layout=torch.channels_last
+    )  # fmt: skip
+    first, second = torch.randn(2, 16, 3, 32, 32, device=device)
+    return step, [(first, second)] * 2
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "lars", "adamw"])
+@pytest.mark.parametrize("method", METHODS)
+def test_one_value_a_step_is_read_on_the_cpu(method: str, optimizer: str, small: Small) -> None:
+    """That which says whether the gradient is finite; on a GPU it stays there."""
+    step, batches = ready(small(method=method, optimizer=optimizer), torch.device("cpu"))
+    for number in range(3):
+        with Reads() as reads:
+            step(batches, lr=0.1, residual_weight=1.0, teacher_momentum=0.9, measure=False)
+        assert reads.count <= 1 or number == 0
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("method", METHODS)
+def test_the_host_never_waits_for_the_gpu(method: str, small: Small) -> None:
+    step, batches = ready(small(method=method), torch.device("cuda"))
+    step(batches, lr=0.1, residual_weight=1.0, teacher_momentum=0.9, measure=False)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for _ in range(3):
+            step(batches, lr=0.1, residual_weight=1.0, teacher_momentum=0.9, measure=False)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_the_profile_is_a_trace_and_a_table_that_adds_up(
+    small: Small, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    train.train(small(method="mocov2", max_steps=6, profile=3))
+    shown = capsys.readouterr().out
+    rows = dict(re.findall(r"^([a-z ]+?)\s{2,}([\d.]+)\s+[\d.]+%$", shown, re.M))
+    assert [*rows] == [*PARTS, "the rest"]
+    (whole,) = re.findall(r"^step\s{2,}([\d.]+)$", shown, re.M)
+    assert sum(map(float, rows.values())) == pytest.approx(float(whole), abs=0.1)
+    trace = json.loads((tmp_path / "run" / "trace.json").read_text())
+    names = [event.get("name") for event in trace["traceEvents"]]
+    assert all(names.count(part) == 3 for part in PARTS)
+
+
+def test_accumulated_micro_batches_give_the_mean_gradient(small: Small) -> None:
+    """BYOL has no negatives, so with BatchNorm in evaluation two halves are the whole."""
+    moved = []
+    for accumulate in (1, 2):
+        config = small(method="byol", optimizer="sgd", weight_decay=0.0)
+        torch.manual_seed(0)
+        method = build_method(config).eval()
+        start = [p.detach().clone() for p in method.parameters()]
+        step = Step(
+            method, build_optimizer(method, config.optim), precision="fp32", accumulate=accumulate, clip_norm=None,
+            layout=torch.channels_last,
+        )  # fmt: skip
+        views = torch.randn(2, 16, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+        halves = [(part[0], part[1]) for part in views.chunk(accumulate, dim=1)]
+        step(halves, lr=1.0, residual_weight=1.0, teacher_momentum=0.9, measure=False)
+        moved.append([p.detach() - q for p, q in zip(method.parameters(), start, strict=True)])
+    for whole, parts in zip(*moved, strict=True):
+        torch.testing.assert_close(parts, whole, rtol=1e-4, atol=1e-6)
