@@ -80,13 +80,18 @@ def world() -> World:
 
 @contextmanager
 def first_alone() -> Iterator[None]:
-    """Let the first process go through before the others: it fills the caches that they then read."""
+    """Let the first process go through before the others: it fills the caches that they then read.
+
+    If it fails, the others go through nevertheless, and find the same fault, rather than wait for it.
+    """
     rank, size = world()
     if rank:
         dist.barrier()
-    yield
-    if size > 1 and not rank:
-        dist.barrier()
+    try:
+        yield
+    finally:
+        if size > 1 and not rank:
+            dist.barrier()
 
 
 def replicate(module: nn.Module, device: torch.device) -> DistributedDataParallel:

@@ -29,7 +29,16 @@ from fastrm.data import Loader, Source, make_loader, open_source
 from fastrm.data.augmentation import IMAGENET_MEAN, IMAGENET_STD
 from fastrm.data.scan import SKIPPED, scan, write_skipped
 from fastrm.device import available_cores, choose_device, choose_kernels, choose_precision
-from fastrm.distributed import World, barrier, first_alone, mean, own_device, processes, synchronise_norms
+from fastrm.distributed import (
+    World,
+    barrier,
+    first_alone,
+    gather_objects,
+    mean,
+    own_device,
+    processes,
+    synchronise_norms,
+)
 from fastrm.errors import UsageError
 from fastrm.evaluate import knn
 from fastrm.files import read_json, write_json, write_whole
@@ -44,7 +53,7 @@ SUMMARY = "summary.json"
 
 
 def train(config: Config) -> dict[str, Any]:
-    """Train as configured and return what ``summary.json`` holds.
+    """Train as configured and return what ``summary.json`` holds, or nothing in any but the first of several processes.
 
     Raises:
         UsageError: a setting, the data, the machine or the output folder does not allow the run; nothing was written.
@@ -89,6 +98,8 @@ def _train(config: Config, device: torch.device, world: World) -> dict[str, Any]
     method = build_method(config, device=device, backend=backend)
     if not method.queues:
         synchronise_norms(method, device)
+    if precision in AUTOCAST:
+        method.keep_low_precision_teacher(AUTOCAST[precision])
     optimizer: Any = build_optimizer(method, config.optim, backend=backend)
     if config.device.compile:
         for part in (method.student, method.teacher, method.predictor):
@@ -105,10 +116,16 @@ def _train(config: Config, device: torch.device, world: World) -> dict[str, Any]
 
     out = config.run.out or Path("runs", f"{source.name}-{config.method.method}-{config.model.arch}")
     start = checkpoint.resume(config, out, **parts)
+    method.refresh_low_precision_teacher()
+    if len(starts := set(gather_objects(start))) > 1:  # all have looked at what is in the folder
+        raise UsageError(
+            f"--out {out}: the processes found it at steps {sorted(starts)}; all must share its file system"
+        )
     if start >= schedule.total:
+        if world.rank:
+            return {}
         print(f"{out} holds this run, complete after {start} steps")
         return read_json(out / SUMMARY)
-    barrier()  # all have looked at what is in the folder
     if world.rank == 0:
         _open_folder(config, out, fresh=start == 0)
     recorder = Recorder(out if world.rank == 0 else None, start=start, total=schedule.total)
@@ -150,9 +167,11 @@ def _train(config: Config, device: torch.device, world: World) -> dict[str, Any]
             if world.rank == 0 and not loader.broken.keys() <= broken.keys():
                 broken |= loader.broken
                 write_skipped(out, broken)
+            if logged or device.type == "cpu":  # a GPU is not waited for in between
+                skipped = step_once.check(done)
             if logged:
                 last |= {"step": done, "epoch": epoch, **_averaged(outputs)}  # the host waits for the device here
-                last |= {"lr": lr, "teacher_momentum": momentum, "skipped_steps": step_once.check(done)}
+                last |= {"lr": lr, "teacher_momentum": momentum, "skipped_steps": skipped}
                 recorder.record({**last, "images_per_second": batch * clock.lap()})
             with clock.paused():
                 if evaluated and (end or done % (config.run.eval_every * schedule.steps_per_epoch) == 0):
@@ -165,8 +184,7 @@ def _train(config: Config, device: torch.device, world: World) -> dict[str, Any]
                 if end or done % (config.run.checkpoint_every or schedule.steps_per_epoch) == 0:
                     recorder.sync()
                     checkpoint.save(out, config, done, **parts)
-    barrier()  # the summary is there
-    return read_json(out / SUMMARY)
+    return read_json(out / SUMMARY) if world.rank == 0 else {}
 
 
 def _sizes(config: Config) -> tuple[int, int, int]:

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fastrm import train
+from fastrm import checkpoint, train
 from fastrm.config import Config
-from fastrm.methods import build_method
+from fastrm.methods import Method, build_method
 from fastrm.optim import build_optimizer
 from fastrm.profiling import PARTS
 from fastrm.step import Step
@@ -84,6 +84,52 @@ def test_the_host_never_waits_for_the_gpu(method: str, small: Small) -> None:
             step(batches, lr=0.1, residual_weight=1.0, teacher_momentum=0.9, measure=False)
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+class Casts(TorchDispatchMode):
+    """Notes what is converted to bfloat16."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.converted: list[Tensor] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten._to_copy.default and (kwargs or {}).get("dtype") == torch.bfloat16:
+            self.converted.append(args[0])
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_no_weight_of_the_teacher_is_converted_in_its_forward(method: str, small: Small) -> None:
+    built = build_method(small(method=method, precision="bf16"))
+    images = torch.randn(4, 3, 32, 32)
+    weights = {p.data_ptr() for p in built.teacher.parameters()}
+    found = []
+    for low in (False, True):
+        if low:
+            built.keep_low_precision_teacher(torch.bfloat16)
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16), Casts() as casts:
+            found.append((built.encode_teacher(images).output, casts.converted))
+    (plain, before), (shadowed, after) = found
+    assert torch.equal(plain, shadowed)
+    assert any(tensor.data_ptr() in weights for tensor in before)
+    assert not any(tensor.data_ptr() in weights for tensor in after)
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "lars", "adamw"])
+def test_a_run_is_the_same_whether_the_teacher_has_a_low_precision_copy(
+    optimizer: str, small: Small, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Bit for bit, over a resume too."""
+    states = {}
+    for name in ("with", "without"):
+        if name == "without":
+            monkeypatch.setattr(Method, "keep_low_precision_teacher", lambda self, dtype: None)
+        for steps in (3, 6):
+            train.train(small(precision="bf16", optimizer=optimizer, max_steps=steps, out=tmp_path / name))
+        states[name] = checkpoint.load(tmp_path / name)["method"]
+    assert states["with"].keys() == states["without"].keys()
+    assert all(torch.equal(value, states["without"][name]) for name, value in states["with"].items())
 
 
 def test_the_profile_is_a_trace_and_a_table_that_adds_up(

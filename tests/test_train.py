@@ -217,7 +217,7 @@ def test_ten_steps_in_a_row_without_a_finite_gradient_stop_the_run(
     train.train(small(max_steps=2))
     poisoned_views(monkeypatch, lambda batch: batch in (3, 4) or batch >= 6)
     with pytest.raises(TrainingError, match="10 steps in a row, up to step 16, had a gradient that is not finite"):
-        train.train(small(max_steps=40, checkpoint_every=3))
+        train.train(small(max_steps=40, checkpoint_every=3, log_every=1000))
     assert checkpoint.load(tmp_path / "run")["step"] == 15
     monkeypatch.undo()
     train.train(small(max_steps=17))

@@ -16,6 +16,7 @@ from typing import Any, Generic, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 from torch.profiler import record_function
 
 from fastrm.config import MethodConfig
@@ -107,6 +108,27 @@ class Method(nn.Module, Generic[E]):
         self.temperature = config.temperature
         self.residual_at = config.residual_at
         self.trains_residual = config.residual_weight > 0
+        self.shadow: dict[str, Tensor] = {}
+        """The teacher's parameters in low precision, by name, if it computes from them."""
+        self._from_shadow: dict[str, Tensor] = {}
+
+    def keep_low_precision_teacher(self, dtype: torch.dtype) -> None:
+        """Let the teacher compute from a copy of its weights in ``dtype``, under autocast to that.
+
+        Autocast would round all weights anew in each forward, to the same values. The optimizer writes the copy,
+        ``shadow``, in the pass that moves the teacher; what else writes the teacher has to call
+        :meth:`refresh_low_precision_teacher`.
+        """
+        self.shadow = {name: p.detach().to(dtype) for name, p in self.teacher.named_parameters()}
+        layers = {name for name, m in self.teacher.named_modules() if isinstance(m, nn.Conv2d | nn.Linear)}
+        # Only these layers compute in low precision; normalisation, say, takes its own parameters as they are.
+        self._from_shadow = {name: low for name, low in self.shadow.items() if name.rpartition(".")[0] in layers}
+
+    @torch.no_grad()
+    def refresh_low_precision_teacher(self) -> None:
+        """Bring the low-precision copy up to date, if there is one."""
+        for name, low in self.shadow.items():
+            low.copy_(self.teacher.get_parameter(name))
 
     def forward(self, first: Tensor, second: Tensor, residual_weight: Tensor, measure: bool = False) -> StepOutput:
         """Loss of a micro-batch.
@@ -162,7 +184,15 @@ class Method(nn.Module, Generic[E]):
 
     def encode_teacher(self, view: Tensor) -> E:
         """Teacher on one view."""
-        encoding: E = shuffled(self.teacher, view) if self.queues and world().size > 1 else self.teacher(view)
+        encoding: E = shuffled(self._teach, view) if self.queues and world().size > 1 else self._teach(view)
+        return encoding
+
+    def _teach(self, view: Tensor) -> E:
+        encoding: E
+        if self._from_shadow and torch.is_autocast_enabled(view.device.type):
+            encoding = functional_call(self.teacher, self._from_shadow, (view,))
+        else:
+            encoding = self.teacher(view)
         return encoding
 
     def direction(

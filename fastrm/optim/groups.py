@@ -32,13 +32,16 @@ def build_optimizer(method: Method[Any], config: OptimConfig, *, backend: str | 
     decay = config.weight_decay
     if config.optimizer == "lamb":
         return _lamb(method, _groups(params, decay))
-    partners = _partners(method)
+    groups = _groups(params, decay) if config.optimizer == "adamw" else []
+    ordered = [p for group in groups for p in group["params"]] or params
+    teacher, shadow = _partners(method)
     shared: dict[str, Any] = {"lr": 0.0, "ema_momentum": 1.0, "backend": backend}
+    shared["teacher"] = [teacher.get(p) for p in ordered]
+    if shadow:
+        shared["shadow"] = [shadow.get(p) for p in ordered]
     if config.optimizer == "adamw":
-        groups = _groups(params, decay)
-        ordered = [p for group in groups for p in group["params"]]
-        return AdamW(groups, teacher=[partners.get(p) for p in ordered], **shared)
-    shared |= {"momentum": 0.9, "weight_decay": decay, "teacher": [partners.get(p) for p in params]}
+        return AdamW(groups, **shared)
+    shared |= {"momentum": 0.9, "weight_decay": decay}
     if config.optimizer == "sgd":
         return SGD(params, **shared)
     return LARS(params, trust_coefficient=config.trust_coefficient, **shared)
@@ -52,10 +55,17 @@ def _groups(params: list[nn.Parameter], decay: float) -> list[dict[str, Any]]:
     return [group for group in groups if group["params"]]
 
 
-def _partners(method: Method[Any]) -> dict[Tensor, Tensor]:
-    """The teacher's tensor for each of the student's; a predictor has none. What is frozen stays alike by itself."""
+def _partners(method: Method[Any]) -> tuple[dict[Tensor, Tensor], dict[Tensor, Tensor]]:
+    """The teacher's tensor for each of the student's, and its low-precision copy if it computes from one.
+
+    A predictor has none. What is frozen stays alike by itself.
+    """
+    trained = {name: p for name, p in method.student.named_parameters() if p.requires_grad}
     teacher = dict(method.teacher.named_parameters())
-    return {p: teacher[name] for name, p in method.student.named_parameters() if p.requires_grad}
+    return (
+        {p: teacher[name] for name, p in trained.items()},
+        {p: method.shadow[name] for name, p in trained.items() if method.shadow},
+    )
 
 
 def _lamb(method: Method[Any], groups: list[dict[str, Any]]) -> Optimizer:
@@ -68,6 +78,8 @@ def _lamb(method: Method[Any], groups: list[dict[str, Any]]) -> Optimizer:
         raise UsageError("--optimizer lamb: apex's FusedLAMB needs a GPU; use lars, sgd or adamw")
     optimizer: Any = kind(groups, lr=0.0)
     optimizer.ema_momentum = 1.0
-    average = EMA(method.teacher, method.student)
+    names = dict(method.teacher.named_parameters())
+    shadow = [method.shadow[name] for name in names] if method.shadow else None
+    average = EMA(method.teacher, method.student, shadow=shadow)
     optimizer.register_step_post_hook(lambda *_: average.update_(optimizer.ema_momentum))
     return optimizer
