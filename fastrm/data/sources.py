@@ -1,11 +1,9 @@
-"""Where images come from: the three folder layouts and the named sets, as pictures and, where there are any, labels."""
+"""Where images come from: folders, shards and named sets, as pictures and, where there are any, labels."""
 
 from __future__ import annotations
 
-import gzip
 import io
 import os
-import struct
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -177,17 +175,10 @@ def open_source(data: str, data_root: Path | None = None) -> Source:
         UsageError: there is no such set or folder, it holds no image, or a named set is not there and cannot be
             downloaded.
     """
-    root = data_root or cache_root()
-    openers: dict[str, Callable[[], Source]] = {
-        "digits": _digits,
-        "synthetic": _synthetic,
-        "fashion-mnist": lambda: _fashion_mnist(root),
-        "cifar10": lambda: _cifar("CIFAR10", root),
-        "cifar100": lambda: _cifar("CIFAR100", root),
-        "stl10": lambda: _stl10(root),
-    }
-    if data in openers:
-        return openers[data]()
+    if data in NAMED:
+        from fastrm.data.named import open_named
+
+        return open_named(data, data_root or cache_root())
     if data.endswith(".tar"):
         from fastrm.data.shards import open_shards
 
@@ -260,112 +251,3 @@ def _held_out(images: FileImages) -> tuple[FileImages, FileImages]:
     order = np.random.default_rng(0).permutation(len(images))
     held = max(1, len(images) // 10)
     return images.subset(np.sort(order[held:])), images.subset(np.sort(order[:held]))
-
-
-def _arrays(name: str, train: ArrayImages, test: ArrayImages) -> Source:
-    shape = "x".join(map(str, train.pixels.shape[1:3]))
-    about = f"{name}: {len(train):,} images of {shape} pixels; {len(test):,} for validation"
-    return Source(name=name, train=train, bank=train, test=test, about=about)
-
-
-def _digits() -> Source:
-    from sklearn.datasets import load_digits
-
-    bunch = load_digits()
-    pixels = np.round(bunch.images * (255 / 16)).astype(np.uint8)
-    order = np.random.default_rng(0).permutation(len(pixels))
-    every = ArrayImages(pixels, bunch.target.astype(np.int64))
-    return _arrays("digits", every.subset(order[360:]), every.subset(order[:360]))
-
-
-def _synthetic() -> Source:
-    """Coloured gratings of ten orientations, for tries of speed and set-up; made, not read."""
-    rng = np.random.default_rng(0)
-    y, x = np.mgrid[0:64, 0:64]
-
-    def make(count: int) -> ArrayImages:
-        labels = rng.integers(0, 10, count)
-        angle = labels * (np.pi / 10) + rng.normal(0, 0.05, count)
-        phase, frequency = rng.uniform(0, 2 * np.pi, count), rng.uniform(0.3, 0.6, count)
-        across = np.cos(angle)[:, None, None] * x + np.sin(angle)[:, None, None] * y
-        wave = np.sin(frequency[:, None, None] * across + phase[:, None, None])
-        colour = rng.uniform(40, 120, (count, 1, 1, 3))
-        pixels = 128 + wave[..., None] * colour + rng.normal(0, 8, (count, 64, 64, 3))
-        return ArrayImages(np.clip(pixels, 0, 255).astype(np.uint8), labels.astype(np.int64))
-
-    return _arrays("synthetic", make(2048), make(256))
-
-
-def _read_idx(path: Path) -> NDArray[np.uint8]:
-    """Read an IDX file of bytes, plain or gzip (the format is described on the MNIST page of Y. LeCun)."""
-    with gzip.open(path) if path.suffix == ".gz" else open(path, "rb") as file:
-        zero, kind, ndim = struct.unpack(">HBB", file.read(4))
-        if zero != 0 or kind != 8:
-            raise UsageError(f"--data-root: {path} is not an IDX file of bytes")
-        shape = struct.unpack(f">{ndim}I", file.read(4 * ndim))
-        return np.frombuffer(bytearray(file.read()), dtype=np.uint8).reshape(shape)
-
-
-def _fashion_mnist(root: Path) -> Source:
-    def locate() -> Path | None:
-        for folder in (root, root / "FashionMNIST" / "raw"):
-            if any((folder / f"train-images-idx3-ubyte{end}").is_file() for end in ("", ".gz")):
-                return folder
-        return None
-
-    folder = locate()
-    if folder is None:
-        from torchvision.datasets import FashionMNIST
-
-        _downloaded("fashion-mnist", root, lambda: FashionMNIST(str(root), download=True))
-        folder = locate()
-    assert folder is not None
-
-    def part(prefix: str) -> ArrayImages:
-        arrays = []
-        for name in (f"{prefix}-images-idx3-ubyte", f"{prefix}-labels-idx1-ubyte"):
-            found = [folder / f"{name}{end}" for end in ("", ".gz") if (folder / f"{name}{end}").is_file()]
-            if not found:
-                raise UsageError(f"--data-root: {folder} has no {name}, plain or .gz")
-            try:
-                arrays.append(_read_idx(found[0]))
-            except (OSError, EOFError, struct.error, ValueError) as error:
-                raise UsageError(f"--data-root: {found[0]} cannot be read ({error})") from None
-        return ArrayImages(arrays[0], arrays[1].astype(np.int64))
-
-    return _arrays("fashion-mnist", part("train"), part("t10k"))
-
-
-def _downloaded(name: str, root: Path, get: Callable[[], object]) -> object:
-    """Open a torchvision set, downloading it where it is not there yet."""
-    try:
-        return get()
-    except (OSError, RuntimeError) as error:
-        raise UsageError(
-            f"--data {name} is not in {root} and cannot be downloaded ({type(error).__name__}); "
-            "give the folder that holds it with --data-root"
-        ) from None
-
-
-def _cifar(kind: str, root: Path) -> Source:
-    from torchvision import datasets
-
-    def part(train: bool) -> ArrayImages:
-        opened = _downloaded(kind.lower(), root, lambda: getattr(datasets, kind)(str(root), train=train, download=True))
-        return ArrayImages(opened.data, np.asarray(opened.targets, dtype=np.int64))  # type: ignore[attr-defined]
-
-    return _arrays(kind.lower(), part(True), part(False))
-
-
-def _stl10(root: Path) -> Source:
-    from torchvision.datasets import STL10
-
-    def part(split: str) -> ArrayImages:
-        opened = _downloaded("stl10", root, lambda: STL10(str(root), split=split, download=True))
-        pixels = np.ascontiguousarray(opened.data.transpose(0, 2, 3, 1))  # type: ignore[attr-defined]
-        return ArrayImages(pixels, opened.labels.astype(np.int64))  # type: ignore[attr-defined]
-
-    labelled, test = part("train"), part("test")
-    train = ArrayImages(part("train+unlabeled").pixels, None)
-    about = f"stl10: {len(train):,} images of 96x96 pixels, {len(labelled):,} with labels; {len(test):,} for validation"
-    return Source(name="stl10", train=train, bank=labelled, test=test, about=about)
