@@ -326,3 +326,11 @@ def test_a_shard_that_was_cut_off(shards: str, tmp_path: Path) -> None:
     (tmp_path / "cut.tar").write_bytes(whole[: len(whole) // 2 + 700])
     with pytest.raises(UsageError, match=r"cut.tar is not a whole, uncompressed tar file"):
         open_source(str(tmp_path / "cut.tar"))
+
+
+def test_the_scan_reads_every_file_once(pictures: Path) -> None:
+    """Without a val folder the images for kNN are parts of those for training."""
+    with mock.patch("fastrm.data.scan.fault", return_value=None) as look:
+        found, faults = scan(open_source(str(pictures / "classes")), workers=2)
+    assert look.call_count == len(found.train) == 96
+    assert not faults

@@ -7,6 +7,7 @@ grayscale leave it as it is.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -193,18 +194,20 @@ def solarize_(images: Tensor) -> None:
     images.copy_(torch.where(images >= 127.5, 255 - images, images))
 
 
-def normalise(images: Tensor, mean: Sequence[float], std: Sequence[float], *, out: Tensor) -> Tensor:
+def normalise(images: Tensor, mean: tuple[float, ...], std: tuple[float, ...], *, out: Tensor) -> Tensor:
     """Write ``(images / 255 - mean) / std`` of [B, 1 or 3, H, W] into ``out`` [B, 3, H, W], in its dtype and order."""
     work = out if out.dtype == torch.float32 else torch.empty_like(out, dtype=torch.float32)
-    # A number for each value, not for each channel: with channels last that would be loops of three.
-    shape = (1, 3, *images.shape[2:])
-    centre, spread = (
-        work.new_tensor([255 * value for value in values]).view(1, 3, 1, 1).expand(shape) for values in (mean, std)
-    )
-    last = torch.channels_last
+    height, width = images.shape[2:]
     # Converted first: an operation on two dtypes is not vectorised on a CPU.
-    work.copy_(images).sub_(centre.contiguous(memory_format=last)).div_(spread.contiguous(memory_format=last))
+    work.copy_(images).sub_(_spread(mean, height, width, out.device)).div_(_spread(std, height, width, out.device))
     return work if work is out else out.copy_(work)
+
+
+@lru_cache(maxsize=8)  # made once: a tensor of the host's numbers makes the host wait for a GPU
+def _spread(values: tuple[float, ...], height: int, width: int, device: torch.device) -> Tensor:
+    """255 times a number a channel, for each value [1, 3, H, W]: a number a channel would be loops of three."""
+    channels = torch.tensor([255 * value for value in values], device=device).view(1, 3, 1, 1)
+    return channels.expand(1, 3, height, width).contiguous(memory_format=torch.channels_last)
 
 
 def empty_views(count: int, size: int, dtype: torch.dtype, device: torch.device) -> Tensor:

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from fastrm.data.sources import BROKEN, FileImages, Images, Source
+from fastrm.data.sources import BROKEN, FileImages, Images, Source, reason
 from fastrm.errors import UsageError
 from fastrm.files import cache_root, write_text
 
@@ -31,7 +31,7 @@ def fault(content: bytes) -> str | None:
             image.draft(None, (max(1, image.width // 8), max(1, image.height // 8)))
             image.load()
     except BROKEN as error:
-        return str(error) or type(error).__name__
+        return reason(error)
     return None
 
 
@@ -44,17 +44,20 @@ def scan(source: Source, *, workers: int) -> tuple[Source, dict[Path, str]]:
         UsageError: more than a tenth of the files are broken.
     """
     broken: dict[Path, str] = {}
-    sound: dict[int, Images] = {}  # the images for training and for kNN may be the same
+    looked: set[Path] = set()
+    sound: dict[int, Images] = {}
 
     def without_broken(images: Images | None) -> Images | None:
         if not isinstance(images, FileImages):
             return images
-        if id(images) not in sound:
-            faults = _faults(images, workers)
-            check_share(len(faults), images, faults)
-            broken.update(faults)
-            kept = [i for i, path in enumerate(images.paths) if path not in faults]
-            sound[id(images)] = images.subset(np.array(kept, dtype=np.int64)) if faults else images
+        if id(images) not in sound:  # the images for kNN may be those for training, or a part of them
+            if not looked.issuperset(images.paths):
+                faults = _faults(images, workers)
+                check_share(len(faults), images, faults)
+                broken.update(faults)
+                looked.update(images.paths)
+            kept = [i for i, path in enumerate(images.paths) if path not in broken]
+            sound[id(images)] = images if len(kept) == len(images) else images.subset(np.array(kept, dtype=np.int64))
         return sound[id(images)]
 
     train = without_broken(source.train)

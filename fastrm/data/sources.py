@@ -22,6 +22,12 @@ T = TypeVar("T")
 BROKEN = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)
 """What Pillow raises for a file that is no picture, or a broken one."""
 
+
+def reason(error: Exception) -> str:
+    """What an error says, or its kind if it says nothing."""
+    return str(error) or type(error).__name__
+
+
 NAMED = ("digits", "fashion-mnist", "cifar10", "cifar100", "stl10", "synthetic")
 ENDINGS = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".ppm", ".pgm"})
 
@@ -95,15 +101,12 @@ class FileImages:
             try:
                 return at, read(self.content(at))
             except BROKEN as error:
-                self.unreadable[at] = str(error) or type(error).__name__
+                self.unreadable[at] = reason(error)
         raise UsageError(f"none of the {len(self.paths)} image files can be read; the first is {self.paths[0]}")
 
     def subset(self, indices: NDArray[np.int64]) -> FileImages:
         """Return the images at ``indices``."""
-        return FileImages([self.paths[i] for i in indices], self._labels_of(indices))
-
-    def _labels_of(self, indices: NDArray[np.int64]) -> NDArray[np.int64] | None:
-        return None if self.labels is None else self.labels[indices]
+        return FileImages([self.paths[i] for i in indices], None if self.labels is None else self.labels[indices])
 
 
 Images = ArrayImages | FileImages

@@ -17,7 +17,7 @@ from fastrm.data import batched
 from fastrm.data.augmentation import IMAGENET_MEAN, IMAGENET_STD, Augmentation
 from fastrm.data.draws import Batch, BatchSampler, blur_radius, draw_views
 from fastrm.data.scan import report
-from fastrm.data.sources import BROKEN, ArrayImages, FileImages, Header, Images, decode, inspect
+from fastrm.data.sources import BROKEN, ArrayImages, FileImages, Header, Images, decode, inspect, reason
 
 try:  # a third faster than Pillow, but torchvision 0.29 announces that it will go
     from torchvision.io import ImageReadMode, decode_jpeg
@@ -61,7 +61,7 @@ class _Views(Dataset[_Loaded]):
                     return decode_jpeg(torch.frombuffer(bytearray(content), dtype=torch.uint8), ImageReadMode.RGB)
             return torch.from_numpy(np.array(decode(content))).permute(2, 0, 1)
         except BROKEN as error:
-            images.unreadable[index] = str(error) or type(error).__name__
+            images.unreadable[index] = reason(error)
             raise _Broken from None
 
     def _views(
