@@ -31,7 +31,10 @@ from fastrm.config import Config, build
 from fastrm.data import Source, augmentation, open_source
 from fastrm.data.augmentation import IMAGENET_MEAN, IMAGENET_STD, View
 from fastrm.device import available_cores
+from fastrm.graph import GraphedStep
 from fastrm.methods import build_method
+from fastrm.optim import build_optimizer
+from fastrm.step import AUTOCAST, Step
 
 SIZE, ROUNDS = 64, 3
 # Batch and steps by stem: that for ImageNet leaves a fourteenth of the work.
@@ -253,6 +256,67 @@ def test_against_the_loops(method: str, stem: str, tmp_path: Path, benchmark: An
     benchmark.extra_info.update(ratios)
     benchmark.pedantic(lambda: None, rounds=1)
     assert ratios[next(iter(rival))] > 1
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(DEVICE.type != "cuda", reason="needs a CUDA device")
+@pytest.mark.parametrize(
+    ("arch", "size", "batch", "precision", "wanted"),
+    [("resnet50", 224, 128, "bf16", {"bare networks": 0.95}), ("resnet18", 32, 64, "bf16", {"uncaptured": 1.5})],
+)
+def test_the_step_on_a_gpu(
+    arch: str, size: int, batch: int, precision: str, wanted: dict[str, float], benchmark: Any
+) -> None:
+    """The step on images that are there already: plain, as one CUDA graph, and the bare networks."""
+    torch.backends.cudnn.benchmark = True  # as in a run
+    config = build(data="synthetic", method="mocov3", arch=arch, image_size=size, precision=precision)
+    views = torch.randn(2, batch, 3, size, size, device=DEVICE)
+    first, second = (view.contiguous(memory_format=torch.channels_last) for view in views)
+
+    def stepper(kind: type[Step]) -> Callable[[], object]:
+        method = build_method(config, device=DEVICE).train()
+        method.keep_low_precision_teacher(AUTOCAST[precision])
+        step = kind(
+            method, build_optimizer(method, config.optim), precision=precision, accumulate=1, clip_norm=None,
+            layout=torch.channels_last,
+        )  # fmt: skip
+        return lambda: step(
+            [(first, second)], lr=0.1, residual_weight=1.0, teacher_momentum=0.99, measure=False
+        )  # fmt: skip
+
+    method = build_method(config, device=DEVICE).train()
+    method.keep_low_precision_teacher(AUTOCAST[precision])
+
+    def networks() -> None:
+        with torch.autocast(DEVICE.type, AUTOCAST[precision]):
+            outputs = [method.encode_student(view).output.sum() for view in (first, second)]
+            with torch.no_grad():
+                for view in (first, second):
+                    method.encode_teacher(view)
+        torch.stack(outputs).sum().backward()
+        method.zero_grad(set_to_none=True)
+
+    contenders: dict[str, Callable[[], object]] = {
+        "uncaptured": stepper(Step), "captured": stepper(GraphedStep), "bare networks": networks,
+    }  # fmt: skip
+    times: dict[str, list[float]] = {name: [] for name in contenders}
+    for turn in range(8):
+        for name, run in contenders.items():
+            begin = time.perf_counter()
+            for _ in range(5):
+                run()
+            synchronise()
+            if turn:  # the first turn compiles and captures
+                times[name].append((time.perf_counter() - begin) / 5)
+    print(f"\n{arch}, {size} pixels, batch {batch}, {precision}, {torch.cuda.get_device_name(DEVICE)}")
+    print("| | images a second | captured is faster by |\n|---|--:|--:|")
+    for name, these in times.items():
+        ratio = statistics.median(a / b for a, b in zip(these, times["captured"], strict=True))
+        print(f"| {name} | {batch / statistics.median(these):.0f} | {ratio:.2f} |")
+        benchmark.extra_info[name] = ratio
+    benchmark.pedantic(lambda: None, rounds=1)
+    for name, least in wanted.items():
+        assert benchmark.extra_info[name] >= least
 
 
 @pytest.mark.parametrize("residual_weight", [0.0, 1.0])

@@ -25,11 +25,12 @@ def parts(out: Path) -> dict[str, list[str]]:
     bench = [*PYTEST, "-s", "--benchmark-only"]
     return {
         "correctness": [*PYTEST, "-m", "gpu", "tests/test_ema.py", "tests/test_optimizers.py",
-                        "tests/test_contrastive.py", "tests/test_queue.py"],
+                        "tests/test_contrastive.py", "tests/test_queue.py", "tests/test_step.py"],
         "teacher update": [*bench, f"--benchmark-json={out}/ema.json", "benchmarks/bench_ema.py"],
         "optimizers": [*bench, f"--benchmark-json={out}/optim.json", "benchmarks/bench_optim.py"],
         "losses": [*bench, f"--benchmark-json={out}/contrastive.json", "benchmarks/bench_contrastive.py"],
         "queue": [*bench, f"--benchmark-json={out}/queue.json", "benchmarks/bench_queue.py"],
+        "step": [*bench, f"--benchmark-json={out}/step.json", "-m", "gpu", "benchmarks/bench_step.py"],
         "kernel report": [sys.executable, "-m", "benchmarks.kernel_report"],
     }  # fmt: skip
 

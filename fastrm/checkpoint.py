@@ -19,7 +19,7 @@ FORMAT = 2
 # Settings that may differ between a run and its continuation, since they do not change what is learned.
 FREE_ON_RESUME = frozenset(
     {"max_steps", "log_every", "profile", "eval_every", "checkpoint_every", "out", "resume", "recipe"}
-    | {"device", "compile", "channels_last", "kernels", "loader", "scan", "workers", "data_root"}
+    | {"device", "compile", "cuda_graph", "channels_last", "kernels", "loader", "scan", "workers", "data_root"}
 )
 
 

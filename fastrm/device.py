@@ -6,7 +6,9 @@ import os
 
 import torch
 
+from fastrm.config import Config
 from fastrm.errors import UsageError
+from fastrm.kernels._dispatch import triton_problem
 
 
 def choose_device(wanted: str) -> torch.device:
@@ -45,6 +47,27 @@ def choose_precision(wanted: str, device: torch.device) -> str:
     if wanted == "auto":
         return "bf16" if has_bf16 else "fp16"
     return wanted
+
+
+def choose_compile(wanted: bool | None, device: torch.device) -> bool:
+    """Unset is yes on a GPU with Triton, which torch.compile needs there, and no on the CPU."""
+    return device.type == "cuda" and triton_problem(device) is None if wanted is None else wanted
+
+
+def check_cuda_graph(config: Config, device: torch.device, precision: str, processes: int) -> None:
+    """Raise a UsageError unless the whole step of a run can be captured."""
+    problems = {
+        f"it needs a GPU: {why_no_gpu()}": device.type != "cuda",
+        "it is for one process": processes > 1,
+        f"--precision {precision} scales the loss by what the host reads; use bf16 or fp32": precision == "fp16",
+        "the host steers apex's LAMB; use another --optimizer": config.optim.optimizer == "lamb",
+        f"--kernels {config.device.kernels} reads values on the host": (
+            device.type == "cuda" and (config.device.kernels in ("cpu", "reference") or triton_problem(device))
+        ),
+    }
+    for problem, found in problems.items():
+        if found:
+            raise UsageError(f"--cuda-graph cannot be used: {problem}")
 
 
 def choose_kernels(wanted: str, device: torch.device) -> str | None:

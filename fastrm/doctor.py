@@ -16,7 +16,7 @@ import torch
 import fastrm
 from fastrm import _cli
 from fastrm.data.dali_loader import dali_problem
-from fastrm.device import available_cores, choose_precision, why_no_gpu
+from fastrm.device import available_cores, choose_compile, choose_device, choose_precision, why_no_gpu
 from fastrm.optim import apex_problem
 
 
@@ -28,7 +28,11 @@ def _device() -> str:
 
 
 def _precision() -> str:
-    return choose_precision("auto", torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    return choose_precision("auto", _here())
+
+
+def _here() -> torch.device:
+    return choose_device("auto")
 
 
 def _triton() -> str:
@@ -64,7 +68,8 @@ def _compile() -> str:
     compiler = next((c for c in ("g++", "clang++", "cl") if shutil.which(c)), None)
     if compiler is None:
         return "not usable on the CPU: there is no C++ compiler; install g++"
-    return f"usable ({compiler}), off unless --compile is given"
+    usual = "on unless --no-compile" if choose_compile(None, _here()) else "off unless --compile"
+    return f"usable ({compiler}), {usual} is given"
 
 
 def _apex() -> str:

@@ -69,10 +69,16 @@ class Step:
         measure: bool,
     ) -> list[StepOutput]:
         """Make a step on ``accumulate`` pairs of views, and return what the micro-batches gave."""
+        self.residual_weight.fill_(residual_weight)
+        self._set(lr, teacher_momentum)
+        return self._run(batches, measure)
+
+    def _set(self, lr: float | Tensor, teacher_momentum: float | Tensor) -> None:
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         self.optimizer.ema_momentum = teacher_momentum
-        self.residual_weight.fill_(residual_weight)
+
+    def _run(self, batches: Iterable[tuple[Tensor, Tensor]], measure: bool) -> list[StepOutput]:
         statistics = self.statistics.clone()
         outputs = []
         for number, (first, second) in enumerate(batches, start=1):

@@ -28,7 +28,14 @@ from fastrm.config import Config, defaults, resolved, validate
 from fastrm.data import Loader, Source, make_loader, open_source
 from fastrm.data.augmentation import IMAGENET_MEAN, IMAGENET_STD
 from fastrm.data.scan import SKIPPED, scan, write_skipped
-from fastrm.device import available_cores, choose_device, choose_kernels, choose_precision
+from fastrm.device import (
+    available_cores,
+    check_cuda_graph,
+    choose_compile,
+    choose_device,
+    choose_kernels,
+    choose_precision,
+)
 from fastrm.distributed import (
     World,
     barrier,
@@ -42,6 +49,7 @@ from fastrm.distributed import (
 from fastrm.errors import UsageError
 from fastrm.evaluate import knn
 from fastrm.files import read_json, write_json, write_whole
+from fastrm.graph import GraphedStep
 from fastrm.methods import Method, StepOutput, build_method
 from fastrm.metrics import METRICS, TENSORBOARD, Recorder
 from fastrm.optim import Schedule, build_optimizer
@@ -68,7 +76,9 @@ def train(config: Config) -> dict[str, Any]:
 def _train(config: Config, device: torch.device, world: World) -> dict[str, Any]:
     precision = choose_precision(config.device.precision, device)
     backend = choose_kernels(config.device.kernels, device)
-    config = resolved(config, world.size)
+    config = resolved(config, world.size).replace(compile=choose_compile(config.device.compile, device))
+    if config.device.cuda_graph:
+        check_cuda_graph(config, device, precision, world.size)
     batch, accumulate, workers = _sizes(config)
     broken: dict[Path, str] = {}
     with first_alone():  # it may download the images, and leaves the others what its scan found
@@ -104,7 +114,7 @@ def _train(config: Config, device: torch.device, world: World) -> dict[str, Any]
     if config.device.compile:
         for part in (method.student, method.teacher, method.predictor):
             part.compile()  # in place: the parameters keep their names
-    step_once = Step(
+    step_once = (GraphedStep if config.device.cuda_graph else Step)(
         method,
         optimizer,
         precision=precision,
@@ -289,10 +299,16 @@ def _described(config: Config, device: torch.device, precision: str, world: Worl
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu, {torch.get_num_threads()} threads"
     settings = config.method
     residual = f"residual weight {settings.residual_weight:g} at the {settings.residual_at}"
-    return (
-        f"{settings.method}, {residual}; {config.model.arch}; batch {config.input.batch_size}; {name}; {precision}"
-        f"{', compiled' if config.device.compile else ''}{f'; {world.size} processes' if world.size > 1 else ''}"
-    )
+    extras = {
+        "compiled": config.device.compile,
+        "one CUDA graph": config.device.cuda_graph,
+        f"{world.size} processes": world.size > 1,
+    }
+    parts = [
+        f"{settings.method}, {residual}; {config.model.arch}; batch {config.input.batch_size}; {name}; {precision}",
+        *(extra for extra, chosen in extras.items() if chosen),
+    ]
+    return ", ".join(parts)
 
 
 def read_flags(argv: Sequence[str] | None) -> Config:

@@ -56,6 +56,7 @@ def fails(entry: Callable[[list[str]], None], flags: list[str], capsys: pytest.C
         (["--data", "digits", "--batch-size", "5000"], ["--batch-size 5000 is more than the 1437 images"]),
         (["--data", "digits", "--batch-size", "10", "--accumulate", "4"], ["--batch-size 10 must be a multiple of 4"]),
         (["--data", "digits", "--batch-size", "4", "--accumulate", "4"], ["--batch-size 4", "BatchNorm"]),
+        (["--data", "digits", "--cuda-graph"], ["--cuda-graph cannot be used: it needs a GPU"]),
         (["--data", "digits", "--precision", "fp16"], ["--precision fp16 needs a GPU"]),
         (["--data", "digits", "--stem", "small", "--arch", "test_convnext"], ["--stem small is for ResNets"]),
         ([*TINY, "--data", "digits", "--optimizer", "lamb"], ["--optimizer lamb", "NVIDIA/apex"]),

@@ -1,0 +1,68 @@
+"""The whole step as one CUDA graph, for networks whose kernels take longer to launch than to run."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastrm.methods import StepOutput
+from fastrm.step import Step
+
+EAGER = 2
+"""Steps of either kind, measured or not, before one is captured: they make the state and compile the kernels."""
+
+
+class GraphedStep(Step):
+    """A :class:`fastrm.step.Step` that is captured once and replayed: the same numbers, in one launch.
+
+    What changes from step to step lies in tensors that stay where they are: the images, which are copied there, the
+    learning rate, the teacher's momentum and the residual term's weight. A step that is measured is a graph of its own.
+    What a step returns is overwritten by the next.
+    """
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.lr = torch.zeros((), dtype=torch.float64, device=self.device)
+        self.teacher_momentum = torch.zeros_like(self.lr)
+        self.images: list[tuple[Tensor, Tensor]] = []
+        self.eager = {False: 0, True: 0}
+        self.captured: dict[bool, tuple[torch.cuda.CUDAGraph, list[StepOutput]]] = {}
+        self.stream = torch.cuda.Stream(self.device)
+
+    def _set(self, lr: float | Tensor, teacher_momentum: float | Tensor) -> None:
+        self.lr.fill_(lr)
+        self.teacher_momentum.fill_(teacher_momentum)
+        super()._set(self.lr, self.teacher_momentum)
+
+    def _run(self, batches: Iterable[tuple[Tensor, Tensor]], measure: bool) -> list[StepOutput]:
+        pairs = list(batches)
+        if not self.images:
+            self.images = [(self._like(first), self._like(second)) for first, second in pairs]
+        for (first, second), (own_first, own_second) in zip(pairs, self.images, strict=True):
+            own_first.copy_(first, non_blocking=True)
+            own_second.copy_(second, non_blocking=True)
+        if self.eager[measure] < EAGER:
+            self.eager[measure] += 1
+            return self._beside(measure)
+        if measure not in self.captured:
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):  # records, and runs nothing
+                outputs = super()._run(self.images, measure)
+            self.captured[measure] = graph, outputs
+        graph, outputs = self.captured[measure]
+        graph.replay()
+        return outputs
+
+    def _beside(self, measure: bool) -> list[StepOutput]:
+        """Run on a stream that is not the default one, as what is to be captured has to."""
+        self.stream.wait_stream(torch.cuda.current_stream(self.device))
+        with torch.cuda.stream(self.stream):
+            outputs = super()._run(self.images, measure)
+        torch.cuda.current_stream(self.device).wait_stream(self.stream)
+        return outputs
+
+    def _like(self, view: Tensor) -> Tensor:
+        return torch.empty_like(view, memory_format=self.layout)
