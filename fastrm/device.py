@@ -49,9 +49,9 @@ def choose_precision(wanted: str, device: torch.device) -> str:
     return wanted
 
 
-def choose_compile(wanted: bool | None, device: torch.device) -> bool:
-    """Unset is yes on a GPU with Triton, which torch.compile needs there, and no on the CPU."""
-    return device.type == "cuda" and triton_problem(device) is None if wanted is None else wanted
+def choose_compile(wanted: str, device: torch.device) -> bool:
+    """``auto`` is yes on a GPU with Triton, which torch.compile needs there, and no on the CPU."""
+    return device.type == "cuda" and triton_problem(device) is None if wanted == "auto" else wanted == "on"
 
 
 def check_cuda_graph(config: Config, device: torch.device, precision: str, processes: int) -> None:

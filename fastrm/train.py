@@ -76,7 +76,9 @@ def train(config: Config) -> dict[str, Any]:
 def _train(config: Config, device: torch.device, world: World) -> dict[str, Any]:
     precision = choose_precision(config.device.precision, device)
     backend = choose_kernels(config.device.kernels, device)
-    config = resolved(config, world.size).replace(compile=choose_compile(config.device.compile, device))
+    config = resolved(config, world.size).replace(
+        compile="on" if choose_compile(config.device.compile, device) else "off"
+    )
     if config.device.cuda_graph:
         check_cuda_graph(config, device, precision, world.size)
     batch, accumulate, workers = _sizes(config)
@@ -111,7 +113,7 @@ def _train(config: Config, device: torch.device, world: World) -> dict[str, Any]
     if precision in AUTOCAST:
         method.keep_low_precision_teacher(AUTOCAST[precision])
     optimizer: Any = build_optimizer(method, config.optim, backend=backend)
-    if config.device.compile:
+    if config.device.compile == "on":
         for part in (method.student, method.teacher, method.predictor):
             part.compile()  # in place: the parameters keep their names
     step_once = (GraphedStep if config.device.cuda_graph else Step)(
@@ -300,7 +302,7 @@ def _described(config: Config, device: torch.device, precision: str, world: Worl
     settings = config.method
     residual = f"residual weight {settings.residual_weight:g} at the {settings.residual_at}"
     extras = {
-        "compiled": config.device.compile,
+        "compiled": config.device.compile == "on",
         "one CUDA graph": config.device.cuda_graph,
         f"{world.size} processes": world.size > 1,
     }

@@ -103,7 +103,13 @@ def test_help_groups_the_flags(capsys: pytest.CaptureFixture[str]) -> None:
         train.main(["--help"])
     assert stop.value.code == 0
     shown = capsys.readouterr().out
-    for part in ("input options", "method options", "optim options", "--residual-weight FLOAT", "--no-compile"):
+    for part in (
+        "input options",
+        "method options",
+        "optim options",
+        "--residual-weight FLOAT",
+        "--compile {auto,on,off}",
+    ):
         assert part in shown
 
 

@@ -280,7 +280,7 @@ def test_an_unlabelled_folder_skips_knn_with_one_notice(
 
 
 def test_compile_and_bf16_run(small: Small, tmp_path: Path) -> None:
-    train.train(small(compile=True, precision="bf16", arch="test_convnext", max_steps=1))
+    train.train(small(compile="on", precision="bf16", arch="test_convnext", max_steps=1))
     assert np.isfinite(records(tmp_path / "run")[0]["loss"])
     names = checkpoint.load(tmp_path / "run")["method"]
     assert not any("_orig_mod" in name for name in names)
