@@ -126,8 +126,8 @@ class DeviceConfig:
     """Precision of the networks' layers; weights, teacher and losses are in float32 always.
     auto: bf16 on a GPU that has it, fp16 with loss scaling on one that has not, fp32 on the CPU."""
     compile: Literal["auto", "on", "off"] = "auto"
-    """Compile the student and the teacher with torch.compile; auto: on a GPU with Triton, where it pays in minutes,
-    and not on the CPU, where a compiled ResNet-18 was seen to be no faster."""
+    """Compile the student and the teacher with torch.compile; --compile alone is on, --no-compile is off.
+    auto: on a GPU with Triton, where it pays in minutes; not on the CPU, where a ResNet-18 was no faster."""
     cuda_graph: bool = False
     """Capture the whole step as one CUDA graph: for small images and networks, where launches dominate."""
     channels_last: bool = True

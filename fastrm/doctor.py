@@ -68,7 +68,7 @@ def _compile() -> str:
     compiler = next((c for c in ("g++", "clang++", "cl") if shutil.which(c)), None)
     if compiler is None:
         return "not usable on the CPU: there is no C++ compiler; install g++"
-    usual = "on unless --compile off" if choose_compile("auto", _here()) else "off unless --compile on"
+    usual = "on unless --no-compile" if choose_compile("auto", _here()) else "off unless --compile"
     return f"usable ({compiler}), {usual} is given"
 
 

@@ -10,10 +10,11 @@ from __future__ import annotations
 import argparse
 import platform
 import shutil
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
-from itertools import islice
+from itertools import islice, zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -323,7 +324,19 @@ def read_flags(argv: Sequence[str] | None) -> Config:
         chosen = vars(peek.parse_known_args(argv)[0])
     except argparse.ArgumentError:
         chosen = {}
-    return _cli.parse(Config, argv, prog="python -m fastrm.train", default=defaults(**chosen))
+    given = list(_short_forms(sys.argv[1:] if argv is None else argv))
+    return _cli.parse(Config, given, prog="python -m fastrm.train", default=defaults(**chosen))
+
+
+def _short_forms(argv: Sequence[str]) -> Iterator[str]:
+    """Spell ``--compile`` alone and ``--no-compile`` out."""
+    for word, following in zip_longest(argv, argv[1:], fillvalue="--"):
+        if word == "--no-compile":
+            yield from ("--compile", "off")
+        else:
+            yield word
+            if word == "--compile" and following.startswith("--"):
+                yield "on"
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -113,6 +113,14 @@ def test_help_groups_the_flags(capsys: pytest.CaptureFixture[str]) -> None:
         assert part in shown
 
 
+@pytest.mark.parametrize(
+    ("given", "meant"), [("--compile", "on"), ("--no-compile", "off"), ("--compile auto", "auto"), ("", "auto")]
+)
+def test_compile_has_short_forms(given: str, meant: str) -> None:
+    for argv in ([*given.split(), "--data", "digits"], ["--data", "digits", *given.split()]):
+        assert train.read_flags(argv).device.compile == meant
+
+
 def test_a_picture_folder_from_the_shell(tmp_path: Path) -> None:
     """The real thing once: another process, a folder with an odd name, the default output folder."""
     folder = tmp_path / "my pictures ü"
