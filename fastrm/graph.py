@@ -37,7 +37,7 @@ class GraphedStep(Step):
         self.teacher_momentum.fill_(teacher_momentum)
         super()._set(self.lr, self.teacher_momentum)
 
-    def _run(self, batches: Iterable[tuple[Tensor, Tensor]], measure: bool) -> list[StepOutput]:
+    def _run(self, batches: Iterable[tuple[Tensor, ...]], measure: bool) -> list[StepOutput]:
         pairs = list(batches)
         if not self.images:
             self.images = [(self._like(first), self._like(second)) for first, second in pairs]

@@ -61,7 +61,7 @@ class Step:
 
     def __call__(
         self,
-        batches: Iterable[tuple[Tensor, Tensor]],
+        batches: Iterable[tuple[Tensor, ...]],
         *,
         lr: float,
         residual_weight: float,
@@ -78,7 +78,7 @@ class Step:
             group["lr"] = lr
         self.optimizer.ema_momentum = teacher_momentum
 
-    def _run(self, batches: Iterable[tuple[Tensor, Tensor]], measure: bool) -> list[StepOutput]:
+    def _run(self, batches: Iterable[tuple[Tensor, ...]], measure: bool) -> list[StepOutput]:
         statistics = self.statistics.clone()
         outputs = []
         for number, (first, second) in enumerate(batches, start=1):

@@ -207,7 +207,7 @@ def _sizes(config: Config) -> tuple[int, int, int]:
     return config.input.batch_size, config.optim.accumulate, workers
 
 
-def _micro_batches(loader: Loader, step: int, schedule: Schedule) -> Iterator[tuple[Tensor, Tensor]]:
+def _micro_batches(loader: Loader, step: int, schedule: Schedule) -> Iterator[tuple[Tensor, ...]]:
     """Pairs of views without end, from an optimizer step on.
 
     Micro-batches at the end of an epoch that do not fill a step are left out.

@@ -2,44 +2,38 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from fastrm.data.augmentation import Augmentation, View, augmentation
+from fastrm.data.augmentation import SUPERVISED, Augmentation, View, augmentation
 from fastrm.data.dali_loader import DaliLoader, dali_problem
+from fastrm.data.loader import Loader
 from fastrm.data.memory_loader import MemoryLoader
 from fastrm.data.sources import ArrayImages, FileImages, Images, Source, open_source
 from fastrm.data.torch_loader import EvalImages, TorchLoader
 from fastrm.errors import UsageError
 
-__all__ = ["Augmentation", "Loader", "Source", "View", "augmentation", "eval_loader", "make_loader", "open_source"]
-
-
-class Loader(Protocol):
-    """What every loader offers; each pass over it is the next epoch, in a new order."""
-
-    def __len__(self) -> int:
-        """Batches an epoch."""
-
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield two views of the same images, [B, 3, H, W] each."""
-
-    def seek(self, batch: int) -> None:
-        """Go on from this batch, counted from the start of the run."""
-
-    broken: dict[Path, str]
-    """Files that were left out while reading, and what is wrong with them."""
+__all__ = [
+    "SUPERVISED",
+    "Augmentation",
+    "Loader",
+    "Source",
+    "View",
+    "augmentation",
+    "eval_loader",
+    "make_loader",
+    "open_source",
+]
 
 
 def make_loader(
     data: str | Path | Source,
     *,
-    method: str,
+    method: str | Augmentation,
     image_size: int,
     batch_size: int,
     device: str | torch.device,
@@ -56,7 +50,7 @@ def make_loader(
 
     Args:
         data: a folder, the name of a set, or an opened :class:`Source`.
-        method: ``"mocov3"``, ``"mocov2"``, ``"byol"`` or ``"densecl"``: whose augmentation.
+        method: ``"mocov3"``, ``"mocov2"``, ``"byol"`` or ``"densecl"``: whose augmentation; or one of your own.
         image_size: side of the views, in pixels.
         batch_size: images a batch of this process; what is left over at the end of an epoch is dropped, and another
             part of the data in each epoch.
@@ -67,12 +61,13 @@ def make_loader(
         loader: ``"memory"`` holds the whole set on the device and needs a named one; ``"dali"`` reads files;
             ``"torch"`` uses worker processes; ``"auto"`` is memory for named sets, and for files dali on a GPU where
             it is installed, else torch, which is the faster of the two on a CPU.
-        crop_min: smallest share of the area that a crop takes.
+        crop_min: smallest share of the area that a crop takes, in a method's augmentation.
         data_root: where a named set lies.
         rank, world_size: this process among all; together they see every image once an epoch.
 
     Returns:
-        A :class:`Loader`: iterate it for one epoch of (first, second), [B, 3, H, W] each, channels last, normalised
+        A :class:`Loader`: iterate it for one epoch of (first, second), [B, 3, H, W] each (one view or as many as an
+        augmentation of your own has), channels last, normalised
         by ImageNet's mean and standard deviation; ``len`` is the number of batches an epoch.
 
     Raises:
@@ -94,7 +89,7 @@ def make_loader(
         "rank": rank,
         "world_size": world_size,
     }
-    recipe = augmentation(method, crop_min=crop_min)
+    recipe = method if isinstance(method, Augmentation) else augmentation(method, crop_min=crop_min)
     kind = _kind(loader, source.train, torch.device(device))
     if kind == "memory":
         assert isinstance(source.train, ArrayImages)

@@ -46,13 +46,20 @@ class View:
 
 @dataclass(frozen=True, kw_only=True)
 class Augmentation:
-    """The two views of an image and what follows them."""
+    """The views of an image and what follows them."""
 
-    views: tuple[View, View]
+    views: tuple[View, ...]
+    """Two for pre-training, one for training with labels."""
     mean: tuple[float, float, float] = IMAGENET_MEAN
     """Subtracted a channel, after scaling to [0, 1]."""
     std: tuple[float, float, float] = IMAGENET_STD
     """Divided by a channel."""
+
+
+SUPERVISED = Augmentation(
+    views=(View(crop_scale=(0.08, 1.0), jitter_probability=0.0, grayscale_probability=0.0, blur_probability=0.0),)
+)
+"""A crop and a flip: what networks are customarily trained with where there are labels."""
 
 
 def augmentation(method: str, *, crop_min: float) -> Augmentation:

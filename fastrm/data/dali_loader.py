@@ -1,4 +1,4 @@
-"""Images in files through NVIDIA DALI: decoding and the two crops there, on the GPU or the CPU.
+"""Images in files through NVIDIA DALI: decoding and the crops there, on the GPU or the CPU.
 
 What follows the crop is :mod:`fastrm.data.batched` on the same device, so that colours are torchvision's: DALI turns a
 hue in YIQ, not in HSV. Order and parameters come from :mod:`fastrm.data.draws`, which makes ``seek`` exact.
@@ -11,7 +11,6 @@ from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import cache
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -21,13 +20,15 @@ from torch import Tensor
 
 from fastrm.data import batched
 from fastrm.data.augmentation import Augmentation, View
-from fastrm.data.draws import Batch, BatchSampler, Draws, blur_radius, draw_views
+from fastrm.data.draws import Batch, Draws, blur_radius, draw_views
+from fastrm.data.loader import Loader
 from fastrm.data.scan import report
 from fastrm.data.sources import FileImages, decode, inspect
 
 _AHEAD = 2  # batches that are read and cropped while one is in use
 
-_Cropped = list[tuple[Tensor, Draws]]
+_Cropped = tuple[list[int], list[tuple[Tensor, Draws]]]
+"""Indices of a batch's images, and for each view their crops and what was drawn for the rest."""
 
 
 @cache
@@ -68,12 +69,8 @@ def uncompressed(content: bytes) -> Encoded:
     return Encoded(np.frombuffer(ppm, dtype=np.uint8), (picture.height, picture.width))
 
 
-class DaliLoader:
-    """Pairs of views of images in files; each pass over the loader is the next epoch.
-
-    A batch depends on the seed and its place (epoch, batch, rank) alone, so that ``seek`` gives the same one anywhere.
-    The next batches are read, decoded and cropped while one is in use.
-    """
+class DaliLoader(Loader):
+    """Views of images in files; the next batches are read, decoded and cropped while one is in use."""
 
     def __init__(
         self,
@@ -81,35 +78,22 @@ class DaliLoader:
         augmentation: Augmentation,
         *,
         image_size: int,
-        batch_size: int,
         device: torch.device,
         dtype: torch.dtype,
         workers: int,
-        seed: int,
-        rank: int,
-        world_size: int,
         regions: bool = False,
+        **sampling: int,
     ) -> None:
-        self._images, self._augmentation, self._device, self._dtype = images, augmentation, device, dtype
-        self._size = image_size
-        self._sampler = BatchSampler(len(images), batch_size, seed, rank, world_size)
-        self.broken: dict[Path, str] = {}
-        """Files that were left out, and what is wrong with them."""
+        super().__init__(len(images), augmentation, **sampling)
+        self._images, self._device, self._dtype, self._size = images, device, dtype, image_size
+        batch_size = sampling["batch_size"]
         threads = max(1, workers)
         self._threads = ThreadPoolExecutor(threads)
         self._reader = ThreadPoolExecutor(1)  # one batch after the other
         self._build = lambda: _pipeline(augmentation, image_size, batch_size, device, threads, regions=regions)
         self._pipeline = self._build()
 
-    def __len__(self) -> int:
-        """Batches an epoch."""
-        return len(self._sampler)
-
-    def seek(self, batch: int) -> None:
-        """Go on from this batch, counted from the start of the run."""
-        self._sampler.seek(batch)
-
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+    def _batches(self) -> Iterator[tuple[list[int], tuple[Tensor, ...]]]:
         submitted: deque[Future[_Cropped]] = deque()
         try:
             for batch in self._sampler:
@@ -121,7 +105,6 @@ class DaliLoader:
         finally:
             for unused in submitted:  # left before the end
                 unused.cancel()
-        self._sampler.next_epoch()
 
     def _crop(self, batch: Batch) -> _Cropped:
         """Read the files of a batch, draw its views, and let DALI crop them."""
@@ -134,14 +117,15 @@ class DaliLoader:
             return self._cropped(batch, uncompressed)
 
     def _cropped(self, batch: Batch, encode: Any) -> _Cropped:
-        files = list(self._threads.map(lambda index: self._images.read(index, encode)[1], batch.images))
+        read = list(self._threads.map(lambda index: self._images.read(index, encode), batch.images))
+        indices, files = [index for index, _ in read], [file for _, file in read]
         sizes = [file.size for file in files]
         drawn = draw_views(self._augmentation.views, sizes, self._size, self._sampler.generator(batch))
         inputs: dict[str, Any] = {"encoded": [file.content for file in files]}
-        for name, draws in zip(("first", "second"), drawn, strict=True):
-            inputs |= {f"{name}_box": draws.box.int().numpy(), f"{name}_flip": draws.flip.int().numpy()}
+        for number, draws in enumerate(drawn):
+            inputs |= {f"box{number}": draws.box.int().numpy(), f"flip{number}": draws.flip.int().numpy()}
         outputs = self._pipeline.run(**inputs)
-        return [(self._copied(crops), draws) for crops, draws in zip(outputs, drawn, strict=True)]
+        return indices, [(self._copied(crops), draws) for crops, draws in zip(outputs, drawn, strict=True)]
 
     def _copied(self, output: Any) -> Tensor:
         """A copy of our own, uint8 [B, S, S, 3]: DALI writes into its buffers again."""
@@ -153,12 +137,12 @@ class DaliLoader:
         feed_ndarray(output.as_tensor(), copy, cuda_stream=torch.cuda.current_stream(self._device))
         return copy
 
-    def _finish(self, cropped: _Cropped) -> tuple[Tensor, Tensor]:
+    def _finish(self, cropped: _Cropped) -> tuple[list[int], tuple[Tensor, ...]]:
         """Carry out what follows the crop."""
         report(self.broken, self._images, dict(self._images.unreadable))
-        pairs = zip(cropped, self._augmentation.views, strict=True)
-        first, second = (self._recoloured(crops, draws, view) for (crops, draws), view in pairs)
-        return first, second
+        indices, crops_of_views = cropped
+        pairs = zip(crops_of_views, self._augmentation.views, strict=True)
+        return indices, tuple(self._recoloured(crops, draws, view) for (crops, draws), view in pairs)
 
     def _recoloured(self, crops: Tensor, draws: Draws, view: View) -> Tensor:
         images = crops.permute(0, 3, 1, 2).to(torch.float32, memory_format=torch.contiguous_format)
@@ -170,9 +154,9 @@ class DaliLoader:
 def _pipeline(
     augmentation: Augmentation, size: int, batch_size: int, device: torch.device, threads: int, *, regions: bool
 ) -> Any:
-    """Files and boxes in, two crops out, uint8 [B, S, S, 3]; ``device`` is the only difference between GPU and CPU.
+    """Files and boxes in, a crop for each view out, uint8 [B, S, S, 3]; one definition for GPU and CPU.
 
-    ``regions`` decodes the two boxes; otherwise the picture is decoded once and the boxes are taken from it. Once is
+    ``regions`` decodes the boxes alone; otherwise the picture is decoded once and the boxes are taken from it. Once is
     faster on two CPU cores and JPEGs of 500x375: 463 to 501 images a second against 443 to 466. No GPU was timed.
     """
     from nvidia.dali import fn, pipeline_def, types
@@ -192,9 +176,9 @@ def _pipeline(
         file = fn.external_source(name="encoded", dtype=types.UINT8, ndim=1)
         whole = None if regions else fn.decoders.image(file, output_type=types.RGB, **decoder)
         views = []
-        for name, view in zip(("first", "second"), augmentation.views, strict=True):
-            box = fn.external_source(name=f"{name}_box", dtype=types.INT32, ndim=1)
-            flip = fn.external_source(name=f"{name}_flip", dtype=types.INT32, ndim=0)
+        for number, view in enumerate(augmentation.views):
+            box = fn.external_source(name=f"box{number}", dtype=types.INT32, ndim=1)
+            flip = fn.external_source(name=f"flip{number}", dtype=types.INT32, ndim=0)
             start, shape = box[0:2], box[2:4]
             if regions:
                 picture = fn.decoders.image_slice(file, start, shape, axes=(0, 1), **decoder)

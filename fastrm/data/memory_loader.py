@@ -3,24 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from fastrm.data import batched
 from fastrm.data.augmentation import Augmentation, View
-from fastrm.data.draws import Batch, BatchSampler, Draws, blur_radius, draw_views
+from fastrm.data.draws import Batch, Draws, blur_radius, draw_views
+from fastrm.data.loader import Loader
 from fastrm.data.sources import ArrayImages
 
 _TINY = 2**11  # values of a picture below which a call for each costs more than the wasted arithmetic of all together
 
 
-class MemoryLoader:
-    """Pairs of views of images held as arrays; each pass over the loader is the next epoch.
-
-    A batch depends on the seed and its place (epoch, batch, rank) alone, so that ``seek`` gives the same one anywhere.
-    """
+class MemoryLoader(Loader):
+    """Views of images held as arrays."""
 
     def __init__(
         self,
@@ -28,37 +25,23 @@ class MemoryLoader:
         augmentation: Augmentation,
         *,
         image_size: int,
-        batch_size: int,
         device: torch.device,
         dtype: torch.dtype,
-        seed: int,
-        rank: int,
-        world_size: int,
+        **sampling: int,
     ) -> None:
-        self._augmentation, self._size, self._dtype = augmentation, image_size, dtype
-        self._sampler = BatchSampler(len(images), batch_size, seed, rank, world_size)
+        super().__init__(len(images), augmentation, **sampling)
+        self._size, self._dtype = image_size, dtype
         self._pixels = images.tensor().to(device)
-        self.broken: dict[Path, str] = {}  # an array cannot be
 
-    def __len__(self) -> int:
-        """Batches an epoch."""
-        return len(self._sampler)
-
-    def seek(self, batch: int) -> None:
-        """Go on from this batch, counted from the start of the run."""
-        self._sampler.seek(batch)
-
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+    def _batches(self) -> Iterator[tuple[list[int], tuple[Tensor, ...]]]:
         for batch in self._sampler:
-            yield self._views(batch)
-        self._sampler.next_epoch()
+            yield batch.images, self._views(batch)
 
-    def _views(self, batch: Batch) -> tuple[Tensor, Tensor]:
+    def _views(self, batch: Batch) -> tuple[Tensor, ...]:
         height, width = self._pixels.shape[2:]
         sizes = [(height, width)] * len(batch.images)
         drawn = draw_views(self._augmentation.views, sizes, self._size, self._sampler.generator(batch))
-        first, second = (self._view(batch, *pair) for pair in zip(self._augmentation.views, drawn, strict=True))
-        return first, second
+        return tuple(self._view(batch, *pair) for pair in zip(self._augmentation.views, drawn, strict=True))
 
     def _view(self, batch: Batch, view: View, draws: Draws) -> Tensor:
         images = self._cropped(batch, draws, view.interpolation)

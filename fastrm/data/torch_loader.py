@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -16,6 +15,7 @@ from torchvision.transforms import v2
 from fastrm.data import batched
 from fastrm.data.augmentation import IMAGENET_MEAN, IMAGENET_STD, Augmentation
 from fastrm.data.draws import Batch, BatchSampler, blur_radius, draw_views
+from fastrm.data.loader import Loader
 from fastrm.data.scan import report
 from fastrm.data.sources import BROKEN, ArrayImages, FileImages, Header, Images, decode, inspect, reason
 
@@ -25,7 +25,7 @@ except ImportError:
     decode_jpeg = None  # type: ignore[assignment, unused-ignore]
 
 _CPU = torch.device("cpu")
-_Loaded = tuple[Tensor, Tensor, dict[int, str]]
+_Loaded = tuple[list[int], tuple[Tensor, ...], dict[int, str]]
 
 
 class _Broken(Exception):
@@ -33,7 +33,7 @@ class _Broken(Exception):
 
 
 class _Views(Dataset[_Loaded]):
-    """Two views of each image of a batch, in bytes, and what is wrong with the files that could not be read."""
+    """The images that a batch is of, their views in bytes, and what is wrong with the files that could not be read."""
 
     def __init__(self, images: Images, augmentation: Augmentation, image_size: int, sampler: BatchSampler) -> None:
         self.images, self.augmentation, self.image_size, self.sampler = images, augmentation, image_size, sampler
@@ -43,14 +43,14 @@ class _Views(Dataset[_Loaded]):
         if isinstance(images, ArrayImages):
             pixels = images.tensor()
             sizes = [(pixels.shape[2], pixels.shape[3])] * len(batch.images)
-            return *self._views(batch, sizes, lambda i: pixels[batch.images[i]]), {}
+            return batch.images, self._views(batch, sizes, lambda i: pixels[batch.images[i]]), {}
         while True:
             # The sizes, which the crops are drawn for, come from the headers, so that one picture at a time is held.
             files = [images.read(index, lambda content: (inspect(content), content)) for index in batch.images]
             sizes = [header.size for _, (header, _) in files]
             with contextlib.suppress(_Broken):  # it is left out in the next try
                 views = self._views(batch, sizes, partial(self._decoded, images, files))
-                return *views, dict(images.unreadable)
+                return [index for index, _ in files], views, dict(images.unreadable)
 
     def _decoded(self, images: FileImages, files: list[tuple[int, tuple[Header, bytes]]], i: int) -> Tensor:
         """uint8 [3, H, W] of one of the files."""
@@ -66,8 +66,8 @@ class _Views(Dataset[_Loaded]):
 
     def _views(
         self, batch: Batch, sizes: Sequence[tuple[int, int]], pixels: Callable[[int], Tensor]
-    ) -> tuple[Tensor, Tensor]:
-        """Two uint8 [B, 3, S, S], channels last, of uint8 [C, H, W] pictures."""
+    ) -> tuple[Tensor, ...]:
+        """uint8 [B, 3, S, S], channels last, of uint8 [C, H, W] pictures, for each view."""
         size, views = self.image_size, self.augmentation.views
         drawn = draw_views(views, sizes, size, self.sampler.generator(batch))
         boxes, flips = ([getattr(draws, name).tolist() for draws in drawn] for name in ("box", "flip"))
@@ -79,14 +79,13 @@ class _Views(Dataset[_Loaded]):
                 image = crop.to(torch.float32, memory_format=torch.contiguous_format)
                 batched.recolour_(image, draws.part(slice(i, i + 1)), blur_radius=blur_radius(view, size))
                 out[i] = image[0].round_().to(torch.uint8)  # first to bytes, then to channels last: twice as fast
-        return outs[0], outs[1]
+        return tuple(outs)
 
 
-class TorchLoader:
-    """Pairs of views from worker processes, a batch each; each pass over the loader is the next epoch.
+class TorchLoader(Loader):
+    """Views from worker processes, a batch each; the same whatever the number of workers.
 
-    A batch depends on the seed and its place (epoch, batch, rank) alone: not on the number of workers, and ``seek``
-    gives the same one anywhere. Bytes travel to the device, and are normalised there.
+    Bytes travel to the device, and are normalised there.
     """
 
     def __init__(
@@ -95,18 +94,13 @@ class TorchLoader:
         augmentation: Augmentation,
         *,
         image_size: int,
-        batch_size: int,
         device: torch.device,
         dtype: torch.dtype,
         workers: int,
-        seed: int,
-        rank: int,
-        world_size: int,
+        **sampling: int,
     ) -> None:
-        self._images, self._augmentation, self._device, self._dtype = images, augmentation, device, dtype
-        self._sampler = BatchSampler(len(images), batch_size, seed, rank, world_size)
-        self.broken: dict[Path, str] = {}
-        """Files that were left out, and what is wrong with them."""
+        super().__init__(len(images), augmentation, **sampling)
+        self._images, self._device, self._dtype = images, device, dtype
         self._loader = DataLoader(
             _Views(images, augmentation, image_size, self._sampler),
             batch_size=None,  # the sampler's elements are batches already
@@ -117,20 +111,11 @@ class TorchLoader:
             persistent_workers=workers > 0,
         )
 
-    def __len__(self) -> int:
-        """Batches an epoch."""
-        return len(self._sampler)
-
-    def seek(self, batch: int) -> None:
-        """Go on from this batch, counted from the start of the run."""
-        self._sampler.seek(batch)
-
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        for first, second, faults in self._loader:
+    def _batches(self) -> Iterator[tuple[list[int], tuple[Tensor, ...]]]:
+        for indices, views, faults in self._loader:
             if isinstance(self._images, FileImages):
                 report(self.broken, self._images, faults)
-            yield self._placed(first), self._placed(second)
-        self._sampler.next_epoch()
+            yield indices, tuple(map(self._placed, views))
 
     def _placed(self, views: Tensor) -> Tensor:
         views = views.to(self._device, non_blocking=True)

@@ -1,0 +1,50 @@
+"""What the loaders of views have in common."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from pathlib import Path
+
+from torch import Tensor
+
+from fastrm.data.augmentation import Augmentation
+from fastrm.data.draws import BatchSampler
+
+
+class Loader(ABC):
+    """Batches of augmented views; each pass over it is the next epoch, in a new order.
+
+    A batch depends on the seed and its place (epoch, batch, rank) alone, so that ``seek`` gives the same one anywhere.
+
+    Attributes:
+        broken: files that were left out while reading, and what is wrong with them.
+        indices: which of the images are in the batch that was yielded last.
+    """
+
+    def __init__(
+        self, length: int, augmentation: Augmentation, *, batch_size: int, seed: int, rank: int, world_size: int
+    ) -> None:
+        self._augmentation = augmentation
+        self._sampler = BatchSampler(length, batch_size, seed, rank, world_size)
+        self.broken: dict[Path, str] = {}
+        self.indices: list[int] = []
+
+    def __len__(self) -> int:
+        """Batches an epoch."""
+        return len(self._sampler)
+
+    def seek(self, batch: int) -> None:
+        """Go on from this batch, counted from the start of the run."""
+        self._sampler.seek(batch)
+
+    def __iter__(self) -> Iterator[tuple[Tensor, ...]]:
+        """Yield the views of the same images, [B, 3, H, W] each: two, or as many as the augmentation has."""
+        for indices, views in self._batches():
+            self.indices = indices
+            yield views
+        self._sampler.next_epoch()
+
+    @abstractmethod
+    def _batches(self) -> Iterator[tuple[list[int], tuple[Tensor, ...]]]:
+        """What is left of the epoch: the images' indices, and their views."""
