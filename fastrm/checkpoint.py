@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pickle
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -11,7 +10,7 @@ import torch
 from fastrm.config import Config, flag
 from fastrm.distributed import gather_objects, world
 from fastrm.errors import UsageError
-from fastrm.files import write_whole
+from fastrm.files import load_tensors, write_whole
 
 NAME = "checkpoint.pt"
 FORMAT = 2
@@ -52,11 +51,7 @@ def load(path: Path) -> dict[str, Any]:
         UsageError: there is no such file, or it is damaged or not a checkpoint of fastrm.
     """
     found = locate(path)
-    try:
-        state = torch.load(found, map_location="cpu", weights_only=True)
-    except (OSError, EOFError, RuntimeError, ValueError, KeyError, pickle.UnpicklingError) as error:
-        first_line = (str(error).splitlines() or [type(error).__name__])[0]
-        raise UsageError(f"{found} cannot be read as a checkpoint: {first_line[:200]}") from None
+    state = load_tensors(found)
     if not isinstance(state, dict) or state.get("format") != FORMAT:
         raise UsageError(f"{found} is not a checkpoint of this version of fastrm")
     return state

@@ -54,6 +54,9 @@ class ModelConfig:
     stem: Literal["auto", "imagenet", "small"] = "auto"
     """First layers of a ResNet: as published, or small (3x3 at stride 1, no max-pool).
     auto: small at 64 pixels and below."""
+    init_from: Path | None = None
+    """Weights to start the backbone from: a run folder or its files, an official MoCo, MoCo-v2 or MoCo-v3 checkpoint,
+    or any state dict in timm's or, for ResNets, torchvision's names."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -148,6 +151,8 @@ class RunConfig:
     """Steps between two logged ones; the first and the last are always logged."""
     eval_every: int = 10
     """Epochs between two kNN evaluations, besides the one at the end; 0: never."""
+    online_linear: bool = False
+    """Train a linear classifier along with the student, on its detached features, and score it at each evaluation."""
     checkpoint_every: int | None = None
     """Steps between two checkpoints, besides the one at the end; unset: an epoch."""
     profile: int = 0
@@ -346,7 +351,7 @@ def from_flat(leaves: Mapping[str, Any]) -> Config:
     Raises:
         UsageError: a setting is unknown or out of range.
     """
-    paths = {name: Path(leaves[name]) for name in ("data_root", "out") if leaves.get(name) is not None}
+    paths = {name: Path(leaves[name]) for name in ("data_root", "init_from", "out") if leaves.get(name) is not None}
     config = Config().replace(**{**leaves, **paths})
     validate(config)
     return config

@@ -5,175 +5,231 @@ python -m fastrm.evaluate --checkpoint runs/digits-mocov3-test_resnet --data dig
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from fastrm import _cli, checkpoint
-from fastrm.config import Config, from_flat
-from fastrm.data import Source, eval_loader, open_source
-from fastrm.data.sources import Images
+import fastrm
+from fastrm import _cli
+from fastrm.data import Source, open_source
+from fastrm.data.scan import scan
 from fastrm.device import choose_device
 from fastrm.errors import UsageError
-from fastrm.kernels import residual_loss
-from fastrm.methods import Method, build_method
+from fastrm.files import read_json, write_json
+from fastrm.models import Backbone, build_backbone
+from fastrm.pretrained import Pretrained, open_pretrained
+from fastrm.probes import (
+    Estimate,
+    Pixels,
+    accuracies,
+    features,
+    fine_tuned,
+    frozen_scores,
+    gap,
+    published_linear,
+)
+from fastrm.probes.features import Setting, labels_of
+from fastrm.probes.linear import MOCO_V2, MOCO_V3
 
-KNN_TEMPERATURE = 0.07
-KNN_NEIGHBOURS = (20, 200)
-
-
-def knn_accuracy(
-    bank: Tensor,
-    bank_labels: Tensor,
-    test: Tensor,
-    test_labels: Tensor,
-    *,
-    neighbours: Sequence[int] = KNN_NEIGHBOURS,
-    temperature: float = KNN_TEMPERATURE,
-) -> dict[int, float]:
-    """Weighted kNN accuracy: the nearest by cosine vote with exp(cosine / temperature) (Wu et al., arXiv 1805.01978).
-
-    Args:
-        bank: [N, D] features that neighbours are looked up in; normalised here.
-        bank_labels: int64 [N].
-        test: [M, D] features to be classified.
-        test_labels: int64 [M].
-        neighbours: the k to score; a bank of fewer rows votes with all of them.
-        temperature: of the votes.
-
-    Returns:
-        Accuracy from 0 to 1 by k. Memory beside the features is constant in M.
-    """
-    bank, test = nn.functional.normalize(bank, dim=1), nn.functional.normalize(test, dim=1)
-    classes = int(max(bank_labels.max(), test_labels.max())) + 1
-    correct = dict.fromkeys(neighbours, 0)
-    rows = max(1, 2**26 // len(bank))  # 256 MiB of similarities
-    for part, labels in zip(test.split(rows), test_labels.split(rows), strict=True):
-        similarity, index = (part @ bank.T).topk(min(max(neighbours), len(bank)), dim=1)
-        votes, voted = (similarity / temperature).exp(), bank_labels[index]
-        for k in neighbours:
-            tally = votes.new_zeros(len(part), classes).scatter_add_(1, voted[:, :k], votes[:, :k])
-            correct[k] += int((tally.argmax(dim=1) == labels).sum())
-    return {k: n / len(test) for k, n in correct.items()}
-
-
-@torch.no_grad()
-def features(backbone: nn.Module, images: Images, config: Config, device: torch.device, workers: int) -> Tensor:
-    """Pooled features [N, C] of all images, float32, in evaluation mode."""
-    was_training = backbone.training
-    backbone.eval()
-    loader = eval_loader(images, image_size=config.input.image_size, batch_size=256, workers=workers)
-    parts = [backbone(batch.to(device, non_blocking=True))[0].float() for batch in loader]
-    backbone.train(was_training)
-    return torch.cat(parts)
-
-
-def knn(method: Method[Any], source: Source, config: Config, device: torch.device, workers: int) -> dict[str, float]:
-    """kNN accuracy of both backbones: ``knn_student``, ``knn_teacher`` (k = 20), ``knn200_…`` (k = 200)."""
-    if source.bank is None or source.test is None:
-        raise UsageError(f"{source.name} has no labels, which kNN needs")
-    labels = [torch.as_tensor(images.labels, device=device) for images in (source.bank, source.test)]
-    scores = {}
-    for name in ("student", "teacher"):
-        backbone = getattr(method, name).backbone
-        bank, test = (features(backbone, images, config, device, workers) for images in (source.bank, source.test))
-        accuracy = knn_accuracy(bank, labels[0], test, labels[1])
-        scores[f"knn_{name}"], scores[f"knn200_{name}"] = accuracy[20], accuracy[200]
-    return scores
-
-
-@torch.no_grad()
-def gap(method: Method[Any], images: Images, config: Config, device: torch.device, workers: int) -> dict[str, float]:
-    """1 - mean cosine between student and teacher on the same picture, at each place of ``--residual-at``.
-
-    Networks in evaluation mode, pictures without augmentation; the gap that training logs is on augmented views in
-    training mode.
-    """
-    method.eval()
-    total = dict.fromkeys(("output", "projector", "backbone"), 0.0)
-    for batch in eval_loader(images, image_size=config.input.image_size, batch_size=256, workers=workers):
-        views = batch.to(device, non_blocking=True)
-        student, teacher = method.encode_student(views), method.teacher(views)
-        for place in total:
-            ours, theirs = getattr(student, place), getattr(teacher, place)
-            total[place] += float(residual_loss(ours, theirs, reduction="sum")) / 2
-    method.train()
-    return {f"gap_{place}": value / len(images) for place, value in total.items()}
-
-
-def load_run(path: Path, device: torch.device) -> tuple[Config, Method[Any], dict[str, Any]]:
-    """Rebuild the networks of a run from its checkpoint.
-
-    Returns:
-        The run's settings, its method with student and teacher, and the whole checkpoint.
-
-    Raises:
-        UsageError: the checkpoint is missing, damaged or of another layout.
-    """
-    state = checkpoint.load(path)
-    config = from_flat(state["config"])
-    method = build_method(config, device=device)
-    try:
-        method.load_state_dict(state["method"])
-    except RuntimeError as error:
-        raise UsageError(f"{path} does not fit its own settings: {str(error).splitlines()[0]}") from None
-    return config, method, state
+EVALUATION = "evaluation.json"
+Scores = dict[str, dict[str, Estimate]]
+"""By network, then by score."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluateConfig:
-    """Score the student and the teacher of a run side by side."""
+    """Score the student and the teacher of a run side by side, beside an untrained network and the raw pixels."""
 
     checkpoint: Path
-    """A run folder or a checkpoint file."""
+    """A run folder, a checkpoint, or a backbone.safetensors."""
     data: str | None = None
     """Images to score on, as for fastrm.train; unset: the run's."""
     data_root: Path | None = None
     """Where a named set lies; unset: the run's."""
     knn: bool = False
-    """Weighted kNN accuracy (cosine, temperature .07) for k 20 and 200."""
+    """Weighted kNN accuracy (cosine, temperature .07) for k 10, 20, 100 and 200."""
+    linear: bool = False
+    """A linear classifier on the frozen backbone with random crops and flips, as published: for mocov2 and densecl SGD
+    at 30 for 100 epochs, else at .1 x batch / 256 in batches of 1024 for 90."""
+    linear_quick: bool = False
+    """A linear classifier on features that are computed once; the best of six learning rates."""
+    linear_epochs: int | None = None
+    """Epochs of --linear; unset: as published."""
+    semi: float | None = None
+    """Fine-tune the whole network on this share of the labels, such as .01 or .1."""
+    transfer: str | None = None
+    """Another set of images to fit and score the quick linear classifier on."""
     gap: bool = False
-    """1 - mean cosine between student and teacher on the same picture."""
+    """1 - mean cosine between student and teacher on the same picture, layer by layer."""
+    out: Path | None = None
+    """JSON file that the scores are added to; unset: evaluation.json beside the checkpoint."""
     device: Literal["auto", "cuda", "cpu"] = "auto"
     """auto: the GPU if there is one."""
     workers: int = 2
     """Processes that read the images."""
 
 
-def evaluate(options: EvaluateConfig) -> dict[str, float]:
-    """Return the scores that are asked for.
+def evaluate(options: EvaluateConfig) -> dict[str, Any]:
+    """Compute the scores that are asked for and add them to ``evaluation.json``.
+
+    Returns:
+        By data set: ``scores``, an :class:`fastrm.probes.Estimate` by network and score, and ``gap``, one by place.
 
     Raises:
-        UsageError: the checkpoint or the data cannot be used.
+        UsageError: the checkpoint or the data cannot be used, or nothing is asked for.
     """
-    if not (options.knn or options.gap):
-        raise UsageError("say what to score: --knn, --gap, or both")
+    _check(options)
     device = choose_device(options.device)
-    config, method, _ = load_run(options.checkpoint, device)
-    root = options.data_root or config.input.data_root
-    source = open_source(options.data or config.input.data, root)
-    scores: dict[str, float] = {}
-    if options.knn:
-        scores |= knn(method, source, config, device, options.workers)
+    trained = open_pretrained(options.checkpoint, device)
+    out = options.out or trained.folder / EVALUATION
+    found = _earlier(out)
+    setting = Setting(trained.image_size, device, options.workers)
+    root = options.data_root or (trained.config.input.data_root if trained.config else None)
+    wanted = [options.data or trained.about.get("data", "")]
+    if not wanted[0]:
+        raise UsageError("--data is missing; give the images to score on")
+    sources = [open_source(name, root) for name in (*wanted, *([options.transfer] if options.transfer else []))]
+    scoring = options.knn or options.linear or options.linear_quick or options.semi is not None
+    for source in sources[0 if scoring else 1 :]:
+        if source.bank is None or source.test is None:
+            raise UsageError(f"{source.name} has no labels, which every score but --gap needs")
+    sources = [scan(source, workers=options.workers)[0] for source in sources]
+
+    results: dict[str, Any] = {}
+    if scoring:
+        results[sources[0].name] = {"scores": _scores(options, trained, sources[0], setting)}
     if options.gap:
-        scores |= gap(method, source.test or source.train, config, device, options.workers)
-    return scores
+        assert trained.method is not None
+        images = sources[0].test or sources[0].train
+        results.setdefault(sources[0].name, {})["gap"] = gap(trained.method, images, setting)
+    if options.transfer:
+        quick = replace(options, knn=False, linear=False, linear_quick=True, semi=None)
+        results.setdefault(sources[1].name, {}).setdefault("scores", {})
+        _merge(results[sources[1].name]["scores"], _scores(quick, trained, sources[1], setting))
+    _merge(found, {"fastrm": fastrm.__version__, "torch": torch.__version__, "step": trained.step})
+    _merge(found, {"sets": _plain(results)})
+    try:
+        write_json(out, found)
+    except OSError as error:
+        raise UsageError(f"--out {out} cannot be written: {error.strerror or error}") from None
+    return results
 
 
-def _table(scores: dict[str, float]) -> str:
-    rows = []
-    if "knn_student" in scores:
-        rows += [f"{'':14}{'student':>10}{'teacher':>10}"]
-        rows += [
-            f"kNN, k = {k:<5}{scores[f'{prefix}_student']:>10.4f}{scores[f'{prefix}_teacher']:>10.4f}"
-            for k, prefix in ((20, "knn"), (200, "knn200"))
-        ]
-    rows += [f"{name.replace('_', ' at '):<24}{value:>10.4f}" for name, value in scores.items() if "gap" in name]
-    return "\n".join(rows)
+def _check(options: EvaluateConfig) -> None:
+    asked = (options.knn, options.linear, options.linear_quick, options.semi is not None, options.gap, options.transfer)
+    if not any(asked):
+        raise UsageError("say what to score: --knn, --linear, --linear-quick, --semi .01, --transfer DATA, --gap")
+    if options.semi is not None and not 0 < options.semi <= 1:
+        raise UsageError(f"--semi {options.semi} is out of range; it must be above 0 and at most 1")
+    if options.linear_epochs is not None and options.linear_epochs < 1:
+        raise UsageError(f"--linear-epochs {options.linear_epochs} is out of range; it must be at least 1")
+    if options.workers < 0:
+        raise UsageError(f"--workers {options.workers} is out of range; it must be at least 0")
+    if options.gap and options.checkpoint.suffix == ".safetensors":
+        raise UsageError(f"--gap needs student and teacher, and {options.checkpoint} holds one network; give the run")
+
+
+def _earlier(out: Path) -> dict[str, Any]:
+    """What earlier evaluations wrote; of another score or set it stays."""
+    if not out.exists():
+        return {}
+    try:
+        found = read_json(out)
+    except (OSError, ValueError):
+        found = None
+    if not isinstance(found, dict) or not isinstance(found.get("sets", {}), dict):
+        raise UsageError(f"--out {out} is there and not an evaluation; move it away or give another --out")
+    return found
+
+
+def _merge(into: dict[str, Any], new: Mapping[str, Any]) -> None:
+    for name, value in new.items():
+        if isinstance(value, Mapping) and isinstance(into.get(name), dict):
+            _merge(into[name], value)
+        else:
+            into[name] = value
+
+
+def _plain(results: Any) -> Any:
+    if isinstance(results, Estimate):
+        return results.json()
+    return {name: _plain(value) for name, value in results.items()}
+
+
+def _scores(options: EvaluateConfig, trained: Pretrained, source: Source, setting: Setting) -> Scores:
+    networks: dict[str, nn.Module] = {**trained.networks, "random": _untrained(trained, setting)}
+    scores: Scores = {}
+    for name, network in {**networks, "pixels": Pixels()}.items():
+        scores[name] = frozen_scores(network, source, setting, knn=options.knn, linear=options.linear_quick)
+    assert source.test is not None
+    truth = labels_of(source.test, setting.device)
+    if options.linear:
+        classifiers = _linear(options, trained, networks, source, setting)
+        for name, classifier in classifiers.items():
+            scores[name] |= accuracies(features(networks[name], source.test, setting), truth, [classifier])
+    if options.semi is not None:
+        for name, network in networks.items():
+            assert isinstance(network, Backbone)
+            with _bar(f"fine-tuning {name}") as progress:
+                tuned, classifier = fine_tuned(network, source, setting, options.semi, progress=progress)
+            found = accuracies(features(tuned, source.test, setting), truth, [classifier])
+            scores[name][f"semi_{options.semi:g}"] = found["semi"]
+    return {name: found for name, found in scores.items() if found}
+
+
+def _linear(
+    options: EvaluateConfig,
+    trained: Pretrained,
+    networks: Mapping[str, nn.Module],
+    source: Source,
+    setting: Setting,
+) -> Mapping[str, Callable[[Tensor], dict[str, Tensor]]]:
+    """Linear classifiers of all networks by the protocol that was published with the method."""
+    protocol = MOCO_V2 if trained.about.get("method") in ("mocov2", "densecl") else MOCO_V3
+    protocol = replace(protocol, epochs=options.linear_epochs or protocol.epochs)
+    with _bar("linear") as progress:
+        return published_linear(networks, source, setting, protocol, progress=progress)
+
+
+def _untrained(trained: Pretrained, setting: Setting) -> Backbone:
+    """The same network with its first weights, from a seed of its own."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        about = trained.about
+        backbone = build_backbone(about["arch"], image_size=trained.image_size, stem=about["stem"])
+    return backbone.to(setting.device)
+
+
+@contextmanager
+def _bar(text: str) -> Iterator[Callable[[float], None]]:
+    from rich.console import Console
+    from rich.progress import Progress
+
+    console = Console(stderr=True)
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as shown:
+        task = shown.add_task(text, total=1.0)
+        yield lambda done: shown.update(task, completed=done)
+
+
+def _table(results: dict[str, Any]) -> str:
+    lines = []
+    for name, parts in results.items():
+        scores: Scores = parts.get("scores", {})
+        rows = list(dict.fromkeys(score for found in scores.values() for score in found))
+        if rows:
+            lines.append(f"{name + ', % right':26}" + "".join(f"{network:>15}" for network in scores))
+        for row in rows:
+            cells = (str(found[row]) if row in found else "-" for found in scores.values())
+            lines.append(f"{row:26}" + "".join(f"{cell:>15}" for cell in cells))
+        if "gap" in parts:
+            lines.append(f"{name}: 1 - cosine of student and teacher on the same picture")
+            lines += [f"{'gap at ' + place:26}{value.value:15.4f}" for place, value in parts["gap"].items()]
+    return "\n".join(lines)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+from fastrm.errors import UsageError
 
 
 def write_whole(path: Path, write: Callable[[Path], object]) -> None:
@@ -30,6 +33,21 @@ def read_json(path: Path) -> dict[str, Any]:
     """Read what :func:`write_json` wrote."""
     content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     return content
+
+
+def load_tensors(path: Path) -> Any:
+    """Read what torch.save wrote, onto the CPU. Only plain data is read: no code in the file can run.
+
+    Raises:
+        UsageError: there is no such file, or it is damaged or holds more than plain data.
+    """
+    import torch
+
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except (OSError, EOFError, RuntimeError, ValueError, KeyError, pickle.UnpicklingError) as error:
+        first_line = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UsageError(f"{path} cannot be read as a checkpoint: {first_line[:200]}") from None
 
 
 def write_text(path: Path, text: str) -> None:

@@ -12,13 +12,13 @@ import platform
 import shutil
 import sys
 import time
+from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
 from itertools import islice, zip_longest
 from pathlib import Path
 from typing import Any
 
-import safetensors.torch
 import torch
 from torch import Tensor
 from torch.profiler import record_function
@@ -27,7 +27,6 @@ import fastrm
 from fastrm import _cli, checkpoint
 from fastrm.config import Config, defaults, resolved, validate
 from fastrm.data import Loader, Source, make_loader, open_source
-from fastrm.data.augmentation import IMAGENET_MEAN, IMAGENET_STD
 from fastrm.data.scan import SKIPPED, scan, write_skipped
 from fastrm.device import (
     available_cores,
@@ -48,16 +47,17 @@ from fastrm.distributed import (
     synchronise_norms,
 )
 from fastrm.errors import UsageError
-from fastrm.evaluate import knn
-from fastrm.files import read_json, write_json, write_whole
+from fastrm.files import read_json, write_json
 from fastrm.graph import GraphedStep
 from fastrm.methods import Method, StepOutput, build_method
 from fastrm.metrics import METRICS, TENSORBOARD, Recorder
+from fastrm.models.weights import BACKBONE, load_weights, metadata, write_backbone
 from fastrm.optim import Schedule, build_optimizer
+from fastrm.probes import OnlineLinear, collapsed, effective_rank, feature_std, frozen_scores
+from fastrm.probes.features import Setting
 from fastrm.profiling import profiled
 from fastrm.step import AUTOCAST, Step
 
-BACKBONE = "backbone.safetensors"
 SUMMARY = "summary.json"
 
 
@@ -109,6 +109,9 @@ def _train(config: Config, device: torch.device, world: World) -> dict[str, Any]
     torch.manual_seed(config.run.seed)
     torch.backends.cudnn.benchmark = True
     method = build_method(config, device=device, backend=backend)
+    if config.model.init_from is not None:
+        for network in (method.student, method.teacher):
+            load_weights(network.backbone, config.model.init_from, name="--init-from")
     if not method.queues:
         synchronise_norms(method, device)
     if precision in AUTOCAST:
@@ -126,6 +129,9 @@ def _train(config: Config, device: torch.device, world: World) -> dict[str, Any]
         layout=torch.channels_last if config.device.channels_last else torch.contiguous_format,
     )
     parts = {"method": method, "optimizer": optimizer, "scaler": step_once.scaler}
+    online = _online(config, source, method, device)
+    if online is not None:
+        parts["online"] = online
 
     out = config.run.out or Path("runs", f"{source.name}-{config.method.method}-{config.model.arch}")
     start = checkpoint.resume(config, out, **parts)
@@ -149,13 +155,15 @@ def _train(config: Config, device: torch.device, world: World) -> dict[str, Any]
         write_skipped(out, broken)
         recorder.note(f"left out   {len(broken)} broken files, listed in {out / SKIPPED}")
     scores: dict[str, float] = {}
+    setting = Setting(config.input.image_size, device, workers)
     evaluated = config.run.eval_every > 0
     if evaluated and source.test is None:
         evaluated = False
         recorder.note("evaluation kNN is left out: the images have no labels")
 
     method.train()
-    batches = _micro_batches(loader, start, schedule)
+    recent: deque[list[int]] = deque(maxlen=accumulate)
+    batches = _micro_batches(loader, start, schedule, recent)
     clock = _Clock()
     last: dict[str, Any] = {}
     profile = config.run.profile if world.rank == 0 else 0
@@ -172,6 +180,9 @@ def _train(config: Config, device: torch.device, world: World) -> dict[str, Any]
                 teacher_momentum=momentum,
                 measure=logged,
             )
+            if online is not None:
+                for output, indices in zip(outputs, recent, strict=True):
+                    online.step(output.features, indices, step / schedule.total)
             with clock.paused():
                 stepped()
             recorder.advance(done)
@@ -185,11 +196,14 @@ def _train(config: Config, device: torch.device, world: World) -> dict[str, Any]
             if logged:
                 last |= {"step": done, "epoch": epoch, **_averaged(outputs)}  # the host waits for the device here
                 last |= {"lr": lr, "teacher_momentum": momentum, "skipped_steps": skipped}
+                last |= _watched(outputs[0].features, recorder)
+                if online is not None:
+                    last["online_accuracy"] = online.accuracy()
                 recorder.record({**last, "images_per_second": batch * clock.lap()})
             with clock.paused():
                 if evaluated and (end or done % (config.run.eval_every * schedule.steps_per_epoch) == 0):
                     if world.rank == 0:
-                        scores = knn(method, source, config, device, workers)
+                        scores = _evaluated(method, source, setting, online)
                         recorder.record({"step": done, "epoch": epoch, **scores})
                     barrier()
                 if end and world.rank == 0:  # before the checkpoint that says so: a run cut off before does this again
@@ -207,8 +221,41 @@ def _sizes(config: Config) -> tuple[int, int, int]:
     return config.input.batch_size, config.optim.accumulate, workers
 
 
-def _micro_batches(loader: Loader, step: int, schedule: Schedule) -> Iterator[tuple[Tensor, ...]]:
-    """Pairs of views without end, from an optimizer step on.
+def _online(config: Config, source: Source, method: Method[Any], device: torch.device) -> OnlineLinear | None:
+    """The linear classifier that is trained along, if it is asked for."""
+    if not config.run.online_linear:
+        return None
+    if source.train.labels is None:
+        raise UsageError(f"--online-linear needs labels, and the images of {source.name} have none")
+    assert config.input.batch_size is not None
+    dim = method.student.backbone.dim
+    return OnlineLinear(dim, source.train.labels, batch_size=config.input.batch_size, device=device)
+
+
+def _watched(features: Tensor, recorder: Recorder) -> dict[str, float]:
+    """How far the features of a batch differ, with a warning where they do not."""
+    std, rank = torch.stack([feature_std(features).double(), effective_rank(features)]).tolist()
+    if (warning := collapsed(std, rank, len(features))) is not None:
+        recorder.note(f"warning    {warning}")
+    return {"feature_std": std, "effective_rank": rank}
+
+
+def _evaluated(method: Method[Any], source: Source, setting: Setting, online: OnlineLinear | None) -> dict[str, float]:
+    """kNN accuracy of both backbones for k = 20 and 200, and of the classifier that is trained along."""
+    scores: dict[str, float] = {}
+    for name in ("student", "teacher"):
+        others = [online] if online is not None and name == "student" else []
+        found = frozen_scores(getattr(method, name).backbone, source, setting, knn=True, others=others)
+        scores |= {f"knn_{name}": found["knn20"].value, f"knn200_{name}": found["knn200"].value}
+        if others:
+            scores[f"linear_{name}"] = found["online"].value
+    return scores
+
+
+def _micro_batches(
+    loader: Loader, step: int, schedule: Schedule, recent: deque[list[int]]
+) -> Iterator[tuple[Tensor, ...]]:
+    """Pairs of views without end, from an optimizer step on; which images they are of is appended to ``recent``.
 
     Micro-batches at the end of an epoch that do not fill a step are left out.
     """
@@ -222,6 +269,7 @@ def _micro_batches(loader: Loader, step: int, schedule: Schedule) -> Iterator[tu
                 pair = next(views, None)
             if pair is None:
                 break
+            recent.append(loader.indices)
             yield pair
         step = (epoch + 1) * schedule.steps_per_epoch
 
@@ -269,19 +317,7 @@ def _open_folder(config: Config, out: Path, *, fresh: bool) -> None:
 
 def _write_results(out: Path, config: Config, source: Source, method: Method[Any], last: dict[str, Any]) -> None:
     """Leave the student's backbone in timm's names, and the summary."""
-    about = {
-        "which": "student",
-        "arch": config.model.arch,
-        "stem": config.model.stem,
-        "image_size": str(config.input.image_size),
-        "mean": str(IMAGENET_MEAN),
-        "std": str(IMAGENET_STD),
-        "method": config.method.method,
-        "fastrm": fastrm.__version__,
-    }
-    weights = {name: value.contiguous() for name, value in method.student.backbone.net.state_dict().items()}
-    content = safetensors.torch.save(weights, metadata=about)
-    write_whole(out / BACKBONE, lambda partial: partial.write_bytes(content))
+    write_backbone(out / BACKBONE, method.student.backbone, metadata(config, "student"))
     summary = {
         **last,
         "images": len(source.train),

@@ -53,6 +53,8 @@ class StepOutput(NamedTuple):
     """0-d, detached: 1 - mean cosine between student and teacher output on the same view; None if not measured."""
     keys: tuple[Tensor, ...]
     """What each queue is to get once the optimizer has stepped."""
+    features: Tensor
+    """[B, C], detached: the student's backbone on the first view, for what watches the run."""
 
 
 class Encoder(nn.Module):
@@ -175,6 +177,7 @@ class Method(nn.Module, Generic[E]):
             residual=torch.stack(residuals).mean() if residuals else None,
             gap=torch.stack(gaps).mean() if gaps else None,
             keys=tuple(keys) if self.queues else (),
+            features=students[0].backbone.detach(),
         )
 
     def encode_student(self, view: Tensor) -> E:

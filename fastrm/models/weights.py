@@ -1,0 +1,137 @@
+"""Backbone weights in files: fastrm's own, and the layouts that others publish."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import safetensors.torch
+from torch import Tensor
+
+import fastrm
+from fastrm.config import Config
+from fastrm.data.augmentation import IMAGENET_MEAN, IMAGENET_STD
+from fastrm.errors import UsageError
+from fastrm.files import load_tensors, write_whole
+from fastrm.models.backbone import Backbone, build_backbone
+
+BACKBONE = "backbone.safetensors"
+"""What a complete run leaves in its folder: the student's backbone."""
+
+# Where the student's backbone is in a checkpoint, by the prefix of its tensors' names.
+_PREFIXES = (
+    "student.backbone.net.",  # fastrm
+    "module.base_encoder.",  # MoCo-v3
+    "module.encoder_q.",  # MoCo, MoCo-v2
+    "base_encoder.",
+    "encoder_q.",
+    "module.",
+    "",
+)
+_HEADS = ("fc.", "head.", "head_drop.", "classifier.")
+
+
+def metadata(config: Config, which: str) -> dict[str, str]:
+    """What a file of weights says of itself: how to build the network, and what images it expects."""
+    return {
+        "which": which,
+        "arch": config.model.arch,
+        "stem": config.model.stem,
+        "image_size": str(config.input.image_size),
+        "mean": json.dumps(IMAGENET_MEAN),
+        "std": json.dumps(IMAGENET_STD),
+        "method": config.method.method,
+        "data": config.input.data,
+        "fastrm": fastrm.__version__,
+    }
+
+
+def write_backbone(path: Path, backbone: Backbone, about: dict[str, str]) -> None:
+    """Write a backbone's weights in timm's names as safetensors, whole."""
+    content = safetensors.torch.save(plain_state(backbone), metadata=about)
+    write_whole(path, lambda partial: partial.write_bytes(content))
+
+
+def plain_state(backbone: Backbone) -> dict[str, Tensor]:
+    """A backbone's weights in timm's names, on the CPU, each in memory of its own and in contiguous order."""
+    return {name: value.detach().cpu().clone().contiguous() for name, value in backbone.net.state_dict().items()}
+
+
+def read_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Read the backbone's weights, and what the file says of them, from any file with tensors by name.
+
+    Understood are safetensors; checkpoints of fastrm; those of the official MoCo, MoCo-v2 and MoCo-v3, of which the
+    student's backbone is taken; and plain PyTorch state dicts. Classifiers and projectors are left out.
+
+    Raises:
+        UsageError: there is no such file, or it holds no tensors by name.
+    """
+    if path.is_dir():
+        path = path / BACKBONE
+    if not path.is_file():
+        raise UsageError(f"{path} does not exist")
+    about: dict[str, str] = {}
+    if path.suffix == ".safetensors":
+        try:
+            with safetensors.safe_open(path, framework="pt") as file:
+                about = file.metadata() or {}
+                state: Any = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
+        except (OSError, safetensors.SafetensorError) as error:
+            raise UsageError(f"{path} cannot be read as safetensors: {error}") from None
+    else:
+        state = load_tensors(path)
+        for inner in ("method", "state_dict", "model"):
+            if isinstance(state, Mapping) and isinstance(state.get(inner), Mapping):
+                state = state[inner]
+    if not isinstance(state, Mapping) or not any(isinstance(value, Tensor) for value in state.values()):
+        raise UsageError(f"{path} holds no tensors by name, which the weights of a network are")
+    prefix = next(p for p in _PREFIXES if any(str(name).startswith(p) for name in state))
+    own = {str(name)[len(prefix) :]: value for name, value in state.items() if str(name).startswith(prefix)}
+    return {name: value for name, value in own.items() if not name.startswith(_HEADS)}, about
+
+
+def load_weights(backbone: Backbone, path: Path, *, name: str) -> None:
+    """Load a file's weights, all of them, into a backbone.
+
+    Args:
+        backbone: what is written; left as it is where the weights do not fit.
+        path: what :func:`read_weights` reads.
+        name: of the setting that gave the path, for the message.
+
+    Raises:
+        UsageError: the file cannot be read, or is of another network.
+    """
+    state, _ = read_weights(path)
+    own = backbone.net.state_dict()
+    missing, foreign = [n for n in own if n not in state], [n for n in state if n not in own]
+    shapes = [n for n in own if n in state and own[n].shape != state[n].shape]
+    if missing or foreign or shapes:
+        problems = [
+            f"{len(names)} tensors {what} (first {names[0]})"
+            for what, names in (("are missing", missing), ("are foreign", foreign), ("have other shapes", shapes))
+            if names
+        ]
+        raise UsageError(f"{name} {path} is of another network: {'; '.join(problems)}; --arch and --stem must fit")
+    backbone.net.load_state_dict(state)
+
+
+def read_backbone(path: Path) -> tuple[Backbone, dict[str, str]]:
+    """Rebuild the backbone of a file that says what it is, as fastrm writes them.
+
+    Raises:
+        UsageError: it cannot be read, or does not say what it is.
+    """
+    _, about = read_weights(path)
+    if missing := [name for name in ("which", "arch", "stem", "image_size") if name not in about]:
+        raise UsageError(
+            f"{path} does not say what network it is of (no {', '.join(missing)}); give a run folder, a checkpoint, "
+            "or a file that fastrm wrote"
+        )
+    if not about["image_size"].isdecimal():
+        raise UsageError(f"{path}: image_size is {about['image_size']}, which is no number of pixels")
+    backbone = build_backbone(about["arch"], image_size=int(about["image_size"]), stem=about["stem"])
+    load_weights(backbone, path, name="--checkpoint")
+    return backbone, about

@@ -1,0 +1,54 @@
+"""Signs that the features of all images are becoming one and the same."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+ROWS = 256  # enough to see a collapse, and a rank of them takes milliseconds
+LEAST_ROWS = 8
+LEAST_STD = 0.02
+LEAST_RANK = 1.5
+
+
+@torch.no_grad()
+def feature_std(features: Tensor) -> Tensor:
+    """Spread of the normalised features, 0-d: 0 when all are alike, about 1 when they point everywhere.
+
+    The mean over the channels of the standard deviation over the images, times the root of the number of channels
+    (Chen and He, arXiv 2011.10566, section 4.1).
+
+    Args:
+        features: [B, C].
+    """
+    rows = nn.functional.normalize(features[:ROWS].float(), dim=1)
+    return rows.std(dim=0, correction=0).mean() * math.sqrt(rows.shape[1])
+
+
+@torch.no_grad()
+def effective_rank(features: Tensor) -> Tensor:
+    """Number of directions that the centred features use, 0-d: the exponential of the entropy of the shares that
+    the singular values have in their sum (Roy and Vetterli, EUSIPCO 2007).
+
+    Args:
+        features: [B, C]; at most 256 rows are looked at, so that the rank is below 256.
+    """
+    rows = nn.functional.normalize(features[:ROWS].float(), dim=1).double()
+    rows = rows - rows.mean(dim=0)
+    gram = rows @ rows.T if len(rows) <= rows.shape[1] else rows.T @ rows
+    gram = gram.nan_to_num(0.0)  # a step that is not finite is the step's own business
+    singular = torch.linalg.eigvalsh(gram).clamp_min(0).sqrt()
+    share = singular / singular.sum().clamp_min(1e-300)
+    return (-(share * share.clamp_min(1e-300).log()).sum()).exp()
+
+
+def collapsed(std: float, rank: float, rows: int) -> str | None:
+    """What to tell the person who runs it; None where nothing is wrong, or in batches too small to say."""
+    if rows < LEAST_ROWS or math.isnan(std) or (std >= LEAST_STD and rank >= LEAST_RANK):
+        return None
+    return (
+        f"the features of all images are nearly the same (spread {std:.2g}, effective rank {rank:.2g}): the network "
+        "has collapsed. A lower --lr, a longer --warmup-epochs or a higher --teacher-momentum may help"
+    )

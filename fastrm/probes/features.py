@@ -1,0 +1,68 @@
+"""Features of images, in evaluation mode and without gradient."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from fastrm.data import eval_loader
+from fastrm.data.sources import Images
+
+BATCH = 256
+
+
+class Setting(NamedTuple):
+    """How images reach a network."""
+
+    image_size: int
+    device: torch.device
+    workers: int
+
+
+class Pixels(nn.Module):
+    """The features of a network that learned nothing and does nothing: the picture itself.
+
+    Args:
+        side: pictures are averaged down to at most this side.
+    """
+
+    def __init__(self, side: int = 32) -> None:
+        super().__init__()
+        self.side = side
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """[B, 3, H, W] to [B, 3 * side * side], and once more as the map."""
+        side = min(self.side, images.shape[-1])
+        small = nn.functional.adaptive_avg_pool2d(images, side)
+        return small.flatten(1), small
+
+
+@contextmanager
+def evaluating(network: nn.Module) -> Iterator[None]:
+    """Hold a network in evaluation mode, without gradient."""
+    was_training = network.training
+    network.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        network.train(was_training)
+
+
+def features(backbone: nn.Module, images: Images, setting: Setting) -> Iterator[Tensor]:
+    """Pooled features of all images in order, float32 [B, C] a batch."""
+    loader = eval_loader(images, image_size=setting.image_size, batch_size=BATCH, workers=setting.workers)
+    for batch in loader:
+        with evaluating(backbone):
+            pooled: Tensor = backbone(batch.to(setting.device, non_blocking=True))[0].float()
+        yield pooled
+
+
+def labels_of(images: Images, device: torch.device) -> Tensor:
+    """Labels int64 [N] of labelled images."""
+    assert images.labels is not None
+    return torch.as_tensor(images.labels, device=device)

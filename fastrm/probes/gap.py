@@ -1,0 +1,60 @@
+"""How far the student is from its teacher, layer by layer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import Tensor, nn
+
+from fastrm.data import eval_loader
+from fastrm.data.sources import Images
+from fastrm.methods import Method
+from fastrm.models import Backbone
+from fastrm.probes.features import BATCH, Setting, evaluating
+from fastrm.probes.scores import Estimate
+
+
+@contextmanager
+def stages_of(backbone: Backbone) -> Iterator[dict[str, Tensor]]:
+    """Catch what the stages that timm names give, by name, while the backbone runs; without them, nothing."""
+    caught: dict[str, Tensor] = {}
+    hooks = []
+    for info in getattr(backbone.net, "feature_info", None) or []:
+        module = str(info["module"])
+
+        def catch(_: nn.Module, __: Any, output: Any, module: str = module) -> None:
+            caught[module] = output
+
+        hooks.append(backbone.net.get_submodule(module).register_forward_hook(catch))
+    try:
+        yield caught
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def gap(method: Method[Any], images: Images, setting: Setting) -> dict[str, Estimate]:
+    """1 - mean cosine between student and teacher on the same picture.
+
+    Networks in evaluation mode, pictures without augmentation; the gap that training logs is on augmented views in
+    training mode.
+
+    Returns:
+        By place, in the order of the network: the backbone's stages in timm's names, whose maps are compared whole,
+        then ``backbone`` (pooled), ``projector`` and ``output``, the places of ``--residual-at``.
+    """
+    sums: dict[str, tuple[float, float]] = {}
+    loader = eval_loader(images, image_size=setting.image_size, batch_size=BATCH, workers=setting.workers)
+    with evaluating(method), stages_of(method.student.backbone) as ours, stages_of(method.teacher.backbone) as theirs:
+        for batch in loader:
+            views = batch.to(setting.device, non_blocking=True)
+            student, teacher = method.encode_student(views), method.teacher(views)
+            pairs = {name: (ours[name], theirs[name]) for name in ours}
+            pairs |= {n: (getattr(student, n), getattr(teacher, n)) for n in ("backbone", "projector", "output")}
+            for name, (a, b) in pairs.items():
+                each = 1 - nn.functional.cosine_similarity(a.flatten(1).double(), b.flatten(1).double())
+                total, squares = sums.get(name, (0.0, 0.0))
+                sums[name] = total + float(each.sum()), squares + float(each.square().sum())
+    return {name: Estimate.of_mean(*pair, len(images)) for name, pair in sums.items()}

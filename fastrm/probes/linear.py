@@ -1,0 +1,234 @@
+"""Linear classifiers on frozen features."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastrm.data import SUPERVISED, Loader, Source, make_loader
+from fastrm.distributed import mean, world
+from fastrm.errors import UsageError
+from fastrm.probes.features import Setting, evaluating, labels_of
+
+MOMENTUM = 0.9
+RATES = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0)
+"""Learning rates that :func:`fitted_heads` tries, on features of unit variance."""
+HELD_OUT = 10  # every tenth training image chooses the learning rate
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """A published way to train a linear classifier on a frozen backbone, with crops and flips."""
+
+    lr: float
+    """For a batch of 256; scaled by batch / 256."""
+    batch_size: int
+    epochs: int
+    milestones: tuple[float, ...] = ()
+    """Shares of the run after which the rate falls to a tenth; without any, it follows a cosine to 0."""
+
+    def factor(self, progress: float) -> float:
+        """Of the learning rate, at a share of the run."""
+        if self.milestones:
+            return 0.1 ** sum(progress >= milestone for milestone in self.milestones)
+        return cosine(progress)
+
+
+MOCO_V2 = Protocol(lr=30.0, batch_size=256, epochs=100, milestones=(0.6, 0.8))
+MOCO_V3 = Protocol(lr=0.1, batch_size=1024, epochs=90)
+
+
+def cosine(progress: float) -> float:
+    """Half a cosine from 1 to 0."""
+    return 0.5 * (1 + math.cos(math.pi * progress))
+
+
+class LinearHeads:
+    """Linear classifiers of the same features, one a learning rate, trained together by SGD with momentum.
+
+    They start from zero, so that nothing random is needed.
+
+    Args:
+        dim: width of the features.
+        classes: number of classes.
+        rates: learning rate of each head.
+        weight_decay: of the weights, not of the biases.
+        device: where they are.
+    """
+
+    def __init__(
+        self, dim: int, classes: int, rates: Sequence[float], *, weight_decay: float = 0.0, device: torch.device
+    ) -> None:
+        self.rates = tuple(rates)
+        self.heads = nn.ModuleList(nn.Linear(dim, classes, device="meta") for _ in rates).to_empty(device=device)
+        groups: list[dict[str, Any]] = []
+        for head, rate in zip(self.heads, rates, strict=True):
+            assert isinstance(head, nn.Linear)
+            nn.init.zeros_(head.weight)
+            nn.init.zeros_(head.bias)
+            groups += [
+                {"params": [head.weight], "lr": rate, "weight_decay": weight_decay},
+                {"params": [head.bias], "lr": rate, "weight_decay": 0.0},
+            ]
+        self.optimizer = torch.optim.SGD(groups, lr=0.0, momentum=MOMENTUM)
+
+    def logits(self, features: Tensor) -> Tensor:
+        """[B, C] features to [heads, B, classes]."""
+        return torch.stack([head(features) for head in self.heads])
+
+    def step(self, features: Tensor, labels: Tensor, factor: float, *, seen: Tensor | None = None) -> Tensor:
+        """Make a step, in several processes on the mean of their gradients.
+
+        Args:
+            features: float32 [B, C].
+            labels: int64 [B].
+            factor: of the learning rates.
+            seen: bool [heads, B]: which images a head learns from; None is all.
+
+        Returns:
+            The logits before the step, [heads, B, classes].
+        """
+        logits = self.logits(features)
+        each = nn.functional.cross_entropy(
+            logits.flatten(0, 1), labels.repeat(len(logits)), reduction="none"
+        ).unflatten(0, logits.shape[:2])
+        seen = torch.ones_like(each) if seen is None else seen.to(each.dtype)
+        ((each * seen).sum(dim=1) / seen.sum(dim=1).clamp_min(1)).sum().backward()
+        for group, rate in zip(self.optimizer.param_groups, self._rates(), strict=True):
+            group["lr"] = rate * factor
+            if world().size > 1:
+                for parameter in group["params"]:
+                    parameter.grad = mean(parameter.grad)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return logits.detach()
+
+    def _rates(self) -> Iterator[float]:
+        for rate in self.rates:
+            yield from (rate, rate)  # weight and bias
+
+    def state_dict(self) -> dict[str, Any]:
+        """What an exact resume needs."""
+        return {"heads": self.heads.state_dict(), "optimizer": self.optimizer.state_dict()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take a state over."""
+        self.heads.load_state_dict(state["heads"])
+        self.optimizer.load_state_dict(state["optimizer"])
+
+
+def fitted_heads(
+    features: Tensor,
+    labels: Tensor,
+    *,
+    rates: Sequence[float] = RATES,
+    weight_decay: float = 1e-4,
+    epochs: int = 50,
+    batch_size: int = 1024,
+) -> Callable[[Tensor], dict[str, Tensor]]:
+    """Fit a linear classifier on features that are kept, without augmentation, and all learning rates in one pass.
+
+    The features are standardised. Each rate has two heads: one that does not see every tenth image, on which the rate
+    is chosen, and one that sees all, which is the classifier.
+
+    Args:
+        features: float32 [N, C].
+        labels: int64 [N].
+        rates: learning rates to try.
+        weight_decay: λ in mean cross-entropy + λ/2 ‖weights‖².
+        epochs: passes over the features; the rates follow a cosine to 0.
+        batch_size: at most; a small set is one batch.
+
+    Returns:
+        The classifier, whose score is named ``linear_quick``.
+    """
+    device, count = features.device, len(features)
+    centre, scale = features.mean(dim=0), features.std(dim=0).clamp_min(1e-6)
+    both = (*rates, *rates)
+    heads = LinearHeads(features.shape[1], int(labels.max()) + 1, both, weight_decay=weight_decay, device=device)
+    held = torch.arange(count, device=device) % HELD_OUT == 0
+    generator = torch.Generator().manual_seed(0)
+    steps = epochs * math.ceil(count / batch_size)
+    done = 0
+    for _ in range(epochs):
+        order = torch.randperm(count, generator=generator).to(device)
+        for index in order.split(batch_size):
+            ours = torch.ones(len(rates), len(index), dtype=torch.bool, device=device)
+            seen = torch.cat([~held[index].expand_as(ours), ours])
+            heads.step((features[index] - centre) / scale, labels[index], cosine(done / steps), seen=seen)
+            done += 1
+
+    @torch.no_grad()
+    def predictions(batch: Tensor) -> Tensor:
+        return heads.logits((batch - centre) / scale).argmax(dim=2)
+
+    right = torch.zeros(len(rates), device=device)
+    for part, truth in zip(features[held].split(batch_size), labels[held].split(batch_size), strict=True):
+        right += (predictions(part)[: len(rates)] == truth).sum(dim=1)
+    best = int(right.argmax())
+    return lambda batch: {"linear_quick": predictions(batch)[len(rates) + best]}
+
+
+def published_linear(
+    networks: Mapping[str, nn.Module],
+    source: Source,
+    setting: Setting,
+    protocol: Protocol,
+    *,
+    progress: Callable[[float], None] = lambda done: None,
+) -> dict[str, Callable[[Tensor], dict[str, Tensor]]]:
+    """Train a linear classifier on each frozen network, on random crops and flips.
+
+    Args:
+        networks: images to (pooled features, map), by name; all see the same views.
+        source: ``bank`` is what is trained on.
+        setting: how images reach the networks.
+        protocol: how it is trained.
+        progress: called with the share of the run that is done.
+
+    Returns:
+        The classifiers by network, whose score is named ``linear``.
+    """
+    loader, labels = supervised_loader(source, setting, protocol.batch_size)
+    batch_size = min(protocol.batch_size, len(labels))
+    rate = protocol.lr * batch_size / 256
+    heads: dict[str, LinearHeads] = {}
+    steps = protocol.epochs * len(loader)
+    done = 0
+    for _ in range(protocol.epochs):
+        for (views,) in loader:
+            truth = labels[loader.indices]
+            for name, network in networks.items():
+                with evaluating(network):
+                    pooled = network(views)[0].float()
+                if name not in heads:
+                    heads[name] = LinearHeads(pooled.shape[1], int(labels.max()) + 1, [rate], device=setting.device)
+                heads[name].step(pooled, truth, protocol.factor(done / steps))
+            done += 1
+            progress(done / steps)
+    return {name: _classifier(head) for name, head in heads.items()}
+
+
+def _classifier(heads: LinearHeads) -> Callable[[Tensor], dict[str, Tensor]]:
+    return lambda batch: {"linear": heads.logits(batch)[0].argmax(dim=1)}
+
+
+def supervised_loader(source: Source, setting: Setting, batch_size: int) -> tuple[Loader, Tensor]:
+    """Crops and flips of the labelled images, at most ``batch_size`` at a time, and the labels, int64 [N]."""
+    if source.bank is None:
+        raise UsageError(f"{source.name} has no labels, which training a classifier needs")
+    loader = make_loader(
+        replace(source, train=source.bank),
+        method=SUPERVISED,
+        image_size=setting.image_size,
+        batch_size=min(batch_size, len(source.bank)),
+        device=setting.device,
+        workers=setting.workers,
+        seed=0,
+    )
+    return loader, labels_of(source.bank, setting.device)

@@ -1,0 +1,67 @@
+"""Numbers with the interval that a finite test set leaves them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+Classifier = Callable[[Tensor], Mapping[str, Tensor]]
+"""Features [B, C] to predicted classes, int64 [B], by the name of the score."""
+
+_Z = 1.959964  # of 95 %, two-sided
+
+
+class Estimate(NamedTuple):
+    """A number and its 95 % interval over the choice of test images."""
+
+    value: float
+    low: float
+    high: float
+
+    @classmethod
+    def of_share(cls, count: float, total: int) -> Estimate:
+        """A share from 0 to 1, with Wilson's score interval (E. B. Wilson, J. Am. Stat. Assoc. 22, 1927)."""
+        share, z2 = count / total, _Z**2
+        middle = (share + z2 / (2 * total)) / (1 + z2 / total)
+        half = _Z / (1 + z2 / total) * math.sqrt(share * (1 - share) / total + z2 / (4 * total**2))
+        return cls(share, max(0.0, middle - half), min(1.0, middle + half))
+
+    @classmethod
+    def of_mean(cls, total: float, squares: float, count: int) -> Estimate:
+        """A mean, from the sum and the sum of squares, with the interval of the normal distribution."""
+        mean = total / count
+        variance = max(0.0, squares / count - mean**2) * count / max(1, count - 1)
+        half = _Z * math.sqrt(variance / count)
+        return cls(mean, mean - half, mean + half)
+
+    def json(self) -> dict[str, Any]:
+        """As it is written down."""
+        return {"value": self.value, "interval": [self.low, self.high]}
+
+    def __str__(self) -> str:
+        """In percent, with half of the interval's width."""
+        return f"{100 * self.value:.2f} ±{50 * (self.high - self.low):.2f}"
+
+
+@torch.no_grad()
+def accuracies(batches: Iterable[Tensor], labels: Tensor, classifiers: Sequence[Classifier]) -> dict[str, Estimate]:
+    """Accuracy of several classifiers in one pass over the features; memory is constant in the number of images.
+
+    Args:
+        batches: features [B, C], in the order of ``labels``.
+        labels: int64 [M], on the features' device.
+        classifiers: what is tried; their scores' names must differ.
+    """
+    correct: dict[str, Tensor] = {}
+    start = 0
+    for batch in batches:
+        truth = labels[start : start + len(batch)]
+        start += len(batch)
+        for classifier in classifiers:
+            for name, predicted in classifier(batch).items():
+                correct[name] = correct.get(name, 0) + (predicted == truth).sum()
+    return {name: Estimate.of_share(int(count), start) for name, count in correct.items()}
