@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from collections.abc import Callable
@@ -143,9 +144,32 @@ def test_evaluate_scores_student_and_teacher(
     capsys.readouterr()
     evaluate.main(["--checkpoint", str(tmp_path / "run"), "--knn", "--gap", "--workers", "0"])
     shown = capsys.readouterr().out
-    assert f"{summary['knn_student']:.4f}{summary['knn_teacher']:>10.4f}" in shown
-    for place in ("output", "projector", "backbone"):
+    (row,) = (line.split() for line in shown.splitlines() if line.startswith("knn20 "))
+    assert row[1::2][:2] == [f"{100 * summary[f'knn_{name}']:.2f}" for name in ("student", "teacher")]
+    for place in ("output", "projector", "backbone", "layer4"):
         assert f"gap at {place}" in shown
+    found = json.loads((tmp_path / "run" / "evaluation.json").read_text())["sets"]["digits"]
+    assert set(found["scores"]) == {"student", "teacher", "random", "pixels"}
+    low, high = found["scores"]["teacher"]["knn20"]["interval"]
+    assert low <= found["scores"]["teacher"]["knn20"]["value"] == summary["knn_teacher"] <= high
+
+
+def test_an_evaluation_is_added_to_the_earlier_ones(
+    small: Callable[..., Config], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    train.train(small(max_steps=1))
+    run = ["--checkpoint", str(tmp_path / "run"), "--workers", "0"]
+    evaluate.main([*run, "--gap"])
+    evaluate.main([*run, "--linear", "--linear-epochs", "1", "--semi", "0.05", "--transfer", "synthetic"])
+    shown = capsys.readouterr().out
+    assert "synthetic, % right" in shown
+    sets = json.loads((tmp_path / "run" / "evaluation.json").read_text())["sets"]
+    assert set(sets["digits"]) == {"gap", "scores"}
+    assert set(sets["digits"]["scores"]["teacher"]) == {"linear", "semi_0.05"}
+    assert set(sets["synthetic"]["scores"]["pixels"]) == {"linear_quick"}
+    (tmp_path / "run" / "evaluation.json").write_text("[]")
+    assert "is there and not an evaluation" in fails(evaluate.main, [*run, "--gap"], capsys)
+    assert (tmp_path / "run" / "evaluation.json").read_text() == "[]"
 
 
 def test_evaluate_refuses_what_it_cannot_do(
@@ -158,6 +182,11 @@ def test_evaluate_refuses_what_it_cannot_do(
     assert "--checkpoint" in fails(evaluate.main, ["--knn"], capsys)
     flat = ["--checkpoint", run, "--knn", "--data", str(pictures / "flat")]
     assert "no labels" in fails(evaluate.main, flat, capsys)
+    for wrong in (["--semi", "0"], ["--semi", "nan"], ["--linear", "--linear-epochs", "0"]):
+        assert f"{wrong[-2]} {wrong[-1]} is out of range" in fails(evaluate.main, ["--checkpoint", run, *wrong], capsys)
+    exported = ["--checkpoint", f"{run}/backbone.safetensors", "--gap"]
+    assert "--gap needs student and teacher" in fails(evaluate.main, exported, capsys)
+    assert not (tmp_path / "run" / "evaluation.json").exists()
 
 
 def test_doctor_prints_a_line_a_part(capsys: pytest.CaptureFixture[str]) -> None:

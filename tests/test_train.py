@@ -72,7 +72,7 @@ def test_the_run_folder(small: Small, tmp_path: Path) -> None:
     assert [record["step"] for record in steps] == [1, 2]
     assert set(steps[0]) == {
         "step", "epoch", "loss", "contrastive", "residual", "gap", "lr", "teacher_momentum", "skipped_steps",
-        "images_per_second",
+        "images_per_second", "feature_std", "effective_rank",
     }  # fmt: skip
     for record in steps:
         np.testing.assert_allclose(record["loss"], record["contrastive"] + record["residual"], rtol=1e-6)

@@ -105,17 +105,17 @@ def load_weights(backbone: Backbone, path: Path, *, name: str) -> None:
         UsageError: the file cannot be read, or is of another network.
     """
     state, _ = read_weights(path)
-    own = backbone.net.state_dict()
+    if problem := misfit(backbone.net.state_dict(), state):
+        raise UsageError(f"{name} {path} is of another network: {problem}; --arch and --stem must fit")
+    backbone.net.load_state_dict(state)
+
+
+def misfit(own: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> str:
+    """Why a network with the tensors ``own`` cannot take those of ``state``; empty where it can."""
     missing, foreign = [n for n in own if n not in state], [n for n in state if n not in own]
     shapes = [n for n in own if n in state and own[n].shape != state[n].shape]
-    if missing or foreign or shapes:
-        problems = [
-            f"{len(names)} tensors {what} (first {names[0]})"
-            for what, names in (("are missing", missing), ("are foreign", foreign), ("have other shapes", shapes))
-            if names
-        ]
-        raise UsageError(f"{name} {path} is of another network: {'; '.join(problems)}; --arch and --stem must fit")
-    backbone.net.load_state_dict(state)
+    kinds = (("missing", missing), ("foreign", foreign), ("of other shapes", shapes))
+    return "; ".join(f"{len(names)} tensors are {kind} (first {names[0]})" for kind, names in kinds if names)
 
 
 def read_backbone(path: Path) -> tuple[Backbone, dict[str, str]]:

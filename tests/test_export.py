@@ -1,0 +1,243 @@
+"""What other programs load gives the same features, and what they publish can be started from."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import timm
+import torch
+import torchvision
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from fastrm import checkpoint, evaluate, export, train
+from fastrm.config import Config
+from fastrm.errors import UsageError
+from fastrm.models import build_backbone, read_backbone
+from fastrm.pretrained import open_pretrained
+from tests.test_cli import fails
+
+Small = Callable[..., Config]
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A run of a step for each of three networks, with an evaluation beside the first."""
+    from fastrm.config import build
+
+    found = {}
+    for arch, size in (("resnet18", 96), ("test_vit", 160), ("test_resnet", 32)):
+        out = tmp_path_factory.mktemp(arch)
+        train.train(
+            build(
+                data="digits", arch=arch, image_size=size, batch_size=4, epochs=1, max_steps=1, workers=0,
+                eval_every=0, hidden_dim=16, output_dim=8, predictor_hidden_dim=16, out=out,
+            )
+        )  # fmt: skip
+        found[arch] = out
+    evaluate.main(["--checkpoint", str(found["test_resnet"]), "--linear-quick", "--workers", "0"])
+    return found
+
+
+def wanted(run: Path, which: str, images: Tensor) -> Tensor:
+    """Features from the checkpoint itself."""
+    state = checkpoint.load(run)
+    config = state["config"]
+    backbone = build_backbone(config["arch"], image_size=config["image_size"], stem=config["stem"])
+    prefix = f"{which}.backbone."
+    own = {name.removeprefix(prefix): value for name, value in state["method"].items() if name.startswith(prefix)}
+    backbone.load_state_dict(own)
+    with torch.no_grad():
+        return backbone.eval()(images)[0]
+
+
+def write(run: Path, kind: str, which: str, out: Path) -> Path:
+    export.main(["--checkpoint", str(run), "--format", kind, "--which", which, "--out", str(out)])
+    return out
+
+
+@pytest.mark.parametrize("which", ["student", "teacher"])
+@pytest.mark.parametrize(
+    ("arch", "kind", "name"),
+    [
+        ("resnet18", "timm", "it.safetensors"),
+        ("resnet18", "timm", "it.pth"),
+        ("resnet18", "timm", "folder"),
+        ("resnet18", "torchvision", "it.pth"),
+        ("resnet18", "torchvision", "it.safetensors"),
+        ("resnet18", "safetensors", "it.safetensors"),
+        ("resnet18", "onnx", "it.onnx"),
+        ("test_vit", "timm", "folder"),
+        ("test_vit", "timm", "it.safetensors"),
+        ("test_resnet", "safetensors", "it.safetensors"),
+        ("test_resnet", "onnx", "it.onnx"),
+    ],
+)
+def test_round_trips(arch: str, kind: str, name: str, which: str, runs: dict[str, Path], tmp_path: Path) -> None:
+    run = runs[arch]
+    out = write(run, kind, which, tmp_path / name)
+    size = checkpoint.load(run)["config"]["image_size"]
+    images = torch.rand(3, 3, size, size, generator=torch.Generator().manual_seed(0))
+    want = wanted(run, which, images)
+    assert want.std() > 1e-3
+    if kind == "onnx":
+        onnxruntime = pytest.importorskip("onnxruntime")
+        session = onnxruntime.InferenceSession(str(out))
+        got = torch.from_numpy(session.run(["features"], {"images": images.numpy()})[0])
+        about = session.get_modelmeta().custom_metadata_map
+    else:
+        if kind == "timm" and name == "folder":
+            network = timm.create_model(f"local-dir:{out}", pretrained=True)
+            settings = timm.data.resolve_model_data_config(network)
+            assert (settings["input_size"], settings["mean"]) == ((3, size, size), (0.485, 0.456, 0.406))
+            about = None
+        elif kind == "timm":
+            network = timm.create_model(arch, num_classes=0, checkpoint_path=str(out))
+        elif kind == "torchvision":
+            network = torchvision.models.get_model(arch)
+            network.fc = torch.nn.Identity()
+            network.load_state_dict(torch.load(out, weights_only=True) if out.suffix == ".pth" else load_file(out))
+        else:
+            backbone, _ = read_backbone(out)
+            network = backbone.net
+        with torch.no_grad():
+            got = network.eval()(images)
+        if out.suffix == ".safetensors":
+            with safe_open(out, "pt") as file:
+                about = file.metadata()
+        else:
+            about = None
+    np.testing.assert_allclose(got, want, atol=1e-5)
+    if about is not None:
+        assert about["which"] == which
+        assert int(about["image_size"]) == size
+        assert json.loads(about["std"]) == [0.229, 0.224, 0.225]
+    card = (out / "README.md" if out.is_dir() else out.with_suffix(".md")).read_text()
+    assert f"# {arch}, {which} of mocov3" in card
+    assert "| lr | 0.6 |" in card
+
+
+def test_a_card_has_the_scores(runs: dict[str, Path], tmp_path: Path) -> None:
+    out = write(runs["test_resnet"], "safetensors", "teacher", tmp_path / "it.safetensors")
+    found = json.loads((runs["test_resnet"] / "evaluation.json").read_text())["sets"]["digits"]["scores"]
+    row = [100 * found[network]["linear_quick"]["value"] for network in ("teacher", "random")]
+    assert f"| digits | linear_quick | {row[0]:.2f} | {row[1]:.2f} |" in out.with_suffix(".md").read_text()
+
+
+def test_an_exported_backbone_is_scored_as_its_run(runs: dict[str, Path], tmp_path: Path) -> None:
+    out = write(runs["test_resnet"], "safetensors", "teacher", tmp_path / "it.safetensors")
+    arguments = ["--linear-quick", "--workers", "0"]
+    evaluate.main(["--checkpoint", str(out), *arguments])
+    ours = json.loads((tmp_path / "evaluation.json").read_text())["sets"]["digits"]["scores"]
+    theirs = json.loads((runs["test_resnet"] / "evaluation.json").read_text())["sets"]["digits"]["scores"]
+    assert ours == {name: theirs[name] for name in ("teacher", "random", "pixels")}
+
+
+@pytest.mark.parametrize(
+    ("arch", "arguments", "says"),
+    [
+        ("test_resnet", ["--format", "timm", "--out", "deep/folder"], ["timm's test_resnet cannot hold", "small stem"]),
+        ("test_resnet", ["--format", "torchvision", "--out", "a.pth"], ["holds ResNets only", "test_resnet"]),
+        ("test_vit", ["--format", "torchvision", "--out", "a.pth"], ["holds ResNets only", "test_vit"]),
+        ("resnet18", ["--format", "onnx", "--out", "a.pth"], ["--out a.pth must end in .onnx"]),
+        ("resnet18", ["--format", "safetensors", "--out", "a"], ["--out a must end in .safetensors"]),
+        ("resnet18", ["--format", "keras", "--out", "a.h5"], ["--format", "keras"]),
+        ("resnet18", ["--format", "timm"], ["--out"]),
+        ("resnet18", ["--format", "timm", "--out", "file/a.safetensors"], ["--out file/a.safetensors cannot be"]),
+    ],
+)
+def test_what_cannot_be_exported_is_said_and_leaves_nothing(
+    arch: str,
+    arguments: list[str],
+    says: list[str],
+    runs: dict[str, Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("file").write_text("in the way")
+    said = fails(export.main, ["--checkpoint", str(runs[arch]), *arguments], capsys)
+    assert all(part in said for part in says), said
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_files_that_do_not_say_what_they_are(runs: dict[str, Path], tmp_path: Path) -> None:
+    plain = tmp_path / "plain.safetensors"
+    save_file({"weight": torch.ones(2)}, plain)
+    with pytest.raises(UsageError, match="does not say what network"):
+        open_pretrained(plain, CPU)
+    plain.write_bytes(b"no safetensors")
+    with pytest.raises(UsageError, match="cannot be read as safetensors"):
+        open_pretrained(plain, CPU)
+    out = write(runs["test_resnet"], "safetensors", "teacher", tmp_path / "it.safetensors")
+    with pytest.raises(UsageError, match="--which student"):
+        write(out, "safetensors", "student", tmp_path / "other.safetensors")
+
+
+def official(layout: str) -> tuple[dict[str, object], dict[str, Tensor], str]:
+    """A checkpoint laid out as a published one, the backbone's weights in it, and timm's name of the backbone."""
+    torch.manual_seed(7)
+    if layout == "mocov3-vit":
+        arch, prefix = "test_vit", "module.base_encoder."
+        network = timm.create_model(arch, num_classes=0, img_size=160)
+        head = {f"head.{i}.weight": torch.randn(4, 4) for i in (0, 3, 6)}
+    else:
+        arch, prefix = "resnet18", {"moco": "module.encoder_q.", "mocov3": "module.base_encoder.", "plain": ""}[layout]
+        network = torchvision.models.resnet18()
+        network.fc = torch.nn.Identity()
+        head = {"fc.0.weight": torch.randn(4, 4), "fc.2.weight": torch.randn(4, 4)}
+    weights = {
+        name: value + 0.01 if value.is_floating_point() else value for name, value in network.state_dict().items()
+    }
+    state: dict[str, object] = {prefix + name: value for name, value in {**weights, **head}.items()}
+    if layout == "plain":
+        return state, weights, arch
+    other = {"moco": "module.encoder_k.", "mocov3": "module.momentum_encoder."}.get(layout, "module.momentum_encoder.")
+    state |= {other + name: torch.zeros_like(value) for name, value in weights.items()}
+    state |= {"module.queue": torch.randn(8, 16), "module.predictor.0.weight": torch.randn(2, 2)}
+    return {"epoch": 100, "arch": arch, "state_dict": state, "optimizer": {"state": {}}}, weights, arch
+
+
+@pytest.mark.parametrize("layout", ["moco", "mocov3", "mocov3-vit", "plain"])
+def test_a_run_starts_from_published_weights(layout: str, small: Small, tmp_path: Path) -> None:
+    state, weights, arch = official(layout)
+    path = tmp_path / "published.pth.tar"
+    torch.save(state, path)
+    size = 160 if arch == "test_vit" else 96
+    train.train(small(arch=arch, image_size=size, batch_size=4, max_steps=1, lr=1e-30, init_from=path))
+    trained = open_pretrained(tmp_path / "run", CPU)
+    for network in trained.networks.values():
+        own = network.net.state_dict()
+        for name, value in weights.items():
+            if "running" not in name and "num_batches" not in name:
+                torch.testing.assert_close(own[name], value, rtol=0, atol=1e-6)
+
+
+def test_a_run_starts_from_another(runs: dict[str, Path], small: Small, tmp_path: Path) -> None:
+    train.train(small(max_steps=1, lr=1e-30, init_from=runs["test_resnet"]))
+    first, then = (open_pretrained(p, CPU).networks["student"].net for p in (runs["test_resnet"], tmp_path / "run"))
+    torch.testing.assert_close(then.conv1.weight, first.conv1.weight, rtol=0, atol=1e-6)
+
+
+def test_weights_that_do_not_fit_are_said_and_nothing_is_written(
+    runs: dict[str, Path], small: Small, tmp_path: Path
+) -> None:
+    for arch, says in (("resnet10t", "--init-from .* is of another network"), ("test_vit", "another network")):
+        with pytest.raises(UsageError, match=says):
+            train.train(small(arch=arch, image_size=160, init_from=runs["resnet18"]))
+    with pytest.raises(UsageError, match="does not exist"):
+        train.train(small(init_from=tmp_path / "none.pth"))
+    (tmp_path / "junk.pth").write_bytes(b"junk")
+    with pytest.raises(UsageError, match="cannot be read"):
+        train.train(small(init_from=tmp_path / "junk.pth"))
+    torch.save([1, 2], tmp_path / "list.pth")
+    with pytest.raises(UsageError, match="no tensors by name"):
+        train.train(small(init_from=tmp_path / "list.pth"))
+    assert not (tmp_path / "run").exists()
