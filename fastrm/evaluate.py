@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from fastrm import _cli, checkpoint
-from fastrm.config import Config, from_flat
+from fastrm.config import Config, check_path, check_range, from_flat
 from fastrm.data import Source, eval_loader, open_source
 from fastrm.data.sources import Images
 from fastrm.device import choose_device
@@ -119,7 +119,7 @@ def load_run(path: Path, device: torch.device) -> tuple[Config, Method[Any], dic
     method = build_method(config, device=device)
     try:
         method.load_state_dict(state["method"])
-    except RuntimeError as error:
+    except (RuntimeError, TypeError, AttributeError) as error:
         raise UsageError(f"{path} does not fit its own settings: {str(error).splitlines()[0]}") from None
     return config, method, state
 
@@ -152,6 +152,8 @@ def evaluate(options: EvaluateConfig) -> dict[str, float]:
     """
     if not (options.knn or options.gap):
         raise UsageError("say what to score: --knn, --gap, or both")
+    check_range("workers", options.workers)
+    check_path("checkpoint", options.checkpoint)
     device = choose_device(options.device)
     config, method, _ = load_run(options.checkpoint, device)
     root = options.data_root or config.input.data_root
