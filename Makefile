@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: install demo test check format bench gpu clean
+.PHONY: install demo test nightly check format bench gpu clean
 
 install: $(VENV)/installed
 
@@ -20,6 +20,11 @@ demo: install
 
 test: install
 	$(BIN)/python -m pytest tests
+
+# More cases of every fuzz test, and new ones each time.
+nightly: install
+	$(BIN)/python -m pytest tests/test_fuzz_arguments.py tests/test_fuzz_flags.py tests/test_fuzz_inputs.py \
+		tests/test_fuzz_kernels.py --hypothesis-profile nightly
 
 check: install
 	$(BIN)/ruff check .

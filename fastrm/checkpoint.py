@@ -14,6 +14,7 @@ from fastrm.files import load_tensors, write_whole
 
 NAME = "checkpoint.pt"
 FORMAT = 2
+CONTENT = {"config": dict, "step": int, "random": list, "method": dict}
 
 # Settings that may differ between a run and its continuation, since they do not change what is learned.
 FREE_ON_RESUME = frozenset(
@@ -54,6 +55,9 @@ def load(path: Path) -> dict[str, Any]:
     state = load_tensors(found)
     if not isinstance(state, dict) or state.get("format") != FORMAT:
         raise UsageError(f"{found} is not a checkpoint of this version of fastrm")
+    wrong = [name for name, kind in CONTENT.items() if not isinstance(state.get(name), kind)]
+    if wrong or state["step"] < 0:
+        raise UsageError(f"{found} is damaged: it has no sound {wrong[0] if wrong else 'step'!r}")
     return state
 
 
@@ -105,11 +109,11 @@ def resume(config: Config, out: Path, **parts: Stateful) -> int:
     try:
         for name, part in parts.items():
             part.load_state_dict(state[name])
-    except (RuntimeError, ValueError, KeyError) as error:
+        random = state["random"][world().rank]
+        torch.set_rng_state(random["cpu"])
+        if torch.cuda.is_available() and "cuda" in random:
+            torch.cuda.set_rng_state(random["cuda"])
+    except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UsageError(f"{path} does not fit its own settings: {str(error).splitlines()[0]}") from None
-    random = state["random"][world().rank]
-    torch.set_rng_state(random["cpu"])
-    if torch.cuda.is_available() and "cuda" in random:
-        torch.cuda.set_rng_state(random["cuda"])
     step: int = state["step"]
     return step

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -197,6 +199,10 @@ class Config:
         return Config(**groups)
 
 
+_KINDS: Mapping[str, Any] = {
+    name: kind for group in get_type_hints(Config).values() for name, kind in get_type_hints(group).items()
+}
+
 # Published settings. ImageNet: the official MoCo, MoCo-v3 and DenseCL repositories; CIFAR-100 and ImageNet-100:
 # solo-learn; BYOL on ImageNet: Grill et al., arXiv 2006.07733, with their batch of 4096. All heads in the order
 # hidden, output, predictor's hidden.
@@ -339,10 +345,19 @@ def build(**leaves: Any) -> Config:
     >>> build(data="digits", arch="test_resnet", image_size=32, epochs=12).optim.warmup_epochs
     1.2
     """
+    leaves = _with_paths(leaves)
+    _check_kinds(leaves)
     chosen = {name: leaves[name] for name in ("recipe", "method", "arch", "epochs") if name in leaves}
     config = defaults(**chosen).replace(**leaves)
     validate(config)
     return config
+
+
+def _with_paths(leaves: Mapping[str, Any]) -> dict[str, Any]:
+    paths = {
+        name: Path(leaves[name]) for name in ("data_root", "init_from", "out") if isinstance(leaves.get(name), str)
+    }
+    return {**leaves, **paths}
 
 
 def from_flat(leaves: Mapping[str, Any]) -> Config:
@@ -351,8 +366,7 @@ def from_flat(leaves: Mapping[str, Any]) -> Config:
     Raises:
         UsageError: a setting is unknown or out of range.
     """
-    paths = {name: Path(leaves[name]) for name in ("data_root", "init_from", "out") if leaves.get(name) is not None}
-    config = Config().replace(**{**leaves, **paths})
+    config = Config().replace(**_with_paths(leaves))
     validate(config)
     return config
 
@@ -370,11 +384,11 @@ _RANGES: Mapping[str, tuple[float, float, bool]] = {
     "teacher_momentum": (0, 1, False),
     "teacher_momentum_end": (0, 1, False),
     "temperature": (0, math.inf, True),
-    "queue_size": (1, math.inf, False),
+    "queue_size": (1, 2**24, False),
     "dense_weight": (0, 1, False),
-    "hidden_dim": (1, math.inf, False),
-    "output_dim": (1, math.inf, False),
-    "predictor_hidden_dim": (1, math.inf, False),
+    "hidden_dim": (1, 2**16, False),
+    "output_dim": (1, 2**16, False),
+    "predictor_hidden_dim": (1, 2**16, False),
     "epochs": (1, math.inf, False),
     "max_steps": (1, math.inf, False),
     "lr": (0, math.inf, True),
@@ -398,11 +412,42 @@ def flag(name: str) -> str:
 def check_range(name: str, value: float | None) -> None:
     """Raise a UsageError if the value of a setting is out of range; None, for unset, is not."""
     low, high, open_low = _RANGES[name]
-    if value is None or (math.isfinite(value) and (value > low if open_low else value >= low) and value <= high):
+    # Not math.isfinite, which raises for an int that no float can hold.
+    if value is None or ((value > low if open_low else value >= low) and value <= min(high, sys.float_info.max)):
         return
     wanted = f"above {low:g}" if open_low else f"at least {low:g}"
     most = f" and at most {high:g}" if high < math.inf else ""
     raise UsageError(f"{flag(name)} {value} is out of range; it must be {wanted}{most}")
+
+
+def check_path(name: str, value: str | Path) -> None:
+    """Raise a UsageError if the system takes no such path: one that is too long, or has a zero byte in it."""
+    try:
+        os.stat(value)
+    except (FileNotFoundError, NotADirectoryError):
+        return
+    except (OSError, ValueError) as error:
+        why = error.strerror if isinstance(error, OSError) else error
+        raise UsageError(f"{flag(name)} {str(value)[:80]!r} is no path that can be used: {why}") from None
+
+
+def _is_a(value: Any, kind: Any) -> bool:
+    """Whether a setting's value is of the kind that it is declared as; the choices of a Literal are seen to later."""
+    if get_origin(kind) is Literal:
+        return isinstance(value, str)
+    if options := get_args(kind):
+        return any(_is_a(value, option) for option in options)
+    if kind in (int, float):
+        return not isinstance(value, bool) and isinstance(value, (int, kind))
+    return isinstance(value, kind)
+
+
+def _check_kinds(leaves: Mapping[str, Any]) -> None:
+    for name, value in leaves.items():
+        kind = _KINDS.get(name, object)
+        if not _is_a(value, kind):
+            wanted = kind.__name__ if isinstance(kind, type) else str(kind).replace("pathlib.", "")
+            raise UsageError(f"{flag(name)} {str(value)[:80]!r} is a {type(value).__name__}; it must be {wanted}")
 
 
 def validate(config: Config) -> None:
@@ -411,15 +456,19 @@ def validate(config: Config) -> None:
     Raises:
         UsageError: names the flag, its value and what is right.
     """
+    groups = (vars(getattr(config, group.name)) for group in dataclasses.fields(config))
+    _check_kinds({name: value for group in groups for name, value in group.items()})
     values = config.flat()
+    for name in ("data_root", "init_from", "out", "resume"):
+        if values[name] is not None:
+            check_path(name, values[name])
     if not values["data"]:
         raise UsageError("--data is missing; give a folder of images, or a named set such as digits")
     for name in _RANGES:
         check_range(name, values[name])
-    for group in dataclasses.fields(config):
-        for name, kind in get_type_hints(type(getattr(config, group.name))).items():
-            if get_origin(kind) is Literal and values[name] not in get_args(kind):
-                raise UsageError(f"{flag(name)} {values[name]} is unknown; choose one of {', '.join(get_args(kind))}")
+    for name, kind in _KINDS.items():
+        if get_origin(kind) is Literal and values[name] not in get_args(kind):
+            raise UsageError(f"{flag(name)} {values[name]} is unknown; choose one of {', '.join(get_args(kind))}")
     optim = config.optim
     if optim.warmup_epochs >= optim.epochs:
         raise UsageError(

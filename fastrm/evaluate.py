@@ -5,6 +5,7 @@ python -m fastrm.evaluate --checkpoint runs/digits-mocov3-test_resnet --data dig
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 
 import fastrm
 from fastrm import _cli
+from fastrm.config import check_path, check_range
 from fastrm.data import Source, open_source
 from fastrm.data.scan import scan
 from fastrm.device import choose_device
@@ -128,14 +130,18 @@ def _check(options: EvaluateConfig) -> None:
         raise UsageError(f"--semi {options.semi} is out of range; it must be above 0 and at most 1")
     if options.linear_epochs is not None and options.linear_epochs < 1:
         raise UsageError(f"--linear-epochs {options.linear_epochs} is out of range; it must be at least 1")
-    if options.workers < 0:
-        raise UsageError(f"--workers {options.workers} is out of range; it must be at least 0")
+    check_range("workers", options.workers)
+    for name in ("checkpoint", "data_root", "out"):
+        if (path := getattr(options, name)) is not None:
+            check_path(name, path)
     if options.gap and options.checkpoint.suffix == ".safetensors":
         raise UsageError(f"--gap needs student and teacher, and {options.checkpoint} holds one network; give the run")
 
 
 def _earlier(out: Path) -> dict[str, Any]:
-    """What earlier evaluations wrote; of another score or set it stays."""
+    """What earlier evaluations wrote; of another score or set it stays. What cannot be written is said beforehand."""
+    if not os.access(out.parent, os.W_OK):
+        raise UsageError(f"--out {out} cannot be written: there is no folder {out.parent}, or it is not yours to write")
     if not out.exists():
         return {}
     try:

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from fastrm import _cli
+from fastrm.config import check_path
 from fastrm.errors import UsageError
 from fastrm.evaluate import EVALUATION
 from fastrm.files import read_json, write_json, write_text, write_whole
@@ -56,6 +57,8 @@ def export(options: ExportConfig) -> Path:
     if ending not in endings.get(options.format, (".safetensors",)):
         wanted = ", ".join(e or "none (a folder)" for e in endings.get(options.format, (".safetensors",)))
         raise UsageError(f"--out {options.out} must end in {wanted} for --format {options.format}")
+    for name in ("checkpoint", "out"):
+        check_path(name, getattr(options, name))
     trained = open_pretrained(options.checkpoint, CPU)
     if options.which not in trained.networks:
         raise UsageError(f"--which {options.which}: {options.checkpoint} holds the {', '.join(trained.networks)} only")

@@ -61,7 +61,7 @@ def open_pretrained(path: Path, device: torch.device) -> Pretrained:
     method = build_method(config, device=device)
     try:
         method.load_state_dict(state["method"])
-    except RuntimeError as error:
+    except (RuntimeError, TypeError, AttributeError) as error:
         raise UsageError(f"{path} does not fit its own settings: {str(error).splitlines()[0]}") from None
     return Pretrained(
         path=path,

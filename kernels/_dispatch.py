@@ -6,6 +6,7 @@ import contextlib
 import importlib
 import importlib.util
 import math
+import sys
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -33,6 +34,12 @@ def triton_problem(device: torch.device) -> str | None:
     return f"the tensors are on {device}; Triton needs a CUDA device, or TRITON_INTERPRET=1 before Python starts"
 
 
+def check_backend(op: str, backend: str | None) -> None:
+    """Raise unless ``backend`` is ``None`` or a backend's name."""
+    if backend is not None and backend not in BACKENDS:
+        raise ValueError(f"{op}: backend={backend!r} is unknown; choose None or one of {', '.join(BACKENDS)}")
+
+
 def choose(op: str, backend: str | None, implementations: Implementations, device: torch.device) -> Callable[..., Any]:
     """Return the implementation of ``op`` that a backend name stands for on ``device``.
 
@@ -43,8 +50,7 @@ def choose(op: str, backend: str | None, implementations: Implementations, devic
         wanted = {"cuda": "triton", "cpu": "cpu"}.get(device.type, "reference")
         missing = wanted not in implementations or (wanted == "triton" and triton is None)
         return implementations["reference" if missing else wanted]
-    if backend not in BACKENDS:
-        raise ValueError(f"{op}: backend={backend!r} is unknown; choose None or one of {', '.join(BACKENDS)}")
+    check_backend(op, backend)
     if backend not in implementations:
         raise ValueError(f"{op}: backend={backend!r} does not exist yet; available: None, {', '.join(implementations)}")
     if backend == "triton" and (problem := triton_problem(device)):
@@ -62,19 +68,48 @@ def compute_dtype(*tensors: Tensor | None) -> torch.dtype:
 
 def no_autocast(device: torch.device) -> contextlib.AbstractContextManager[None]:
     """Keep an enclosing autocast from lowering the precision that an operation promises."""
+    if device.type == "meta":  # where nothing is computed and torch knows no autocast
+        return contextlib.nullcontext()
     return torch.autocast(device_type=device.type, enabled=False)
 
 
-def check_rows(op: str, name: str, tensor: Tensor, *, dim: int | None = None, device: torch.device) -> None:
-    """Raise unless ``tensor`` is a floating [rows, dim] matrix on ``device``."""
+def check_strided(op: str, name: str, tensor: Tensor) -> None:
+    """Raise unless ``tensor`` is a tensor whose elements lie in memory as they are: not a sparse one, say."""
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{op}: {name} is a {type(tensor).__name__}; it must be a tensor")
+    if tensor.layout != torch.strided:
+        raise TypeError(f"{op}: {name} has layout {tensor.layout}; it must be a dense tensor")
+    if not torch.compiler.is_compiling() and tensor.is_neg():  # a question that torch.compile cannot trace
+        raise ValueError(f"{op}: {name} is a view of a complex conjugate, negated when read; pass {name}.resolve_neg()")
+
+
+def check_writable(op: str, name: str, tensor: Tensor) -> None:
+    """Raise if an element of ``tensor`` lies on another one in memory, so that they cannot both be written."""
+    if tensor.numel() == 0:
+        return
+    reach = 1  # elements from the first to the last of the inner dimensions
+    for stride, size in sorted((s, n) for s, n in zip(tensor.stride(), tensor.shape, strict=True) if n > 1):
+        if stride == 0:
+            raise ValueError(f"{op}: {name} is expanded (a stride is 0), so its elements cannot be written")
+        if stride < reach:
+            raise ValueError(
+                f"{op}: {name}, of shape {tuple(tensor.shape)} and strides {tensor.stride()}, has elements that "
+                "overlap in memory, so they cannot be written"
+            )
+        reach += stride * (size - 1)
+
+
+def check_rows(
+    op: str, name: str, tensor: Tensor, *, dim: int | None = None, device: torch.device | None = None
+) -> None:
+    """Raise unless ``tensor`` is a floating [rows, dim] matrix, on ``device`` if one is given."""
+    check_strided(op, name, tensor)
     shape = tuple(tensor.shape)
     if tensor.ndim != 2 or (dim is not None and shape[1] != dim):
         raise ValueError(f"{op}: {name} has shape {shape}; it must be [rows, {'D' if dim is None else dim}]")
     if not tensor.is_floating_point():
         raise TypeError(f"{op}: {name} is {tensor.dtype}; it must be a floating dtype")
-    if tensor.device != device:
+    if device is not None and tensor.device != device:
         raise ValueError(f"{op}: {name} is on {tensor.device}; it must be on {device} like the first argument")
 
 
@@ -100,12 +135,14 @@ def check_scalar(
     if isinstance(value, Tensor):
         if value.ndim != 0:
             raise ValueError(f"{op}: {name} has shape {tuple(value.shape)}; it must be a number or a 0-d tensor")
+        if value.is_complex():
+            raise TypeError(f"{op}: {name} is {value.dtype}; it must be real")
         return
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{op}: {name} is a {type(value).__name__}; it must be a number or a 0-d tensor")
     above = value > low if open_low else value >= low
     # Not math.isfinite, which torch.compile cannot trace for a float that changes between calls.
-    if not (abs(value) < math.inf and above and value <= high):
+    if not (abs(value) <= sys.float_info.max and above and value <= high):
         wanted = [f"{'above' if open_low else 'at least'} {low:g}"] if low > -math.inf else []
         wanted += [f"at most {high:g}"] if high < math.inf else []
         raise ValueError(f"{op}: {name}={value} must be finite{''.join(', ' + w for w in wanted)}")

@@ -5,7 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+import numpy as np
 from torch import Tensor, nn
+
+from ._dispatch import check_strided, check_writable
 
 Tensors = Iterable[Tensor] | nn.Module
 
@@ -27,7 +30,7 @@ def _plain_names(op: str, argument: str, module: nn.Module) -> dict[str, Tensor]
 
 def listed(op: str, argument: str, tensors: Iterable[Any] | nn.Module) -> list[Any]:
     """``tensors`` as a list; what is in it is for :func:`check` to see."""
-    if isinstance(tensors, (Tensor, nn.Module)):
+    if isinstance(tensors, (Tensor, nn.Module)) or not isinstance(tensors, Iterable):
         raise TypeError(f"{op}: {argument} is a {type(tensors).__name__}; it must be an iterable of tensors")
     return list(tensors)
 
@@ -45,10 +48,6 @@ def pair(op: str, teacher: Tensors, student: Tensors) -> tuple[list[Tensor], lis
             raise ValueError(f"{op}: parameters without a partner: {only}; teacher and student must match")
         return list(ours.values()), [theirs[name] for name in ours]
     return listed(op, "teacher", teacher), listed(op, "student", student)
-
-
-def _expanded(tensor: Tensor) -> bool:
-    return any(size > 1 and stride == 0 for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
 
 
 def _place(tensor: Tensor) -> tuple[object, ...]:
@@ -82,16 +81,59 @@ def _check_pair(op: str, i: int, teacher: Tensor, student: Tensor, shadow: Tenso
         if shadow.is_floating_point() != teacher.is_floating_point():
             raise TypeError(f"{op}: shadow[{i}] is {shadow.dtype}, but teacher[{i}] is {teacher.dtype}")
     for name, written in (("teacher", teacher), ("shadow", shadow)):
-        if written is not None and _expanded(written):
-            raise ValueError(f"{op}: {name}[{i}] is expanded (a stride is 0), so its elements cannot be written")
+        if written is not None:
+            check_writable(op, f"{name}[{i}]", written)
+
+
+class _Strided:
+    """Where a tensor's elements lie, for NumPy, which reads no address of it: the memory may be a GPU's."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        size = tensor.element_size()
+        strides = tuple(stride * size for stride in tensor.stride())
+        self.__array_interface__ = {
+            "version": 3, "typestr": f"|V{size}", "data": (tensor.data_ptr(), False), "shape": tuple(tensor.shape),
+            "strides": strides,
+        }  # fmt: skip
+
+
+def _check_apart(op: str, kept: Sequence[int], lists: dict[str, Sequence[Tensor]]) -> None:
+    """Raise if a tensor that is written shares memory with another one, unless both are one partner's whole place.
+
+    A teacher may be its own student, or its own shadow: that gives the same numbers in whichever order.
+    """
+    spans = []
+    for name, tensors in lists.items():
+        for i in kept:
+            tensor = tensors[i]
+            if tensor.numel() and tensor.device.type != "meta":
+                last = sum(stride * (size - 1) for stride, size in zip(tensor.stride(), tensor.shape, strict=True))
+                start = tensor.data_ptr()
+                spans.append((str(tensor.device), start, start + (last + 1) * tensor.element_size(), name, i))
+    spans.sort()
+    earlier: list[tuple[str, int, int, str, int]] = []  # those that reach behind the start of the next
+    for span in spans:
+        device, start, _, name, i = span
+        earlier = [other for other in earlier if other[0] == device and other[2] > start]
+        for *_, other_name, j in earlier:
+            names = {name, other_name}
+            mine, other = lists[name][i], lists[other_name][j]
+            partners = i == j and "teacher" in names and _place(mine) == _place(other)
+            if names == {"student"} or partners:
+                continue
+            if np.shares_memory(np.asarray(_Strided(mine)), np.asarray(_Strided(other))):
+                raise ValueError(
+                    f"{op}: {name}[{i}] and {other_name}[{j}] overlap in memory, so that writing one would change the "
+                    "other; copy one of them"
+                )
+        earlier.append(span)
 
 
 def check(op: str, teacher: Sequence[Tensor], student: Sequence[Tensor], shadow: Sequence[Tensor] | None) -> list[int]:
     """Raise unless the lists pair up; return the indices to update, which leave out repeats of tied tensors."""
     for name, others in (("teacher", teacher), ("student", student), ("shadow", shadow or ())):
         for i, tensor in enumerate(others):
-            if not isinstance(tensor, Tensor):
-                raise TypeError(f"{op}: {name}[{i}] is a {type(tensor).__name__}; it must be a tensor")
+            check_strided(op, f"{name}[{i}]", tensor)
     for name, paired in (("student", student), ("shadow", shadow)):
         if paired is not None and len(paired) != len(teacher):
             raise ValueError(
@@ -101,6 +143,9 @@ def check(op: str, teacher: Sequence[Tensor], student: Sequence[Tensor], shadow:
     for i, (t, s) in enumerate(zip(teacher, student, strict=True)):
         _check_pair(op, i, t, s, None if shadow is None else shadow[i])
         first = first_with.setdefault(_place(t), i)
-        if _place(student[first]) != _place(s):
-            raise ValueError(f"{op}: teacher[{first}] and teacher[{i}] are one tensor with two students")
-    return list(first_with.values())
+        for name, partners in (("students", student), ("shadows", shadow)):
+            if partners is not None and t.numel() and _place(partners[first]) != _place(partners[i]):
+                raise ValueError(f"{op}: teacher[{first}] and teacher[{i}] are one tensor with two {name}")
+    kept = list(first_with.values())
+    _check_apart(op, kept, {"teacher": teacher, "student": student} | ({} if shadow is None else {"shadow": shadow}))
+    return kept

@@ -90,6 +90,13 @@ def fits(*matrices: Tensor | None) -> bool:
     return all(x is None or (x.dtype in DTYPES and 0 < x.shape[1] <= WIDEST) for x in matrices)
 
 
+def apart(x: Tensor, queue: Tensor | None) -> Tensor:
+    """``x``, contiguous, and a copy of it where a launch that writes ``queue`` would change it."""
+    if queue is not None and x.untyped_storage().data_ptr() == queue.untyped_storage().data_ptr():
+        return x.clone(memory_format=torch.contiguous_format)
+    return x.contiguous()
+
+
 def launch_push(
     queue: Tensor,
     keys: Tensor,
@@ -102,7 +109,7 @@ def launch_push(
     dim = queue.shape[1]
     with guard(queue.device):
         push_kernel[(triton.cdiv(len(keys), block_r(dim)),)](
-            queue, keys.contiguous(), start, pointer, tickets, skip, 0 if tickets is None else len(tickets), len(keys),
+            queue, apart(keys, queue), start, pointer, tickets, skip, 0 if tickets is None else len(tickets), len(keys),
             len(queue), dim, block_d(dim), block_r(dim),
         )  # fmt: skip
 

@@ -23,7 +23,7 @@ from torch import Tensor
 from . import _blocked
 from ._dispatch import triton
 from ._multi_tensor import guard
-from ._push import block_d, block_r, fits, launch_push
+from ._push import apart, block_d, block_r, fits, launch_push
 
 if triton is not None:
     from ._finish import finish_kernel
@@ -158,8 +158,9 @@ def losses(
     temperature, residual_weight, contrastive_weight = (
         number if isinstance(number, Tensor) and number.device == device else float(number) for number in numbers
     )
+    written = queue if pointer is not None else None
     shared = {
-        "query_ptr": query.contiguous(),
+        "query_ptr": apart(query, written),
         "logsums_ptr": None if key is None else empty(work.parts, n),
         "averages_ptr": empty(work.parts, n, dim, dtype=bank.dtype) if gradient and bank is not None else None,
         "tickets_ptr": tickets,
@@ -171,8 +172,8 @@ def losses(
         "splits": work.parts,
     }
     ends = {
-        "key_ptr": None if key is None else key.contiguous(),
-        "same_ptr": None if same is None else same.contiguous(),
+        "key_ptr": None if key is None else apart(key, written),
+        "same_ptr": None if same is None else apart(same, written),
         "gradient_ptr": to_query if gradient else None,
         "losses_ptr": values,
         "sums_ptr": None if reduction == "none" else empty(2, groups),
@@ -208,7 +209,7 @@ def losses(
                 **ends,
                 queue_ptr=queue if pushed else None,
                 pointer_ptr=pointer if pushed else None,
-                push_ptr=push.contiguous() if push is not None and pushed else None,
+                push_ptr=apart(push, written) if push is not None and pushed else None,
                 count=pushed,
                 size=size,
                 **constants,

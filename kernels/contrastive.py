@@ -79,9 +79,11 @@ def _check_teacher_rows(op: str, name: str, rows: Tensor, query: Tensor) -> None
 
 
 def _check_contrast(op: str, query: Tensor, key: Tensor, queue: Tensor | None, key_offset: int) -> None:
-    check_rows(op, "query", query, device=query.device)
+    check_rows(op, "query", query)
     _check_teacher_rows(op, "key", key, query)
     n, m = query.shape[0], key.shape[0]
+    if isinstance(key_offset, bool) or not isinstance(key_offset, (int, torch.SymInt)):
+        raise TypeError(f"{op}: key_offset is a {type(key_offset).__name__}; it must be an int")
     if queue is not None:
         _check_teacher_rows(op, "queue", queue, query)
         if m != n or key_offset != 0:
@@ -155,7 +157,7 @@ def residual_loss(student: Tensor, teacher: Tensor, *, reduction: str = "mean", 
         ValueError, TypeError: shapes, dtypes or devices do not fit, ``teacher`` requires grad, or the backend
             cannot be had.
     """
-    check_rows("residual_loss", "student", student, device=student.device)
+    check_rows("residual_loss", "student", student)
     _check_teacher_rows("residual_loss", "teacher", teacher, student)
     if student.shape != teacher.shape:
         raise ValueError(

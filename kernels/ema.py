@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from . import _pairing, reference
-from ._dispatch import check_scalar, choose, compute_dtype, tl, triton
+from ._dispatch import check_backend, check_scalar, choose, compute_dtype, tl, triton
 from ._multi_tensor import BLOCK, DTYPES, WARPS, Mirror, addresses, cut, flat, guard, in_order, launchable
 from ._pairing import Tensors
 
@@ -278,6 +278,7 @@ def _remembered(
     backend: str | None, teacher: list[Tensor], student: list[Tensor], shadow: list[Tensor] | None
 ) -> _Plan:
     """The plan of an earlier call with these very tensors if they still lie where they did, else a new one."""
+    check_backend("fused_ema_", backend)
     tensors = [*teacher, *student, *(shadow or ())]
     key = (backend, len(teacher), len(student), shadow is None, *map(id, tensors))
     known = _PLANS.get(key)

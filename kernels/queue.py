@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from . import _push, reference
-from ._dispatch import check_no_grad, check_rows, choose
+from ._dispatch import check_no_grad, check_rows, check_strided, check_writable, choose
 
 
 @torch.library.custom_op("fastrm::enqueue_", mutates_args=("queue", "pointer"))
@@ -29,8 +29,12 @@ def check_ring(op: str, queue: Tensor, pointer: Tensor) -> None:
     """Raise unless (queue, pointer) is a ring that can be written."""
     if queue.shape[0] == 0:
         raise ValueError(f"{op}: queue has shape {tuple(queue.shape)}; it must hold at least one row")
-    if not isinstance(pointer, Tensor):
-        raise TypeError(f"{op}: pointer is a {type(pointer).__name__}; it must be a 0-d int64 tensor")
+    if queue.dtype.itemsize == 1:
+        raise TypeError(
+            f"{op}: queue is {queue.dtype}, which can be scored but not written; it must be wider than 8 bits"
+        )
+    check_writable(op, "queue", queue)
+    check_strided(op, "pointer", pointer)
     if pointer.ndim != 0 or pointer.dtype != torch.int64 or pointer.device != queue.device:
         raise ValueError(
             f"{op}: pointer has shape {tuple(pointer.shape)}, dtype {pointer.dtype}, device {pointer.device}; "
@@ -54,14 +58,17 @@ def enqueue_(
     Raises:
         ValueError, TypeError: shapes, dtypes or devices do not fit, or the backend cannot be had.
     """
-    check_rows("enqueue_", "queue", queue, device=queue.device)
+    check_rows("enqueue_", "queue", queue)
     check_no_grad("enqueue_", "queue", queue)
     check_rows("enqueue_", "keys", keys, dim=queue.shape[1], device=queue.device)
     check_ring("enqueue_", queue, pointer)
-    if skip is not None and (skip.numel() != 1 or skip.device != queue.device):
-        raise ValueError(
-            f"enqueue_: skip has shape {tuple(skip.shape)} on {skip.device}; it must be one element on {queue.device}"
-        )
+    if skip is not None:
+        check_strided("enqueue_", "skip", skip)
+        if skip.numel() != 1 or skip.device != queue.device:
+            raise ValueError(
+                f"enqueue_: skip has shape {tuple(skip.shape)} on {skip.device}; "
+                f"it must be one element on {queue.device}"
+            )
     choose("enqueue_", backend, _ENQUEUE, queue.device)(queue, pointer, keys, skip)
 
 
@@ -83,10 +90,13 @@ class FeatureQueue(nn.Module):
 
     def __init__(self, size: int, dim: int, dtype: torch.dtype = torch.float32) -> None:
         super().__init__()
+        for name, value in (("size", size), ("dim", dim)):
+            if isinstance(value, bool) or not isinstance(value, int):
+                raise TypeError(f"FeatureQueue: {name} is a {type(value).__name__}; it must be an int")
         if size < 1 or dim < 1:
             raise ValueError(f"FeatureQueue: size={size}, dim={dim}; both must be at least 1")
-        if not dtype.is_floating_point:
-            raise TypeError(f"FeatureQueue: dtype={dtype}; it must be a floating dtype")
+        if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point or dtype.itemsize == 1:
+            raise TypeError(f"FeatureQueue: dtype={dtype}; it must be a floating dtype of 16 bits or more")
         self.register_buffer("features", reference.unit(torch.randn(size, dim)).to(dtype))
         self.register_buffer("pointer", torch.zeros((), dtype=torch.int64))
 

@@ -88,6 +88,7 @@ def residual_info_nce(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Weighted sum of both losses and the two parts, detached; then ``push`` enters the queue."""
     # The backward pass needs the queue as it was scored, and the push overwrites rows of it.
+    query = query.to(compute_dtype(query, key, same_view_key, queue))  # both terms in the same precision
     bank = queue.clone() if queue is not None and pointer is not None else queue
     contrastive = info_nce(query, key, bank, temperature, key_offset, "mean")
     residual = residual_loss(query, same_view_key, "mean")

@@ -10,12 +10,21 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from hypothesis import settings
 from PIL import Image
 
 from fastrm.config import Config, build
 from fastrm.data import open_source
+from tests.interpreted import INTERPRETED
 
 FASHION_MNIST = Path(os.environ.get("FASHION_MNIST", "/usr/share/datasets/fashion-mnist"))
+
+# The ordinary profile tries the same cases each time. `make nightly` takes the other one, which tries new ones.
+# Triton's interpreter takes a second for some of them.
+CASES = 8 if INTERPRETED else 25
+settings.register_profile("ordinary", max_examples=CASES, derandomize=True, database=None, deadline=None)
+settings.register_profile("nightly", max_examples=400, deadline=None)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ordinary"))
 
 
 @pytest.fixture(autouse=True)

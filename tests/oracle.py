@@ -36,6 +36,29 @@ def info_nce(query: ArrayLike, key: ArrayLike, queue: ArrayLike | None, temperat
     return np.array(losses)
 
 
+def through_unit(rows: ArrayLike, pull: Array) -> Array:
+    """Gradient to rows from the gradient ``pull`` to the unit rows; zero for a zero row."""
+    x, u = np.asarray(rows, dtype=np.float64), unit(rows)
+    lengths = np.sqrt((x * x).sum(axis=1, keepdims=True))
+    across = pull - (pull * u).sum(axis=1, keepdims=True) * u
+    return np.where(lengths > 0, across / np.where(lengths > 0, lengths, 1), 0)
+
+
+def info_nce_gradient(
+    query: ArrayLike, key: ArrayLike, queue: ArrayLike | None, temperature: float, offset: int = 0
+) -> Array:
+    """Gradient of the summed losses to the queries: the candidates' mean by their chances, less the positive."""
+    q, k = unit(query), unit(key)
+    pull = np.zeros_like(q)
+    for i, row in enumerate(q):
+        positive = k[offset + i]
+        rows = k if queue is None else np.concatenate([positive[None], np.asarray(queue, dtype=np.float64)])
+        logits = rows @ row / temperature
+        chances = np.exp(logits - logits.max())
+        pull[i] = (chances / chances.sum() @ rows - positive) / temperature
+    return through_unit(query, pull)
+
+
 def residual(student: ArrayLike, teacher: ArrayLike) -> Array:
     """Loss a row: squared distance of the unit vectors, where neither is zero."""
     return np.array([2 - 2 * float(a @ b) for a, b in zip(unit(student), unit(teacher), strict=True)])

@@ -177,7 +177,7 @@ def test_evaluate_refuses_what_it_cannot_do(
 ) -> None:
     train.train(small(max_steps=1))
     run = str(tmp_path / "run")
-    assert "--knn, --gap" in fails(evaluate.main, ["--checkpoint", run], capsys)
+    assert "--knn, --linear" in fails(evaluate.main, ["--checkpoint", run], capsys)
     assert "does not exist" in fails(evaluate.main, ["--checkpoint", f"{run}/none", "--knn"], capsys)
     assert "--checkpoint" in fails(evaluate.main, ["--knn"], capsys)
     flat = ["--checkpoint", run, "--knn", "--data", str(pictures / "flat")]

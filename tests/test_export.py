@@ -95,7 +95,7 @@ def test_round_trips(arch: str, kind: str, name: str, which: str, runs: dict[str
         if kind == "timm" and name == "folder":
             network = timm.create_model(f"local-dir:{out}", pretrained=True)
             settings = timm.data.resolve_model_data_config(network)
-            assert (settings["input_size"], settings["mean"]) == ((3, size, size), (0.485, 0.456, 0.406))
+            assert [*settings["input_size"], *settings["mean"]] == [3, size, size, 0.485, 0.456, 0.406]
             about = None
         elif kind == "timm":
             network = timm.create_model(arch, num_classes=0, checkpoint_path=str(out))

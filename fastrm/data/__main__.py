@@ -49,6 +49,7 @@ def contact_sheet(options: Options) -> None:
     from torchvision.utils import save_image
 
     check_range("image_size", options.image_size)
+    check_range("seed", options.seed)
     if options.images < 1:
         raise UsageError(f"--images {options.images} is out of range; it must be at least 1")
     source = open_source(options.data, options.data_root)

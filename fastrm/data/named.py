@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import struct
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -98,8 +99,14 @@ def _fashion_mnist(root: Path) -> Source:
                 raise UsageError(f"--data-root: {folder} has no {name}, plain or .gz")
             try:
                 arrays.append(_read_idx(found[0]))
-            except (OSError, EOFError, struct.error, ValueError) as error:
+            except (OSError, EOFError, struct.error, zlib.error, ValueError, OverflowError) as error:
                 raise UsageError(f"--data-root: {found[0]} cannot be read ({error})") from None
+        shapes = [array.shape for array in arrays]
+        if len(shapes[0]) != 3 or 0 in shapes[0] or shapes[1] != shapes[0][:1]:
+            raise UsageError(
+                f"--data-root: the {prefix} images in {folder} have shape {shapes[0]} and their labels {shapes[1]}; "
+                "they must be [N, height, width] and [N], not empty"
+            )
         return ArrayImages(arrays[0], arrays[1].astype(np.int64))
 
     return _arrays("fashion-mnist", part("train"), part("t10k"))

@@ -18,8 +18,11 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from fastrm.data.sources import ENDINGS, FileImages
+from fastrm.config import check_path
+from fastrm.data.sources import ENDINGS, FileImages, expanded
 from fastrm.errors import UsageError
+
+MOST = 1_000_000  # shards in one pattern
 
 
 class Member(NamedTuple):
@@ -38,7 +41,7 @@ class ShardImages(FileImages):
     def __init__(self, members: Sequence[Member]) -> None:
         labels = [member.label for member in members]
         known = None if None in labels else np.array(labels, dtype=np.int64)
-        super().__init__([member.shard / member.name for member in members], known)
+        super().__init__([Path(f"{member.shard}/{member.name}") for member in members], known)
         self._members = members
 
     def content(self, index: int) -> bytes:
@@ -66,8 +69,9 @@ def open_shards(pattern: str) -> ShardImages:
     Raises:
         UsageError: a shard is not there or no uncompressed tar file, or there is no image in them.
     """
-    shards = [Path(name).expanduser() for name in expand(pattern)]
+    shards = [expanded(name) for name in expand(pattern)]
     for shard in shards:
+        check_path("data", shard)
         if not shard.is_file():
             raise UsageError(f"--data {pattern}: {shard} does not exist")
     with ThreadPoolExecutor(min(32, 4 * (os.cpu_count() or 1))) as threads:  # waiting for the disk, mostly
@@ -87,10 +91,19 @@ def expand(pattern: str) -> list[str]:
         first, last = numbers.groups()
         if int(first) > int(last):
             raise UsageError(f"--data {pattern}: {found[0]} counts down; give {{{last}..{first}}}")
+        if int(last) - int(first) >= MOST:
+            raise UsageError(f"--data {pattern}: {found[0]} is more than {MOST:,} shards")
         choices = [str(n).zfill(len(first)) for n in range(int(first), int(last) + 1)]
     else:
         choices = found[1].split(",")
     return [name for choice in choices for name in expand(pattern[: found.start()] + choice + pattern[found.end() :])]
+
+
+def _label(text: bytes) -> int:
+    label = int(text) if text.strip().isdigit() else -1
+    if not 0 <= label < 2**31:
+        raise ValueError(f"a label is {text!r}; it must be a whole number from 0 to {2**31 - 1}")
+    return label
 
 
 def _members(shard: Path) -> list[Member]:
@@ -106,11 +119,11 @@ def _members(shard: Path) -> list[Member]:
                 if base.endswith(".cls"):
                     text = tar.extractfile(info)
                     assert text is not None
-                    labels[key] = int(text.read(32))
+                    labels[key] = _label(text.read(32))
                 elif os.path.splitext(base)[1].lower() in ENDINGS:
                     images.append((key, info))
     except (OSError, tarfile.TarError) as error:
         raise UsageError(f"--data: {shard} is not a whole, uncompressed tar file ({error})") from None
     except ValueError as error:
-        raise UsageError(f"--data: a label in {shard} is not a number ({error})") from None
+        raise UsageError(f"--data: {shard} cannot be read: {error}") from None
     return [Member(shard, info.offset_data, info.size, info.name, labels.get(key)) for key, info in images]

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps
 from torch import Tensor
 
+from fastrm.config import check_path
 from fastrm.errors import UsageError
 from fastrm.files import cache_root
 
@@ -178,6 +179,8 @@ def open_source(data: str, data_root: Path | None = None) -> Source:
         UsageError: there is no such set or folder, it holds no image, or a named set is not there and cannot be
             downloaded.
     """
+    if data_root is not None:
+        check_path("data_root", data_root)
     if data in NAMED:
         from fastrm.data.named import open_named
 
@@ -187,7 +190,8 @@ def open_source(data: str, data_root: Path | None = None) -> Source:
 
         shards = open_shards(data)
         return without_validation("shards", shards, f"{len(shards):,} images in {len(shards.stored_in())} shards")
-    folder = Path(data).expanduser()
+    check_path("data", data)
+    folder = expanded(data)
     if not folder.exists():
         raise UsageError(
             f"--data {data} does not exist; give a folder of images, tar shards, or one of {', '.join(NAMED)}"
@@ -195,6 +199,14 @@ def open_source(data: str, data_root: Path | None = None) -> Source:
     if not folder.is_dir():
         raise UsageError(f"--data {data} is a file; give the folder that holds the images, or shards that end in .tar")
     return _folder(folder)
+
+
+def expanded(data: str) -> Path:
+    """The path that ``--data`` stands for, with a home folder written out."""
+    try:
+        return Path(data).expanduser()
+    except RuntimeError:
+        raise UsageError(f"--data {data} cannot be found: there is no such user, or no home folder") from None
 
 
 def _files_below(folder: Path) -> list[Path]:

@@ -1,0 +1,148 @@
+"""Every flag of every entry point with hostile values: taken, or refused in one error with nothing written."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from fastrm import _cli, evaluate, export, train
+from fastrm.config import Config, build
+from fastrm.data import Source, open_source
+from fastrm.data import __main__ as sheet
+from fastrm.errors import UsageError
+from fastrm.methods import build_method
+from fastrm.models.weights import metadata
+from fastrm.pretrained import Pretrained
+
+VALUES = [
+    "", " ", "-1", "0", "9" * 19, "9" * 400, "1e400", "-1e-400", "nan", "inf", "-inf", "1_0", "٣", "💥", "a" * 10_000,
+    "../../etc/passwd", ".", "~nobody_here/x", "a\0b", "a\nb", "\udcff", "--", "-", "None", "[]", "{}",
+    "{0..9}.tar",
+    "{0..99999999999}.tar", "True", "%s", "*",
+]  # fmt: skip
+# All of them in the nightly profile; in the ordinary one as many as take half a minute over all flags.
+FEW = settings(max_examples=max(4, settings().max_examples // 6), suppress_health_check=list(HealthCheck))
+SMALL = {"arch": "test_resnet", "image_size": 32, "hidden_dim": 16, "output_dim": 8, "predictor_hidden_dim": 16,
+         "workers": 0, "batch_size": 16, "data": "digits"}  # fmt: skip
+
+
+class Started(Exception):
+    """The run would begin now."""
+
+
+@cache
+def few_digits() -> Source:
+    source = open_source("digits")
+    few = source.train.subset(torch.arange(32).numpy())
+    return dataclasses.replace(source, train=few, bank=few, test=few)
+
+
+@cache
+def run_of_digits() -> Pretrained:
+    config = build(**SMALL)
+    method = build_method(config)
+    networks = {"student": method.student.backbone, "teacher": method.teacher.backbone}
+    about = metadata(config, "student")
+    return Pretrained(path=Path("x"), networks=networks, about=about, config=config, method=method, step=1)
+
+
+def flags(kind: type) -> list[str]:
+    return list(_cli._flags(kind))
+
+
+def words(flag: str, value: str, others: dict[str, Any]) -> list[str]:
+    given_ = {"--" + name.replace("_", "-"): str(other) for name, other in others.items()}
+    return [word for name, other in given_.items() if name != flag for word in (name, other)] + [flag, value]
+
+
+def below(folder: Path) -> list[Path]:
+    return sorted(folder.rglob("*"))
+
+
+@pytest.fixture
+def refused_or_taken(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[Callable[[Callable[[Sequence[str]], None], list[str]], None]]:
+    """Call an entry point deep in an empty folder, which must be as it was if the flags are refused."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    folders = iter(range(10**6))
+
+    def call(main: Callable[[Sequence[str]], None], argv: list[str]) -> None:
+        base = tmp_path / str(next(folders))
+        deep = base / "a" / "b" / "c"
+        deep.mkdir(parents=True)
+        monkeypatch.chdir(deep)
+        before = below(base)
+        try:
+            main(argv)
+        except UsageError:
+            assert below(base) == before
+        except Started:
+            pass
+
+    yield call
+    assert not (tmp_path / "cache").exists()
+
+
+def stop(*_: Any, **__: Any) -> None:
+    raise Started
+
+
+@pytest.mark.parametrize("flag", flags(Config))
+@FEW
+@given(value=st.sampled_from(VALUES))
+def test_train(flag: str, value: str, refused_or_taken: Any) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "Recorder", stop)  # it is made when all is checked and the folder is there
+        refused_or_taken(train.main, words(flag, value, SMALL))
+
+
+@pytest.mark.parametrize("flag", flags(evaluate.EvaluateConfig))
+@FEW
+@given(value=st.sampled_from(VALUES))
+def test_evaluate(flag: str, value: str, refused_or_taken: Any) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        if flag != "--checkpoint":
+            patch.setattr(evaluate, "open_pretrained", lambda *_: run_of_digits())
+        patch.setattr(evaluate, "gap", stop)
+        patch.setattr(
+            evaluate, "open_source", lambda data, root: few_digits() if data == "digits" else open_source(data, root)
+        )
+        refused_or_taken(evaluate.main, ["--gap", *words(flag, value, {"checkpoint": "x"})])
+
+
+@pytest.mark.parametrize("flag", flags(export.ExportConfig))
+@FEW
+@given(value=st.sampled_from(VALUES))
+def test_export(flag: str, value: str, refused_or_taken: Any) -> None:
+    others = {"checkpoint": "x", "format": "safetensors", "out": "x.safetensors"}
+    with pytest.MonkeyPatch.context() as patch:
+        if flag != "--checkpoint":
+            patch.setattr(export, "open_pretrained", lambda *_: run_of_digits())
+        refused_or_taken(export.main, words(flag, value, others))
+
+
+@pytest.mark.parametrize("flag", flags(sheet.Options))
+@FEW
+@given(value=st.sampled_from(VALUES))
+def test_sheet(flag: str, value: str, refused_or_taken: Any) -> None:
+    others = {"data": "digits", "out": "views.png", "image_size": 16, "images": 2}
+    refused_or_taken(sheet.main, words(flag, value, others))
+
+
+@pytest.mark.parametrize("value", ["a\nb", "a" * 10_000, "💥"])
+def test_the_message_is_short_and_can_be_printed(value: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        _cli.run(lambda: train.main(["--data", value]))
+    said = capsys.readouterr().err
+    assert said.startswith("error: --data")
+    assert len(said.splitlines()) <= 2
+    assert len(said) < 1000

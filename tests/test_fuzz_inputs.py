@@ -1,0 +1,279 @@
+"""Files and settings from anywhere: damaged or made to do harm, they end in a UsageError or are read as they are."""
+
+from __future__ import annotations
+
+import contextlib
+import gzip
+import io
+import json
+import math
+import os
+import struct
+import tarfile
+import tempfile
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import example, given
+from hypothesis import strategies as st
+from PIL import Image, features
+
+from fastrm import checkpoint, pretrained
+from fastrm.config import Config, build, from_flat
+from fastrm.data.named import open_named
+from fastrm.data.scan import fault
+from fastrm.data.shards import open_shards
+from fastrm.data.sources import BROKEN, decode, inspect
+from fastrm.errors import UsageError
+
+
+@st.composite
+def mutations(draw: st.DrawFn, content: bytes, *, head: int | None = None) -> bytes:
+    """``content`` with some bytes changed (near its start, where ``head`` says so), cut out, cut off or put in."""
+    changed = bytearray(content)
+    for _ in range(draw(st.integers(1, 4))):
+        at = draw(st.integers(0, min(len(changed), head or len(changed))))
+        kind = draw(st.sampled_from(["set", "set", "put in", "cut out", "cut off"]))
+        if kind == "set":
+            extreme = st.sampled_from([b"\xff" * 4, b"\0" * 4, b"\x7f\xff\xff\xff"])
+            new = draw(st.binary(min_size=1, max_size=4) | extreme)
+            changed[at : at + len(new)] = new
+        elif kind == "put in":
+            changed[at:at] = draw(st.binary(max_size=20))
+        elif kind == "cut out":
+            del changed[at : at + draw(st.integers(1, 64))]
+        else:
+            del changed[at:]
+    return bytes(changed)
+
+
+# Checkpoints
+
+
+@cache
+def small_checkpoint() -> bytes:
+    state = {
+        "format": checkpoint.FORMAT, "config": build(data="digits").flat(), "step": 3,
+        "method": dict(torch.nn.Linear(2, 2).state_dict()), "random": [{"cpu": torch.get_rng_state()}],
+    }  # fmt: skip
+    written = io.BytesIO()
+    torch.save(state, written)
+    return written.getvalue()
+
+
+class _Runs:
+    """Pickles to a call of any function."""
+
+    def __init__(self, function: Callable[..., Any], *arguments: Any) -> None:
+        self.call = function, arguments
+
+    def __reduce__(self) -> Any:
+        return self.call
+
+
+def load(content: Callable[[Path], bytes]) -> dict[str, Any] | None:
+    """What comes of loading a file as a checkpoint; the folder holds nothing but it afterwards."""
+    with tempfile.TemporaryDirectory() as name:
+        path = Path(name, checkpoint.NAME)
+        path.write_bytes(content(path.parent))
+        state = None
+        with contextlib.suppress(UsageError):
+            state = checkpoint.load(path)
+        assert list(path.parent.iterdir()) == [path]
+        return state
+
+
+@given(content=st.binary(max_size=300) | st.deferred(lambda: mutations(small_checkpoint())))
+@example(content=b"")
+@example(content=b"\x80\x02}q\x00.")
+@example(content=b"PK\x03\x04")
+def test_checkpoints_of_any_bytes(content: bytes) -> None:
+    state = load(lambda _: content)
+    assert state is None or state["format"] == checkpoint.FORMAT
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+@pytest.mark.parametrize("call", [os.system, eval, exec, getattr, Path.touch])
+def test_code_in_a_checkpoint_does_not_run(call: Callable[..., Any], zipped: bool) -> None:
+    def content(folder: Path) -> bytes:
+        ran = folder / "ran"
+        arguments = {os.system: f"touch {ran}", Path.touch: ran, getattr: "x"}.get(call, f"open({str(ran)!r}, 'w')")
+        written = io.BytesIO()
+        state = {"format": checkpoint.FORMAT, "config": {}, "method": _Runs(call, arguments)}
+        torch.save(state, written, _use_new_zipfile_serialization=zipped)
+        return written.getvalue()
+
+    assert load(content) is None
+
+
+def test_the_sound_checkpoint_loads() -> None:
+    state = load(lambda _: small_checkpoint())
+    assert state is not None
+    assert state["step"] == 3
+
+
+ODD = st.sampled_from(
+    [None, True, -1, 0, 2**63, 10**400, 0.5, -0.0, math.nan, math.inf, "", "3", "nan", "\0", "💥", "a" * 9999,
+     "../../etc/passwd", [], [1], [{}], [{"cpu": 3}], [{"cpu": torch.zeros(3)}], {}, {"a": 1}, {1: 2}, b"x"],
+) | st.integers() | st.floats() | st.text(max_size=5)  # fmt: skip
+
+
+@given(part=st.sampled_from(["config", "step", "method", "random", "format"]), value=ODD, absent=st.booleans())
+def test_checkpoints_of_other_contents(part: str, value: Any, absent: bool) -> None:
+    state = torch.load(io.BytesIO(small_checkpoint()), weights_only=True)
+    state[part] = value
+    if absent:
+        del state[part]
+    with tempfile.TemporaryDirectory() as name, pytest.MonkeyPatch.context() as patch, torch.random.fork_rng():
+        out = Path(name, "run")
+        out.mkdir()
+        torch.save(state, out / checkpoint.NAME)
+        method = torch.nn.Linear(2, 2)
+        method.student = method.teacher = SimpleNamespace(backbone=None)
+        patch.setattr(pretrained, "build_method", lambda *_, **__: method)
+        with contextlib.suppress(UsageError):
+            pretrained.open_pretrained(out, torch.device("cpu"))
+        with contextlib.suppress(UsageError):
+            assert checkpoint.resume(build(data="digits"), out, method=torch.nn.Linear(2, 2)) >= 0
+        assert [path.name for path in out.iterdir()] == [checkpoint.NAME]
+
+
+# Settings
+
+
+@given(changes=st.dictionaries(st.sampled_from(sorted(Config().flat())) | st.text(max_size=3), ODD, max_size=3))
+@example(changes={"epochs": 10**400})
+@example(changes={"lr": "0.1"})
+@example(changes={"out": 3})
+@example(changes={"scan": "no"})
+@example(changes={"method": []})
+def test_settings_of_any_kind(changes: dict[str, Any]) -> None:
+    for make in (lambda: from_flat({**build(data="digits").flat(), **changes}),
+                 lambda: build(**{"data": "digits", **changes})):  # fmt: skip
+        with contextlib.suppress(UsageError):
+            flat = make().flat()
+            assert from_flat(json.loads(json.dumps(flat))).flat() == flat
+
+
+# Pictures
+
+
+@cache
+def picture(kind: str) -> bytes:
+    image = Image.effect_noise((23, 17), 60)
+    image = image if kind == "TIFF" else image.convert("RGB")
+    exif = Image.Exif()
+    exif[0x0112], exif[0x010E] = 6, "a description"
+    written = io.BytesIO()
+    image.save(written, kind, exif=exif)
+    return written.getvalue()
+
+
+KINDS = ["JPEG", "PNG", "TIFF", "BMP", "PPM", *(["WEBP"] if features.check("webp") else [])]
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("kind", KINDS)
+@given(data=st.data())
+def test_pictures_of_any_bytes(kind: str, data: st.DataObject) -> None:
+    content = data.draw(mutations(picture(kind), head=120) | mutations(picture(kind)))
+    for read in (decode, inspect, fault):
+        try:
+            found: Any = read(content)
+        except BROKEN:
+            continue
+        if read is decode:
+            assert found.mode == "RGB"
+
+
+# Shards
+
+
+@cache
+def shard() -> bytes:
+    written = io.BytesIO()
+    with tarfile.open(fileobj=written, mode="w", format=tarfile.PAX_FORMAT) as tar:
+        for name, content in (("a.jpg", picture("JPEG")), ("a.cls", b"3"), ("ü" * 120 + ".jpg", picture("JPEG"))):
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+    return written.getvalue()
+
+
+def read_shard(content: bytes) -> None:
+    """Open a shard and read its images: a UsageError, or bytes that lie in the file, and labels that count classes."""
+    with tempfile.TemporaryDirectory() as name:
+        path = Path(name, "inner", "shard.tar")
+        path.parent.mkdir()
+        path.write_bytes(content)
+        try:
+            images = open_shards(str(path))
+        except UsageError:
+            pass
+        else:
+            for index in range(len(images)):
+                with contextlib.suppress(*BROKEN):
+                    assert images.content(index) in content
+            assert images.labels is None or (images.labels >= 0).all()
+        assert sorted(Path(name).rglob("*")) == [path.parent, path]
+
+
+@given(content=st.deferred(lambda: mutations(shard()) | mutations(shard(), head=600)))
+def test_shards_of_any_bytes(content: bytes) -> None:
+    read_shard(content)
+
+
+@pytest.mark.parametrize("label", [b"-1", b"9" * 30, b"", b"1e3", b"\xff", b"\xd9\xa3"])
+@pytest.mark.parametrize("name", ["../../x", "/etc/passwd", "a/../../b", "\n", "."])
+def test_names_links_and_labels_in_a_shard_lead_nowhere(name: str, label: bytes) -> None:
+    written = io.BytesIO()
+    with tarfile.open(fileobj=written, mode="w") as tar:
+        for kind, end in ((tarfile.REGTYPE, ".jpg"), (tarfile.SYMTYPE, ".png"), (tarfile.LNKTYPE, ".bmp"),
+                          (tarfile.GNUTYPE_SPARSE, ".ppm"), (tarfile.REGTYPE, ".cls")):  # fmt: skip
+            info = tarfile.TarInfo(name + end)
+            info.type, info.linkname = kind, "/etc/passwd"
+            content = b"" if kind in (tarfile.SYMTYPE, tarfile.LNKTYPE) else label
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+    read_shard(written.getvalue())
+
+
+# IDX files
+
+
+@cache
+def idx(ndim: int) -> bytes:
+    shape = (6, 5, 4)[:ndim]
+    return struct.pack(f">HBB{ndim}I", 0, 8, ndim, *shape) + bytes(range(math.prod(shape)))
+
+
+@given(which=st.sampled_from(["train-images-idx3", "train-labels-idx1", "t10k-labels-idx1"]), zipped=st.booleans(),
+       damaged_after=st.booleans(), data=st.data())  # fmt: skip
+def test_idx_files_of_any_bytes(which: str, zipped: bool, damaged_after: bool, data: st.DataObject) -> None:
+    with tempfile.TemporaryDirectory() as name:
+        for part in ("train", "t10k"):
+            for kind, ndim in (("images-idx3", 3), ("labels-idx1", 1)):
+                content = idx(ndim)
+                hit = which == f"{part}-{kind}"
+                if hit and not (zipped and damaged_after):
+                    content = data.draw(mutations(content))
+                if hit and zipped:
+                    content = gzip.compress(content, mtime=0)
+                    content = data.draw(mutations(content)) if damaged_after else content
+                Path(name, f"{part}-{kind}-ubyte{'.gz' if hit and zipped else ''}").write_bytes(content)
+        before = sorted(os.listdir(name))
+        try:
+            source = open_named("fashion-mnist", Path(name))
+        except UsageError:
+            pass
+        else:
+            assert source.train.labels is not None
+            assert len(source.train) == len(source.train.labels) > 0
+            assert np.asarray(source.train[0]).shape[2] == 3
+        assert sorted(os.listdir(name)) == before
