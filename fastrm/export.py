@@ -103,7 +103,8 @@ def _timm(backbone: Backbone, about: dict[str, str], out: Path) -> None:
     import timm
 
     size = int(about["image_size"])
-    fixed = {"img_size": size} if getattr(backbone.net, "pretrained_cfg", {}).get("fixed_input_size") else {}
+    own = backbone.net.pretrained_cfg
+    fixed = {"img_size": size} if own.get("fixed_input_size") else {}
     _check(backbone, timm.create_model(about["arch"], num_classes=0, **fixed), about, "timm's")
     if out.suffix:
         _state(backbone, about, out)
@@ -118,6 +119,8 @@ def _timm(backbone: Backbone, about: dict[str, str], out: Path) -> None:
         "mean": mean,
         "std": std,
         "num_classes": 0,
+        # What timm gives up when a number of classes or channels of one's own is asked for.
+        **{name: own[name] for name in ("classifier", "first_conv") if name in own},
     }
     config = {"architecture": about["arch"], "num_classes": 0, "num_features": backbone.dim, "model_args": fixed}
     write_json(out / "config.json", config | {"pretrained_cfg": preprocessing})
