@@ -175,6 +175,7 @@ def poisoned_views(monkeypatch: pytest.MonkeyPatch, poisoned: Callable[[int], bo
     class Poisoned:
         def __init__(self, loader: Any) -> None:
             self.loader, self.number, self.broken = loader, 0, loader.broken
+            self.indices: list[int] = []
 
         def __len__(self) -> int:
             return len(self.loader)
