@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: install demo test nightly check format bench gpu clean
+.PHONY: install demo test nightly check format bench torture gpu clean
 
 install: $(VENV)/installed
 
@@ -37,6 +37,10 @@ format: install
 
 bench: install
 	$(BIN)/python -m pytest benchmarks --benchmark-only
+
+# Kills runs at random moments, and compares how they end: docs/reliability.md.
+torture: install
+	$(BIN)/python -m benchmarks.torture
 
 # With the Python at hand, not .venv: the packages of a stock PyTorch image are enough.
 gpu:

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from itertools import dropwhile, takewhile
 from typing import Any, NoReturn, TypeVar, cast, get_type_hints
 
-from fastrm.errors import TrainingError, UsageError
+from fastrm.errors import Stopped, TrainingError, UsageError
 
 T = TypeVar("T")
 
@@ -70,6 +70,9 @@ def run(main: Callable[[], object]) -> NoReturn:
     except UsageError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+    except Stopped as stop:
+        print(stop, file=sys.stderr)
+        sys.exit(stop.status)
     except TrainingError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(1)

@@ -1,25 +1,36 @@
-"""The checkpoint that a run resumes from."""
+"""The checkpoints that a run resumes from.
+
+``checkpoint.pt`` is the newest, ``checkpoint-STEP.pt`` are those before it. A new one is written beside them and takes
+its name when it is safely on the disk; whatever happens in between, a whole one is there.
+"""
 
 from __future__ import annotations
 
+import hashlib
+import os
+import re
+import threading
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+from torch import Tensor
 
 from fastrm.config import Config, flag
 from fastrm.distributed import gather_objects, world
-from fastrm.errors import UsageError
+from fastrm.errors import TrainingError, UsageError
 from fastrm.files import load_tensors, write_whole
 
 NAME = "checkpoint.pt"
-FORMAT = 2
+FORMAT = 3
 CONTENT = {"config": dict, "step": int, "random": list, "method": dict}
 
 # Settings that may differ between a run and its continuation, since they do not change what is learned.
 FREE_ON_RESUME = frozenset(
-    {"max_steps", "log_every", "profile", "eval_every", "checkpoint_every", "out", "resume", "recipe"}
-    | {"device", "compile", "cuda_graph", "channels_last", "kernels", "loader", "scan", "workers", "data_root"}
+    {"max_steps", "log_every", "profile", "eval_every", "checkpoint_every", "keep", "keep_every", "verify_every"}
+    | {"out", "resume", "recipe", "device", "compile", "cuda_graph", "channels_last", "kernels", "loader", "scan"}
+    | {"workers", "data_root"}
 )
 
 
@@ -33,16 +44,26 @@ class Stateful(Protocol):
         """Take a state over."""
 
 
+def older(out: Path) -> list[tuple[int, Path]]:
+    """(step, file) of the checkpoints before the newest, the latest first."""
+    found = ((re.fullmatch(r"checkpoint-(\d+)\.pt", path.name), path) for path in out.glob("checkpoint-*.pt"))
+    return sorted(((int(match[1]), path) for match, path in found if match), reverse=True)
+
+
 def locate(path: Path) -> Path:
-    """Return the checkpoint that a run folder or a file stands for.
+    """Return the checkpoint that a run folder, for which it is the newest, or a file stands for.
 
     Raises:
         UsageError: there is none.
     """
-    found = path / NAME if path.is_dir() else path
-    if not found.is_file():
-        raise UsageError(f"{path} has no {NAME}" if path.is_dir() else f"{path} does not exist")
-    return found
+    if path.is_dir():
+        there = [path / NAME, *(file for _, file in older(path))]
+        if not (found := [file for file in there if file.is_file()]):
+            raise UsageError(f"{path} has no {NAME}")
+        return found[0]
+    if not path.is_file():
+        raise UsageError(f"{path} does not exist")
+    return path
 
 
 def load(path: Path) -> dict[str, Any]:
@@ -58,44 +79,146 @@ def load(path: Path) -> dict[str, Any]:
     wrong = [name for name, kind in CONTENT.items() if not isinstance(state.get(name), kind)]
     if wrong or state["step"] < 0:
         raise UsageError(f"{found} is damaged: it has no sound {wrong[0] if wrong else 'step'!r}")
+    if state.pop("checksum", None) != checksum(state):
+        raise UsageError(f"{found} is damaged: its checksum is not that of its content")
     return state
 
 
-def save(out: Path, config: Config, step: int, **parts: Stateful) -> None:
-    """Write the checkpoint of a run folder, all that an exact resume needs; to be called in all processes.
+def checksum(state: Mapping[str, Any]) -> str:
+    """SHA-256 of everything in a checkpoint, by name, in order."""
+    digest = hashlib.sha256()
 
-    Loaders need nothing: their batches follow from the seed and the step.
+    def add(value: Any) -> None:
+        if isinstance(value, Tensor):
+            digest.update(f"{value.dtype} {tuple(value.shape)}".encode())
+            digest.update(value.detach().contiguous().flatten().view(torch.uint8).numpy().data)
+        elif isinstance(value, Mapping):
+            for name, inner in value.items():
+                digest.update(repr(name).encode())
+                add(inner)
+        elif isinstance(value, list | tuple):
+            digest.update(f"[{len(value)}".encode())
+            for inner in value:
+                add(inner)
+        else:
+            digest.update(repr(value).encode())
+
+    add(state)
+    return digest.hexdigest()
+
+
+def _copied(value: Any) -> Any:
+    """A copy on the CPU of what training goes on to change."""
+    if isinstance(value, Tensor):
+        return value.detach().to("cpu", copy=True)
+    if isinstance(value, Mapping):
+        return {name: _copied(inner) for name, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(_copied(inner) for inner in value)
+    return value
+
+
+class Checkpoints:
+    """The checkpoints of a run folder; written in the background, so that a step waits for a copy in memory at most.
 
     Args:
         out: the run folder.
-        config: settings of the run, resolved.
-        step: optimizer steps that are done.
+        config: settings of the run, resolved. ``keep`` checkpoints stay, the newest among them, and besides all whose
+            step is a multiple of ``keep_every``.
+        start: the step that the newest one in the folder is of; 0 without one.
         parts: what has a state, by name.
     """
-    random = {"cpu": torch.get_rng_state()}
-    if torch.cuda.is_available():
-        random["cuda"] = torch.cuda.get_rng_state()
-    everyone = gather_objects(random)
-    if world().rank:
-        return
-    states = {name: part.state_dict() for name, part in parts.items()}
-    state = {"format": FORMAT, "config": config.flat(), "step": step, "random": everyone, **states}
-    write_whole(out / NAME, lambda partial: torch.save(state, partial))
+
+    def __init__(self, out: Path, config: Config, start: int, **parts: Stateful) -> None:
+        self.out, self.config, self.parts = out, config, parts
+        self.newest = start
+        self._writer: threading.Thread | None = None
+        self._fault: BaseException | None = None
+
+    def save(self, step: int) -> None:
+        """Save all that an exact resume needs; to be called in all processes.
+
+        Loaders need nothing: their batches follow from the seed and the step.
+
+        Raises:
+            TrainingError: the checkpoint before this could not be written.
+        """
+        random = {"cpu": torch.get_rng_state()}
+        if torch.cuda.is_available():
+            random["cuda"] = torch.cuda.get_rng_state()
+        everyone = gather_objects(random)
+        if world().rank:
+            return
+        self.wait()
+        states = {name: _copied(part.state_dict()) for name, part in self.parts.items()}
+        state = {"format": FORMAT, "config": self.config.flat(), "step": step, "random": everyone, **states}
+        self._writer = threading.Thread(target=self._write, args=(step, state), name="checkpoint")
+        self._writer.start()
+
+    def _write(self, step: int, state: dict[str, Any]) -> None:
+        try:
+            state["checksum"] = checksum(state)
+            write_whole(self.out / NAME, lambda partial: torch.save(state, partial), before=self._rotate)
+            self.newest = step
+            self._prune()
+        except BaseException as error:
+            self._fault = error
+
+    def _rotate(self) -> None:
+        """Give the newest the name of one before, when the next is whole."""
+        name = self.out / f"checkpoint-{self.newest}.pt"
+        # Where the name is taken, the run went on from there, since what is called the newest is damaged.
+        if self.newest and (self.out / NAME).is_file() and not name.exists():
+            os.replace(self.out / NAME, name)
+
+    def _prune(self) -> None:
+        every = self.config.run.keep_every
+        for step, path in older(self.out)[self.config.run.keep - 1 :]:
+            if every is None or step % every:
+                path.unlink(missing_ok=True)
+
+    def wait(self) -> None:
+        """Wait until what was saved is on the disk.
+
+        Raises:
+            TrainingError: it could not be written.
+        """
+        if self._writer is not None:
+            self._writer.join()
+            self._writer = None
+        if (fault := self._fault) is not None:
+            self._fault = None
+            reason = getattr(fault, "strerror", None) or (str(fault).splitlines() or [type(fault).__name__])[0]
+            raise TrainingError(
+                f"the checkpoint {self.out / NAME} cannot be written: {reason}; what was saved before stays, and the "
+                "same command continues from there"
+            )
+
+    def close(self) -> None:
+        """Wait, and leave faults unsaid: another error is on its way."""
+        if self._writer is not None:
+            self._writer.join()
 
 
 def resume(config: Config, out: Path, **parts: Stateful) -> int:
     """Load the checkpoint that ``--resume`` asks for into ``parts`` and return the steps that are done; 0 without one.
 
+    With ``auto`` a damaged newest checkpoint is passed over, with a notice, for the one before it.
+
     Raises:
-        UsageError: there is no such checkpoint, it is damaged, or it is of a run with other settings.
+        UsageError: there is no such checkpoint, all are damaged, or it is of a run with other settings.
     """
-    wish, own = config.run.resume, out / NAME
-    if wish == "never" or (wish == "auto" and not own.is_file()):
+    wish, own = config.run.resume, [out / NAME, *(file for _, file in older(out))]
+    own = [file for file in own if file.is_file()]
+    if wish == "never" or (wish == "auto" and not own):
         return 0
-    path = own if wish == "auto" else locate(Path(wish))
-    if own.is_file() and not own.samefile(path):
-        raise UsageError(f"--resume {wish} would overwrite the run in --out {out}; choose another --out")
-    state = load(path)
+    if wish == "auto":
+        path, state = _first_sound(own)
+    else:
+        path = locate(Path(wish))
+        if own and not any(file.samefile(path) for file in own):
+            raise UsageError(f"--resume {wish} would overwrite the run in --out {out}; choose another --out")
+        state = load(path)
     then, now = state["config"], config.flat()
     changed = [name for name in now if name not in FREE_ON_RESUME and then.get(name) != now[name]]
     if changed:
@@ -117,3 +240,16 @@ def resume(config: Config, out: Path, **parts: Stateful) -> int:
         raise UsageError(f"{path} does not fit its own settings: {str(error).splitlines()[0]}") from None
     step: int = state["step"]
     return step
+
+
+def _first_sound(files: list[Path]) -> tuple[Path, dict[str, Any]]:
+    """The newest of a run's checkpoints that can be read."""
+    for path, before in zip(files, [*files[1:], None], strict=True):
+        try:
+            return path, load(path)
+        except UsageError as error:
+            if before is None:
+                raise
+            if world().rank == 0:
+                print(f"notice     {error}; going on from {before.name}")
+    raise AssertionError("unreachable: the last one is returned or raised")

@@ -157,6 +157,13 @@ class RunConfig:
     """Train a linear classifier along with the student, on its detached features, and score it at each evaluation."""
     checkpoint_every: int | None = None
     """Steps between two checkpoints, besides the one at the end; unset: an epoch."""
+    keep: int = 2
+    """Checkpoints that are kept, the newest among them."""
+    keep_every: int | None = None
+    """Keep besides all checkpoints whose step is a multiple of this."""
+    verify_every: int = 0
+    """Steps between two comparisons of the fused losses and their gradient with the reference, on the batch at hand;
+    0: never."""
     profile: int = 0
     """Steps to profile, after the first two: a Chrome trace in the folder, and where the time goes on the screen."""
     out: Path | None = None
@@ -401,6 +408,9 @@ _RANGES: Mapping[str, tuple[float, float, bool]] = {
     "log_every": (1, math.inf, False),
     "eval_every": (0, math.inf, False),
     "checkpoint_every": (1, math.inf, False),
+    "keep": (1, math.inf, False),
+    "keep_every": (1, math.inf, False),
+    "verify_every": (0, math.inf, False),
 }
 
 

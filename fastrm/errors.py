@@ -13,3 +13,11 @@ class TrainingError(RuntimeError):
 
     The command line prints the message alone and ends with status 1.
     """
+
+
+class Stopped(TrainingError):
+    """A run ended because it was asked to, and has saved; ``status`` is what the shell expects of that signal."""
+
+    def __init__(self, message: str, status: int) -> None:
+        super().__init__(message)
+        self.status = status

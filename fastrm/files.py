@@ -11,13 +11,17 @@ from typing import Any
 from fastrm.errors import UsageError
 
 
-def write_whole(path: Path, write: Callable[[Path], object]) -> None:
-    """Let ``write`` fill a file beside ``path``, and give it that name once it is safely on the disk."""
+def write_whole(path: Path, write: Callable[[Path], object], *, before: Callable[[], object] = lambda: None) -> None:
+    """Let ``write`` fill a file beside ``path``, and give it that name once it is safely on the disk.
+
+    ``before`` is called when it is, and may move what has the name.
+    """
     partial = path.with_name(f".{path.name}.partial")
     try:
         write(partial)
         with open(partial, "rb+") as file:
             os.fsync(file.fileno())
+        before()
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)

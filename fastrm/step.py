@@ -14,6 +14,7 @@ from fastrm.distributed import replicate, world
 from fastrm.errors import TrainingError
 from fastrm.methods import Method, StepOutput
 from fastrm.optim import TeacherOptimizer
+from fastrm.verify import verify
 
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 MOST_SKIPPED = 10
@@ -121,6 +122,12 @@ class Step:
         self.skipped += skip
         self.in_a_row = (self.in_a_row + 1) * skip
         return skip
+
+    def verify(self, views: tuple[Tensor, ...]) -> dict[str, float]:
+        """Compare the fused losses with the reference on a micro-batch; see :func:`fastrm.verify.verify`."""
+        first, second = (view.contiguous(memory_format=self.layout) for view in views)
+        with torch.autocast(self.device.type, self.autocast, enabled=self.autocast is not None):
+            return verify(self.method, (first, second), self.residual_weight)
 
     def check(self, done: int) -> int:
         """Steps that were skipped so far; the host waits for the device.

@@ -17,9 +17,10 @@ from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
 from itertools import islice, zip_longest
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.profiler import record_function
 
@@ -46,7 +47,7 @@ from fastrm.distributed import (
     processes,
     synchronise_norms,
 )
-from fastrm.errors import UsageError
+from fastrm.errors import Stopped, TrainingError, UsageError
 from fastrm.files import read_json, write_json
 from fastrm.graph import GraphedStep
 from fastrm.methods import Method, StepOutput, build_method
@@ -56,7 +57,9 @@ from fastrm.optim import Schedule, build_optimizer
 from fastrm.probes import OnlineLinear, collapsed, effective_rank, feature_std, frozen_scores
 from fastrm.probes.features import Setting
 from fastrm.profiling import profiled
+from fastrm.signals import Signals
 from fastrm.step import AUTOCAST, Step
+from fastrm.verify import warning as verification_warning
 
 SUMMARY = "summary.json"
 
@@ -128,7 +131,7 @@ def _train(config: Config, device: torch.device, world: World) -> dict[str, Any]
         clip_norm=config.optim.clip_norm,
         layout=torch.channels_last if config.device.channels_last else torch.contiguous_format,
     )
-    parts = {"method": method, "optimizer": optimizer, "scaler": step_once.scaler}
+    parts: dict[str, Any] = {"method": method, "optimizer": optimizer, "scaler": step_once.scaler}
     online = _online(config, source, method, device)
     if online is not None:
         parts["online"] = online
@@ -162,12 +165,19 @@ def _train(config: Config, device: torch.device, world: World) -> dict[str, Any]
         recorder.note("evaluation kNN is left out: the images have no labels")
 
     method.train()
-    recent: deque[list[int]] = deque(maxlen=accumulate)
+    recent: deque[_Given] = deque(maxlen=accumulate)
     batches = _micro_batches(loader, start, schedule, recent)
     clock = _Clock()
     last: dict[str, Any] = {}
     profile = config.run.profile if world.rank == 0 else 0
-    with closing(recorder), profiled(profile, out, recorder.note) as stepped:
+    checkpoints = checkpoint.Checkpoints(out, config, start, **parts)
+    with (
+        _faults(out, world),
+        closing(recorder),
+        closing(checkpoints),
+        Signals() as signals,
+        profiled(profile, out, recorder.note) as stepped,
+    ):
         for step in range(start, schedule.total):
             done = step + 1
             end = done == schedule.total
@@ -181,10 +191,16 @@ def _train(config: Config, device: torch.device, world: World) -> dict[str, Any]
                 measure=logged,
             )
             if online is not None:
-                for output, indices in zip(outputs, recent, strict=True):
-                    online.step(output.features, indices, step / schedule.total)
+                for output, given in zip(outputs, recent, strict=True):
+                    online.step(output.features, given.indices, step / schedule.total)
             with clock.paused():
                 stepped()
+            if config.run.verify_every and done % config.run.verify_every == 0:
+                with clock.paused():
+                    found = step_once.verify(recent[-1].views)
+                    recorder.record({"step": done, "epoch": done / schedule.steps_per_epoch, **found})
+                    if (problem := verification_warning(found)) is not None:
+                        recorder.note(f"warning    {problem}")
             recorder.advance(done)
             clock.steps += 1
             epoch = done / schedule.steps_per_epoch
@@ -208,10 +224,31 @@ def _train(config: Config, device: torch.device, world: World) -> dict[str, Any]
                     barrier()
                 if end and world.rank == 0:  # before the checkpoint that says so: a run cut off before does this again
                     _write_results(out, config, source, method, {**last, **scores})
-                if end or done % (config.run.checkpoint_every or schedule.steps_per_epoch) == 0:
+                save, ending = signals.asked()
+                due = end or done % (config.run.checkpoint_every or schedule.steps_per_epoch) == 0
+                if due or save:
                     recorder.sync()
-                    checkpoint.save(out, config, done, **parts)
+                    checkpoints.save(done)
+                if end:
+                    checkpoints.wait()
+                elif ending:
+                    checkpoints.wait()
+                    raise Stopped(f"stopped after step {done} and saved; the same command goes on", 128 + ending)
     return read_json(out / SUMMARY) if world.rank == 0 else {}
+
+
+@contextmanager
+def _faults(out: Path, world: World) -> Iterator[None]:
+    """Say in one line what the machine did to the run."""
+    kept = "what was saved before stays, and the same command goes on from there"
+    try:
+        yield
+    except OSError as error:
+        raise TrainingError(f"{error.filename or out}: {error.strerror or error}; {kept}") from None
+    except RuntimeError as error:
+        if world.size > 1 and (isinstance(error, dist.DistError) or "gloo" in str(error)):
+            raise TrainingError(f"another process ended, or cannot be reached any more; {kept}") from None
+        raise
 
 
 def _sizes(config: Config) -> tuple[int, int, int]:
@@ -252,10 +289,17 @@ def _evaluated(method: Method[Any], source: Source, setting: Setting, online: On
     return scores
 
 
+class _Given(NamedTuple):
+    """A micro-batch that was trained on."""
+
+    indices: list[int]
+    views: tuple[Tensor, ...]
+
+
 def _micro_batches(
-    loader: Loader, step: int, schedule: Schedule, recent: deque[list[int]]
+    loader: Loader, step: int, schedule: Schedule, recent: deque[_Given]
 ) -> Iterator[tuple[Tensor, ...]]:
-    """Pairs of views without end, from an optimizer step on; which images they are of is appended to ``recent``.
+    """Pairs of views without end, from an optimizer step on, each of which is also appended to ``recent``.
 
     Micro-batches at the end of an epoch that do not fill a step are left out.
     """
@@ -269,7 +313,7 @@ def _micro_batches(
                 pair = next(views, None)
             if pair is None:
                 break
-            recent.append(loader.indices)
+            recent.append(_Given(loader.indices, pair))
             yield pair
         step = (epoch + 1) * schedule.steps_per_epoch
 
@@ -310,6 +354,8 @@ def _open_folder(config: Config, out: Path, *, fresh: bool) -> None:
         if fresh:
             for name in (METRICS, checkpoint.NAME, BACKBONE, SUMMARY, SKIPPED):
                 (out / name).unlink(missing_ok=True)
+            for _, path in checkpoint.older(out):
+                path.unlink()
             shutil.rmtree(out / TENSORBOARD, ignore_errors=True)
     except OSError as error:
         raise UsageError(f"--out {out} cannot be written: {error.strerror or error}") from None

@@ -16,6 +16,7 @@ from fastrm.data.memory_loader import MemoryLoader
 from fastrm.data.sources import ArrayImages, FileImages, Images, Source, open_source
 from fastrm.data.torch_loader import EvalImages, TorchLoader
 from fastrm.errors import UsageError
+from fastrm.signals import leave_to_the_trainer
 
 __all__ = [
     "SUPERVISED",
@@ -120,4 +121,10 @@ def eval_loader(images: Images, *, image_size: int, batch_size: int, workers: in
     """Return the images in order, as the evaluation sees them: float32 [B, 3, H, W]."""
     views = EvalImages(images, image_size)
     # A generator of its own, so that an evaluation leaves the run's random numbers as they are.
-    return DataLoader(views, batch_size=batch_size, num_workers=workers, generator=torch.Generator())
+    return DataLoader(
+        views,
+        batch_size=batch_size,
+        num_workers=workers,
+        generator=torch.Generator(),
+        worker_init_fn=leave_to_the_trainer,
+    )

@@ -18,6 +18,8 @@ from fastrm.data.draws import Batch, BatchSampler, blur_radius, draw_views
 from fastrm.data.loader import Loader
 from fastrm.data.scan import report
 from fastrm.data.sources import BROKEN, ArrayImages, FileImages, Header, Images, decode, inspect, reason
+from fastrm.errors import TrainingError
+from fastrm.signals import leave_to_the_trainer
 
 try:  # a third faster than Pillow, but torchvision 0.29 announces that it will go
     from torchvision.io import ImageReadMode, decode_jpeg
@@ -109,10 +111,24 @@ class TorchLoader(Loader):
             generator=torch.Generator(),  # it would draw from the global one, and shift a resumed run's numbers
             pin_memory=device.type == "cuda",
             persistent_workers=workers > 0,
+            worker_init_fn=leave_to_the_trainer,
         )
 
     def _batches(self) -> Iterator[tuple[list[int], tuple[Tensor, ...]]]:
-        for indices, views, faults in self._loader:
+        loaded = iter(self._loader)
+        while True:
+            try:
+                batch = next(loaded, None)
+            except RuntimeError as error:
+                if "DataLoader worker" not in str(error):
+                    raise
+                raise TrainingError(
+                    "a loader process ended unexpectedly, perhaps for want of memory; what was saved before stays, and "
+                    "the same command goes on from there, with fewer --workers if need be"
+                ) from None
+            if batch is None:
+                return
+            indices, views, faults = batch
             if isinstance(self._images, FileImages):
                 report(self.broken, self._images, faults)
             yield indices, tuple(map(self._placed, views))

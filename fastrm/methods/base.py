@@ -9,7 +9,7 @@ momentum (Pham et al., arXiv 2211.09861) from what is public of it, not the pape
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, Generic, NamedTuple, TypeVar
@@ -153,11 +153,12 @@ class Method(nn.Module, Generic[E]):
                     teachers[0] = self.encode_teacher(first)
 
         with record_function("loss"):
-            return self._losses(students, teachers, residual_weight, measure)
+            return self.losses(students, teachers, residual_weight, measure)
 
-    def _losses(
-        self, students: list[E], teachers: list[E | None], residual_weight: Tensor, measure: bool
+    def losses(
+        self, students: Sequence[E], teachers: Sequence[E | None], residual_weight: Tensor, measure: bool
     ) -> StepOutput:
+        """Loss of encodings by view, which :meth:`forward` makes and explains."""
         losses, contrastives, residuals, gaps = [], [], [], []
         keys: list[Tensor] = []
         for d, student in enumerate(students):

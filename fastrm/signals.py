@@ -1,0 +1,74 @@
+"""Signals that ask a run to save: SIGTERM and SIGINT to end after it, SIGUSR1 to go on."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from types import FrameType
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+
+from fastrm.distributed import world
+
+ENDING = (signal.SIGINT, signal.SIGTERM)
+SAVING = getattr(signal, "SIGUSR1", None)  # which Windows has not
+
+
+class Asked(NamedTuple):
+    """What signals have asked for."""
+
+    save: bool
+    """Save now."""
+    end: int
+    """And end for this signal; 0 is not."""
+
+
+class Signals:
+    """While this is entered, the first signal is noted and a second one of those that end a run takes effect at once.
+
+    In several processes a signal to any of them counts for all, at the same step.
+    """
+
+    def __init__(self) -> None:
+        self._save, self._end = False, 0
+        self._before: dict[int, Any] = {}
+        self._group: Any = dist.new_group(backend="gloo") if world().size > 1 else None
+
+    def __enter__(self) -> Signals:
+        if threading.current_thread() is threading.main_thread():  # elsewhere Python hears none
+            self._before = {number: signal.signal(number, self._note) for number in _numbers()}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, _: FrameType | None) -> None:
+        self._save = True
+        if number in ENDING:
+            if self._end:
+                signal.signal(number, signal.SIG_DFL)
+                os.kill(os.getpid(), number)
+            self._end = number
+
+    def asked(self) -> Asked:
+        """What came since this was last asked, to any process; to be called in all of them."""
+        save, self._save = self._save, False
+        if self._group is None:
+            return Asked(save, self._end)
+        together = torch.tensor([int(save), self._end])  # over gloo, so that no device is waited for
+        dist.all_reduce(together, dist.ReduceOp.MAX, group=self._group)
+        return Asked(bool(together[0]), int(together[1]))
+
+
+def _numbers() -> list[int]:
+    return [number for number in (SAVING, *ENDING) if number is not None]
+
+
+def leave_to_the_trainer(_: int = 0) -> None:
+    """Let a loader process pass over signals that a scheduler or a terminal sends to all processes of a run."""
+    for number in _numbers():
+        signal.signal(number, signal.SIG_IGN)

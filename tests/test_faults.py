@@ -1,0 +1,397 @@
+"""What happens to a run that lasts: it goes on bit for bit, or ends in one line with the last good checkpoint."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from fastrm import checkpoint, train
+from fastrm.config import Config
+from fastrm.errors import Stopped, TrainingError, UsageError
+from fastrm.methods import build_method
+from fastrm.signals import Signals
+from fastrm.verify import verify
+from fastrm.verify import warning as verification_warning
+from tests.test_train import METHODS, records, same
+
+ROOT = Path(__file__).parent.parent
+Small = Callable[..., Config]
+FLAGS = [
+    "--data", "digits", "--arch", "test_resnet", "--image-size", "32", "--batch-size", "32", "--epochs", "8",
+    "--hidden-dim", "32", "--output-dim", "16", "--predictor-hidden-dim", "32", "--log-every", "1", "--eval-every", "0",
+]  # fmt: skip
+
+
+def command(out: Path, *more: str) -> list[str]:
+    return [sys.executable, "-m", "fastrm.train", *FLAGS, "--out", str(out), *more]
+
+
+def start(out: Path, *more: str, **environment: str) -> subprocess.Popen[str]:
+    env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"} | environment
+    return subprocess.Popen(
+        command(out, *more), env=env, cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+
+
+def until_step(process: subprocess.Popen[str], step: int) -> None:
+    """Read what a run prints until it has logged a step."""
+    assert process.stdout is not None
+    for line in process.stdout:
+        if line.startswith("step") and int(line.split()[1]) >= step:
+            return
+    raise AssertionError(process.communicate()[1][-2000:])
+
+
+def timeless(out: Path) -> list[dict[str, Any]]:
+    return [{k: v for k, v in r.items() if k != "images_per_second"} for r in records(out)]
+
+
+def assert_as_uninterrupted(out: Path, whole: Path) -> None:
+    states = [checkpoint.load(folder) for folder in (whole, out)]
+    for name in ("method", "optimizer", "random", "step"):
+        assert same(states[0][name], states[1][name]), name
+    assert timeless(out) == timeless(whole)
+
+
+@pytest.fixture
+def stop_after(monkeypatch: pytest.MonkeyPatch) -> Callable[[int, Callable[[], object]], None]:
+    """Do something after a step of a run in this process."""
+
+    def patch(step: int, do: Callable[[], object]) -> None:
+        plain = Signals.asked
+
+        def asked(self: Signals) -> Any:
+            asked.calls += 1  # type: ignore[attr-defined]
+            if asked.calls == step:  # type: ignore[attr-defined]
+                do()
+            return plain(self)
+
+        asked.calls = 0  # type: ignore[attr-defined]
+        monkeypatch.setattr(Signals, "asked", asked)
+
+    return patch
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_a_run_that_the_same_command_continues(
+    number: signal.Signals, small: Small, tmp_path: Path, stop_after: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train.train(small(max_steps=5, out=tmp_path / "whole"))
+    handlers = [signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)]
+    stop_after(2, lambda: os.kill(os.getpid(), number))
+    with pytest.raises(Stopped, match="after step 2 and saved") as stopped:
+        train.train(small(max_steps=5, out=tmp_path / "cut"))
+    assert stopped.value.status == 128 + number
+    assert [signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)] == handlers
+    monkeypatch.undo()
+    train.train(small(max_steps=5, out=tmp_path / "cut"))
+    assert_as_uninterrupted(tmp_path / "cut", tmp_path / "whole")
+
+
+def test_sigusr1_saves_and_the_run_goes_on(small: Small, tmp_path: Path, stop_after: Any) -> None:
+    stop_after(2, lambda: os.kill(os.getpid(), signal.SIGUSR1))
+    train.train(small(max_steps=5))
+    assert [step for step, _ in checkpoint.older(tmp_path / "run")] == [2]
+    assert checkpoint.load(tmp_path / "run")["step"] == 5
+
+
+def test_a_second_signal_ends_at_once() -> None:
+    script = (
+        "import os, signal, time; from fastrm.signals import Signals\n"
+        "with Signals() as signals:\n"
+        "    os.kill(os.getpid(), signal.SIGTERM); assert signals.asked() == (True, 15)\n"
+        "    os.kill(os.getpid(), signal.SIGTERM); time.sleep(60)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, timeout=50, check=False)
+    assert done.returncode == -signal.SIGTERM
+
+
+def test_from_the_shell_a_signal_to_all_processes_saves(tmp_path: Path) -> None:
+    """As a scheduler sends it: to the loader's processes too."""
+    run = subprocess.Popen(
+        command(tmp_path / "run", "--loader", "torch", "--workers", "1"), cwd=ROOT, text=True, start_new_session=True,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    )  # fmt: skip
+    until_step(run, 3)
+    os.killpg(run.pid, signal.SIGTERM)
+    _, said = run.communicate(timeout=60)
+    assert run.returncode == 143, said
+    assert "Traceback" not in said
+    done = checkpoint.load(tmp_path / "run")["step"]
+    assert f"stopped after step {done} and saved" in said
+    assert [record["step"] for record in records(tmp_path / "run")] == [*range(1, done + 1)]
+
+
+@pytest.mark.parametrize("moment", ["in a step", "in a save", "between two names"])
+def test_a_killed_run_ends_as_the_uninterrupted_one(
+    moment: str, small: Small, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """SIGKILL, simulated by an error that nothing catches and after which nothing is tidied up."""
+    options = {"max_steps": 7, "checkpoint_every": 2, "method": "mocov2"}
+    train.train(small(**options, out=tmp_path / "whole"))
+
+    class Killed(BaseException):
+        pass
+
+    with monkeypatch.context() as patch:
+        saves = iter(range(100))
+        if moment == "in a step":
+            from fastrm.step import Step
+
+            plain_check = Step.check
+
+            def check(step: Step, done: int) -> int:
+                if next(saves) == 4:
+                    raise Killed
+                return plain_check(step, done)
+
+            patch.setattr(Step, "check", check)
+        elif moment == "in a save":
+            plain_save = torch.save
+
+            def half(state: Any, path: Path) -> None:
+                plain_save(state, path)
+                if next(saves) == 1:
+                    path.write_bytes(path.read_bytes()[:5000])
+                    raise Killed
+
+            patch.setattr(torch, "save", half)
+        else:
+            plain_replace = os.replace
+
+            def replace(source: Path, target: Path) -> None:
+                if Path(target).name == checkpoint.NAME and next(saves) == 1:
+                    raise Killed
+                plain_replace(source, target)
+
+            patch.setattr(os, "replace", replace)
+        with pytest.raises((Killed, TrainingError)):
+            train.train(small(**options, out=tmp_path / "cut"))
+    assert checkpoint.load(tmp_path / "cut")["step"] in (2, 4)
+    train.train(small(**options, out=tmp_path / "cut"))
+    assert_as_uninterrupted(tmp_path / "cut", tmp_path / "whole")
+
+
+def test_checkpoints_that_are_kept(small: Small, tmp_path: Path) -> None:
+    train.train(small(max_steps=10, checkpoint_every=1, keep=3, keep_every=4))
+    assert [step for step, _ in checkpoint.older(tmp_path / "run")] == [9, 8, 4]
+    assert checkpoint.load(tmp_path / "run")["step"] == 10
+    for step, path in checkpoint.older(tmp_path / "run"):
+        assert checkpoint.load(path)["step"] == step
+    train.train(small(max_steps=1, resume="never"))
+    assert checkpoint.older(tmp_path / "run") == []
+
+
+@pytest.mark.parametrize("damage", ["cut", "foreign", "flipped", "gone"])
+def test_a_damaged_newest_checkpoint_gives_way_to_the_one_before(
+    damage: str, small: Small, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = {"checkpoint_every": 2}
+    train.train(small(**options, max_steps=6, out=tmp_path / "whole"))
+    train.train(small(**options, max_steps=4))
+    newest = tmp_path / "run" / checkpoint.NAME
+    content = bytearray(newest.read_bytes())
+    if damage == "cut":
+        newest.write_bytes(content[:-1000])
+    elif damage == "foreign":
+        torch.save({"weights": torch.zeros(1)}, newest)
+    elif damage == "flipped":
+        content[len(content) // 2] ^= 1
+        newest.write_bytes(content)
+    else:
+        newest.unlink()
+    capsys.readouterr()
+    train.train(small(**options, max_steps=6))
+    said = capsys.readouterr().out
+    assert (damage == "gone") or "going on from checkpoint-2.pt" in said
+    assert "continued after step 2" in said
+    assert_as_uninterrupted(tmp_path / "run", tmp_path / "whole")
+    assert [step for step, _ in checkpoint.older(tmp_path / "run")] == [4]
+
+
+def test_any_changed_byte_of_a_tensor_is_seen(small: Small, tmp_path: Path) -> None:
+    train.train(small(max_steps=1))
+    state = checkpoint.load(tmp_path / "run")
+    right = checkpoint.checksum(state)
+    weight = state["method"]["student.backbone.net.conv1.weight"]
+    plain = weight[3, 1, 2, 0].clone()
+    weight[3, 1, 2, 0] = torch.nextafter(plain, torch.tensor(9.0))
+    assert checkpoint.checksum(state) != right
+    weight[3, 1, 2, 0] = plain
+    assert checkpoint.checksum(state) == right
+    state["step"] += 1
+    assert checkpoint.checksum(state) != right
+
+
+def test_a_save_does_not_hold_the_steps_up(
+    small: Small, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stop_after: Any
+) -> None:
+    """While a checkpoint is being written the next step is made; what is written is the state that was saved."""
+    written, stepped = threading.Event(), threading.Event()
+    plain = torch.save
+
+    def slow(state: Any, path: Path) -> None:
+        if state["step"] == 2:
+            assert stepped.wait(60)
+            written.set()
+        plain(state, path)
+
+    monkeypatch.setattr(torch, "save", slow)
+    stop_after(3, lambda: (not written.is_set()) and stepped.set())
+    train.train(small(max_steps=3, checkpoint_every=2))
+    assert written.is_set()
+    monkeypatch.undo()
+    train.train(small(max_steps=2, out=tmp_path / "two"))
+    ((_, path),) = checkpoint.older(tmp_path / "run")
+    assert same(checkpoint.load(path)["method"], checkpoint.load(tmp_path / "two")["method"])
+
+
+@pytest.fixture
+def little_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 3 MiB."""
+    place = tmp_path / "disk"
+    place.mkdir()
+    mount = shutil.which("mount")
+    if mount is None or subprocess.run([mount, "-t", "tmpfs", "-o", "size=3m", "tmpfs", place], check=False).returncode:
+        pytest.skip("needs the right to mount a small tmpfs")
+    yield place
+    subprocess.run(["umount", "-l", place], check=True)
+
+
+def test_a_full_disk_keeps_the_last_checkpoint(small: Small, little_disk: Path, tmp_path: Path) -> None:
+    options = {"checkpoint_every": 1, "hidden_dim": 16, "output_dim": 8, "predictor_hidden_dim": 16, "keep": 1}
+    train.train(small(**options, max_steps=1, out=tmp_path / "size"))
+    size = (tmp_path / "size" / checkpoint.NAME).stat().st_size
+    subprocess.run(["mount", "-o", f"remount,size={round(1.6 * size)}", little_disk], check=True)
+    with pytest.raises(TrainingError, match=r"cannot be written|No space left"):
+        train.train(small(**options, max_steps=6, out=little_disk / "run"))
+    kept = checkpoint.load(little_disk / "run")["step"]
+    assert kept >= 1
+    assert not list((little_disk / "run").glob(".*partial"))
+    subprocess.run(["mount", "-o", f"remount,size={20 * size}", little_disk], check=True)
+    train.train(small(**options, max_steps=6, out=little_disk / "run"))
+    train.train(small(**options, max_steps=6, out=tmp_path / "whole"))
+    assert_as_uninterrupted(little_disk / "run", tmp_path / "whole")
+
+
+# TensorBoard's own thread prints a traceback of its own when its file is gone.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_an_output_folder_that_vanishes_ends_the_run_in_one_line(small: Small, tmp_path: Path, stop_after: Any) -> None:
+    stop_after(2, lambda: shutil.rmtree(tmp_path / "run"))
+    with pytest.raises(TrainingError, match="No such file or directory") as caught:
+        train.train(small(max_steps=4, checkpoint_every=1))
+    assert "\n" not in str(caught.value)
+
+
+def test_a_file_that_is_deleted_or_cut_in_mid_epoch_is_left_out_and_listed(
+    small: Small, pictures: Path, tmp_path: Path, stop_after: Any
+) -> None:
+    folder = tmp_path / "pictures"
+    shutil.copytree(pictures / "flat", folder)
+    files = sorted(folder.rglob("*.jpg"))
+
+    def harm() -> None:
+        files[0].unlink()
+        files[1].write_bytes(files[1].read_bytes()[:100])
+
+    stop_after(1, harm)
+    with pytest.warns(UserWarning, match="left out"):
+        train.train(small(data=str(folder), max_steps=12, workers=1))
+    listed = (tmp_path / "run" / "skipped.txt").read_text()
+    assert {line.split("\t")[0] for line in listed.splitlines()} == {str(files[0]), str(files[1])}
+
+
+def test_a_loader_process_that_is_killed_ends_the_run_in_one_line(
+    small: Small, pictures: Path, tmp_path: Path, stop_after: Any
+) -> None:
+    import multiprocessing
+
+    stop_after(2, lambda: [os.kill(child.pid, signal.SIGKILL) for child in multiprocessing.active_children()])
+    options = {"data": str(pictures / "flat"), "max_steps": 12, "workers": 1, "checkpoint_every": 1}
+    with pytest.raises(TrainingError, match="loader process ended"):
+        train.train(small(**options))
+    assert checkpoint.load(tmp_path / "run")["step"] >= 2
+    train.train(small(**options))
+
+
+def test_a_clock_that_is_set_back_changes_nothing(
+    small: Small, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train.train(small(max_steps=4, out=tmp_path / "whole"))
+    train.train(small(max_steps=2))
+    monkeypatch.setattr(time, "time", lambda: 1e8)
+    os.utime(tmp_path / "run" / checkpoint.NAME, (1e8, 1e8))
+    train.train(small(max_steps=4))
+    assert_as_uninterrupted(tmp_path / "run", tmp_path / "whole")
+
+
+def test_one_of_two_processes_that_is_killed_ends_the_other(tmp_path: Path) -> None:
+    arguments = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "fastrm.train", *FLAGS]
+    run = subprocess.Popen(
+        [sys.executable, *arguments, "--out", str(tmp_path / "run"), "--checkpoint-every", "1"], cwd=ROOT, text=True,
+        env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )  # fmt: skip
+    until_step(run, 2)
+    ours = subprocess.run(["pgrep", "-P", str(run.pid)], capture_output=True, text=True, check=True).stdout.split()
+    ranks = [pid for pid in ours if "fastrm/train.py" in Path(f"/proc/{pid}/cmdline").read_text()
+             or "fastrm.train" in Path(f"/proc/{pid}/cmdline").read_text()]  # fmt: skip
+    begin = time.monotonic()
+    os.kill(int(ranks[-1]), signal.SIGKILL)
+    _, said = run.communicate(timeout=90)
+    assert time.monotonic() - begin < 60
+    assert run.returncode != 0
+    assert "another process ended, or cannot be reached" in said or "stopped after step" in said or "SIGKILL" in said
+    assert checkpoint.load(tmp_path / "run")["step"] >= 1
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_fused_and_reference_agree_on_the_live_batch(method: str, small: Small, tmp_path: Path) -> None:
+    options = {"method": method, "max_steps": 4}
+    train.train(small(**options, out=tmp_path / "plain"))
+    train.train(small(**options, verify_every=2, out=tmp_path / "watched"))
+    assert same(*(checkpoint.load(tmp_path / name)["method"] for name in ("plain", "watched")))
+    found = [r for r in records(tmp_path / "watched") if "verify_loss" in r]
+    assert [r["step"] for r in found] == [2, 4]
+    assert all(r["verify_loss"] < 1e-5 and r["verify_gradient"] < 1e-4 for r in found)
+
+
+def test_a_wrong_fused_gradient_is_said(small: Small, monkeypatch: pytest.MonkeyPatch) -> None:
+    from fastrm.methods import base
+
+    plain = base.residual_info_nce
+
+    def wrong(*args: Any, backend: str | None, **options: Any) -> Any:
+        loss, *others = plain(*args, backend=backend, **options)
+        return loss * (1 if backend == "reference" else 1.05), *others
+
+    monkeypatch.setattr(base, "residual_info_nce", wrong)
+    method = build_method(small(method="mocov3"))
+    found = verify(method, (torch.randn(8, 3, 32, 32), torch.randn(8, 3, 32, 32)), torch.tensor(1.0))
+    np.testing.assert_allclose([found["verify_loss"], found["verify_gradient"]], 0.05, rtol=1e-3)
+    assert "--kernels reference" in str(verification_warning(found))
+    assert verification_warning({"verify_loss": 1e-4, "verify_gradient": 1e-3}) is None
+
+
+def test_a_checkpoint_of_another_number_of_processes_says_what_changes(small: Small, tmp_path: Path) -> None:
+    train.train(small(max_steps=1))
+    path = tmp_path / "run" / checkpoint.NAME
+    state = checkpoint.load(path)
+    state["random"] *= 2
+    torch.save({**state, "checksum": checkpoint.checksum(state)}, path)
+    with pytest.raises(UsageError, match="of a run in 2 processes, and these are 1: every batch would be another"):
+        train.train(small(max_steps=2))
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["step"] == 1
