@@ -30,6 +30,9 @@ check: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	@said=$$($(BIN)/pip-audit --strict --skip-editable --progress-spinner off 2>&1) && echo "$$said" || case "$$said" in \
+		*Found*vulnerabilit*) echo "$$said"; exit 1;; \
+		*) echo "notice: pip-audit is skipped, since its source cannot be reached: $$said" | head -n 1;; esac
 
 format: install
 	$(BIN)/ruff check --fix .

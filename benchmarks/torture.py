@@ -25,10 +25,10 @@ from typing import Any
 from fastrm import checkpoint
 from fastrm.data import open_source
 
-STEPS = 60
+STEPS = 110
 FLAGS = [
-    "--arch", "test_resnet", "--image-size", "32", "--batch-size", "32", "--epochs", "2", "--hidden-dim", "32",
-    "--output-dim", "16", "--predictor-hidden-dim", "32", "--queue-size", "96", "--log-every", "1",
+    "--arch", "test_resnet", "--image-size", "32", "--batch-size", "32", "--epochs", "4", "--hidden-dim", "1024",
+    "--output-dim", "16", "--predictor-hidden-dim", "1024", "--queue-size", "96", "--log-every", "1",
     "--eval-every", "0", "--checkpoint-every", "1", "--max-steps", str(STEPS), "--no-scan",
 ]  # fmt: skip
 
@@ -48,7 +48,7 @@ def finish(run: subprocess.Popen[str]) -> None:
 
 
 def killed(run: subprocess.Popen[str], moment: random.Random) -> bool:
-    """Kill a run before its first step or up to two seconds after it; whether it was alive then."""
+    """Kill a run before its first step or shortly after it; whether it was alive then."""
     assert run.stdout is not None
     if moment.random() < 0.2:
         time.sleep(moment.uniform(0, 4))
@@ -56,7 +56,7 @@ def killed(run: subprocess.Popen[str], moment: random.Random) -> bool:
         for line in run.stdout:
             if line.startswith("step"):
                 break
-        time.sleep(moment.uniform(0, 2))
+        time.sleep(moment.uniform(0, 0.7))
     alive = run.poll() is None
     run.send_signal(signal.SIGKILL)
     run.communicate()
