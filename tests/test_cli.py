@@ -182,7 +182,7 @@ def test_evaluate_refuses_what_it_cannot_do(
     assert "--checkpoint" in fails(evaluate.main, ["--knn"], capsys)
     flat = ["--checkpoint", run, "--knn", "--data", str(pictures / "flat")]
     assert "no labels" in fails(evaluate.main, flat, capsys)
-    for wrong in (["--semi", "0"], ["--semi", "nan"], ["--linear", "--linear-epochs", "0"]):
+    for wrong in (["--semi", "0.0"], ["--semi", "nan"], ["--linear", "--linear-epochs", "0"]):
         assert f"{wrong[-2]} {wrong[-1]} is out of range" in fails(evaluate.main, ["--checkpoint", run, *wrong], capsys)
     exported = ["--checkpoint", f"{run}/backbone.safetensors", "--gap"]
     assert "--gap needs student and teacher" in fails(evaluate.main, exported, capsys)
