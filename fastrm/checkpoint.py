@@ -10,7 +10,8 @@ import hashlib
 import os
 import re
 import threading
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -82,6 +83,15 @@ def load(path: Path) -> dict[str, Any]:
     if state.pop("checksum", None) != checksum(state):
         raise UsageError(f"{found} is damaged: its checksum is not that of its content")
     return state
+
+
+@contextmanager
+def fitting(path: Path) -> Iterator[None]:
+    """Say in one line that what a checkpoint holds is not what its settings build."""
+    try:
+        yield
+    except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UsageError(f"{path} does not fit its own settings: {str(error).splitlines()[0]}") from None
 
 
 def checksum(state: Mapping[str, Any]) -> str:
@@ -229,15 +239,13 @@ def resume(config: Config, out: Path, **parts: Stateful) -> int:
             f"{path} is of a run in {processes} processes, and these are {world().size}: every batch would be another "
             "one. Start as many, or give another --out"
         )
-    try:
+    with fitting(path):
         for name, part in parts.items():
             part.load_state_dict(state[name])
         random = state["random"][world().rank]
         torch.set_rng_state(random["cpu"])
         if torch.cuda.is_available() and "cuda" in random:
             torch.cuda.set_rng_state(random["cuda"])
-    except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UsageError(f"{path} does not fit its own settings: {str(error).splitlines()[0]}") from None
     step: int = state["step"]
     return step
 

@@ -1,4 +1,4 @@
-"""Every setting of a run: one frozen dataclass tree, whose leaves are the command line's flags, and the named recipes.
+"""Every setting of a run: one frozen dataclass tree, whose leaves are the command line's flags.
 
 The leaves' names are unique across the groups, so that a recipe, a flag or a keyword of :func:`build` needs no group.
 """
@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from fastrm.errors import UsageError
+from fastrm.recipes import RECIPES
 
 MethodName = Literal["mocov3", "mocov2", "byol", "densecl"]
 ResidualPlace = Literal["output", "projector", "backbone"]
@@ -146,7 +147,7 @@ class RunConfig:
     """What is logged, kept and repeated."""
 
     recipe: str | None = None
-    """A named set of defaults, which flags override; RECIPES in fastrm/config.py lists them."""
+    """A named set of defaults, which flags override; RECIPES in fastrm/recipes.py lists them."""
     seed: int = 0
     """Seed of everything random; on the CPU the same seed gives the same bits."""
     log_every: int = 50
@@ -208,110 +209,6 @@ class Config:
 
 _KINDS: Mapping[str, Any] = {
     name: kind for group in get_type_hints(Config).values() for name, kind in get_type_hints(group).items()
-}
-
-# Published settings. ImageNet: the official MoCo, MoCo-v3 and DenseCL repositories; CIFAR-100 and ImageNet-100:
-# solo-learn; BYOL on ImageNet: Grill et al., arXiv 2006.07733, with their batch of 4096. All heads in the order
-# hidden, output, predictor's hidden.
-_MOCOV3 = {
-    "method": "mocov3",
-    "arch": "resnet50",
-    "batch_size": 4096,
-    "optimizer": "lars",
-    "weight_decay": 1e-6,
-    "trust_coefficient": 0.001,
-    "warmup_epochs": 10.0,
-    "teacher_momentum": 0.99,
-    "teacher_momentum_end": 1.0,
-    "temperature": 1.0,
-    "hidden_dim": 4096,
-    "output_dim": 256,
-    "predictor_hidden_dim": 4096,
-    "crop_min": 0.2,
-}
-_MOCOV2 = {
-    "method": "mocov2",
-    "arch": "resnet50",
-    "batch_size": 256,
-    "optimizer": "sgd",
-    "lr": 0.03,
-    "weight_decay": 1e-4,
-    "warmup_epochs": 0.0,
-    "teacher_momentum": 0.999,
-    "teacher_momentum_end": 0.999,
-    "temperature": 0.2,
-    "queue_size": 65536,
-    "hidden_dim": 2048,
-    "output_dim": 128,
-    "crop_min": 0.2,
-}
-_SOLO = {"arch": "resnet18", "batch_size": 256, "warmup_epochs": 10.0, "warmup_start_lr": 3e-5, "output_dim": 256}
-_SOLO_CIFAR = {**_SOLO, "epochs": 1000, "data": "cifar100", "image_size": 32, "crop_min": 0.2}
-_SOLO_IN100 = {**_SOLO, "epochs": 400, "crop_min": 0.08}
-_SOLO_LARS = {"optimizer": "lars", "trust_coefficient": 0.02, "teacher_momentum": 0.99, "teacher_momentum_end": 1.0}
-_SOLO_MOCOV3 = {
-    **_SOLO_LARS,
-    "method": "mocov3",
-    "lr": 0.3,
-    "weight_decay": 1e-6,
-    "temperature": 0.2,
-    "hidden_dim": 4096,
-    "predictor_hidden_dim": 4096,
-}
-_SOLO_MOCOV2 = {
-    "method": "mocov2",
-    "symmetric": True,
-    "optimizer": "sgd",
-    "lr": 0.3,
-    "weight_decay": 1e-4,
-    "temperature": 0.2,
-    "teacher_momentum": 0.99,
-    "teacher_momentum_end": 0.999,
-    "hidden_dim": 2048,
-}
-_SOLO_BYOL = {**_SOLO_LARS, "method": "byol", "hidden_dim": 4096}
-
-RECIPES: dict[str, dict[str, Any]] = {
-    "mocov3-r50-100ep": {**_MOCOV3, "epochs": 100, "lr": 0.6},
-    "mocov3-r50-300ep": {**_MOCOV3, "epochs": 300, "lr": 0.3},
-    "mocov3-r50-1000ep": {**_MOCOV3, "epochs": 1000, "lr": 0.3, "weight_decay": 1.5e-6, "teacher_momentum": 0.996},
-    "mocov3-vits-300ep": {
-        **_MOCOV3,
-        "arch": "vit_small_patch16_224",
-        "epochs": 300,
-        "optimizer": "adamw",
-        "lr": 1.5e-4,
-        "weight_decay": 0.1,
-        "warmup_epochs": 40.0,
-        "temperature": 0.2,
-    },
-    "mocov2-r50-200ep": {**_MOCOV2, "epochs": 200},
-    "densecl-r50-coco-800ep": {**_MOCOV2, "method": "densecl", "epochs": 800, "lr": 0.3, "dense_weight": 0.5},
-    "byol-r50-300ep": {
-        **_MOCOV3,
-        "method": "byol",
-        "epochs": 300,
-        "lr": 0.3,
-        "crop_min": 0.08,
-    },
-    "mocov3-r18-cifar100-1000ep": {**_SOLO_CIFAR, **_SOLO_MOCOV3},
-    "mocov2-r18-cifar100-1000ep": {**_SOLO_CIFAR, **_SOLO_MOCOV2, "queue_size": 32768},
-    "byol-r18-cifar100-1000ep": {
-        **_SOLO_CIFAR,
-        **_SOLO_BYOL,
-        "lr": 1.0,
-        "weight_decay": 1e-5,
-        "predictor_hidden_dim": 4096,
-    },
-    "mocov3-r18-imagenet100-400ep": {**_SOLO_IN100, **_SOLO_MOCOV3},
-    "mocov2-r18-imagenet100-400ep": {**_SOLO_IN100, **_SOLO_MOCOV2, "queue_size": 65536},
-    "byol-r18-imagenet100-400ep": {
-        **_SOLO_IN100,
-        **_SOLO_BYOL,
-        "lr": 0.5,
-        "weight_decay": 1e-6,
-        "predictor_hidden_dim": 8192,
-    },
 }
 
 # What a run uses when it names no recipe: the method's published settings, with 256 images a process.
@@ -430,8 +327,13 @@ def check_range(name: str, value: float | None) -> None:
     raise UsageError(f"{flag(name)} {value} is out of range; it must be {wanted}{most}")
 
 
-def check_path(name: str, value: str | Path) -> None:
-    """Raise a UsageError if the system takes no such path: one that is too long, or has a zero byte in it."""
+def check_path(name: str, value: str | Path | None) -> None:
+    """Raise a UsageError if the system takes no such path: one that is too long, or has a zero byte in it.
+
+    None, for unset, is none of these.
+    """
+    if value is None:
+        return
     try:
         os.stat(value)
     except (FileNotFoundError, NotADirectoryError):
@@ -470,8 +372,7 @@ def validate(config: Config) -> None:
     _check_kinds({name: value for group in groups for name, value in group.items()})
     values = config.flat()
     for name in ("data_root", "init_from", "out", "resume"):
-        if values[name] is not None:
-            check_path(name, values[name])
+        check_path(name, values[name])
     if not values["data"]:
         raise UsageError("--data is missing; give a folder of images, or a named set such as digits")
     for name in _RANGES:

@@ -22,8 +22,8 @@ from fastrm.data import Source, open_source
 from fastrm.data.scan import scan
 from fastrm.device import choose_device
 from fastrm.errors import UsageError
-from fastrm.files import read_json, write_json
-from fastrm.models import Backbone, build_backbone
+from fastrm.files import read_json, write_json, writing
+from fastrm.models import Backbone
 from fastrm.pretrained import Pretrained, open_pretrained
 from fastrm.probes import (
     Estimate,
@@ -113,12 +113,10 @@ def evaluate(options: EvaluateConfig) -> dict[str, Any]:
         quick = replace(options, knn=False, linear=False, linear_quick=True, semi=None)
         results.setdefault(sources[1].name, {}).setdefault("scores", {})
         _merge(results[sources[1].name]["scores"], _scores(quick, trained, sources[1], setting))
-    _merge(found, {"fastrm": fastrm.__version__, "torch": torch.__version__, "step": trained.step})
-    _merge(found, {"sets": _plain(results)})
-    try:
+    made_by = {"fastrm": fastrm.__version__, "torch": torch.__version__, "step": trained.step}
+    _merge(found, {**made_by, "sets": _plain(results)})
+    with writing(out):
         write_json(out, found)
-    except OSError as error:
-        raise UsageError(f"--out {out} cannot be written: {error.strerror or error}") from None
     return results
 
 
@@ -132,8 +130,7 @@ def _check(options: EvaluateConfig) -> None:
         raise UsageError(f"--linear-epochs {options.linear_epochs} is out of range; it must be at least 1")
     check_range("workers", options.workers)
     for name in ("checkpoint", "data_root", "out"):
-        if (path := getattr(options, name)) is not None:
-            check_path(name, path)
+        check_path(name, getattr(options, name))
     if options.gap and options.checkpoint.suffix == ".safetensors":
         raise UsageError(f"--gap needs student and teacher, and {options.checkpoint} holds one network; give the run")
 
@@ -206,9 +203,7 @@ def _untrained(trained: Pretrained, setting: Setting) -> Backbone:
     """The same network with its first weights, from a seed of its own."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        about = trained.about
-        backbone = build_backbone(about["arch"], image_size=trained.image_size, stem=about["stem"])
-    return backbone.to(setting.device)
+        return trained.untrained().to(setting.device)
 
 
 @contextmanager

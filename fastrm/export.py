@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import safetensors.torch
 import torch
 from torch import Tensor
 
@@ -21,9 +20,9 @@ from fastrm import _cli
 from fastrm.config import check_path
 from fastrm.errors import UsageError
 from fastrm.evaluate import EVALUATION
-from fastrm.files import read_json, write_json, write_text, write_whole
-from fastrm.models import Backbone, build_backbone
-from fastrm.models.weights import misfit, plain_state
+from fastrm.files import read_json, write_json, write_text, write_whole, writing
+from fastrm.models import Backbone
+from fastrm.models.weights import misfit, plain_state, write_backbone
 from fastrm.pretrained import Pretrained, open_pretrained
 
 CPU = torch.device("cpu")
@@ -71,18 +70,15 @@ def export(options: ExportConfig) -> Path:
         "onnx": _onnx,
     }
     card = options.out / "README.md" if ending == "" else options.out.with_suffix(".md")
-    try:
+    with writing(options.out):
         write[options.format](backbone, about, options.out)
         write_text(card, model_card(trained, options, about, backbone.dim))
-    except OSError as error:
-        raise UsageError(f"--out {options.out} cannot be written: {error.strerror or error}") from None
     return card
 
 
 def _plain(trained: Pretrained, which: str) -> Backbone:
     """The network without what was done to it for speed."""
-    about = trained.about
-    backbone = build_backbone(about["arch"], image_size=trained.image_size, stem=about["stem"])
+    backbone = trained.untrained()
     backbone.net.load_state_dict(trained.networks[which].net.state_dict())
     return backbone.eval()
 
@@ -90,12 +86,11 @@ def _plain(trained: Pretrained, which: str) -> Backbone:
 def _state(backbone: Backbone, about: dict[str, str], out: Path) -> None:
     """Weights by name, as the ending of the file says."""
     out.parent.mkdir(parents=True, exist_ok=True)
-    state = plain_state(backbone)
     if out.suffix == ".pth":
+        state = plain_state(backbone)
         write_whole(out, lambda partial: torch.save(state, partial))
     else:
-        content = safetensors.torch.save(state, metadata=about)
-        write_whole(out, lambda partial: partial.write_bytes(content))
+        write_backbone(out, backbone, about)
 
 
 def _timm(backbone: Backbone, about: dict[str, str], out: Path) -> None:

@@ -10,9 +10,8 @@ import torch
 
 from fastrm import checkpoint
 from fastrm.config import Config, from_flat
-from fastrm.errors import UsageError
 from fastrm.methods import Method, build_method
-from fastrm.models import Backbone
+from fastrm.models import Backbone, build_backbone
 from fastrm.models.weights import metadata, read_backbone
 
 
@@ -46,6 +45,10 @@ class Pretrained:
         """Side of the images that it was trained on, in pixels."""
         return int(self.about["image_size"])
 
+    def untrained(self) -> Backbone:
+        """The same backbone with new weights, on the CPU, and without what a run does to it for speed."""
+        return build_backbone(self.about["arch"], image_size=self.image_size, stem=self.about["stem"])
+
 
 def open_pretrained(path: Path, device: torch.device) -> Pretrained:
     """Rebuild the networks of a run folder, a checkpoint, or a file with a backbone.
@@ -59,10 +62,8 @@ def open_pretrained(path: Path, device: torch.device) -> Pretrained:
     state = checkpoint.load(path)
     config = from_flat(state["config"])
     method = build_method(config, device=device)
-    try:
+    with checkpoint.fitting(path):
         method.load_state_dict(state["method"])
-    except (RuntimeError, TypeError, AttributeError) as error:
-        raise UsageError(f"{path} does not fit its own settings: {str(error).splitlines()[0]}") from None
     return Pretrained(
         path=path,
         networks={"student": method.student.backbone, "teacher": method.teacher.backbone},

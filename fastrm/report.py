@@ -24,7 +24,7 @@ from tyro.conf import Positional
 from fastrm import _cli
 from fastrm.checkpoint import NAME as CHECKPOINT
 from fastrm.errors import UsageError
-from fastrm.files import read_json, write_text, write_whole
+from fastrm.files import read_json, write_text, write_whole, writing
 from fastrm.metrics import METRICS
 
 if TYPE_CHECKING:
@@ -275,13 +275,11 @@ def report(options: ReportConfig) -> Path:
         raise UsageError(f"--out {out} is a run folder itself; give another")
     figures = [(plot, figure) for plot in PLOTS if (figure := draw(plot, runs)) is not None]
     content = page(runs, figures)
-    try:
+    with writing(out):
         out.mkdir(parents=True, exist_ok=True)
         for plot, figure in figures:
             write_whole(out / f"{plot.name}.png", partial(figure.savefig, format="png", dpi=150))
         write_text(out / PAGE, content)
-    except OSError as error:
-        raise UsageError(f"--out {out} cannot be written: {error.strerror or error}") from None
     return out / PAGE
 
 

@@ -48,18 +48,18 @@ from fastrm.distributed import (
     synchronise_norms,
 )
 from fastrm.errors import Stopped, TrainingError, UsageError
-from fastrm.files import read_json, write_json
+from fastrm.files import read_json, write_json, writing
 from fastrm.graph import GraphedStep
 from fastrm.methods import Method, StepOutput, build_method
 from fastrm.metrics import METRICS, TENSORBOARD, Recorder
-from fastrm.models.weights import BACKBONE, load_weights, metadata, write_backbone
+from fastrm.models.weights import BACKBONE, load_weights, metadata, read_weights, write_backbone
 from fastrm.optim import Schedule, build_optimizer
-from fastrm.probes import OnlineLinear, collapsed, effective_rank, feature_std, frozen_scores
 from fastrm.probes.features import Setting
 from fastrm.profiling import profiled
 from fastrm.signals import Signals
 from fastrm.step import AUTOCAST, Step
 from fastrm.verify import warning as verification_warning
+from fastrm.watch import evaluated, online_linear, watched
 
 SUMMARY = "summary.json"
 
@@ -113,8 +113,9 @@ def _train(config: Config, device: torch.device, world: World) -> dict[str, Any]
     torch.backends.cudnn.benchmark = True
     method = build_method(config, device=device, backend=backend)
     if config.model.init_from is not None:
+        weights, _ = read_weights(config.model.init_from)
         for network in (method.student, method.teacher):
-            load_weights(network.backbone, config.model.init_from, name="--init-from")
+            load_weights(network.backbone, weights, source=f"--init-from {config.model.init_from}")
     if not method.queues:
         synchronise_norms(method, device)
     if precision in AUTOCAST:
@@ -132,7 +133,7 @@ def _train(config: Config, device: torch.device, world: World) -> dict[str, Any]
         layout=torch.channels_last if config.device.channels_last else torch.contiguous_format,
     )
     parts: dict[str, Any] = {"method": method, "optimizer": optimizer, "scaler": step_once.scaler}
-    online = _online(config, source, method, device)
+    online = online_linear(config, source, method, device)
     if online is not None:
         parts["online"] = online
 
@@ -159,9 +160,9 @@ def _train(config: Config, device: torch.device, world: World) -> dict[str, Any]
         recorder.note(f"left out   {len(broken)} broken files, listed in {out / SKIPPED}")
     scores: dict[str, float] = {}
     setting = Setting(config.input.image_size, device, workers)
-    evaluated = config.run.eval_every > 0
-    if evaluated and source.test is None:
-        evaluated = False
+    evaluating = config.run.eval_every > 0
+    if evaluating and source.test is None:
+        evaluating = False
         recorder.note("evaluation kNN is left out: the images have no labels")
 
     method.train()
@@ -180,6 +181,7 @@ def _train(config: Config, device: torch.device, world: World) -> dict[str, Any]
     ):
         for step in range(start, schedule.total):
             done = step + 1
+            epoch = done / schedule.steps_per_epoch
             end = done == schedule.total
             logged = done == 1 or done % config.run.log_every == 0 or end
             lr, momentum = schedule.lr(step), schedule.teacher_momentum(done)
@@ -198,12 +200,11 @@ def _train(config: Config, device: torch.device, world: World) -> dict[str, Any]
             if config.run.verify_every and done % config.run.verify_every == 0:
                 with clock.paused():
                     found = step_once.verify(recent[-1].views)
-                    recorder.record({"step": done, "epoch": done / schedule.steps_per_epoch, **found})
+                    recorder.record({"step": done, "epoch": epoch, **found})
                     if (problem := verification_warning(found)) is not None:
                         recorder.note(f"warning    {problem}")
             recorder.advance(done)
             clock.steps += 1
-            epoch = done / schedule.steps_per_epoch
             if world.rank == 0 and not loader.broken.keys() <= broken.keys():
                 broken |= loader.broken
                 write_skipped(out, broken)
@@ -212,14 +213,14 @@ def _train(config: Config, device: torch.device, world: World) -> dict[str, Any]
             if logged:
                 last |= {"step": done, "epoch": epoch, **_averaged(outputs)}  # the host waits for the device here
                 last |= {"lr": lr, "teacher_momentum": momentum, "skipped_steps": skipped}
-                last |= _watched(outputs[0].features, recorder)
+                last |= watched(outputs[0].features, recorder)
                 if online is not None:
                     last["online_accuracy"] = online.accuracy()
                 recorder.record({**last, "images_per_second": batch * clock.lap()})
             with clock.paused():
-                if evaluated and (end or done % (config.run.eval_every * schedule.steps_per_epoch) == 0):
+                if evaluating and (end or done % (config.run.eval_every * schedule.steps_per_epoch) == 0):
                     if world.rank == 0:
-                        scores = _evaluated(method, source, setting, online)
+                        scores = evaluated(method, source, setting, online)
                         recorder.record({"step": done, "epoch": epoch, **scores})
                     barrier()
                 if end and world.rank == 0:  # before the checkpoint that says so: a run cut off before does this again
@@ -256,37 +257,6 @@ def _sizes(config: Config) -> tuple[int, int, int]:
     assert config.input.batch_size is not None
     workers = min(available_cores(), 8) if config.input.workers is None else config.input.workers
     return config.input.batch_size, config.optim.accumulate, workers
-
-
-def _online(config: Config, source: Source, method: Method[Any], device: torch.device) -> OnlineLinear | None:
-    """The linear classifier that is trained along, if it is asked for."""
-    if not config.run.online_linear:
-        return None
-    if source.train.labels is None:
-        raise UsageError(f"--online-linear needs labels, and the images of {source.name} have none")
-    assert config.input.batch_size is not None
-    dim = method.student.backbone.dim
-    return OnlineLinear(dim, source.train.labels, batch_size=config.input.batch_size, device=device)
-
-
-def _watched(features: Tensor, recorder: Recorder) -> dict[str, float]:
-    """How far the features of a batch differ, with a warning where they do not."""
-    std, rank = torch.stack([feature_std(features).double(), effective_rank(features)]).tolist()
-    if (warning := collapsed(std, rank, len(features))) is not None:
-        recorder.note(f"warning    {warning}")
-    return {"feature_std": std, "effective_rank": rank}
-
-
-def _evaluated(method: Method[Any], source: Source, setting: Setting, online: OnlineLinear | None) -> dict[str, float]:
-    """kNN accuracy of both backbones for k = 20 and 200, and of the classifier that is trained along."""
-    scores: dict[str, float] = {}
-    for name in ("student", "teacher"):
-        others = [online] if online is not None and name == "student" else []
-        found = frozen_scores(getattr(method, name).backbone, source, setting, knn=True, others=others)
-        scores |= {f"knn_{name}": found["knn20"].value, f"knn200_{name}": found["knn200"].value}
-        if others:
-            scores[f"linear_{name}"] = found["online"].value
-    return scores
 
 
 class _Given(NamedTuple):
@@ -348,7 +318,7 @@ class _Clock:
 
 def _open_folder(config: Config, out: Path, *, fresh: bool) -> None:
     """Make the run folder with its ``config.json``; a fresh run takes the place of an older one."""
-    try:
+    with writing(out):
         out.mkdir(parents=True, exist_ok=True)
         write_json(out / "config.json", config.flat())
         if fresh:
@@ -357,8 +327,6 @@ def _open_folder(config: Config, out: Path, *, fresh: bool) -> None:
             for _, path in checkpoint.older(out):
                 path.unlink()
             shutil.rmtree(out / TENSORBOARD, ignore_errors=True)
-    except OSError as error:
-        raise UsageError(f"--out {out} cannot be written: {error.strerror or error}") from None
 
 
 def _write_results(out: Path, config: Config, source: Source, method: Method[Any], last: dict[str, Any]) -> None:

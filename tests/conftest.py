@@ -14,6 +14,7 @@ import torch
 from hypothesis import settings
 from PIL import Image
 
+from fastrm import train
 from fastrm.config import Config, build
 from fastrm.data import open_source
 from tests.interpreted import INTERPRETED
@@ -66,6 +67,17 @@ def browser() -> Iterator[Any]:
     driver = webdriver.Chrome(options=options, service=webdriver.ChromeService(found["chromedriver"]))
     yield driver
     driver.quit()
+
+
+def run_of_one_step(arch: str, image_size: int, out: Path) -> Path:
+    """A run folder with a network of this kind."""
+    train.train(
+        build(
+            data="digits", arch=arch, image_size=image_size, batch_size=4, epochs=1, max_steps=1, workers=0,
+            eval_every=0, hidden_dim=16, output_dim=8, predictor_hidden_dim=16, out=out,
+        )
+    )  # fmt: skip
+    return out
 
 
 @pytest.fixture

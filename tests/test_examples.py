@@ -12,9 +12,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fastrm import export, train
-from fastrm.config import build
+from fastrm import export
 from fastrm.data import open_source
+from tests.conftest import run_of_one_step
 
 ROOT = Path(__file__).parent.parent
 
@@ -30,14 +30,7 @@ def run(name: str, *arguments: str | Path, cwd: Path) -> str:
 @pytest.fixture(scope="module")
 def resnet18(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of a step."""
-    out = tmp_path_factory.mktemp("resnet18")
-    train.train(
-        build(
-            data="digits", arch="resnet18", image_size=96, batch_size=4, epochs=1, max_steps=1, workers=0,
-            eval_every=0, hidden_dim=16, output_dim=8, predictor_hidden_dim=16, out=out,
-        )
-    )  # fmt: skip
-    return out
+    return run_of_one_step("resnet18", 96, tmp_path_factory.mktemp("resnet18"))
 
 
 def test_quickstart(tmp_path: Path) -> None:

@@ -20,6 +20,7 @@ from fastrm.config import Config
 from fastrm.errors import UsageError
 from fastrm.models import build_backbone, read_backbone
 from fastrm.pretrained import open_pretrained
+from tests.conftest import run_of_one_step
 from tests.test_cli import fails
 
 Small = Callable[..., Config]
@@ -29,18 +30,8 @@ CPU = torch.device("cpu")
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """A run of a step for each of three networks, with an evaluation beside the first."""
-    from fastrm.config import build
-
-    found = {}
-    for arch, size in (("resnet18", 96), ("test_vit", 160), ("test_resnet", 32)):
-        out = tmp_path_factory.mktemp(arch)
-        train.train(
-            build(
-                data="digits", arch=arch, image_size=size, batch_size=4, epochs=1, max_steps=1, workers=0,
-                eval_every=0, hidden_dim=16, output_dim=8, predictor_hidden_dim=16, out=out,
-            )
-        )  # fmt: skip
-        found[arch] = out
+    sizes = {"resnet18": 96, "test_vit": 160, "test_resnet": 32}
+    found = {arch: run_of_one_step(arch, size, tmp_path_factory.mktemp(arch)) for arch, size in sizes.items()}
     evaluate.main(["--checkpoint", str(found["test_resnet"]), "--linear-quick", "--workers", "0"])
     return found
 

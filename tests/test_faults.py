@@ -25,7 +25,7 @@ from fastrm.methods import build_method
 from fastrm.signals import Signals
 from fastrm.verify import verify
 from fastrm.verify import warning as verification_warning
-from tests.test_train import METHODS, records, same
+from tests.test_train import METHODS, assert_as_uninterrupted, records, same
 
 ROOT = Path(__file__).parent.parent
 Small = Callable[..., Config]
@@ -39,13 +39,6 @@ def command(out: Path, *more: str) -> list[str]:
     return [sys.executable, "-m", "fastrm.train", *FLAGS, "--out", str(out), *more]
 
 
-def start(out: Path, *more: str, **environment: str) -> subprocess.Popen[str]:
-    env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"} | environment
-    return subprocess.Popen(
-        command(out, *more), env=env, cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
-    )
-
-
 def until_step(process: subprocess.Popen[str], step: int) -> None:
     """Read what a run prints until it has logged a step."""
     assert process.stdout is not None
@@ -53,17 +46,6 @@ def until_step(process: subprocess.Popen[str], step: int) -> None:
         if line.startswith("step") and int(line.split()[1]) >= step:
             return
     raise AssertionError(process.communicate()[1][-2000:])
-
-
-def timeless(out: Path) -> list[dict[str, Any]]:
-    return [{k: v for k, v in r.items() if k != "images_per_second"} for r in records(out)]
-
-
-def assert_as_uninterrupted(out: Path, whole: Path) -> None:
-    states = [checkpoint.load(folder) for folder in (whole, out)]
-    for name in ("method", "optimizer", "random", "step"):
-        assert same(states[0][name], states[1][name]), name
-    assert timeless(out) == timeless(whole)
 
 
 @pytest.fixture

@@ -105,8 +105,8 @@ def test_kernels_import_nothing_of_the_trainer() -> None:
 def test_data_flows_one_way() -> None:
     """config → data → methods and models → kernels → optim → checkpoint and metrics; nothing looks back."""
     order = [
-        *("errors", "config", "device", "distributed", "signals", "data", "models", "methods", "optim", "checkpoint"),
-        *("metrics", "pretrained", "probes", "verify"),
+        *("errors", "recipes", "config", "device", "distributed", "signals", "data", "models", "methods", "optim"),
+        *("checkpoint", "metrics", "pretrained", "probes", "verify", "watch"),
     ]
     for path in (ROOT / "fastrm").rglob("*.py"):
         here = path.relative_to(ROOT / "fastrm").parts[0].removesuffix(".py")

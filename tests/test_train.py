@@ -96,6 +96,14 @@ def test_the_backbone_loads_strictly_into_timm(small: Small, tmp_path: Path) -> 
     timm.create_model("resnet10t", num_classes=0).load_state_dict(weights, strict=True)
 
 
+def assert_as_uninterrupted(out: Path, whole: Path) -> None:
+    states = [checkpoint.load(folder) for folder in (whole, out)]
+    for name in ("method", "optimizer", "random", "step"):
+        assert same(states[0][name], states[1][name]), name
+    timeless = [[{k: v for k, v in r.items() if k != "images_per_second"} for r in records(o)] for o in (whole, out)]
+    assert timeless[0] == timeless[1]
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_a_resumed_run_ends_as_the_uninterrupted_one(method: str, small: Small, pictures: Path, tmp_path: Path) -> None:
     leaves = {"data": str(pictures / "flat"), "method": method, "accumulate": 2, "epochs": 2, "max_steps": 8}
@@ -103,11 +111,7 @@ def test_a_resumed_run_ends_as_the_uninterrupted_one(method: str, small: Small, 
     train.train(small(**leaves, out=whole))
     for steps in (1, 4, 8):  # 6 steps an epoch: the last part crosses into the second
         train.train(small(**{**leaves, "max_steps": steps}, out=cut, workers=steps % 2))
-    states = [checkpoint.load(out) for out in (whole, cut)]
-    for name in ("method", "optimizer", "random", "step"):
-        assert same(states[0][name], states[1][name]), name
-    timeless = [[{k: v for k, v in r.items() if k != "images_per_second"} for r in records(o)] for o in (whole, cut)]
-    assert timeless[0] == timeless[1]
+    assert_as_uninterrupted(cut, whole)
 
 
 def test_one_seed_gives_the_same_bits_and_another_does_not(small: Small, tmp_path: Path) -> None:

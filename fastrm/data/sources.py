@@ -179,8 +179,7 @@ def open_source(data: str, data_root: Path | None = None) -> Source:
         UsageError: there is no such set or folder, it holds no image, or a named set is not there and cannot be
             downloaded.
     """
-    if data_root is not None:
-        check_path("data_root", data_root)
+    check_path("data_root", data_root)
     if data in NAMED:
         from fastrm.data.named import open_named
 

@@ -115,23 +115,18 @@ class TorchLoader(Loader):
         )
 
     def _batches(self) -> Iterator[tuple[list[int], tuple[Tensor, ...]]]:
-        loaded = iter(self._loader)
-        while True:
-            try:
-                batch = next(loaded, None)
-            except RuntimeError as error:
-                if "DataLoader worker" not in str(error):
-                    raise
-                raise TrainingError(
-                    "a loader process ended unexpectedly, perhaps for want of memory; what was saved before stays, and "
-                    "the same command goes on from there, with fewer --workers if need be"
-                ) from None
-            if batch is None:
-                return
-            indices, views, faults = batch
-            if isinstance(self._images, FileImages):
-                report(self.broken, self._images, faults)
-            yield indices, tuple(map(self._placed, views))
+        try:
+            for indices, views, faults in self._loader:
+                if isinstance(self._images, FileImages):
+                    report(self.broken, self._images, faults)
+                yield indices, tuple(map(self._placed, views))
+        except RuntimeError as error:
+            if "DataLoader worker" not in str(error):
+                raise
+            raise TrainingError(
+                "a loader process ended unexpectedly, perhaps for want of memory; what was saved before stays, and "
+                "the same command goes on from there, with fewer --workers if need be"
+            ) from None
 
     def _placed(self, views: Tensor) -> Tensor:
         views = views.to(self._device, non_blocking=True)

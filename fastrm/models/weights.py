@@ -93,20 +93,19 @@ def read_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     return {name: value for name, value in own.items() if not name.startswith(_HEADS)}, about
 
 
-def load_weights(backbone: Backbone, path: Path, *, name: str) -> None:
-    """Load a file's weights, all of them, into a backbone.
+def load_weights(backbone: Backbone, state: Mapping[str, Tensor], *, source: str) -> None:
+    """Load weights, all of them, into a backbone.
 
     Args:
         backbone: what is written; left as it is where the weights do not fit.
-        path: what :func:`read_weights` reads.
-        name: of the setting that gave the path, for the message.
+        state: tensors by timm's names, as :func:`read_weights` gives them.
+        source: the setting and the path that they are of, for the message.
 
     Raises:
-        UsageError: the file cannot be read, or is of another network.
+        UsageError: they are of another network.
     """
-    state, _ = read_weights(path)
     if problem := misfit(backbone.net.state_dict(), state):
-        raise UsageError(f"{name} {path} is of another network: {problem}; --arch and --stem must fit")
+        raise UsageError(f"{source} is of another network: {problem}; --arch and --stem must fit")
     backbone.net.load_state_dict(state)
 
 
@@ -124,7 +123,7 @@ def read_backbone(path: Path) -> tuple[Backbone, dict[str, str]]:
     Raises:
         UsageError: it cannot be read, or does not say what it is.
     """
-    _, about = read_weights(path)
+    state, about = read_weights(path)
     if missing := [name for name in ("which", "arch", "stem", "image_size") if name not in about]:
         raise UsageError(
             f"{path} does not say what network it is of (no {', '.join(missing)}); give a run folder, a checkpoint, "
@@ -133,5 +132,5 @@ def read_backbone(path: Path) -> tuple[Backbone, dict[str, str]]:
     if not about["image_size"].isdecimal():
         raise UsageError(f"{path}: image_size is {about['image_size']}, which is no number of pixels")
     backbone = build_backbone(about["arch"], image_size=int(about["image_size"]), stem=about["stem"])
-    load_weights(backbone, path, name="--checkpoint")
+    load_weights(backbone, state, source=f"--checkpoint {path}")
     return backbone, about

@@ -13,6 +13,10 @@ LEAST_STD = 0.02
 LEAST_RANK = 1.5
 
 
+def _directions(features: Tensor) -> Tensor:
+    return nn.functional.normalize(features[:ROWS].float(), dim=1)
+
+
 @torch.no_grad()
 def feature_std(features: Tensor) -> Tensor:
     """Spread of the normalised features, 0-d: 0 when all are alike, about 1 when they point everywhere.
@@ -23,7 +27,7 @@ def feature_std(features: Tensor) -> Tensor:
     Args:
         features: [B, C].
     """
-    rows = nn.functional.normalize(features[:ROWS].float(), dim=1)
+    rows = _directions(features)
     return rows.std(dim=0, correction=0).mean() * math.sqrt(rows.shape[1])
 
 
@@ -35,7 +39,7 @@ def effective_rank(features: Tensor) -> Tensor:
     Args:
         features: [B, C]; at most 256 rows are looked at, so that the rank is below 256.
     """
-    rows = nn.functional.normalize(features[:ROWS].float(), dim=1).double()
+    rows = _directions(features).double()
     rows = rows - rows.mean(dim=0)
     gram = rows @ rows.T if len(rows) <= rows.shape[1] else rows.T @ rows
     gram = gram.nan_to_num(0.0)  # a step that is not finite is the step's own business

@@ -53,12 +53,18 @@ def evaluating(network: nn.Module) -> Iterator[None]:
         network.train(was_training)
 
 
-def features(backbone: nn.Module, images: Images, setting: Setting) -> Iterator[Tensor]:
-    """Pooled features of all images in order, float32 [B, C] a batch."""
+def batches(images: Images, setting: Setting) -> Iterator[Tensor]:
+    """All images in order, as the evaluation sees them, float32 [B, 3, H, W] a batch."""
     loader = eval_loader(images, image_size=setting.image_size, batch_size=BATCH, workers=setting.workers)
     for batch in loader:
+        yield batch.to(setting.device, non_blocking=True)
+
+
+def features(backbone: nn.Module, images: Images, setting: Setting) -> Iterator[Tensor]:
+    """Pooled features of all images in order, float32 [B, C] a batch."""
+    for batch in batches(images, setting):
         with evaluating(backbone):
-            pooled: Tensor = backbone(batch.to(setting.device, non_blocking=True))[0].float()
+            pooled: Tensor = backbone(batch)[0].float()
         yield pooled
 
 

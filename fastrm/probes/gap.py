@@ -8,11 +8,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from fastrm.data import eval_loader
 from fastrm.data.sources import Images
 from fastrm.methods import Method
 from fastrm.models import Backbone
-from fastrm.probes.features import BATCH, Setting, evaluating
+from fastrm.probes.features import Setting, batches, evaluating
 from fastrm.probes.scores import Estimate
 
 
@@ -46,10 +45,8 @@ def gap(method: Method[Any], images: Images, setting: Setting) -> dict[str, Esti
         then ``backbone`` (pooled), ``projector`` and ``output``, the places of ``--residual-at``.
     """
     sums: dict[str, tuple[float, float]] = {}
-    loader = eval_loader(images, image_size=setting.image_size, batch_size=BATCH, workers=setting.workers)
     with evaluating(method), stages_of(method.student.backbone) as ours, stages_of(method.teacher.backbone) as theirs:
-        for batch in loader:
-            views = batch.to(setting.device, non_blocking=True)
+        for views in batches(images, setting):
             student, teacher = method.encode_student(views), method.teacher(views)
             pairs = {name: (ours[name], theirs[name]) for name in ours}
             pairs |= {n: (getattr(student, n), getattr(teacher, n)) for n in ("backbone", "projector", "output")}

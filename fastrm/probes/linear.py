@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -64,7 +64,6 @@ class LinearHeads:
     def __init__(
         self, dim: int, classes: int, rates: Sequence[float], *, weight_decay: float = 0.0, device: torch.device
     ) -> None:
-        self.rates = tuple(rates)
         self.heads = nn.ModuleList(nn.Linear(dim, classes, device="meta") for _ in rates).to_empty(device=device)
         groups: list[dict[str, Any]] = []
         for head, rate in zip(self.heads, rates, strict=True):
@@ -72,8 +71,8 @@ class LinearHeads:
             nn.init.zeros_(head.weight)
             nn.init.zeros_(head.bias)
             groups += [
-                {"params": [head.weight], "lr": rate, "weight_decay": weight_decay},
-                {"params": [head.bias], "lr": rate, "weight_decay": 0.0},
+                {"params": [head.weight], "rate": rate, "weight_decay": weight_decay},
+                {"params": [head.bias], "rate": rate, "weight_decay": 0.0},
             ]
         self.optimizer = torch.optim.SGD(groups, lr=0.0, momentum=MOMENTUM)
 
@@ -99,18 +98,14 @@ class LinearHeads:
         ).unflatten(0, logits.shape[:2])
         seen = torch.ones_like(each) if seen is None else seen.to(each.dtype)
         ((each * seen).sum(dim=1) / seen.sum(dim=1).clamp_min(1)).sum().backward()
-        for group, rate in zip(self.optimizer.param_groups, self._rates(), strict=True):
-            group["lr"] = rate * factor
+        for group in self.optimizer.param_groups:
+            group["lr"] = group["rate"] * factor
             if world().size > 1:
                 for parameter in group["params"]:
                     parameter.grad = mean(parameter.grad)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         return logits.detach()
-
-    def _rates(self) -> Iterator[float]:
-        for rate in self.rates:
-            yield from (rate, rate)  # weight and bias
 
     def state_dict(self) -> dict[str, Any]:
         """What an exact resume needs."""

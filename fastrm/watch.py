@@ -1,0 +1,47 @@
+"""What a run looks at while it trains: how its features spread, and what classifiers make of them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastrm.config import Config
+from fastrm.data import Source
+from fastrm.errors import UsageError
+from fastrm.methods import Method
+from fastrm.metrics import Recorder
+from fastrm.probes import OnlineLinear, collapsed, effective_rank, feature_std, frozen_scores
+from fastrm.probes.features import Setting
+
+
+def online_linear(config: Config, source: Source, method: Method[Any], device: torch.device) -> OnlineLinear | None:
+    """The linear classifier that is trained along, if it is asked for."""
+    if not config.run.online_linear:
+        return None
+    if source.train.labels is None:
+        raise UsageError(f"--online-linear needs labels, and the images of {source.name} have none")
+    assert config.input.batch_size is not None
+    dim = method.student.backbone.dim
+    return OnlineLinear(dim, source.train.labels, batch_size=config.input.batch_size, device=device)
+
+
+def watched(features: Tensor, recorder: Recorder) -> dict[str, float]:
+    """How far the features of a batch differ, with a warning where they do not."""
+    std, rank = torch.stack([feature_std(features).double(), effective_rank(features)]).tolist()
+    if (warning := collapsed(std, rank, len(features))) is not None:
+        recorder.note(f"warning    {warning}")
+    return {"feature_std": std, "effective_rank": rank}
+
+
+def evaluated(method: Method[Any], source: Source, setting: Setting, online: OnlineLinear | None) -> dict[str, float]:
+    """kNN accuracy of both backbones for k = 20 and 200, and of the classifier that is trained along."""
+    scores: dict[str, float] = {}
+    for name in ("student", "teacher"):
+        others = [online] if online is not None and name == "student" else []
+        found = frozen_scores(getattr(method, name).backbone, source, setting, knn=True, others=others)
+        scores |= {f"knn_{name}": found["knn20"].value, f"knn200_{name}": found["knn200"].value}
+        if others:
+            scores[f"linear_{name}"] = found["online"].value
+    return scores
