@@ -249,6 +249,11 @@ def _faults(out: Path, world: World) -> Iterator[None]:
     except RuntimeError as error:
         if world.size > 1 and (isinstance(error, dist.DistError) or "gloo" in str(error)):
             raise TrainingError(f"another process ended, or cannot be reached any more; {kept}") from None
+        if "DataLoader worker" in str(error):  # torch's signal handler raises it wherever the run happens to be
+            raise TrainingError(
+                f"a loader process ended unexpectedly, perhaps for want of memory; {kept}, with fewer --workers if "
+                "need be"
+            ) from None
         raise
 
 

@@ -305,7 +305,7 @@ def test_a_loader_process_that_is_killed_ends_the_run_in_one_line(
     options = {"data": str(pictures / "flat"), "max_steps": 12, "workers": 1, "checkpoint_every": 1}
     with pytest.raises(TrainingError, match="loader process ended"):
         train.train(small(**options))
-    assert checkpoint.load(tmp_path / "run")["step"] >= 2
+    assert checkpoint.load(tmp_path / "run")["step"] >= 1  # the signal may fall into the save of the second
     train.train(small(**options))
 
 

@@ -18,7 +18,6 @@ from fastrm.data.draws import Batch, BatchSampler, blur_radius, draw_views
 from fastrm.data.loader import Loader
 from fastrm.data.scan import report
 from fastrm.data.sources import BROKEN, ArrayImages, FileImages, Header, Images, decode, inspect, reason
-from fastrm.errors import TrainingError
 from fastrm.signals import leave_to_the_trainer
 
 try:  # a third faster than Pillow, but torchvision 0.29 announces that it will go
@@ -115,18 +114,10 @@ class TorchLoader(Loader):
         )
 
     def _batches(self) -> Iterator[tuple[list[int], tuple[Tensor, ...]]]:
-        try:
-            for indices, views, faults in self._loader:
-                if isinstance(self._images, FileImages):
-                    report(self.broken, self._images, faults)
-                yield indices, tuple(map(self._placed, views))
-        except RuntimeError as error:
-            if "DataLoader worker" not in str(error):
-                raise
-            raise TrainingError(
-                "a loader process ended unexpectedly, perhaps for want of memory; what was saved before stays, and "
-                "the same command goes on from there, with fewer --workers if need be"
-            ) from None
+        for indices, views, faults in self._loader:
+            if isinstance(self._images, FileImages):
+                report(self.broken, self._images, faults)
+            yield indices, tuple(map(self._placed, views))
 
     def _placed(self, views: Tensor) -> Tensor:
         views = views.to(self._device, non_blocking=True)
