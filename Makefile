@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: install demo test nightly check format bench torture gpu clean
+.PHONY: install demo test nightly check format bench torture study gpu clean
 
 install: $(VENV)/installed
 
@@ -44,6 +44,11 @@ bench: install
 # Kills runs at random moments, and compares how they end: docs/reliability.md.
 torture: install
 	$(BIN)/python -m benchmarks.torture
+
+# What residual momentum does on Fashion-MNIST, where the term is taken, and when: docs/study.md. About 1.5 hours.
+DEBIANS := /usr/share/datasets/fashion-mnist
+study: install
+	$(BIN)/python -m benchmarks.study $(if $(wildcard $(DEBIANS)),--data-root $(DEBIANS))
 
 # With the Python at hand, not .venv: the packages of a stock PyTorch image are enough.
 gpu:

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 PAGE = "index.html"
 # Okabe and Ito's, which colour-blind readers tell apart.
-_COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
+COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
 _NOT_SHOWN = frozenset({"out", "resume", "recipe"})  # settings that say nothing of how runs differ
 
 
@@ -172,7 +172,7 @@ def draw(plot: Plot, runs: Sequence[Run]) -> Figure | None:
     names = differing(runs)
     for place, (axis, metrics) in enumerate(panels, start=1):
         axes = figure.add_subplot(1, len(panels), place)
-        for run, colour in zip(runs, _COLOURS * len(runs), strict=False):
+        for run, colour in zip(runs, COLOURS * len(runs), strict=False):
             for metric, style in zip(metrics, ("-", "--", ":"), strict=False):
                 epochs, values = run.series(metric)
                 text = label(run, names) if metric == metrics[0] else None
@@ -207,7 +207,7 @@ def _table(runs: Sequence[Run]) -> str:
     names = differing(runs)
     head = ["run", *names, "steps", "last gap", "kNN student", "kNN teacher", "images a second", "state"]
     rows = []
-    for run, colour in zip(runs, _COLOURS * len(runs), strict=False):
+    for run, colour in zip(runs, COLOURS * len(runs), strict=False):
         rates = run.series("images_per_second")[1]
         cells = [
             *(str(run.settings.get(name)) for name in names),

@@ -1,0 +1,74 @@
+"""The study, small: its trials run, go on where they were cut off, and become tables and figures."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from benchmarks import study
+from benchmarks.study import QUESTIONS, Question, Scale, Trial
+from fastrm.files import read_json
+
+ROOT = Path(__file__).parent.parent
+TINY = {
+    "arch": "test_resnet", "stem": "imagenet", "image_size": 28, "batch_size": 8, "epochs": 2, "hidden_dim": 8,
+    "output_dim": 8, "temperature": 0.2,
+}  # fmt: skip
+
+
+@pytest.fixture
+def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(study.SCALES, "cpu", Scale(32, TINY))
+    monkeypatch.setitem(study._OF_METHOD, "mocov2", {"queue_size": 32})
+    rows = {"plain": Trial(0), "warm": Trial(1, warmup=0.5), "other": Trial(1, form="cross-entropy")}
+    horizon = Question("The teacher's horizon, short", {"a": Trial(0, momentum=0.9), "b": Trial(1, momentum=0.9)})
+    monkeypatch.setattr(study, "QUESTIONS", (Question("first", rows), horizon))
+
+
+def test_cross_entropy_form_against_its_definition() -> None:
+    rng = np.random.default_rng(0)
+    s, t = rng.normal(size=(5, 7)), rng.normal(size=(5, 7))
+
+    def log_softmax(x: np.ndarray) -> np.ndarray:
+        x = x / np.linalg.norm(x, axis=1, keepdims=True) / 0.1
+        return x - np.log(np.exp(x).sum(axis=1, keepdims=True))
+
+    expected = -(np.exp(log_softmax(t)) * log_softmax(s)).sum(axis=1).mean()
+    student = torch.tensor(s, dtype=torch.float32, requires_grad=True)
+    loss = study.cross_entropy_form(student, torch.tensor(t, dtype=torch.float32))
+    assert loss.item() == pytest.approx(expected, rel=1e-5)
+    loss.backward()
+    assert student.grad is not None
+
+
+def test_trials_have_names_of_their_own_and_a_plain_one_each() -> None:
+    trials = {trial for question in QUESTIONS for trial in question.rows.values()}
+    assert len({trial.name for trial in trials}) == len(trials)
+    assert all(trial.plain.weight == 0 and trial.plain.length == trial.length for trial in trials)
+
+
+@pytest.mark.usefixtures("tiny")
+def test_a_small_study_goes_on_where_it_was_cut_off(idx_folder: Path, tmp_path: Path) -> None:
+    data = study.subset(idx_folder, 32, tmp_path)
+    for seed in range(2):
+        for question in study.QUESTIONS:
+            for trial in question.rows.values():
+                study.run(trial, seed, study.SCALES["cpu"], data, tmp_path, threads=1)
+    left = {path: path.stat().st_mtime_ns for path in tmp_path.glob("*/*/scores.json")}
+    found = study.study(idx_folder, tmp_path, scale="cpu", seeds=2, jobs=1)
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.glob("*/*/scores.json")} == left
+
+    plain, other = (found[trial.name] for trial in (Trial(0), Trial(1, form="cross-entropy")))
+    assert plain[0] != plain[1]
+    assert plain[0]["gap"] != other[0]["gap"]
+    said = (tmp_path / "tables.md").read_text()
+    gaps = [run["gap"] for run in plain]
+    assert f"| plain | {statistics.fmean(gaps):.3f} ± {statistics.stdev(gaps):.3f} |" in said
+    assert read_json(tmp_path / "study.json") == found
+    assert all(math.isfinite(value) for runs in found.values() for run in runs for value in run.values())
+    assert all((tmp_path / name).read_text().startswith("<?xml") for name in ("gap.svg", "weight.svg"))
