@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks._timing import DEVICE, Row, compare, table, tensors
-from fastrm.kernels import EMA, _dispatch, _multi_tensor, ema, fused_ema_
+from fastrm.kernels import EMA, _dispatch, _ema_kernel, _multi_tensor, fused_ema_
 
 M = 0.99
 CASES = [(network, dtype) for network in ("ResNet-50", "ViT-B") for dtype in (torch.float32, torch.bfloat16)]
@@ -152,7 +152,7 @@ def host_microseconds() -> dict[str, float]:
     with (
         mock.patch.multiple(_dispatch, **anywhere),
         mock.patch.multiple(_multi_tensor, **anywhere),
-        mock.patch.object(ema, "_ema_kernel", NoLaunch()),
+        mock.patch.object(_ema_kernel, "_ema_kernel", NoLaunch()),
     ):
         prepared = EMA(teacher, student, backend="triton")
         return {

@@ -78,8 +78,8 @@ class Reading:
 def ema_cases() -> Iterable[Case]:
     import torch
 
+    from fastrm.kernels import _ema_kernel
     from fastrm.kernels import _multi_tensor as shared
-    from fastrm.kernels import ema
 
     f32, f64, bf16, f16 = torch.float32, torch.float64, torch.bfloat16, torch.float16
     for teacher, student, shadow in ((f32, f32, None), (f32, bf16, None), (f32, bf16, bf16), (f32, f16, None),
@@ -90,7 +90,7 @@ def ema_cases() -> Iterable[Case]:
             constants = dict(zip(("TEACHER", "STUDENT", "SHADOW"), _names(teacher, student, shadow), strict=True))
             yield Case(
                 name=f"ema {_short(teacher)} <- {_short(student)}{_plus(shadow)}{', momentum tensor' * in_memory}",
-                kernel=ema._ema_kernel,
+                kernel=_ema_kernel._ema_kernel,
                 types={
                     "table_ptr": "*i64",
                     "chunks_ptr": "*i64",

@@ -5,12 +5,13 @@ is asked for and cannot be had raises and says why.
 """
 
 from .contrastive import info_nce, residual_info_nce, residual_loss
-from .ema import EMA, fused_ema_
+from .ema import EMA, ema_avg_fn, fused_ema_
 from .queue import FeatureQueue, enqueue_
 
 __all__ = [
     "EMA",
     "FeatureQueue",
+    "ema_avg_fn",
     "enqueue_",
     "fused_ema_",
     "info_nce",

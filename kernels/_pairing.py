@@ -149,3 +149,8 @@ def check(op: str, teacher: Sequence[Tensor], student: Sequence[Tensor], shadow:
     kept = list(first_with.values())
     _check_apart(op, kept, {"teacher": teacher, "student": student} | ({} if shadow is None else {"shadow": shadow}))
     return kept
+
+
+def taken(tensors: Sequence[Tensor], indices: Iterable[int]) -> list[Tensor]:
+    """The tensors at these places of a list."""
+    return [tensors[i] for i in indices]

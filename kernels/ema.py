@@ -10,126 +10,14 @@ import torch
 from torch import Tensor
 
 from . import _pairing, reference
-from ._dispatch import check_backend, check_scalar, choose, compute_dtype, tl, triton
-from ._multi_tensor import BLOCK, DTYPES, WARPS, Mirror, addresses, cut, flat, guard, in_order, launchable
-from ._pairing import Tensors
+from ._dispatch import check_backend, check_scalar, choose, compute_dtype
+from ._ema_kernel import OnTriton
+from ._multi_tensor import flat, in_order
+from ._pairing import Tensors, taken
 
 LARGE = 32768  # elements from which torch itself splits an operation on the CPU among threads
 
 Update = Callable[[Sequence[Tensor], Sequence[Tensor], "float | Tensor", "Sequence[Tensor] | None"], None]
-
-if triton is not None:
-    from ._multi_tensor import average_, fetch, locate, operand
-
-    @triton.jit
-    def _ema_chunk(
-        row_ptr,
-        start,
-        stop,  # None for a whole block at 16-byte addresses
-        momentum,
-        rest,
-        TEACHER: tl.constexpr,
-        STUDENT: tl.constexpr,
-        SHADOW: tl.constexpr,
-        COMPUTE: tl.constexpr,
-        BLOCK: tl.constexpr,
-    ):
-        offsets = tl.arange(0, BLOCK)
-        mask = None if stop is None else offsets < stop - start
-        student = fetch(operand(row_ptr, 0, start, mask, STUDENT), offsets, mask, COMPUTE)
-        average_(row_ptr, 1, start, offsets, mask, student, momentum, rest, TEACHER, SHADOW)
-
-    @triton.jit
-    def _ema_kernel(
-        table_ptr,  # a row: student, teacher, shadow
-        chunks_ptr,
-        momentum,  # a number, or the address of one
-        rest,  # 1 - momentum, where momentum is a number
-        TEACHER: tl.constexpr,
-        STUDENT: tl.constexpr,
-        SHADOW: tl.constexpr,
-        COMPUTE: tl.constexpr,
-        MOMENTUM_IN_MEMORY: tl.constexpr,
-        BLOCK: tl.constexpr,
-    ):
-        row_ptr, start, stop, aligned = locate(table_ptr, chunks_ptr, 3, 3)
-        if MOMENTUM_IN_MEMORY:
-            momentum = tl.load(momentum).to(COMPUTE)
-            rest = 1 - momentum
-        # Whole chunks at 16-byte addresses move in 128-bit loads and stores; the tail of a tensor and a misaligned
-        # tensor go element by element.
-        if (stop - start == BLOCK) & aligned:
-            _ema_chunk(row_ptr, start, None, momentum, rest, TEACHER, STUDENT, SHADOW, COMPUTE, BLOCK)
-        else:
-            _ema_chunk(row_ptr, start, stop, momentum, rest, TEACHER, STUDENT, SHADOW, COMPUTE, BLOCK)
-
-
-class _OnTriton:
-    """Launches for one list of tensors, one for each combination of dtypes. Holds addresses, not tensors."""
-
-    def __init__(self, teacher: Sequence[Tensor], student: Sequence[Tensor], shadow: Sequence[Tensor] | None) -> None:
-        self.copied: list[int] = []  # integer tensors
-        self.odd: list[int] = []  # dtypes or layouts that the kernel does not know: left to the reference
-        groups: dict[tuple[Any, ...], list[int]] = {}
-        for i, (t, s) in enumerate(zip(teacher, student, strict=True)):
-            operands = (t, s) if shadow is None else (t, s, shadow[i])
-            if t.numel() == 0:
-                continue
-            if not t.is_floating_point():
-                self.copied.append(i)
-            elif launchable(*operands) and flat(*operands):
-                dtypes = t.dtype, s.dtype, None if shadow is None else shadow[i].dtype
-                groups.setdefault((t.device, *dtypes, compute_dtype(*operands)), []).append(i)
-            else:
-                self.odd.append(i)
-        self.launches = []
-        for key, members in groups.items():
-            lists = (x and _take(x, members) for x in (student, teacher, shadow))
-            table = Mirror(key[0]).update(addresses(*lists))
-            chunks = Mirror(key[0]).update(cut([teacher[i].numel() for i in members], [BLOCK] * len(members)))
-            self.launches.append((key, table, chunks))
-
-    def __call__(
-        self,
-        teacher: Sequence[Tensor],
-        student: Sequence[Tensor],
-        momentum: float | Tensor,
-        shadow: Sequence[Tensor] | None,
-    ) -> None:
-        for (device, *dtypes, compute), table, chunks in self.launches:
-            m = _on_device(momentum, device, compute)
-            with guard(device):
-                _ema_kernel[(len(chunks),)](
-                    table,
-                    chunks,
-                    m,
-                    0.0 if isinstance(m, Tensor) else 1 - m,  # in double, then rounded once
-                    *(DTYPES[dtype] for dtype in dtypes),
-                    DTYPES[compute],
-                    isinstance(m, Tensor),
-                    BLOCK,
-                    num_warps=WARPS,
-                )
-        torch.autograd.graph.increment_version(teacher)  # what autograd saved of a teacher is no longer so
-        if self.copied:
-            torch._foreach_copy_(_take(teacher, self.copied), _take(student, self.copied))
-            if shadow is not None:
-                torch._foreach_copy_(_take(shadow, self.copied), _take(student, self.copied))
-        if self.odd:
-            odd_shadow = None if shadow is None else _take(shadow, self.odd)
-            reference.ema_(_take(teacher, self.odd), _take(student, self.odd), momentum, odd_shadow)
-
-
-def _on_device(momentum: float | Tensor, device: torch.device, compute: torch.dtype) -> float | Tensor:
-    """``momentum`` as the kernel takes it: a float is an argument, in float32; float64 has to be read from memory."""
-    if isinstance(momentum, Tensor):
-        on_host = momentum.device.type == "cpu" and device.type == "cuda"
-        return _on_device(momentum.item(), device, compute) if on_host else momentum.to(device)
-    return torch.full((), momentum, dtype=compute, device=device) if compute == torch.float64 else float(momentum)
-
-
-def _take(tensors: Sequence[Tensor], indices: Iterable[int]) -> list[Tensor]:
-    return [tensors[i] for i in indices]
 
 
 class _OnCPU:
@@ -164,10 +52,10 @@ class _OnCPU:
             # A step of SGD down the teacher's distance to the student, whose pass is 5 to 8 % faster than lerp_'s.
             # Near rest 1 the difference from the teacher would lose the student's last bits, and small tensors are
             # not worth waking all threads.
-            lerped, large = self.small, in_order(_take(teacher, self.large))
+            lerped, large = self.small, in_order(taken(teacher, self.large))
             torch._fused_sgd_(
                 large,
-                in_order(_take(student, self.large)),
+                in_order(taken(student, self.large)),
                 [],
                 weight_decay=1.0,
                 momentum=0.0,
@@ -177,11 +65,11 @@ class _OnCPU:
                 maximize=True,
                 is_first_step=False,
             )
-            torch.autograd.graph.increment_version(_take(teacher, self.large))
+            torch.autograd.graph.increment_version(taken(teacher, self.large))
         if lerped:
-            torch._foreach_lerp_(_take(teacher, lerped), _take(student, lerped), rest)
+            torch._foreach_lerp_(taken(teacher, lerped), taken(student, lerped), rest)
         if self.same and shadow is not None:
-            torch._foreach_copy_(_take(shadow, self.same), _take(teacher, self.same))
+            torch._foreach_copy_(taken(shadow, self.same), taken(teacher, self.same))
         for i in self.mixed:
             t, s = teacher[i], student[i]
             if not t.is_floating_point():
@@ -198,7 +86,7 @@ class _OnCPU:
 _EMA: dict[str, Callable[..., Update]] = {
     "reference": lambda teacher, student, shadow: reference.ema_,
     "cpu": _OnCPU,
-    "triton": _OnTriton,
+    "triton": OnTriton,
 }
 
 
@@ -219,7 +107,7 @@ class _Plan:
 
     def take(self, *lists: Sequence[Tensor] | None) -> list[Any]:
         """The tensors that take part, of each list."""
-        return [x if x is None or self.all_kept else _take(x, self.kept) for x in lists]
+        return [x if x is None or self.all_kept else taken(x, self.kept) for x in lists]
 
 
 class EMA:
@@ -268,6 +156,47 @@ class EMA:
 
 def _place(tensors: list[Tensor]) -> list[Any]:
     return [*map(Tensor.data_ptr, tensors), *map(Tensor.stride, tensors), *map(Tensor.numel, tensors)]
+
+
+class _Average:
+    """What :func:`ema_avg_fn` returns."""
+
+    def __init__(self, momentum: float | Tensor, backend: str | None) -> None:
+        check_scalar("ema_avg_fn", "momentum", momentum, low=0, high=1)
+        check_backend("ema_avg_fn", backend)
+        self.momentum, self.backend = momentum, backend
+        self._prepared: dict[tuple[Any, ...], tuple[list[Any], EMA]] = {}
+
+    def __call__(self, averaged: Sequence[Tensor], current: Sequence[Tensor], num_averaged: object = None) -> None:
+        # AveragedModel passes new aliases of the same memory each time: a group is known by where it lies.
+        tensors = [*averaged, *current]
+        group = (len(averaged), *((averaged[0].device, averaged[0].dtype) if averaged else ()))
+        place = [*_place(tensors), *(tensor.dtype for tensor in tensors)]
+        known = self._prepared.get(group)
+        if known is None or known[0] != place:
+            known = self._prepared[group] = place, EMA(averaged, current, backend=self.backend)
+        known[1].update_(self.momentum)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_prepared": {}}  # a copy of the model is made without a second copy of its weights
+
+
+def ema_avg_fn(momentum: float | Tensor, *, backend: str | None = None) -> Callable[..., None]:
+    """Return a ``multi_avg_fn`` for :class:`torch.optim.swa_utils.AveragedModel` that averages in one pass.
+
+        averaged = AveragedModel(model, multi_avg_fn=ema_avg_fn(0.999))
+
+    It differs from torch's ``get_ema_multi_avg_fn`` for integers, which take part with ``use_buffers=True``: they are
+    copied, not averaged and cut off.
+
+    Args:
+        momentum: number from 0 to 1, or a 0-d tensor, whose value may change between updates and is not checked.
+        backend: ``None``, ``"triton"``, ``"cpu"`` or ``"reference"``.
+
+    Raises:
+        ValueError, TypeError: as in :func:`fused_ema_`.
+    """
+    return _Average(momentum, backend)
 
 
 # Plans of past calls by the identity of their tensors. An entry goes when one of its tensors does.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 import importlib
+import pickle
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -14,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from fastrm.kernels import EMA, _multi_tensor, ema, fused_ema_
+from fastrm.kernels import EMA, _ema_kernel, _multi_tensor, ema, ema_avg_fn, fused_ema_
 from tests.interpreted import BACKENDS, INTERPRETED, TRITON, device_of, run_triton_cases
 
 F16, BF16, F32, F64 = torch.float16, torch.bfloat16, torch.float32, torch.float64
@@ -400,7 +401,7 @@ def test_one_compilation_for_all_momenta() -> None:
     fused_ema_(t, s, 0.5)
 
     def compiled() -> int:
-        return sum(len(cache[0]) for cache in ema._ema_kernel.device_caches.values())
+        return sum(len(cache[0]) for cache in _ema_kernel._ema_kernel.device_caches.values())
 
     count = compiled()
     for momentum in (0.0, 1.0, 0.996, 0.25):
@@ -500,11 +501,46 @@ def test_inside_timms_loop() -> None:
         torch.testing.assert_close(a, b, msg=lambda m, name=name: f"{name}: {m}")
 
 
-def test_inside_torchs_averaged_model() -> None:
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_inside_torchs_averaged_model(backend: str) -> None:
     from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-    theirs = AveragedModel(network(0), multi_avg_fn=get_ema_multi_avg_fn(0.9))
-    ours = AveragedModel(network(0), multi_avg_fn=lambda averaged, model, _: fused_ema_(averaged, model, 0.9))
-    loop(lambda s, _: theirs.update_parameters(s), lambda s, _: ours.update_parameters(s))
-    for a, b in zip(ours.parameters(), theirs.parameters(), strict=True):
-        torch.testing.assert_close(a, b)
+    device = device_of(backend)
+    theirs = AveragedModel(network(0), device, multi_avg_fn=get_ema_multi_avg_fn(0.9), use_buffers=True)
+    ours = AveragedModel(network(0), device, multi_avg_fn=ema_avg_fn(0.9, backend=backend), use_buffers=True)
+
+    def fused(student: nn.Module, step: int) -> None:
+        nonlocal ours
+        if step == 3:  # as a checkpoint of the whole module is made
+            ours = pickle.loads(pickle.dumps(copy.deepcopy(ours)))
+        ours.update_parameters(student)
+
+    loop(lambda s, _: theirs.update_parameters(s), fused)
+    for (name, a), b in zip(ours.module.state_dict().items(), theirs.module.state_dict().values(), strict=True):
+        if a.is_floating_point():
+            torch.testing.assert_close(a, b, msg=lambda m, name=name: f"{name}: {m}")
+        else:
+            assert a == 5  # copied: BatchNorm's number of batches
+
+
+def test_averaged_models_groups_are_prepared_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    prepared = []
+    prepare = EMA._prepare
+    monkeypatch.setattr(EMA, "_prepare", lambda self: (prepared.append(1), prepare(self)))
+    average = ema_avg_fn(0.5)
+    a, b = [torch.zeros(3), torch.zeros(2)], [torch.ones(3), torch.ones(2)]
+    for _ in range(3):
+        average([x.detach() for x in a], [x.detach() for x in b], torch.tensor(1))
+    assert len(prepared) == 1
+    torch.testing.assert_close(a[0], torch.full((3,), 0.875))
+    average([a[0].view(3, 1), a[1]], [b[0].view(3, 1), b[1]])  # the same memory in another shape
+    average([a[1], a[0]], [b[1], b[0]])
+    assert len(prepared) == 3
+    torch.testing.assert_close(a[0], torch.full((3,), 1 - 1 / 32))
+    average([], [])
+    with pytest.raises(ValueError, match="ema_avg_fn: momentum"):
+        ema_avg_fn(1.5)
+    with pytest.raises(ValueError, match="backend"):
+        ema_avg_fn(0.5, backend="numpy")
+    with pytest.raises(ValueError, match="student"):
+        average(a, b[:1])
