@@ -1,0 +1,74 @@
+"""The changes in examples/drop_in apply, are as short as they say, and change no number."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+FOLDER = Path(__file__).parent.parent / "examples" / "drop_in"
+NAMES = ("averaged_model", "dino", "lightly_moco", "official_moco", "supervised_ema", "timm_ema")
+
+pytestmark = [
+    pytest.mark.skipif(importlib.util.find_spec("lightly") is None, reason="needs lightly"),
+    pytest.mark.skipif(shutil.which("git") is None, reason="needs git, which applies the changes"),
+]
+
+
+@pytest.fixture(scope="module")
+def compare() -> Any:
+    sys.path.insert(0, str(FOLDER))
+    try:
+        import compare
+    finally:
+        sys.path.remove(str(FOLDER))
+    return compare
+
+
+def test_every_trainer_has_a_change(compare: Any) -> None:
+    assert tuple(compare.NAMES) == NAMES
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm.*:FutureWarning")
+@pytest.mark.parametrize("name", NAMES)
+def test_the_numbers_stay(name: str, compare: Any) -> None:
+    added = re.findall(r"^\+(?!\+\+).+$", (FOLDER / f"{name}.diff").read_text(), flags=re.MULTILINE)
+    assert 0 < len(added) <= 5
+    losses, weights = compare.differences(name, steps=3, arch="test_resnet")
+    # FeatureQueue holds float32, 6e-8 of a feature; a difference of s in a similarity is s / temperature in the loss.
+    bound = 6e-7 if "FeatureQueue" in "".join(added) else 1e-12
+    assert losses <= bound
+    assert weights <= bound
+
+
+def test_a_wrong_number_would_be_seen(compare: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    versions = compare.versions("averaged_model")
+    versions[1].ema_avg_fn = lambda momentum: versions[0].get_ema_multi_avg_fn(momentum + 1e-6)
+    monkeypatch.setattr(compare, "versions", lambda _: versions)
+    assert compare.differences("averaged_model", steps=3, arch="test_resnet")[1] > 1e-10
+
+
+def test_the_table(tmp_path: Path) -> None:
+    command = [
+        sys.executable,
+        FOLDER / "compare.py",
+        "timm_ema",
+        "--arch",
+        "test_resnet",
+        "--steps",
+        "2",
+        "--rounds",
+        "1",
+    ]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert re.search(r"\| timm_ema \| \S+ \| \S+ \| teacher \| [\d.]+ \| [\d.]+ \| [\d.]+ \|", done.stdout)
+    wrong = subprocess.run([*command[:2], "lightning"], cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert wrong.returncode == 2
+    assert "there is no lightning" in wrong.stderr
