@@ -3,14 +3,14 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: install demo test nightly check format bench torture study gpu clean
+.PHONY: install demo test nightly check format bench torture study docs gpu clean
 
 install: $(VENV)/installed
 
 $(VENV)/installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet --editable '.[test,bench]'
+	$(BIN)/python -m pip install --quiet --editable '.[test,bench,docs]'
 	touch $@
 
 demo: install
@@ -49,6 +49,10 @@ torture: install
 DEBIANS := /usr/share/datasets/fashion-mnist
 study: install
 	$(BIN)/python -m benchmarks.study $(if $(wildcard $(DEBIANS)),--data-root $(DEBIANS))
+
+# The documentation as a site, in build/docs.
+docs: install
+	$(BIN)/python -m sphinx -W --keep-going -q -b html docs build/docs
 
 # With the Python at hand, not .venv: the packages of a stock PyTorch image are enough.
 gpu:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import shutil
 import subprocess
 import sys
@@ -74,6 +75,9 @@ def test_installed(how: str, sources: Path, built: Path, tmp_path: Path) -> None
         assert (package, kernels) == (sources / "fastrm", sources / "kernels")
     else:
         assert (package, kernels) == (site / "fastrm", site / "fastrm" / "kernels")
+    if how in ("wheel", "sdist"):
+        shutil.copy(ROOT / "tests" / "smoke.py", tmp_path / "elsewhere")
+        assert run(python, "smoke.py", cwd=tmp_path / "elsewhere").endswith("fastrm works\n")
     # Also from the root of the sources, which then come first.
     assert imported(python, sources) == [sources / "fastrm", sources / "kernels"]
 
@@ -135,3 +139,13 @@ except ValueError as error:
     print(error)
 """
     assert "backend='triton'" in run(sys.executable, "-c", code, cwd=ROOT)
+
+
+def test_the_version_is_the_same_everywhere() -> None:
+    import fastrm
+
+    named = {
+        name: re.search(pattern, (ROOT / name).read_text(encoding="utf-8"), flags=re.MULTILINE)
+        for name, pattern in {"pyproject.toml": r'^version = "(.+)"', "CITATION.cff": r"^version: (.+)"}.items()
+    }
+    assert {name: found and found[1] for name, found in named.items()} == dict.fromkeys(named, fastrm.__version__)

@@ -1,0 +1,49 @@
+"""How Sphinx builds these pages; the API's are made of the docstrings."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
+
+import fastrm  # noqa: E402 -- found by the line above
+from fastrm.recipes import RECIPES  # noqa: E402
+
+project = "fastrm"
+copyright = "fastrm's developers, MIT licence"
+release = fastrm.__version__
+extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
+exclude_patterns = ["_generated"]
+html_theme = "furo"
+html_title = f"fastrm {release}"
+html_copy_source = False
+myst_heading_anchors = 3
+autodoc_member_order = "bysource"
+autodoc_typehints = "signature"
+autodoc_default_options = {"members": True, "show-inheritance": False}
+napoleon_google_docstring = True
+napoleon_numpy_docstring = False
+
+_SHOWN = {
+    "epochs": "epochs", "batch_size": "batch", "optimizer": "optimizer", "lr": "rate per 256", "weight_decay": "decay",
+    "teacher_momentum": "momentum", "teacher_momentum_end": "to", "temperature": "temperature",
+    "queue_size": "queue", "hidden_dim": "hidden", "output_dim": "output",
+}  # fmt: skip
+
+
+def recipes_table() -> str:
+    """The published settings, as Markdown."""
+    lines = [f"| recipe | {' | '.join(_SHOWN.values())} |", "|---|" + "--:|" * len(_SHOWN)]
+    for name, values in RECIPES.items():
+        lines.append(f"| `{name}` | {' | '.join(str(values.get(key, '')) for key in _SHOWN)} |")
+    return "\n".join(lines) + "\n"
+
+
+def setup(app: Any) -> None:
+    """Write what a page includes."""
+    generated = Path(app.srcdir, "_generated")
+    generated.mkdir(exist_ok=True)
+    (generated / "recipes.md").write_text(recipes_table(), encoding="utf-8")

@@ -1,0 +1,194 @@
+"""README and docs/: the code runs, the commands parse, the site builds, its links lead somewhere."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import importlib.util
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+from urllib.parse import unquote, urldefrag, urlparse
+
+import numpy as np
+import pytest
+
+from fastrm import _cli, doctor, evaluate, export, report
+from fastrm.config import RECIPES
+from fastrm.data import __main__ as views
+from fastrm.data import named as named_sets
+from fastrm.data.sources import ArrayImages
+from fastrm.train import read_flags, train
+
+ROOT = Path(__file__).parent.parent
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("[a-z]*.md"))]
+RUN = ("quickstart.md", "tutorial.md")  # their commands are run, shortened; those of other pages are parsed
+SMALL = {
+    "epochs": 1, "max_steps": 2, "batch_size": 8, "hidden_dim": 16, "predictor_hidden_dim": 16, "output_dim": 8,
+    "workers": 0, "eval_every": 0, "warmup_epochs": 0.0,
+}  # fmt: skip
+COMMANDS: dict[str, tuple[Any, type]] = {
+    "fastrm.evaluate": (evaluate, evaluate.EvaluateConfig),
+    "fastrm.export": (export, export.ExportConfig),
+    "fastrm.report": (report, report.ReportConfig),
+    "fastrm.data": (views, views.Options),
+}
+named = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+
+
+def blocks(page: Path) -> list[tuple[str, str]]:
+    """(language, text) of each fenced block."""
+    return re.findall(r"^```(\w+)\n(.*?)^```", page.read_text(encoding="utf-8"), flags=re.DOTALL | re.MULTILINE)
+
+
+def command(line: str, run: bool) -> None:
+    """Run a line of a shell block or, at least, see that it could be."""
+    words = shlex.split(line.replace("…", "digits"), comments=True)
+    match words:
+        case []:
+            pass
+        case ["make", target]:
+            assert re.search(rf"^{target}:", (ROOT / "Makefile").read_text(), flags=re.MULTILINE), line
+        case ["pip", "install", what]:
+            extra = re.search(r"\[(\w+)\]", what)
+            assert extra is None or f"\n{extra[1]} = [" in (ROOT / "pyproject.toml").read_text(), line
+        case ["pytest", path, *_] | ["python", path, *_] if not path.startswith("-"):
+            assert (ROOT / path).exists(), line
+        case ["torchrun", flag, "-m", "fastrm.train", *arguments] if flag.startswith("--nproc"):
+            read_flags(arguments)
+        case ["python", "-m", "fastrm.train", *arguments]:
+            config = read_flags(arguments)
+            if run:
+                train(config.replace(**SMALL))
+        case ["python", "-m", "fastrm.doctor"]:
+            doctor.main()
+        case ["python", "-m", module, *arguments] if module in COMMANDS:
+            program, options = COMMANDS[module]
+            program.main(arguments) if run else _cli.parse(options, arguments, prog=module)
+        case ["python", "-m", module, *_]:
+            assert importlib.util.find_spec(module) is not None, line
+        case _:
+            pytest.fail(f"a command that nothing tests: {line}")
+
+
+@pytest.fixture
+def few_digits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The set of digits, with a few of them."""
+    every = named_sets._digits()
+    assert isinstance(every.train, ArrayImages)
+    assert isinstance(every.test, ArrayImages)
+    train, test = every.train.subset(np.arange(128)), every.test.subset(np.arange(32))
+    monkeypatch.setattr(named_sets, "_digits", lambda: dataclasses.replace(every, train=train, bank=train, test=test))
+
+
+@named
+@pytest.mark.usefixtures("few_digits")
+def test_code_blocks_run(page: Path, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "photos").symlink_to(pictures / "split")
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, Any] = {}
+    for language, text in blocks(page):
+        assert language in ("python", "sh"), f"{page.name} has a block of {language} that nothing tests"
+        if language == "python":
+            exec(compile(text, page.name, "exec"), names)
+        else:
+            for line in text.splitlines():
+                command(line, run=page.name in RUN)
+
+
+@named
+def test_inline_commands_parse(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    for line in re.findall(r"`((?:python|pytest|make|torchrun) [^`\n]+)`", text):
+        if line.split()[1:] != ["fastrm.train"] and "--help" not in line and not line.endswith("…"):
+            command(line, run=False)
+    assert set(re.findall(r"--recipe ([a-z][\w-]+)", text)) <= set(RECIPES)
+
+
+@named
+def test_tests_and_files_that_are_named_exist(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    tests = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "tests").glob("*.py"))
+    for name in re.findall(r"`(test_\w+)`", text):
+        assert f"def {name}(" in tests or name == "test_resnet", name
+    for name in re.findall(r"`((?:fastrm|kernels|benchmarks|tests|examples|docs)/[\w/.*]*)`", text):
+        assert list(ROOT.glob(name.rstrip("/"))) or name.startswith("fastrm/methods/NAME"), name
+
+
+def test_the_readmes_three_uses_are_there() -> None:
+    said = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert "python -m fastrm.train --arch resnet50 --data /imagenet" in said
+    assert "pytest benchmarks/ --benchmark-only" in said
+    assert "fused_ema_(teacher, student" in said
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The documentation, built from a copy; a warning is an error."""
+    for name in ("sphinx", "furo", "myst_parser"):
+        pytest.importorskip(name, reason=f"{name} is not installed")
+    work = tmp_path_factory.mktemp("site")
+    for name in ("docs", "examples", "fastrm", "kernels", "benchmarks"):
+        shutil.copytree(ROOT / name, work / name, ignore=shutil.ignore_patterns("__pycache__", "_generated"))
+    for name in ("CHANGELOG.md", "CONTRIBUTING.md", "pyproject.toml"):
+        shutil.copy(ROOT / name, work)
+    build = [sys.executable, "-m", "sphinx", "-W", "--keep-going", "-q", "-b", "html", "docs", "html"]
+    done = subprocess.run(build, cwd=work, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return work / "html"
+
+
+def test_the_site_says_what_the_code_is(site: Path) -> None:
+    shown = {
+        page: (site / f"{page}.html").read_text(encoding="utf-8") for page in ("api/kernels", "recipes", "drop-in")
+    }
+    for name in importlib.import_module("fastrm.kernels").__all__:
+        assert f'id="fastrm.kernels.{name}"' in shown["api/kernels"], name
+    assert all(recipe in shown["recipes"] for recipe in RECIPES)
+    assert "residual_info_nce" in shown["drop-in"]
+    assert ":func:" not in shown["api/kernels"]
+
+
+def test_no_dead_link_inside_the_site(site: Path, browser: Any) -> None:
+    """A browser loads every page that it can reach from the first, with its pictures, styles and scripts."""
+    waiting, seen, targets = [(site / "index.html").as_uri()], set(), set()
+    anchors: dict[str, set[str]] = {}
+    while waiting:
+        url = waiting.pop()
+        if url in seen:
+            continue
+        seen.add(url)
+        browser.get(url)
+        found = browser.execute_script("""
+            const all = (what, key) => [...document.querySelectorAll(what)].map(e => e[key]);
+            return {
+                links: all("a[href]", "href"),
+                parts: [...all("link[rel=stylesheet]", "href"), ...all("script[src]", "src"), ...all("img", "src")],
+                broken: [...document.images].filter(i => i.complete && i.naturalWidth === 0).map(i => i.src),
+                ids: all("[id]", "id"),
+            }""")
+        assert not found["broken"], url
+        errors = [entry["message"] for entry in browser.get_log("browser") if entry["level"] == "SEVERE"]
+        assert not errors, f"{url}: {errors}"
+        anchors[url] = set(found["ids"])
+        for part in found["parts"]:
+            assert urlparse(part).scheme in ("file", "data"), f"{url} needs the network for {part}"
+        for link in found["links"]:
+            address, anchor = urldefrag(link)
+            parsed = urlparse(address)
+            if parsed.scheme != "file":
+                continue
+            path = Path(unquote(parsed.path))
+            assert path.is_file(), f"{url} leads to {path}, which is not there"
+            targets.add((url, parsed._replace(query="").geturl(), unquote(anchor)))
+            if path.suffix == ".html":
+                waiting.append(parsed._replace(query="").geturl())
+    for url, address, anchor in targets:
+        assert not anchor or anchor in anchors[address], f"{url} leads to {address}#{anchor}, which is not there"
+    pages = {path.as_uri() for path in site.rglob("*.html")} - {(site / "genindex.html").as_uri()}
+    unreachable = {page for page in pages - seen if "/_static/" not in page and "/_modules/" not in page}
+    assert not unreachable
