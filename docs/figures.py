@@ -100,7 +100,7 @@ def arrow(axes: Axes, boxes: Mapping[str, tuple[float, float, str]], start: str,
 
 def save(figure: Figure, path: Path) -> None:
     """The same drawing gives the same file."""
-    with matplotlib.rc_context({"svg.hashsalt": "fastrm"}):
+    with matplotlib.rc_context({"svg.hashsalt": "fastrm", "svg.fonttype": "none"}):
         figure.savefig(path, format="svg", metadata={"Date": None})
 
 
