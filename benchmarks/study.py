@@ -212,7 +212,7 @@ def gap_curve(out: Path) -> Curve:
 
 
 def subset(data_root: Path, images: int | None, folder: Path) -> Path:
-    """Leave the IDX files of the first ``images`` training pictures of a random order, and of all test pictures.
+    """Leave the IDX files of so many training pictures, in a random order, and of all test pictures.
 
     A linear classifier and the kNN see no other labels either.
     """
@@ -239,7 +239,7 @@ def _mean(values: Sequence[float], form: str) -> str:
 
 def tables(results: Results) -> str:
     """All questions as Markdown: means and standard deviations over the seeds."""
-    names = ("gap", "kNN student", "kNN teacher", "linear student", "linear teacher", "kNN student, less plain")
+    names = ("gap", "kNN student", "kNN teacher", "linear student", "linear teacher", "kNN student against plain")
     lines = ["| without training | kNN | linear |", "|---|--:|--:|"]
     for name in ("pixels", "untrained"):
         (found,) = results[name]
@@ -257,10 +257,8 @@ def tables(results: Results) -> str:
     return "\n".join(lines) + "\n"
 
 
-def figures(
-    results: Results, curves: Mapping[float, Sequence[tuple[Sequence[int], Sequence[float]]]], out: Path
-) -> None:
-    """``gap.svg``, the gap in the course of training by weight; ``weight.svg``, accuracy over gap."""
+def figures(results: Results, curves: Mapping[float, Sequence[Curve]], out: Path) -> None:
+    """``gap.svg``, the gap in the course of training by weight; ``weight.svg``, kNN by weight and momentum."""
     figure = Figure(figsize=(6.4, 3.4), layout="constrained")
     axes = figure.add_subplot()
     for (weight, runs), colour in zip(curves.items(), COLOURS, strict=False):
@@ -280,9 +278,8 @@ def figures(
             trials = [trial for trial in question.rows.values() if trial.momentum == momentum]
             found = np.array([[r["knn_student"] for r in results[trial.name]] for trial in trials]) * 100
             middle, spread = found.mean(axis=1), found.std(axis=1, ddof=min(1, found.shape[1] - 1))
-            axes.errorbar(
-                range(len(trials)), middle, spread, color=colour, capsize=3, label=f"start momentum {momentum:g}"
-            )
+            label = f"start momentum {momentum:g}"
+            axes.errorbar(range(len(trials)), middle, spread, color=colour, capsize=3, label=label)
         axes.set_xticks(range(len(trials)), [f"{trial.weight:g}" for trial in trials])
         axes.set(xlabel="residual weight", ylabel="kNN of the student, %", title=question.title.rpartition(", ")[2])
     _save(figure, out / "weight.svg")
@@ -292,7 +289,7 @@ def _save(figure: Figure, path: Path) -> None:
     for axes in figure.axes:
         axes.grid(alpha=0.3)
     figure.axes[0].legend(frameon=False)
-    with mock.patch.dict(rcParams, {"svg.hashsalt": "fastrm"}):
+    with mock.patch.dict(rcParams, {"svg.hashsalt": "fastrm", "svg.fonttype": "none"}):
         write_whole(path, lambda to: figure.savefig(to, format="svg", metadata={"Date": None}))
 
 
@@ -310,10 +307,8 @@ def study(data_root: Path, folder: Path, *, scale: str, seeds: int, jobs: int) -
             for done in as_completed(waiting):
                 trial, seed = waiting[done]
                 results[trial.name, seed] = done.result()
-                print(
-                    f"{len(results)}/{len(tasks)}  {(time.monotonic() - begin) / 60:.1f} min  {trial.name} {seed}",
-                    flush=True,
-                )
+                minutes = (time.monotonic() - begin) / 60
+                print(f"{len(results)}/{len(tasks)}  {minutes:.1f} min  {trial.name} {seed}", flush=True)
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise
@@ -334,9 +329,8 @@ def study(data_root: Path, folder: Path, *, scale: str, seeds: int, jobs: int) -
 def main(argv: Sequence[str] | None = None) -> None:
     """Entry point."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.study", description=(__doc__ or "").split("\n")[0])
-    parser.add_argument(
-        "--data-root", type=Path, default=cache_root(), help="where Fashion-MNIST lies or is downloaded to"
-    )
+    where = "where Fashion-MNIST lies or is downloaded to"
+    parser.add_argument("--data-root", type=Path, default=cache_root(), help=where)
     parser.add_argument("--out", type=Path, default=Path("runs/study"), help="folder for the runs and the results")
     gpu = torch.cuda.is_available()
     parser.add_argument("--scale", choices=tuple(SCALES), default="gpu" if gpu else "cpu", help="size of the study")

@@ -72,3 +72,9 @@ def test_a_small_study_goes_on_where_it_was_cut_off(idx_folder: Path, tmp_path: 
     assert read_json(tmp_path / "study.json") == found
     assert all(math.isfinite(value) for runs in found.values() for run in runs for value in run.values())
     assert all((tmp_path / name).read_text().startswith("<?xml") for name in ("gap.svg", "weight.svg"))
+
+
+def test_the_page_shows_what_the_study_found() -> None:
+    found = read_json(ROOT / "docs" / "study.json")
+    assert study.tables(found).strip() in (ROOT / "docs" / "study.md").read_text(encoding="utf-8")
+    assert all(len(found[trial.name]) == 3 for question in QUESTIONS for trial in question.rows.values())
