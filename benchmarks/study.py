@@ -63,7 +63,7 @@ _SETTINGS = {"image_size": 28, "crop_min": 0.5, "output_dim": 128, "temperature"
 _CPU = {"arch": "test_resnet", "stem": "imagenet", "batch_size": 128, "epochs": 10, "hidden_dim": 512}
 _GPU = {"arch": "resnet18", "stem": "small", "batch_size": 256, "epochs": 100, "hidden_dim": 2048}
 SCALES = {"cpu": Scale(4000, _SETTINGS | _CPU), "gpu": Scale(None, _SETTINGS | _GPU)}
-# Learning rates: the best of a few for the plain method at the scale of the CPU.
+# MoCo-v3's rate, and the crops above: the best of a few for the plain method at the scale of the CPU.
 _OF_METHOD: dict[str, dict[str, Any]] = {
     "mocov3": {"lr": 3.0},
     "mocov2": {"lr": 0.3, "queue_size": 1024},
@@ -265,7 +265,7 @@ def figures(results: Results, curves: Mapping[float, Sequence[Curve]], out: Path
         gaps = np.array([gaps for _, gaps in runs])
         axes.plot(runs[0][0], gaps.mean(axis=0), color=colour, label="plain" if weight == 0 else f"weight {weight:g}")
         axes.fill_between(runs[0][0], gaps.min(axis=0), gaps.max(axis=0), color=colour, alpha=0.2, linewidth=0)
-    axes.set(xlabel="step", ylabel="1 - cosine of student and teacher", title="MoCo-v3 on Fashion-MNIST")
+    axes.set(xlabel="step", ylabel="1 - cosine", yscale="log", title="Gap of student and teacher, MoCo-v3")
     _save(figure, out / "gap.svg")
 
     figure = Figure(figsize=(9.6, 3.4), layout="constrained")

@@ -68,8 +68,9 @@ class MethodConfig:
 
     method: MethodName = "mocov3"
     """The method whose loss between two views is trained."""
-    residual_weight: float = 1.0
-    """Weight of the residual term, student to teacher on the same view; 0 is the plain method."""
+    residual_weight: float = 0.1
+    """Weight of the residual term, student to teacher on the same view; 0 is the plain method.
+    The default cost no method accuracy in docs/study.md; 1 helped MoCo-v2 and harmed MoCo-v3 and BYOL there."""
     residual_at: ResidualPlace = "output"
     """Where the residual term is taken: at what the method's loss uses, behind the projector, or the backbone."""
     residual_warmup_epochs: float = 0.0

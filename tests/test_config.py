@@ -80,7 +80,7 @@ def test_leaves_have_unique_names() -> None:
 
 def test_no_flag_at_all_is_mocov3_with_residual_momentum() -> None:
     config = read_flags(["--arch", "resnet50", "--data", "/imagenet"]).flat()
-    expected = {**PUBLISHED["mocov3-r50-100ep"], "batch_size": None, "residual_weight": 1.0, "recipe": None}
+    expected = {**PUBLISHED["mocov3-r50-100ep"], "batch_size": None, "residual_weight": 0.1, "recipe": None}
     assert {key: config[key] for key in expected} == expected
     assert resolved(build(data="x"), 4).input.batch_size == 1024
 
