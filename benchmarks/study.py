@@ -14,6 +14,7 @@ import contextlib
 import itertools
 import json
 import multiprocessing
+import signal
 import statistics
 import struct
 import time
@@ -35,6 +36,7 @@ from fastrm.config import MethodName, ResidualPlace, build
 from fastrm.data import open_source
 from fastrm.data.sources import ArrayImages
 from fastrm.device import available_cores, choose_device
+from fastrm.errors import Stopped
 from fastrm.files import cache_root, read_json, write_json, write_text, write_whole
 from fastrm.kernels import info_nce
 from fastrm.methods import base
@@ -300,7 +302,9 @@ def study(data_root: Path, folder: Path, *, scale: str, seeds: int, jobs: int) -
     trials = {trial.name: trial for question in QUESTIONS for t in question.rows.values() for trial in (t.plain, t)}
     tasks = [(trial, seed) for seed in range(seeds) for trial in trials.values()]
     results: dict[tuple[str, int], dict[str, float]] = {}
-    with ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
+    # Ctrl-C reaches all processes of a terminal; this one decides what it means.
+    deaf = {"initializer": signal.signal, "initargs": (signal.SIGINT, signal.SIG_IGN)}
+    with ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn"), **deaf) as pool:
         threads = max(1, available_cores() // jobs)
         waiting = {pool.submit(run, *task, size, data_root, folder, threads): task for task in tasks}
         try:
@@ -309,8 +313,12 @@ def study(data_root: Path, folder: Path, *, scale: str, seeds: int, jobs: int) -
                 results[trial.name, seed] = done.result()
                 minutes = (time.monotonic() - begin) / 60
                 print(f"{len(results)}/{len(tasks)}  {minutes:.1f} min  {trial.name} {seed}", flush=True)
-        except BaseException:
+        except BaseException as error:
             pool.shutdown(wait=False, cancel_futures=True)
+            for child in multiprocessing.active_children():
+                child.kill()  # a run goes on from its last checkpoint
+            if isinstance(error, KeyboardInterrupt):
+                raise Stopped("stopped; the same command goes on", 128 + signal.SIGINT) from None
             raise
     found = {name: [results[name, seed] for seed in range(seeds)] for name in trials}
     first = QUESTIONS[0].rows.values()
