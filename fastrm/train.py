@@ -242,18 +242,20 @@ def _train(config: Config, device: torch.device, world: World) -> dict[str, Any]
 def _faults(out: Path, world: World) -> Iterator[None]:
     """Say in one line what the machine did to the run."""
     kept = "what was saved before stays, and the same command goes on from there"
+    loader_ended = (
+        f"a loader process ended unexpectedly, perhaps for want of memory; {kept}, with fewer --workers if need be"
+    )
     try:
         yield
+    except (ConnectionError, EOFError):  # of the pipe from a loader process: it can break before torch sees the death
+        raise TrainingError(loader_ended) from None
     except OSError as error:
         raise TrainingError(f"{error.filename or out}: {error.strerror or error}; {kept}") from None
     except RuntimeError as error:
         if world.size > 1 and (isinstance(error, dist.DistError) or "gloo" in str(error)):
             raise TrainingError(f"another process ended, or cannot be reached any more; {kept}") from None
         if "DataLoader worker" in str(error):  # torch's signal handler raises it wherever the run happens to be
-            raise TrainingError(
-                f"a loader process ended unexpectedly, perhaps for want of memory; {kept}, with fewer --workers if "
-                "need be"
-            ) from None
+            raise TrainingError(loader_ended) from None
         raise
 
 

@@ -309,6 +309,18 @@ def test_a_loader_process_that_is_killed_ends_the_run_in_one_line(
     train.train(small(**options))
 
 
+@pytest.mark.parametrize("face", [ConnectionResetError(104, "Connection reset by peer"), EOFError()], ids=repr)
+def test_a_pipe_that_breaks_before_torch_sees_the_death_is_said_alike(
+    face: Exception, small: Small, stop_after: Any
+) -> None:
+    def broken() -> None:
+        raise face
+
+    stop_after(2, broken)
+    with pytest.raises(TrainingError, match="loader process ended"):
+        train.train(small(max_steps=4))
+
+
 def test_a_clock_that_is_set_back_changes_nothing(
     small: Small, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
