@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 import statistics
 import time
@@ -10,6 +11,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -56,6 +58,8 @@ class Row:
     gigabytes_per_second: float
     share_of_copy: float
     times_the_first: float
+    gpu_us: float
+    """Microseconds of its kernels and copies alone; NaN on the CPU."""
 
 
 def once(call: Callable[[], object], repeats: int) -> float:
@@ -79,6 +83,20 @@ def median_ms(call: Callable[[], object], rounds: int = 7) -> float:
     repeats = 10 if DEVICE.type == "cuda" else 1
     once(call, repeats)
     return statistics.median(once(call, repeats) for _ in range(rounds))
+
+
+def gpu_us(call: Callable[[], object], repeats: int = 10) -> float:
+    """Microseconds of a call's kernels and copies on the GPU, by the profiler: no gaps, no host. NaN on the CPU."""
+    if DEVICE.type != "cuda":
+        return math.nan
+    call()
+    torch.cuda.synchronize()
+    with profile(activities=[ProfilerActivity.CUDA]) as profiler:
+        for _ in range(repeats):
+            call()
+        torch.cuda.synchronize()
+    work = (event for event in profiler.key_averages() if event.device_type == DeviceType.CUDA)
+    return sum(event.self_device_time_total for event in work) / repeats
 
 
 def extra_memory(call: Callable[[], object]) -> float:
@@ -128,6 +146,7 @@ def compare(
             gigabytes_per_second=bytes_moved / statistics.median(these) / 1e6,
             share_of_copy=statistics.median(c / t for c, t in zip(times["plain copy"], these, strict=True)),
             times_the_first=statistics.median(t / f for f, t in zip(first, these, strict=True)),
+            gpu_us=gpu_us(everyone[name]),
         )
         for name, these in times.items()
     ]
@@ -135,10 +154,14 @@ def compare(
 
 def table(rows: Iterable[Row]) -> str:
     """The rows as Markdown."""
+    rows = list(rows)
     lines = ["| case | what | ms | GB/s | share of a copy | times the first |", "|---|---|--:|--:|--:|--:|"]
     lines += [
         f"| {r.case} | {r.name} | {r.ms:.3f} | {r.gigabytes_per_second:.0f} | {r.share_of_copy:.2f} "
         f"| {r.times_the_first:.2f} |"
         for r in rows
     ]
+    if DEVICE.type == "cuda":
+        more = [" GPU µs |", "--:|", *(f" {row.gpu_us:.1f} |" for row in rows)]
+        lines = [line + cell for line, cell in zip(lines, more, strict=True)]
     return "\n".join(lines)

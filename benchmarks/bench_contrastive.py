@@ -6,6 +6,7 @@ pytest benchmarks/bench_contrastive.py --benchmark-only -s
 from __future__ import annotations
 
 import importlib
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -14,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks._timing import DEVICE, compare, extra_memory, median_ms
+from benchmarks._timing import DEVICE, compare, extra_memory, gpu_us, median_ms
 from fastrm.kernels import FeatureQueue, enqueue_, residual_info_nce
 
 T = 0.2
@@ -29,7 +30,9 @@ class Inputs:
 
     def __init__(self, n: int, size: int | None, dim: int) -> None:
         generator = torch.Generator().manual_seed(0)
-        draw = [torch.randn(n, dim, generator=generator).to(DEVICE) for _ in range(3)]
+        # In-batch keys are multiplied in the type that they come in: on a GPU in that of mixed precision.
+        dtype = torch.bfloat16 if GPU and size is None else torch.float32
+        draw = [torch.randn(n, dim, generator=generator).to(DEVICE, dtype) for _ in range(3)]
         self.query, self.key, self.same = draw[0].requires_grad_(), draw[1], draw[2]
         rows = None if size is None else F.normalize(torch.randn(size, dim, generator=generator), dim=1)
         self.rows = None if rows is None else rows.to(DEVICE, torch.bfloat16 if GPU else torch.float32)
@@ -123,6 +126,12 @@ def products(inputs: Inputs) -> Callable[[], object]:
     return lambda: torch.mm(torch.mm(query, bank.T), bank)
 
 
+def matrix_rate() -> float:
+    """TFLOP/s of a large matrix product in bf16."""
+    a, b = torch.randn(2, 8192, 8192, device=DEVICE, dtype=torch.bfloat16)
+    return 2 * 8192**3 / gpu_us(lambda: torch.mm(a, b)) / 1e6
+
+
 @pytest.mark.parametrize(("n", "size", "dim"), CASES)
 def test_loss(n: int, size: int | None, dim: int, benchmark: Any) -> None:
     if not GPU and n > 4_096:
@@ -149,11 +158,17 @@ def test_loss(n: int, size: int | None, dim: int, benchmark: Any) -> None:
     contenders["the two products alone"] = products(inputs)
     timed = compare(f"N {n}, K {size or n}, D {dim}", contenders, 0, rounds=9)
     rows = {row.name: row for row in timed if row.name in contenders}
-    print(f"\n| N {n}, {'in batch' if size is None else f'K {size}'}, D {dim} | ms | times the first | extra MiB |")
-    print("|---|--:|--:|--:|")
+    case = f"N {n}, {'in batch' if size is None else f'K {size}'}, D {dim}"
+    print(f"\n| {case} | ms | times the first | GPU µs | extra MiB |")
+    print("|---|--:|--:|--:|--:|")
     for name, row in rows.items():
-        print(f"| {name} | {row.ms:.2f} | {row.times_the_first:.2f} | {memory.get(name, float('nan')):.1f} |")
+        numbers = f"{row.ms:.2f} | {row.times_the_first:.2f} | {row.gpu_us:.1f} | {memory.get(name, math.nan):.1f}"
+        print(f"| {name} | {numbers} |")
     benchmark.extra_info.update({name: row.ms for name, row in rows.items()})
+    if GPU:
+        done = 4 * n * (size or n) * dim / rows["fastrm residual_info_nce"].gpu_us / 1e6
+        print(f"\nin its products {done:.0f} TFLOP/s; a plain bf16 product of 8,192 cubed {matrix_rate():.0f}")
+        benchmark.extra_info.update({f"{name}, GPU µs": row.gpu_us for name, row in rows.items()})
     benchmark.pedantic(mine, rounds=3, warmup_rounds=1)
     if not GPU and (n, size) == CASES[0][:2]:
         assert rows["einsum, cat, cross-entropy"].times_the_first >= 3

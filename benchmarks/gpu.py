@@ -8,6 +8,7 @@ Needs only the packages of a stock PyTorch image with pytest and pytest-benchmar
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import re
 import subprocess
@@ -17,15 +18,19 @@ from pathlib import Path
 
 import torch
 
+from fastrm.device import available_cores
+
 PYTEST = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
 
 
 def parts(out: Path) -> dict[str, list[str]]:
     """Commands by name, in order: figures mean nothing before correctness."""
     bench = [*PYTEST, "-s", "--benchmark-only"]
+    # The tests compile a kernel for nearly every case, on the host.
+    several = ["-n", str(min(available_cores(), 12))] if importlib.util.find_spec("xdist") else []
+    files = ("ema", "optimizers", "contrastive", "queue", "step", "fuzz_kernels")
     return {
-        "correctness": [*PYTEST, "-m", "gpu", "tests/test_ema.py", "tests/test_optimizers.py",
-                        "tests/test_contrastive.py", "tests/test_queue.py", "tests/test_step.py"],
+        "correctness": [*PYTEST, *several, "-m", "gpu", *(f"tests/test_{name}.py" for name in files)],
         "teacher update": [*bench, f"--benchmark-json={out}/ema.json", "benchmarks/bench_ema.py"],
         "optimizers": [*bench, f"--benchmark-json={out}/optim.json", "benchmarks/bench_optim.py"],
         "losses": [*bench, f"--benchmark-json={out}/contrastive.json", "benchmarks/bench_contrastive.py"],
@@ -39,6 +44,7 @@ def main() -> int:
     """Run the parts; the status is that of the first that fails."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("gpu-report"), help="folder for report.md and report.json")
+    parser.add_argument("--only", nargs="+", metavar="PART", help="names of the parts to run; all unless given")
     parser.add_argument("--limit", type=float, default=480, help="seconds for everything; later parts are left out")
     options = parser.parse_args()
     if not torch.cuda.is_available():
@@ -54,8 +60,14 @@ def main() -> int:
     status, begin = 0, time.monotonic()
     report: dict[str, object] = {"machine": machine}
     lines = ["# GPU report", "", " · ".join(machine.values())]
-    for name, command in parts(options.out.resolve()).items():
-        left = options.limit - (time.monotonic() - begin)
+    commands = parts(options.out.resolve())
+    if unknown := set(options.only or ()) - commands.keys():
+        parser.error(f"--only {' '.join(sorted(unknown))}: the parts are {', '.join(map(repr, commands))}")
+    for name, command in commands.items():
+        if options.only and name not in options.only:
+            continue
+        start = time.monotonic()
+        left = options.limit - (start - begin)
         if left <= 0:
             lines += ["", f"## {name}", "", "left out: no time"]
             continue
@@ -69,7 +81,8 @@ def main() -> int:
         closing = [line for line in output.splitlines() if re.search(r"\d+ (passed|failed)|cut off|^E  ", line)]
         lines += ["", f"## {name}", "", *tables, "", *closing]
         report[name] = {"status": code, "output": output}
-        print(f"{name}: {'ok' if code == 0 else f'status {code}'}  {' '.join(closing[-1:])}", flush=True)
+        verdict = "ok" if code == 0 else f"status {code}"
+        print(f"{name}: {verdict}, {time.monotonic() - start:.0f} s  {' '.join(closing[-1:])}", flush=True)
     for file in options.out.glob("*.json"):
         if file.name != "report.json":
             benchmarks = json.loads(file.read_text(encoding="utf-8") or "{}").get("benchmarks", [])
