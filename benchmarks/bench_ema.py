@@ -126,13 +126,18 @@ def test_update(network: str, dtype: torch.dtype, benchmark: Any) -> None:
     benchmark.extra_info.update({name: row.ms for name, row in times.items()})
     makers = contenders(network, dtype)[2]
     benchmark.pedantic(makers["fused_ema_"]()[1], rounds=5, warmup_rounds=1)
-    if (network, dtype) == ("ResNet-50", torch.float32):
+    if DEVICE.type == "cuda":
+        # The host takes longer to check a list than a GPU to average it; the prepared form has checked it already.
+        foreach = times["_foreach_lerp_" if dtype == torch.float32 else "convert, _foreach_lerp_"]
+        assert foreach.gpu_us > times["fused_ema_"].gpu_us
+        assert times["EMA.update_"].times_the_first <= 1
+    elif (network, dtype) == ("ResNet-50", torch.float32):
         assert times["_foreach_lerp_"].times_the_first >= 0.95
         assert times["lightly update_momentum"].times_the_first > 1.3  # 1.46 to 1.52 seen; the machine decides
 
 
 def host_microseconds() -> dict[str, float]:
-    """Host time of a repeated call for ResNet-50's list, the launch itself left out."""
+    """Host time of a repeated call for ResNet-50's list, without the launch, and of one look at the addresses."""
     teacher, student = tensors("ResNet-50", seed=0), tensors("ResNet-50", seed=1)
 
     class NoLaunch:
@@ -158,6 +163,7 @@ def host_microseconds() -> dict[str, float]:
         return {
             "fused_ema_": best(lambda: fused_ema_(teacher, student, M, backend="triton")),
             "EMA.update_": best(lambda: prepared.update_(M)),
+            "addresses": best(lambda: [*map(Tensor.data_ptr, [*teacher, *student])]),
         }
 
 
@@ -168,5 +174,5 @@ def test_host_cost_of_a_repeated_call(benchmark: Any) -> None:
     print("\nhost microseconds of a repeated call, launch left out:", {k: round(v, 1) for k, v in times.items()})
     benchmark.extra_info.update(times)
     benchmark.pedantic(lambda: None, rounds=1)
-    assert times["fused_ema_"] <= 100
-    assert times["EMA.update_"] <= 30
+    assert times["fused_ema_"] <= 10 * times["addresses"]
+    assert times["EMA.update_"] <= 4 * times["addresses"]

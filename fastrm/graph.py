@@ -49,7 +49,8 @@ class GraphedStep(Step):
             return self._beside(measure)
         if measure not in self.captured:
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph):  # records, and runs nothing
+            # Records, and runs nothing; threads that load images may go on meanwhile.
+            with torch.cuda.graph(graph, capture_error_mode="thread_local"):
                 outputs = super()._run(self.images, measure)
             self.captured[measure] = graph, outputs
         graph, outputs = self.captured[measure]

@@ -148,6 +148,26 @@ if triton is not None:
             )  # fmt: skip
 
     @triton.jit
+    def _bias_correction(beta, step, COMPUTE: tl.constexpr):
+        """1 - beta ** step.
+
+        In float32 as it stands it would lose a third of its digits at the first steps, and float64 for every thread
+        costs more than the memory on most GPUs. So it is -expm1(step * log1p(beta - 1)), by their series.
+        """
+        if tl.float64 == COMPUTE:
+            correction = 1 - tl.exp2(step.to(tl.float64) * tl.log2(beta))
+        else:
+            rest = (1 - beta).to(tl.float32)
+            z = rest / (2 - rest)  # -log(beta) = 2 artanh(z), whose series ends below 2^-24 for z up to 1/3
+            s = z * z
+            artanh = z * (1 + s * (1 / 3 + s * (1 / 5 + s * (1 / 7 + s * (1 / 9 + s * (1 / 11 + s * (1 / 13)))))))
+            x = step * tl.where(rest <= 0.5, 2 * artanh, -tl.log(beta.to(tl.float32)))
+            series = 1 - x / 5 * (1 - x / 6 * (1 - x / 7 * (1 - x / 8)))
+            series = x * (1 - x / 2 * (1 - x / 3 * (1 - x / 4 * series)))
+            correction = tl.where(x < 0.5, series, 1 - tl.exp(-x))
+        return correction
+
+    @triton.jit
     def _adamw_chunk(
         row_ptr,
         start,
@@ -163,10 +183,9 @@ if triton is not None:
         lr, eps = _option(row_ptr, options_ptr, 0, 7, 6), _option(row_ptr, options_ptr, 3, 7, 6).to(COMPUTE)
         beta1, beta2 = _option(row_ptr, options_ptr, 1, 7, 6), _option(row_ptr, options_ptr, 2, 7, 6)
         keep = (1 - lr * _option(row_ptr, options_ptr, 4, 7, 6)).to(COMPUTE)
-        # In float64: 1 - beta ** step loses a third of its digits in float32 at the first steps.
-        step = tl.load(tl.load(row_ptr + 4).to(tl.pointer_type(tl.float32))).to(tl.float64) + 1
-        step_size = (lr / (1 - tl.exp2(step * tl.log2(beta1)))).to(COMPUTE)
-        inverse_root = (1 / tl.sqrt(1 - tl.exp2(step * tl.log2(beta2)))).to(COMPUTE)
+        step = tl.load(tl.load(row_ptr + 4).to(tl.pointer_type(tl.float32))) + 1
+        step_size = lr.to(COMPUTE) / _bias_correction(beta1, step, COMPUTE)
+        inverse_root = 1 / tl.sqrt(_bias_correction(beta2, step, COMPUTE))
 
         offsets = tl.arange(0, BLOCK)
         mask = None if stop is None else offsets < stop - start

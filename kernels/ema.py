@@ -102,7 +102,8 @@ class _Plan:
     ) -> None:
         self.kept = _pairing.check("fused_ema_", teacher, student, shadow)
         self.all_kept = len(self.kept) == len(teacher)
-        build = choose("fused_ema_", backend, _EMA, teacher[0].device if teacher else torch.device("cpu"))
+        nowhere = torch.device("cuda" if backend == "triton" and torch.cuda.is_available() else "cpu")
+        build = choose("fused_ema_", backend, _EMA, teacher[0].device if teacher else nowhere)
         self.update = build(*self.take(teacher, student, shadow))
 
     def take(self, *lists: Sequence[Tensor] | None) -> list[Any]:
