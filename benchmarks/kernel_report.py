@@ -183,7 +183,6 @@ def contrastive_cases() -> Iterable[Case]:
     from fastrm.kernels import _finish, _push, _sweep, _sweep_kernel
 
     f32, bf16, f16 = torch.float32, torch.bfloat16, torch.float16
-    numbers = dict.fromkeys(("temperature", "residual_weight", "contrastive_weight", "scale"), "fp32")
 
     def matrices(dtype: torch.dtype, *names: str) -> dict[str, str]:
         return {f"{name}_ptr": f"*{_triton(dtype)}" for name in names}
@@ -202,26 +201,25 @@ def contrastive_cases() -> Iterable[Case]:
         plan = _sweep.plan(n, size, dim, kind, slots=132, major=9 if archs else 8)
         assert plan is not None
         name = f"{_short(dtype)} {n} x {size} x {dim}{' in batch' * in_batch}{', no gradient' * (not gradient)}"
-        types = {"tickets_ptr": "*i64", **numbers, **matrices(f32, "logsums"), "n": "i32", "splits": "i32"}
+        query = matrices(dtype if in_batch else f32, "query")
+        types = {"tickets_ptr": "*i64", "temperature": "fp32", **matrices(f32, "logsums"), **query}
+        types |= dict.fromkeys(("n", "size", "key_offset"), "i32")
         types |= matrices(dtype, "averages") if gradient else {}
-        ends = matrices(dtype, "key", "same") | matrices(f32, "losses", "sums")
-        ends |= matrices(f32, "gradient") if gradient else {}
-        absent = {} if gradient else {"averages_ptr": None, "gradient_ptr": None}
-        without_ends = dict.fromkeys((*ends, "gradient_ptr"))
+        shared = {"D": dim, "BLOCK_D": _push.block_d(dim), "GRADIENT": gradient}
+        shared |= {} if gradient else {"averages_ptr": None}
+        push = {**matrices(dtype, "queue"), **matrices(f32, "push"), "pointer_ptr": "*i64"}
         yield Case(
             name=f"sweep {name}",
             kernel=_sweep_kernel.sweep_kernel,
             types={
                 **types,
-                **(ends if in_batch else {"pointer_ptr": "*i64"}),
-                **matrices(dtype if in_batch else f32, "query"),
+                **({} if in_batch else {"pointer_ptr": "*i64"}),
                 **matrices(dtype, "bank"),
-                **dict.fromkeys(("size", "key_offset", "share"), "i32"),
+                "share": "i32",
             },
             constants={
-                **absent,
-                **({"pointer_ptr": None} if in_batch else without_ends),
-                **plan.constants(dim, gradient),
+                **shared,
+                **({"pointer_ptr": None} if in_batch else {}),
                 "BLOCK_N": plan.block_n,
                 "BLOCK_K": plan.block_k,
                 "IN_BATCH": in_batch,
@@ -231,19 +229,27 @@ def contrastive_cases() -> Iterable[Case]:
             options={"num_warps": plan.warps, "num_stages": plan.stages},
             archs=archs,
         )
-        if in_batch:
-            continue
         yield Case(
-            name=f"finish and push {name}",
+            name=f"finish{'' if in_batch else ' and push'} {name}",
             kernel=_finish.finish_kernel,
             types={
                 **types,
-                **ends,
-                **matrices(f32, "query", "push"),
-                **matrices(dtype, "queue"),
-                **{"pointer_ptr": "*i64", "count": "i32", "size": "i32"},
+                **matrices(dtype, "key", "same"),
+                **matrices(f32, "losses", "sums"),
+                **(matrices(f32, "gradient") if gradient else {}),
+                **({} if in_batch else push),
+                **dict.fromkeys(("residual_weight", "contrastive_weight", "scale"), "fp32"),
+                **dict.fromkeys(("splits", "count"), "i32"),
             },
-            constants={**absent, **plan.constants(dim, gradient), "PUSH_R": _push.block_r(dim)},
+            constants={
+                **shared,
+                **({} if gradient else {"gradient_ptr": None}),
+                **(dict.fromkeys(push) if in_batch else {}),
+                "BLOCK_R": plan.block_r,
+                "BLOCK_S": 1 << (plan.parts - 1).bit_length(),
+                "CHUNK": plan.chunk,
+                "PUSH_R": _push.block_r(dim),
+            },
         )
     yield Case(
         name="enqueue f32 into bf16 x 128",
@@ -253,9 +259,9 @@ def contrastive_cases() -> Iterable[Case]:
             **matrices(f32, "keys"),
             **dict.fromkeys(("start_ptr", "pointer_ptr"), "*i64"),
             "skip_ptr": "*fp32",
-            **dict.fromkeys(("tickets", "count", "size"), "i32"),
+            **dict.fromkeys(("count", "size"), "i32"),
         },
-        constants={"tickets_ptr": None, "D": 128, "BLOCK_D": _push.block_d(128), "BLOCK_R": _push.block_r(128)},
+        constants={"D": 128, "BLOCK_D": _push.block_d(128), "BLOCK_R": _push.block_r(128)},
     )
 
 

@@ -18,12 +18,6 @@ if triton is not None:
         return (tl.load(x) if x.dtype.is_ptr() else x).to(tl.float32)
 
     @triton.jit
-    def is_last(ticket_ptr, arrivals):
-        """Whether this is the last of ``arrivals`` programs to come here: it then sees what all of them have stored."""
-        tl.debug_barrier()
-        return tl.atomic_add(ticket_ptr, 1, sem="acq_rel") == arrivals - 1
-
-    @triton.jit
     def _total(x_ptr, count):
         total = tl.zeros([256], tl.float32)
         for first in range(0, count, 256):
@@ -91,60 +85,7 @@ if triton is not None:
             tl.store(gradient_ptrs, pull, mask=live[:, None] & (d < D)[None, :])
         return contrastive, residual
 
-    @triton.jit
-    def finish_group(
-        group,
-        groups,
-        first,  # row of the group, of `count` rows
-        count,
-        query_ptr,
-        key_ptr,
-        same_ptr,
-        averages_ptr,
-        logsums_ptr,
-        gradient_ptr,
-        losses_ptr,  # [n], or [3]: weighted sum, contrastive, residual
-        sums_ptr,  # [2, groups], or None for a loss a row
-        ticket_ptr,
-        temperature,
-        residual_weight,
-        contrastive_weight,
-        scale,
-        n,
-        key_offset,
-        splits,
-        D: tl.constexpr,
-        BLOCK_D: tl.constexpr,
-        BLOCK_R: tl.constexpr,
-        BLOCK_S: tl.constexpr,
-        CHUNK: tl.constexpr,
-        GRADIENT: tl.constexpr,
-    ):
-        """Finish a group of rows, BLOCK_R at a time; the last program to do so adds the groups up, in their order."""
-        contrastive = tl.zeros([BLOCK_R], tl.float32)
-        residual = tl.zeros([BLOCK_R], tl.float32)
-        for at in range(first, first + count, BLOCK_R):
-            rows = at + tl.arange(0, BLOCK_R)
-            c, r = finish_rows(
-                rows, query_ptr, key_ptr, same_ptr, averages_ptr, logsums_ptr, gradient_ptr,
-                temperature, residual_weight, contrastive_weight, scale, n, key_offset, splits,
-                D, BLOCK_D, BLOCK_S, CHUNK, GRADIENT,
-            )  # fmt: skip
-            if sums_ptr is None:
-                tl.store(losses_ptr + rows, contrastive_weight * c + residual_weight * r, mask=rows < n)
-            contrastive += c
-            residual += r
-        if sums_ptr is not None:
-            tl.store(sums_ptr + group, tl.sum(contrastive))
-            tl.store(sums_ptr + groups + group, tl.sum(residual))
-            if is_last(ticket_ptr, groups):
-                c_sum = _total(sums_ptr, groups) * scale
-                r_sum = _total(sums_ptr + groups, groups) * scale
-                tl.store(losses_ptr, contrastive_weight * c_sum + residual_weight * r_sum)
-                tl.store(losses_ptr + 1, c_sum)
-                tl.store(losses_ptr + 2, r_sum)
-
-    @triton.jit(do_not_specialize=["n", "splits", "count"])
+    @triton.jit(do_not_specialize=["n", "key_offset", "splits", "count"])
     def finish_kernel(
         query_ptr,
         key_ptr,
@@ -152,8 +93,8 @@ if triton is not None:
         averages_ptr,
         logsums_ptr,
         gradient_ptr,
-        losses_ptr,
-        sums_ptr,
+        losses_ptr,  # [n], or [3]: weighted sum, contrastive, residual
+        sums_ptr,  # [2, programs], or None for a loss a row
         tickets_ptr,  # [0] counts the programs that are done, [1] is the pointer before the push
         queue_ptr,  # None: no push
         pointer_ptr,
@@ -163,6 +104,7 @@ if triton is not None:
         contrastive_weight,
         scale,
         n,
+        key_offset,
         splits,
         count,  # of keys to push
         size,  # of the queue
@@ -174,17 +116,33 @@ if triton is not None:
         PUSH_R: tl.constexpr,
         GRADIENT: tl.constexpr,
     ):
-        """The queue form's second launch: programs that finish BLOCK_R rows each, then ones that push PUSH_R keys."""
+        """The last launch: programs that finish BLOCK_R rows each, then ones that push PUSH_R keys."""
         program = tl.program_id(0)
         groups = tl.cdiv(n, BLOCK_R)
         if program < groups:
-            finish_group(
-                program, groups, program * BLOCK_R, BLOCK_R,
-                query_ptr, key_ptr, same_ptr, averages_ptr, logsums_ptr, gradient_ptr,
-                losses_ptr, sums_ptr, tickets_ptr,
-                number(temperature), number(residual_weight), number(contrastive_weight), scale, n, 0, splits,
-                D, BLOCK_D, BLOCK_R, BLOCK_S, CHUNK, GRADIENT,
+            temperature = number(temperature)
+            residual_weight = number(residual_weight)
+            contrastive_weight = number(contrastive_weight)
+            rows = program * BLOCK_R + tl.arange(0, BLOCK_R)
+            contrastive, residual = finish_rows(
+                rows, query_ptr, key_ptr, same_ptr, averages_ptr, logsums_ptr, gradient_ptr,
+                temperature, residual_weight, contrastive_weight, scale, n, key_offset, splits,
+                D, BLOCK_D, BLOCK_S, CHUNK, GRADIENT,
             )  # fmt: skip
+            if sums_ptr is None:
+                loss = contrastive_weight * contrastive + residual_weight * residual
+                tl.store(losses_ptr + rows, loss, mask=rows < n)
+            else:
+                tl.store(sums_ptr + program, tl.sum(contrastive))
+                tl.store(sums_ptr + groups + program, tl.sum(residual))
+                tl.debug_barrier()
+                # The last program to come here sees what all have stored, and adds it up in their order.
+                if tl.atomic_add(tickets_ptr, 1, sem="acq_rel") == groups - 1:
+                    c_sum = _total(sums_ptr, groups) * scale
+                    r_sum = _total(sums_ptr + groups, groups) * scale
+                    tl.store(losses_ptr, contrastive_weight * c_sum + residual_weight * r_sum)
+                    tl.store(losses_ptr + 1, c_sum)
+                    tl.store(losses_ptr + 2, r_sum)
         elif queue_ptr is not None:
             start = tl.load(tickets_ptr + 1)
             index = (program - groups) * PUSH_R + tl.arange(0, PUSH_R)

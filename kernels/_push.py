@@ -44,15 +44,13 @@ if triton is not None:
         queue_ptrs = queue_ptr + ((start + index) % size)[:, None] * D + d[None, :]
         tl.store(queue_ptrs, unit.to(queue_ptr.dtype.element_ty), mask=live[:, None] & (d < D)[None, :])
 
-    @triton.jit(do_not_specialize=["tickets", "count"])
+    @triton.jit(do_not_specialize=["count"])
     def push_kernel(
         queue_ptr,
         keys_ptr,
         start_ptr,  # a copy of the pointer, which some programs still read when it has moved; None stands for 0
         pointer_ptr,
-        tickets_ptr,  # counters to clear for the next launch, or None
         skip_ptr,  # nothing is pushed where this is not 0, or None
-        tickets,
         count,
         size,
         D: tl.constexpr,
@@ -66,13 +64,9 @@ if triton is not None:
         if skip_ptr is not None:
             count = tl.where(tl.load(skip_ptr) != 0, 0, count)
         push_rows(program * BLOCK_R + tl.arange(0, BLOCK_R), queue_ptr, keys_ptr, start, count, size, D, BLOCK_D)
-        if program == 0:
-            if pointer_ptr is not None:
+        if pointer_ptr is not None:  # noqa: SIM102 (decided when compiling, and the next when running)
+            if program == 0:
                 tl.store(pointer_ptr, (start + count) % size)
-            if tickets_ptr is not None:
-                for first in range(0, tickets, 128):
-                    at = first + tl.arange(0, 128)
-                    tl.store(tickets_ptr + at, tl.zeros([128], tl.int64), mask=at < tickets)
 
 
 def block_d(dim: int) -> int:
@@ -102,15 +96,13 @@ def launch_push(
     keys: Tensor,
     start: Tensor | None,
     pointer: Tensor | None,
-    tickets: Tensor | None,
     skip: Tensor | None = None,
 ) -> None:
-    """Write the unit ``keys`` into ``queue`` from row ``start``, move ``pointer`` on and clear ``tickets``."""
+    """Write the unit ``keys`` into ``queue`` from row ``start``, and move ``pointer`` on."""
     dim = queue.shape[1]
     with guard(queue.device):
         push_kernel[(triton.cdiv(len(keys), block_r(dim)),)](
-            queue, apart(keys, queue), start, pointer, tickets, skip, 0 if tickets is None else len(tickets), len(keys),
-            len(queue), dim, block_d(dim), block_r(dim),
+            queue, apart(keys, queue), start, pointer, skip, len(keys), len(queue), dim, block_d(dim), block_r(dim),
         )  # fmt: skip
 
 
@@ -119,4 +111,4 @@ def enqueue_(queue: Tensor, pointer: Tensor, keys: Tensor, skip: Tensor | None =
     if not (fits(queue, keys) and queue.is_contiguous()):
         reference.enqueue_(queue, pointer, keys, skip)
     elif len(keys):
-        launch_push(queue, keys, pointer.clone(), pointer, None, skip)
+        launch_push(queue, keys, pointer.clone(), pointer, skip)

@@ -1,14 +1,13 @@
-"""The one-sweep contrastive kernel: InfoNCE, its gradient, the residual term and the push in two launches.
+"""The one-sweep contrastive kernel: InfoNCE, its gradient, the residual term and the push in two or three launches.
 
 For unit queries q, bank rows c and logits s = q·c/τ a program keeps, tile by tile as in flash attention, the running
 maximum m, the sum Σ exp(s − m), and Σ exp(s − m) c. The keys carry no gradient, so the gradient needs no more: with
 the positive p among the candidates, dL/dq = (average of the candidates by probability − p) / τ, and then through the
 normalisation. The kernels keep logits in units of log 2.
 
-Programs share the bank, so that few queries fill a GPU too. With a queue the second launch puts together what they
-found, and pushes: the first has read the whole queue by then. In-batch keys have to be normalised first, which is a
-launch already; there the program that is the last to end its sweep of a block of rows finishes the block. All sums
-have a fixed order, so the bits are the same each time.
+Programs share the bank, so that few queries fill a GPU too. A last launch puts together what they found, and pushes:
+the sweep has read the whole queue by then. In-batch keys are normalised first, by a launch of their own. All sums have
+a fixed order, so the bits are the same each time.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ from torch import Tensor
 from . import _blocked
 from ._dispatch import triton
 from ._multi_tensor import guard
-from ._push import apart, block_d, block_r, fits, launch_push
+from ._push import TILE, apart, block_d, block_r, fits, launch_push
 
 if triton is not None:
     from ._finish import finish_kernel
@@ -36,8 +35,9 @@ _TILES = {
     "tf32": {64: (64, 64, 4, 2), 128: (64, 32, 4, 2), 256: (32, 32, 4, 2), 512: (16, 16, 8, 2)},
     "tf32x3": {64: (32, 32, 4, 2), 128: (32, 32, 8, 2), 256: (16, 16, 8, 2)},
 }
-# For many queries on sm_90 and sm_100, which have the shared memory: half as many passes over the bank.
-_WIDE_TILES = {128: (128, 128, 8, 3), 256: (128, 64, 8, 3)}
+# For many queries on sm_90 and sm_100, which have the shared memory; those of four warps run two at a time. Measured on
+# an H200: docs/benchmarks.md.
+_WIDE_TILES = {128: (64, 128, 4, 2), 256: (128, 64, 8, 3)}
 
 
 def product_kind(dtype: torch.dtype) -> str:
@@ -70,26 +70,15 @@ class Plan(NamedTuple):
     chunk: int
     """Parts of the bank that are put together at a time."""
 
-    def constants(self, dim: int, gradient: bool) -> dict[str, int]:
-        """Compile-time arguments that the sweep and what follows it have in common."""
-        return {
-            "D": dim,
-            "BLOCK_D": block_d(dim),
-            "BLOCK_R": self.block_r,
-            "BLOCK_S": triton.next_power_of_2(self.parts),
-            "CHUNK": self.chunk,
-            "GRADIENT": gradient,
-        }
-
 
 @functools.lru_cache(maxsize=1024)
 def plan(n: int, size: int, dim: int, kind: str, slots: int, major: int) -> Plan | None:
-    """Divide ``n`` queries and a bank of ``size`` rows among ``slots`` programs at a time.
+    """Divide ``n`` queries and a bank of ``size`` rows among the programs that run at a time.
 
     Args:
         n, size, dim: rows of the queries and of the bank, and their width.
         kind: of product.
-        slots: programs that the device runs at a time.
+        slots: multiprocessors of the device.
         major: of the device's compute capability.
 
     Returns:
@@ -101,6 +90,7 @@ def plan(n: int, size: int, dim: int, kind: str, slots: int, major: int) -> Plan
     wide = kind == "half" and width in _WIDE_TILES and n >= 1024 and major in (9, 10)
     block_n, block_k, warps, stages = _WIDE_TILES[width] if wide else _TILES[kind][width]
     blocks, tiles = -(-n // block_n), -(-size // block_k)
+    slots *= 8 // warps if wide else 1
 
     def time(parts: int) -> int:
         """Rounds of programs, each as long as its tiles, and one more to begin and to end."""
@@ -108,12 +98,12 @@ def plan(n: int, size: int, dim: int, kind: str, slots: int, major: int) -> Plan
 
     share = -(-tiles // min(range(1, max(2, min(tiles, max(slots // blocks, 4)) + 1)), key=time))
     parts = -(-tiles // max(share, 1)) or 1
-    chunk = min(8, triton.next_power_of_2(parts))
-    return Plan(block_n, block_k, warps, stages, blocks, parts, share, min(block_r(dim, chunk), block_n), chunk)
+    chunk = min(TILE // block_d(dim), triton.next_power_of_2(parts))
+    return Plan(block_n, block_k, warps, stages, blocks, parts, share, block_r(dim, chunk), chunk)
 
 
 def _capacity(device: torch.device) -> tuple[int, int]:
-    """Programs that run at a time, and the major version of the compute capability."""
+    """Multiprocessors, and the major version of the compute capability."""
     if device.type != "cuda":
         return 4, 0  # the interpreter; more than one, so that banks are cut there too
     properties = torch.cuda.get_device_properties(device)
@@ -144,16 +134,14 @@ def losses(
     if work is None:
         return _blocked.losses(query, key, same, queue, numbers, key_offset, reduction, gradient, pointer, push)
 
-    in_batch = key is not None and queue is None
-    groups = work.blocks if in_batch else triton.cdiv(n, work.block_r)
-    constants = work.constants(dim, gradient)
+    groups = triton.cdiv(n, work.block_r)
 
     def empty(*size: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.empty(size, dtype=dtype, device=device)
 
     values = empty(n if reduction == "none" else 3)
     to_query = empty(n, dim) if gradient else empty(0)
-    tickets = empty(2 + work.blocks, dtype=torch.int64)
+    tickets = empty(2, dtype=torch.int64)
     # A number on the host is an argument; one on the device is read there, so that the host does not wait for it.
     temperature, residual_weight, contrastive_weight = (
         number if isinstance(number, Tensor) and number.device == device else float(number) for number in numbers
@@ -165,54 +153,52 @@ def losses(
         "averages_ptr": empty(work.parts, n, dim, dtype=bank.dtype) if gradient and bank is not None else None,
         "tickets_ptr": tickets,
         "temperature": temperature,
-        "residual_weight": residual_weight,
-        "contrastive_weight": contrastive_weight,
-        "scale": 1 / n if reduction == "mean" else 1.0,
         "n": n,
-        "splits": work.parts,
+        "size": size,
+        "key_offset": key_offset,
+        "D": dim,
+        "BLOCK_D": block_d(dim),
+        "GRADIENT": gradient,
     }
-    ends = {
-        "key_ptr": None if key is None else apart(key, written),
-        "same_ptr": None if same is None else apart(same, written),
-        "gradient_ptr": to_query if gradient else None,
-        "losses_ptr": values,
-        "sums_ptr": None if reduction == "none" else empty(2, groups),
-    }
+    pushed = 0 if pointer is None or push is None else len(push)
     with guard(device):
-        if key is None:
-            tickets.zero_()  # which the first launch does otherwise
-        if key is not None and bank is not None:
-            if in_batch:
+        if key is None or bank is None:
+            tickets.zero_()  # which the sweep does otherwise
+        else:
+            if queue is None:
                 bank = torch.empty_like(key, memory_format=torch.contiguous_format)
-                launch_push(bank, key, None, None, tickets)
+                launch_push(bank, key, None, None)
             sweep_kernel[(work.blocks * work.parts,)](
                 **shared,
-                **(ends if in_batch else dict.fromkeys(ends)),
                 bank_ptr=bank,
                 pointer_ptr=pointer,
-                size=size,
-                key_offset=key_offset,
                 share=work.share,
-                **constants,
                 BLOCK_N=work.block_n,
                 BLOCK_K=work.block_k,
-                IN_BATCH=in_batch,
+                IN_BATCH=queue is None,
                 PRECISION="tf32" if kind == "half" else kind,
                 UPCAST=device.type != "cuda" and bank.dtype == torch.bfloat16,
                 num_warps=work.warps,
                 num_stages=work.stages,
             )
-        if not in_batch:
-            pushed = 0 if pointer is None or push is None else len(push)
-            finish_kernel[(groups + triton.cdiv(pushed, block_r(dim)),)](
-                **shared,
-                **ends,
-                queue_ptr=queue if pushed else None,
-                pointer_ptr=pointer if pushed else None,
-                push_ptr=apart(push, written) if push is not None and pushed else None,
-                count=pushed,
-                size=size,
-                **constants,
-                PUSH_R=block_r(dim),
-            )
+        finish_kernel[(groups + triton.cdiv(pushed, block_r(dim)),)](
+            **shared,
+            key_ptr=None if key is None else apart(key, written),
+            same_ptr=None if same is None else apart(same, written),
+            gradient_ptr=to_query if gradient else None,
+            losses_ptr=values,
+            sums_ptr=None if reduction == "none" else empty(2, groups),
+            residual_weight=residual_weight,
+            contrastive_weight=contrastive_weight,
+            scale=1 / n if reduction == "mean" else 1.0,
+            splits=work.parts,
+            queue_ptr=queue if pushed else None,
+            pointer_ptr=pointer if pushed else None,
+            push_ptr=apart(push, written) if push is not None and pushed else None,
+            count=pushed,
+            BLOCK_R=work.block_r,
+            BLOCK_S=triton.next_power_of_2(work.parts),
+            CHUNK=work.chunk,
+            PUSH_R=block_r(dim),
+        )
     return values, to_query

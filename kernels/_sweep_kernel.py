@@ -6,7 +6,7 @@ from __future__ import annotations
 from ._dispatch import tl, triton
 
 if triton is not None:
-    from ._finish import LOG2E, finish_group, is_last, number
+    from ._finish import LOG2E, number
     from ._push import load_unit
 
     @triton.jit
@@ -50,35 +50,23 @@ if triton is not None:
             average = tl.dot(weights.to(bank.dtype), bank, acc=average * shrink[:, None], input_precision=PRECISION)
         return above, total, average
 
-    @triton.jit(do_not_specialize=["n", "key_offset", "splits", "share"])
+    @triton.jit(do_not_specialize=["n", "key_offset", "share"])
     def sweep_kernel(
         query_ptr,
         bank_ptr,
         averages_ptr,  # [splits, n, D] in the bank's dtype, [splits, n]: see finish_rows
         logsums_ptr,
-        tickets_ptr,  # [0] counts finished blocks, [1] keeps the pointer, [2:] count the splits that are done
+        tickets_ptr,  # see finish_kernel
         pointer_ptr,  # None: nothing will be pushed
-        key_ptr,  # this and the next four are for the in-batch form only
-        same_ptr,
-        gradient_ptr,
-        losses_ptr,
-        sums_ptr,
         temperature,
-        residual_weight,
-        contrastive_weight,
-        scale,
         n,
         size,  # of the bank
         key_offset,
-        splits,
         share,  # tiles of a split
         D: tl.constexpr,
         BLOCK_D: tl.constexpr,
         BLOCK_N: tl.constexpr,
         BLOCK_K: tl.constexpr,
-        BLOCK_R: tl.constexpr,
-        BLOCK_S: tl.constexpr,
-        CHUNK: tl.constexpr,
         IN_BATCH: tl.constexpr,
         GRADIENT: tl.constexpr,
         PRECISION: tl.constexpr,
@@ -87,7 +75,7 @@ if triton is not None:
         program = tl.program_id(0)
         blocks = tl.cdiv(n, BLOCK_N)
         block, split = program % blocks, program // blocks  # programs side by side read the same part of the bank
-        if not IN_BATCH and program == 0:
+        if program == 0:
             tl.store(tickets_ptr, 0)
             if pointer_ptr is not None:
                 tl.store(tickets_ptr + 1, tl.load(pointer_ptr))
@@ -134,12 +122,3 @@ if triton is not None:
             d = tl.arange(0, BLOCK_D)
             average = (average / tl.where(found, total, 1.0)[:, None]).to(averages_ptr.dtype.element_ty)
             tl.store(averages_ptr + at[:, None] * D + d[None, :], average, mask=live[:, None] & (d < D)[None, :])
-        if IN_BATCH:  # noqa: SIM102
-            if is_last(tickets_ptr + 2 + block, splits):
-                finish_group(
-                    block, blocks, block * BLOCK_N, BLOCK_N,
-                    query_ptr, key_ptr, same_ptr, averages_ptr, logsums_ptr, gradient_ptr,
-                    losses_ptr, sums_ptr, tickets_ptr,
-                    number(temperature), number(residual_weight), number(contrastive_weight),
-                    scale, n, key_offset, splits, D, BLOCK_D, BLOCK_R, BLOCK_S, CHUNK, GRADIENT,
-                )  # fmt: skip
