@@ -14,7 +14,7 @@ if triton is not None:
     @triton.jit
     def number(x):
         """The value of a float or of a 0-d tensor, in float32."""
-        x = tl.core.to_tensor(x)  # Triton's interpreter passes a float as it is; tl.to_tensor is new in Triton 3.7
+        x = tl.core.to_tensor(x)  # the interpreter passes a float as it is
         return (tl.load(x) if x.dtype.is_ptr() else x).to(tl.float32)
 
     @triton.jit
