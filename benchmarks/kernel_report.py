@@ -200,9 +200,12 @@ def contrastive_cases() -> Iterable[Case]:
         kind = _sweep.product_kind(dtype)
         plan = _sweep.plan(n, size, dim, kind, slots=132, major=9 if archs else 8)
         assert plan is not None
+        in_memory = dim == 256  # temperature and weights, as tensors: a trainer's weight is one
+        number = "*fp32" if in_memory else "fp32"
         name = f"{_short(dtype)} {n} x {size} x {dim}{' in batch' * in_batch}{', no gradient' * (not gradient)}"
+        name += ", numbers in memory" * in_memory
         query = matrices(dtype if in_batch else f32, "query")
-        types = {"tickets_ptr": "*i64", "temperature": "fp32", **matrices(f32, "logsums"), **query}
+        types = {"tickets_ptr": "*i64", "temperature": number, **matrices(f32, "logsums"), **query}
         types |= dict.fromkeys(("n", "size", "key_offset"), "i32")
         types |= matrices(dtype, "averages") if gradient else {}
         shared = {"D": dim, "BLOCK_D": _push.block_d(dim), "GRADIENT": gradient}
@@ -238,7 +241,7 @@ def contrastive_cases() -> Iterable[Case]:
                 **matrices(f32, "losses", "sums"),
                 **(matrices(f32, "gradient") if gradient else {}),
                 **({} if in_batch else push),
-                **dict.fromkeys(("residual_weight", "contrastive_weight", "scale"), "fp32"),
+                **{"residual_weight": number, "contrastive_weight": number, "scale": "fp32"},
                 **dict.fromkeys(("splits", "count"), "i32"),
             },
             constants={
