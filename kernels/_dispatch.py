@@ -20,7 +20,7 @@ _found = importlib.util.find_spec("triton") is not None
 triton: Any = importlib.import_module("triton") if _found else None
 tl: Any = importlib.import_module("triton.language") if _found else None
 
-_interpreted = triton is not None and triton.knobs.runtime.interpret  # fixed from Triton's first import on
+INTERPRETED = triton is not None and triton.knobs.runtime.interpret  # fixed from Triton's first import on
 
 Implementations = Mapping[str, Callable[..., Any]]
 
@@ -29,7 +29,7 @@ def triton_problem(device: torch.device) -> str | None:
     """Why Triton cannot run on ``device``, or None if it can."""
     if triton is None:
         return "Triton is not installed; it comes with torch on Linux"
-    if device.type == "cuda" or _interpreted:
+    if device.type == "cuda" or INTERPRETED:
         return None
     return f"the tensors are on {device}; Triton needs a CUDA device, or TRITON_INTERPRET=1 before Python starts"
 

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from . import _blocked
-from ._dispatch import triton
+from ._dispatch import INTERPRETED, triton
 from ._multi_tensor import guard
 from ._push import TILE, apart, block_d, block_r, fits, launch_push
 
@@ -104,8 +104,8 @@ def plan(n: int, size: int, dim: int, kind: str, slots: int, major: int) -> Plan
 
 def _capacity(device: torch.device) -> tuple[int, int]:
     """Multiprocessors, and the major version of the compute capability."""
-    if device.type != "cuda":
-        return 4, 0  # the interpreter; more than one, so that banks are cut there too
+    if INTERPRETED:
+        return 4, 0  # more than one, so that banks are cut there too
     properties = torch.cuda.get_device_properties(device)
     return properties.multi_processor_count, properties.major
 
@@ -177,7 +177,7 @@ def losses(
                 BLOCK_K=work.block_k,
                 IN_BATCH=queue is None,
                 PRECISION="tf32" if kind == "half" else kind,
-                UPCAST=device.type != "cuda" and bank.dtype == torch.bfloat16,
+                UPCAST=INTERPRETED and bank.dtype == torch.bfloat16,
                 num_warps=work.warps,
                 num_stages=work.stages,
             )

@@ -1,0 +1,136 @@
+"""Every launch as the library makes it, compiled for an H100: what Triton specialises on, and where pointers go.
+
+The interpreter takes what the compiler refuses, such as a variable that is a pointer in one branch and a number in the
+other, and the kernel report reads a few cases only.
+"""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from fastrm.kernels import (
+    EMA,
+    FeatureQueue,
+    _dispatch,
+    _multi_tensor,
+    _sweep,
+    info_nce,
+    residual_info_nce,
+    residual_loss,
+)
+from fastrm.kernels._dispatch import INTERPRETED, triton
+from fastrm.optim import LARS, SGD, AdamW
+
+if triton is None or INTERPRETED:
+    pytest.skip("needs Triton's compiler", allow_module_level=True)
+
+F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
+
+
+class H100:
+    """A driver that only says which device it has."""
+
+    def get_current_target(self) -> Any:
+        return triton.backends.compiler.GPUTarget("cuda", 90, 32)
+
+    def get_current_device(self) -> int:
+        return 90
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+
+@pytest.fixture
+def compiled(monkeypatch: pytest.MonkeyPatch) -> set[str]:
+    """Launches compile and do nothing more; the names of those that did."""
+    names: set[str] = set()
+    run = triton.runtime.jit.JITFunction.run
+
+    def compile_only(self: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> None:
+        kernel = run(self, *args, grid=grid, warmup=True, **options)
+        assert kernel.metadata.shared <= 227 * 1024
+        names.add(self.__name__)
+
+    monkeypatch.setattr(triton.runtime.jit.JITFunction, "run", compile_only)
+    monkeypatch.setattr(triton.runtime.driver, "_active", H100())
+    monkeypatch.setattr(_dispatch, "triton_problem", lambda device: None)
+    monkeypatch.setattr(_multi_tensor, "triton_problem", lambda device: None)
+    monkeypatch.setattr(_sweep, "_capacity", lambda device: (132, 9))
+    return names
+
+
+def rows(count: int, width: int, dtype: torch.dtype) -> Tensor:
+    return torch.randn(count, width, generator=torch.Generator().manual_seed(0)).to(dtype)
+
+
+# queries' dtype, bank's, width, queries, bank rows, keys of the batch, gradient, numbers in memory, reduction
+@pytest.mark.parametrize(
+    ("query", "bank", "width", "n", "size", "in_batch", "gradient", "in_memory", "reduction"),
+    [
+        (F32, BF16, 128, 256, 65_536, False, True, True, "mean"),
+        (BF16, BF16, 256, 1_100, 4_400, True, True, True, "mean"),
+        (F32, F32, 100, 70, 500, False, True, False, "sum"),
+        (F32, F32, 16, 1, 1, True, False, True, "none"),
+        (F16, F16, 512, 5, 7, False, True, True, "none"),
+        (BF16, BF16, 128, 1_100, 3_000, False, False, False, "mean"),
+        (F32, F32, 256, 70, 500, True, True, True, "none"),
+    ],
+)
+def test_losses(
+    query: torch.dtype, bank: torch.dtype, width: int, n: int, size: int, in_batch: bool, gradient: bool,
+    in_memory: bool, reduction: str, compiled: set[str],
+) -> None:  # fmt: skip
+    q = rows(n, width, query).requires_grad_(gradient)
+    key, same = rows(size if in_batch else n, width, bank if in_batch else query), rows(n, width, query)
+    numbers: Any = {"temperature": torch.tensor(0.2) if in_memory else 0.2, "backend": "triton"}
+    queue = None if in_batch else rows(size, width, bank)
+    info_nce(q, key, queue, reduction=reduction, **numbers)
+    if reduction == "mean":
+        ring = () if queue is None else (queue, torch.tensor(0))
+        numbers["residual_weight"] = torch.tensor(0.5) if in_memory else 0.5
+        residual_info_nce(q, key, same, *ring, **numbers)
+    else:
+        residual_loss(q, same, reduction=reduction, backend="triton")
+    assert compiled == {"sweep_kernel", "finish_kernel"} | ({"push_kernel"} if in_batch else set())
+
+
+def test_the_queue(compiled: set[str]) -> None:
+    queue = FeatureQueue(500, 100, dtype=BF16)
+    for skip in (None, torch.tensor(0.0)):
+        queue.enqueue_(rows(7, 100, F32), skip=skip, backend="triton")
+    assert compiled == {"push_kernel"}
+
+
+@pytest.mark.parametrize("momentum", [0.9, torch.tensor(0.9)], ids=["number", "tensor"])
+@pytest.mark.parametrize(
+    ("teacher", "student", "shadow"),
+    [(F32, F32, None), (F32, BF16, BF16), (F32, F16, F16), (BF16, BF16, None), (torch.float64, F32, None)],
+)
+def test_the_teacher(
+    teacher: torch.dtype, student: torch.dtype, shadow: torch.dtype | None, momentum: Any, compiled: set[str]
+) -> None:
+    shadows = None if shadow is None else [torch.zeros(5000, dtype=shadow)]
+    teachers, students = [torch.zeros(5000, dtype=teacher)], [torch.zeros(5000, dtype=student)]
+    EMA(teachers, students, shadow=shadows, backend="triton").update_(momentum)
+    assert compiled == {"_ema_kernel"}
+
+
+@pytest.mark.parametrize("scaled", [False, True])
+@pytest.mark.parametrize("with_teacher", [False, True])
+@pytest.mark.parametrize(("kind", "dtype"), list(itertools.product([SGD, LARS, AdamW], [F32, BF16])))
+def test_optimizers(kind: Any, dtype: torch.dtype, with_teacher: bool, scaled: bool, compiled: set[str]) -> None:
+    parameters = [torch.zeros(shape, dtype=dtype, requires_grad=True) for shape in ((50, 100), (7,))]
+    teacher = {"teacher": [p.detach().float() for p in parameters], "ema_momentum": torch.tensor(0.9)}
+    optimizer = kind(parameters, lr=0.1, backend="triton", **(teacher if with_teacher else {}))
+    for p in parameters:
+        p.grad = torch.zeros_like(p)
+    if scaled:
+        optimizer.grad_scale, optimizer.found_inf = torch.tensor(2.0), torch.tensor(0.0)
+    optimizer.step()
+    want = {LARS: {"_norms_kernel", "_momentum_kernel"}, SGD: {"_momentum_kernel"}, AdamW: {"_adamw_kernel"}}
+    assert compiled == want[kind]
