@@ -18,8 +18,9 @@ demo: install
 		--epochs 20 --teacher-momentum 0.9 --eval-every 5 --log-every 20 --resume never --out runs/demo
 	$(BIN)/python -m fastrm.evaluate --checkpoint runs/demo --knn --gap
 
+# Threads that wait asleep: where other work has the cores, those that spin made some tests twenty times slower.
 test: install
-	$(BIN)/python -m pytest tests
+	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest tests
 
 # More cases of every fuzz test, and new ones each time.
 nightly: install
