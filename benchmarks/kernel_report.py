@@ -248,9 +248,7 @@ def contrastive_cases() -> Iterable[Case]:
                 **shared,
                 **({} if gradient else {"gradient_ptr": None}),
                 **(dict.fromkeys(push) if in_batch else {}),
-                "BLOCK_R": plan.block_r,
-                "BLOCK_S": 1 << (plan.parts - 1).bit_length(),
-                "CHUNK": plan.chunk,
+                **plan.finish(),
                 "PUSH_R": _push.block_r(dim),
             },
         )

@@ -121,15 +121,15 @@ if triton is not None:
         groups = tl.cdiv(n, BLOCK_R)
         if program < groups:
             # By other names: a variable may not change its type inside a branch.
-            pull, contrast = number(residual_weight), number(contrastive_weight)
+            of_residual, of_contrastive = number(residual_weight), number(contrastive_weight)
             rows = program * BLOCK_R + tl.arange(0, BLOCK_R)
             contrastive, residual = finish_rows(
                 rows, query_ptr, key_ptr, same_ptr, averages_ptr, logsums_ptr, gradient_ptr,
-                number(temperature), pull, contrast, scale, n, key_offset, splits,
+                number(temperature), of_residual, of_contrastive, scale, n, key_offset, splits,
                 D, BLOCK_D, BLOCK_S, CHUNK, GRADIENT,
             )  # fmt: skip
             if sums_ptr is None:
-                loss = contrast * contrastive + pull * residual
+                loss = of_contrastive * contrastive + of_residual * residual
                 tl.store(losses_ptr + rows, loss, mask=rows < n)
             else:
                 tl.store(sums_ptr + program, tl.sum(contrastive))
@@ -139,7 +139,7 @@ if triton is not None:
                 if tl.atomic_add(tickets_ptr, 1, sem="acq_rel") == groups - 1:
                     c_sum = _total(sums_ptr, groups) * scale
                     r_sum = _total(sums_ptr + groups, groups) * scale
-                    tl.store(losses_ptr, contrast * c_sum + pull * r_sum)
+                    tl.store(losses_ptr, of_contrastive * c_sum + of_residual * r_sum)
                     tl.store(losses_ptr + 1, c_sum)
                     tl.store(losses_ptr + 2, r_sum)
         elif queue_ptr is not None:

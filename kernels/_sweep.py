@@ -22,7 +22,7 @@ from torch import Tensor
 from . import _blocked
 from ._dispatch import INTERPRETED, triton
 from ._multi_tensor import guard
-from ._push import TILE, apart, block_d, block_r, fits, launch_push
+from ._push import apart, block_d, block_r, fits, launch_push
 
 if triton is not None:
     from ._finish import finish_kernel
@@ -70,6 +70,10 @@ class Plan(NamedTuple):
     chunk: int
     """Parts of the bank that are put together at a time."""
 
+    def finish(self) -> dict[str, int]:
+        """Compile-time arguments of the last launch."""
+        return {"BLOCK_R": self.block_r, "BLOCK_S": triton.next_power_of_2(self.parts), "CHUNK": self.chunk}
+
 
 @functools.lru_cache(maxsize=1024)
 def plan(n: int, size: int, dim: int, kind: str, slots: int, major: int) -> Plan | None:
@@ -90,7 +94,8 @@ def plan(n: int, size: int, dim: int, kind: str, slots: int, major: int) -> Plan
     wide = kind == "half" and width in _WIDE_TILES and n >= 1024 and major in (9, 10)
     block_n, block_k, warps, stages = _WIDE_TILES[width] if wide else _TILES[kind][width]
     blocks, tiles = -(-n // block_n), -(-size // block_k)
-    slots *= 8 // warps if wide else 1
+    if wide:
+        slots *= 8 // warps
 
     def time(parts: int) -> int:
         """Rounds of programs, each as long as its tiles, and one more to begin and to end."""
@@ -98,7 +103,7 @@ def plan(n: int, size: int, dim: int, kind: str, slots: int, major: int) -> Plan
 
     share = -(-tiles // min(range(1, max(2, min(tiles, max(slots // blocks, 4)) + 1)), key=time))
     parts = -(-tiles // max(share, 1)) or 1
-    chunk = min(TILE // block_d(dim), triton.next_power_of_2(parts))
+    chunk = min(block_r(dim), triton.next_power_of_2(parts))
     return Plan(block_n, block_k, warps, stages, blocks, parts, share, block_r(dim, chunk), chunk)
 
 
@@ -196,9 +201,7 @@ def losses(
             pointer_ptr=pointer if pushed else None,
             push_ptr=apart(push, written) if push is not None and pushed else None,
             count=pushed,
-            BLOCK_R=work.block_r,
-            BLOCK_S=triton.next_power_of_2(work.parts),
-            CHUNK=work.chunk,
+            **work.finish(),
             PUSH_R=block_r(dim),
         )
     return values, to_query

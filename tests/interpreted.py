@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 import torch
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+from fastrm.kernels._dispatch import INTERPRETED
+
 DEVICE = torch.device("cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu")
 
 TRITON = pytest.param("triton", marks=() if INTERPRETED else pytest.mark.gpu)

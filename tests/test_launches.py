@@ -23,8 +23,9 @@ from fastrm.kernels import (
     residual_info_nce,
     residual_loss,
 )
-from fastrm.kernels._dispatch import INTERPRETED, triton
+from fastrm.kernels._dispatch import triton
 from fastrm.optim import LARS, SGD, AdamW
+from tests.interpreted import INTERPRETED
 
 if triton is None or INTERPRETED:
     pytest.skip("needs Triton's compiler", allow_module_level=True)
