@@ -10,7 +10,7 @@ install: $(VENV)/installed
 $(VENV)/installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet --editable '.[test,bench,docs]'
+	$(BIN)/python -m pip install --quiet --editable '.[demo,test,bench,docs]'
 	touch $@
 
 demo: install
