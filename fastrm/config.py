@@ -9,7 +9,7 @@ import dataclasses
 import math
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
@@ -229,11 +229,10 @@ def defaults(
     Raises:
         UsageError: there is no such recipe or method.
     """
-    if recipe is not None and recipe not in RECIPES:
-        raise UsageError(f"--recipe {recipe} is unknown; choose one of {', '.join(RECIPES)}")
-    if method is not None and method not in _UNNAMED:
-        raise UsageError(f"--method {method} is unknown; choose one of {', '.join(_UNNAMED)}")
+    if method is not None:
+        check_choice("method", method)
     if recipe is not None:
+        check_choice("recipe", recipe, RECIPES)
         values = dict(RECIPES[recipe])
     else:
         vit = (arch or "").startswith("vit_") and method in (None, "mocov3")
@@ -251,7 +250,7 @@ def build(**leaves: Any) -> Config:
     1.2
     """
     leaves = _with_paths(leaves)
-    _check_kinds(leaves)
+    check_kinds(leaves)
     chosen = {name: leaves[name] for name in ("recipe", "method", "arch", "epochs") if name in leaves}
     config = defaults(**chosen).replace(**leaves)
     validate(config)
@@ -317,6 +316,13 @@ def flag(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
+def check_choice(name: str, value: object, choices: Iterable[str] | None = None) -> None:
+    """Raise a UsageError unless the value of a setting is one of ``choices``; None stands for those declared above."""
+    known = list(get_args(_KINDS[name]) if choices is None else choices)
+    if not isinstance(value, str) or value not in known:
+        raise UsageError(f"{flag(name)} {str(value)[:80]} is unknown; choose one of {', '.join(known)}")
+
+
 def check_range(name: str, value: float | None) -> None:
     """Raise a UsageError if the value of a setting is out of range; None, for unset, is not."""
     low, high, open_low = _RANGES[name]
@@ -355,7 +361,8 @@ def _is_a(value: Any, kind: Any) -> bool:
     return isinstance(value, kind)
 
 
-def _check_kinds(leaves: Mapping[str, Any]) -> None:
+def check_kinds(leaves: Mapping[str, Any]) -> None:
+    """Raise a UsageError if the value of a setting is of another kind than it is declared as."""
     for name, value in leaves.items():
         kind = _KINDS.get(name, object)
         if not _is_a(value, kind):
@@ -370,7 +377,7 @@ def validate(config: Config) -> None:
         UsageError: names the flag, its value and what is right.
     """
     groups = (vars(getattr(config, group.name)) for group in dataclasses.fields(config))
-    _check_kinds({name: value for group in groups for name, value in group.items()})
+    check_kinds({name: value for group in groups for name, value in group.items()})
     values = config.flat()
     for name in ("data_root", "init_from", "out", "resume"):
         check_path(name, values[name])
@@ -379,8 +386,8 @@ def validate(config: Config) -> None:
     for name in _RANGES:
         check_range(name, values[name])
     for name, kind in _KINDS.items():
-        if get_origin(kind) is Literal and values[name] not in get_args(kind):
-            raise UsageError(f"{flag(name)} {values[name]} is unknown; choose one of {', '.join(get_args(kind))}")
+        if get_origin(kind) is Literal:
+            check_choice(name, values[name])
     optim = config.optim
     if optim.warmup_epochs >= optim.epochs:
         raise UsageError(

@@ -6,7 +6,7 @@ import os
 
 import torch
 
-from fastrm.config import Config
+from fastrm.config import Config, check_choice
 from fastrm.errors import UsageError
 from fastrm.kernels._dispatch import triton_problem
 
@@ -15,8 +15,9 @@ def choose_device(wanted: str) -> torch.device:
     """``auto`` is the GPU if there is one.
 
     Raises:
-        UsageError: a GPU is asked for and there is none.
+        UsageError: a GPU is asked for and there is none, or the name is unknown.
     """
+    check_choice("device", wanted)
     if wanted == "auto":
         wanted = "cuda" if torch.cuda.is_available() else "cpu"
     if wanted == "cuda" and not torch.cuda.is_available():
@@ -35,8 +36,9 @@ def choose_precision(wanted: str, device: torch.device) -> str:
     """``auto`` is bf16 on a GPU that has it, fp16 on one that has not, fp32 on the CPU.
 
     Raises:
-        UsageError: the device cannot compute in the precision that is asked for.
+        UsageError: the device cannot compute in the precision that is asked for, or the name is unknown.
     """
+    check_choice("precision", wanted)
     if device.type == "cpu":
         if wanted == "fp16":
             raise UsageError("--precision fp16 needs a GPU; on the CPU use fp32 or bf16")
@@ -50,7 +52,12 @@ def choose_precision(wanted: str, device: torch.device) -> str:
 
 
 def choose_compile(wanted: str, device: torch.device) -> bool:
-    """``auto`` is yes on a GPU with Triton, which torch.compile needs there, and no on the CPU."""
+    """``auto`` is yes on a GPU with Triton, which torch.compile needs there, and no on the CPU.
+
+    Raises:
+        UsageError: it is neither auto, on nor off.
+    """
+    check_choice("compile", wanted)
     return device.type == "cuda" and triton_problem(device) is None if wanted == "auto" else wanted == "on"
 
 
@@ -74,8 +81,9 @@ def choose_kernels(wanted: str, device: torch.device) -> str | None:
     """``auto`` leaves the backend of fastrm.kernels to the device.
 
     Raises:
-        UsageError: the backend cannot run here.
+        UsageError: the backend cannot run here, or the name is unknown.
     """
+    check_choice("kernels", wanted)
     if wanted == "auto":
         return None
     from fastrm.kernels import enqueue_

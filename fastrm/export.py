@@ -11,13 +11,13 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
 
 from fastrm import _cli
-from fastrm.config import check_path
+from fastrm.config import check_choice, check_path
 from fastrm.errors import UsageError
 from fastrm.evaluate import EVALUATION
 from fastrm.files import read_json, write_json, write_text, write_whole, writing
@@ -25,6 +25,8 @@ from fastrm.models import Backbone
 from fastrm.models.weights import misfit, plain_state, write_backbone
 from fastrm.pretrained import Pretrained, open_pretrained
 
+Format = Literal["timm", "torchvision", "safetensors", "onnx"]
+FORMATS = get_args(Format)
 CPU = torch.device("cpu")
 
 
@@ -34,7 +36,7 @@ class ExportConfig:
 
     checkpoint: Path
     """A run folder, a checkpoint, or a backbone.safetensors."""
-    format: Literal["timm", "torchvision", "safetensors", "onnx"]
+    format: Format
     """timm: for timm.create_model; a folder, which carries the preprocessing too, or a .safetensors file.
     torchvision: a state dict of its ResNets.
     safetensors: the weights in timm's names, with all that fastrm needs to rebuild the network.
@@ -51,6 +53,8 @@ def export(options: ExportConfig) -> Path:
     Raises:
         UsageError: the checkpoint cannot be used, the format cannot hold the network, or the file cannot be written.
     """
+    check_choice("format", options.format, FORMATS)
+    check_choice("which", options.which, ("student", "teacher"))
     ending = options.out.suffix
     endings = {"timm": ("", ".safetensors", ".pth"), "torchvision": (".safetensors", ".pth"), "onnx": (".onnx",)}
     if ending not in endings.get(options.format, (".safetensors",)):

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.profiler import record_function
 
+from fastrm.config import check_choice
 from fastrm.distributed import replicate, world
 from fastrm.errors import TrainingError
 from fastrm.methods import Method, StepOutput
@@ -51,6 +52,7 @@ class Step:
         self.accumulate, self.clip_norm, self.layout = accumulate, clip_norm, layout
         self.params = [p for p in method.parameters() if p.requires_grad]
         self.device = self.params[0].device
+        check_choice("precision", precision, ("fp32", *AUTOCAST))
         self.autocast = AUTOCAST.get(precision)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=precision == "fp16")
         self.skipped = torch.zeros((), device=self.device)

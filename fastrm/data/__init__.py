@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from fastrm.config import MethodName, check_choice, check_range
 from fastrm.data.augmentation import SUPERVISED, Augmentation, View, augmentation
 from fastrm.data.dali_loader import DaliLoader, dali_problem
 from fastrm.data.loader import Loader
@@ -72,9 +73,33 @@ def make_loader(
         by ImageNet's mean and standard deviation; ``len`` is the number of batches an epoch.
 
     Raises:
-        UsageError: the data cannot be opened or holds less than a batch, or the loader does not exist.
+        UsageError: the data cannot be opened or holds less than a batch, or an argument is of the wrong kind or
+            unknown.
     """
-    source = data if isinstance(data, Source) else open_source(str(data), data_root)
+    whole = {"image_size": image_size, "batch_size": batch_size, "workers": workers, "seed": seed}
+    for name, number in {**whole, "rank": rank, "world_size": world_size}.items():
+        if not isinstance(number, int) or isinstance(number, bool):
+            raise UsageError(f"{name} is {number!r:.80}; it must be a whole number")
+    for name in ("image_size", "workers", "seed"):
+        check_range(name, whole[name])
+    if batch_size < 1:
+        raise UsageError(f"--batch-size {batch_size} is out of range; it must be at least 1")
+    if not 0 <= rank < world_size:
+        raise UsageError(f"rank {rank} is out of range; it must be at least 0 and below world_size {world_size}")
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise UsageError(f"dtype {dtype} cannot hold views; it must be torch.float32 or another floating one")
+    if isinstance(method, Augmentation):
+        recipe = method
+    elif isinstance(method, str):
+        recipe = augmentation(method, crop_min=crop_min)
+    else:
+        raise UsageError(
+            f"method is a {type(method).__name__}; it must be one of {', '.join(get_args(MethodName))}, or a "
+            "fastrm.data.Augmentation"
+        )
+    place = _device(device)
+    check_choice("loader", loader)
+    source = data if isinstance(data, Source) else open_source(data, data_root)
     wanted = batch_size * world_size
     if wanted > len(source.train):
         raise UsageError(
@@ -84,14 +109,13 @@ def make_loader(
     common: dict[str, Any] = {
         "image_size": image_size,
         "batch_size": batch_size,
-        "device": torch.device(device),
+        "device": place,
         "dtype": dtype,
         "seed": seed,
         "rank": rank,
         "world_size": world_size,
     }
-    recipe = method if isinstance(method, Augmentation) else augmentation(method, crop_min=crop_min)
-    kind = _kind(loader, source.train, torch.device(device))
+    kind = _kind(loader, source.train, place)
     if kind == "memory":
         assert isinstance(source.train, ArrayImages)
         return MemoryLoader(source.train, recipe, **common)
@@ -112,9 +136,14 @@ def _kind(loader: str, images: Images, device: torch.device) -> str:
         raise UsageError("--loader dali reads files only; for a named set give memory, torch or auto")
     if loader == "dali" and (problem := dali_problem()):
         raise UsageError(f"--loader dali cannot be used: {problem}")
-    if loader not in ("memory", "torch", "dali"):
-        raise UsageError(f"--loader {loader} is unknown; choose one of auto, dali, memory, torch")
     return loader
+
+
+def _device(device: str | torch.device) -> torch.device:
+    try:
+        return torch.device(device)
+    except (RuntimeError, TypeError):
+        raise UsageError(f"device {device!r:.80} is unknown; it must be cpu, cuda, or one GPU such as cuda:0") from None
 
 
 def eval_loader(images: Images, *, image_size: int, batch_size: int, workers: int) -> DataLoader[Tensor]:

@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from numbers import Real
+from typing import Literal, get_args
+
+from fastrm.config import MethodName, check_choice, check_kinds, check_range
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
+
+Interpolation = Literal["bilinear", "bicubic"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,7 +27,7 @@ class View:
     """Share of the picture's area that is cropped."""
     crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)
     """Width over height of the crop."""
-    interpolation: Literal["bilinear", "bicubic"] = "bilinear"
+    interpolation: Interpolation = "bilinear"
     """Resampling of the crop to the view's size, always with antialiasing."""
     jitter_probability: float = 0.8
     """Of the four colour changes together, which come in random order."""
@@ -40,8 +47,17 @@ class View:
     """Left to right."""
 
     def __post_init__(self) -> None:
-        if not 0 <= self.hue <= 1 / 3:
-            raise ValueError(f"View: hue is {self.hue}; it must be from 0 to a third")
+        if self.interpolation not in get_args(Interpolation):
+            known = " or ".join(get_args(Interpolation))
+            raise ValueError(f"View: interpolation is {self.interpolation!r}; it must be {known}")
+        for name in ("jitter", "grayscale", "blur", "solarize", "flip"):
+            _check_numbers(self, f"{name}_probability", high=1)
+        for name in ("brightness", "contrast", "saturation"):
+            _check_numbers(self, name)
+        _check_numbers(self, "hue", high=1 / 3)
+        _check_numbers(self, "crop_scale", count=2, above=True, high=1)
+        _check_numbers(self, "crop_ratio", count=2, above=True)
+        _check_numbers(self, "blur_sigma", count=2, above=True)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,6 +70,43 @@ class Augmentation:
     """Subtracted a channel, after scaling to [0, 1]."""
     std: tuple[float, float, float] = IMAGENET_STD
     """Divided by a channel."""
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.views, tuple | list) or not self.views:
+            raise ValueError(f"Augmentation: views is {self.views!r:.80}; it must be a tuple of one View or more")
+        for view in self.views:
+            if not isinstance(view, View):
+                raise ValueError(f"Augmentation: views has a {type(view).__name__} in it; each must be a View")
+        _check_numbers(self, "mean", count=3, low=-math.inf, rising=False)
+        _check_numbers(self, "std", count=3, above=True, rising=False)
+
+
+def _check_numbers(
+    of: View | Augmentation,
+    name: str,
+    *,
+    count: int = 1,
+    low: float = 0,
+    high: float = math.inf,
+    above: bool = False,
+    rising: bool = True,
+) -> None:
+    """Raise a ValueError unless a field holds so many finite numbers in a range, and pairs in rising order."""
+    given = getattr(of, name)
+    values = given if isinstance(given, Sequence) and not isinstance(given, str) else [given]
+    right = len(values) == count and (count == 1) == (values is not given)
+    for value in values:
+        number = isinstance(value, Real) and not isinstance(value, bool)
+        right = right and number and math.isfinite(value) and value <= high and (value > low if above else value >= low)
+    if right and (not rising or list(values) == sorted(values)):
+        return
+    wanted = "a number" if count == 1 else f"{count} numbers"
+    if low > -math.inf:
+        wanted += f" {'above' if above else 'from'} {low:g}"
+    if high < math.inf:
+        wanted += f" {'up ' * above}to {'a third' if high == 1 / 3 else f'{high:g}'}"
+    order = ", the lower one first" if count > 1 and rising else ""
+    raise ValueError(f"{type(of).__name__}: {name} is {given!r:.80}; it must be {wanted}{order}")
 
 
 SUPERVISED = Augmentation(
@@ -71,12 +124,18 @@ def augmentation(method: str, *, crop_min: float) -> Augmentation:
     Args:
         method: ``"mocov3"``, ``"mocov2"``, ``"byol"`` or ``"densecl"``.
         crop_min: smallest share of the area that a crop takes.
+
+    Raises:
+        UsageError: there is no such method, or the share is not above 0 and at most 1.
     """
+    check_choice("method", method, get_args(MethodName))
+    check_kinds({"crop_min": crop_min})
+    check_range("crop_min", crop_min)
     scale = (crop_min, 1.0)
     if method in ("mocov2", "densecl"):
         view = View(crop_scale=scale)
         return Augmentation(views=(view, view))
-    interpolation: Literal["bilinear", "bicubic"] = "bicubic" if method == "byol" else "bilinear"
+    interpolation: Interpolation = "bicubic" if method == "byol" else "bilinear"
     first = View(crop_scale=scale, saturation=0.2, interpolation=interpolation, blur_probability=1.0)
     second = View(
         crop_scale=scale,

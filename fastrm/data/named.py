@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from fastrm.config import check_choice
 from fastrm.data.sources import ArrayImages, Source
 from fastrm.errors import UsageError
 
@@ -19,7 +20,7 @@ def open_named(name: str, root: Path) -> Source:
     """Open the set ``name``, one of ``NAMED``, which lies in ``root`` or is downloaded to it.
 
     Raises:
-        UsageError: it is not there and cannot be downloaded, or its files are damaged.
+        UsageError: there is no such set, it is not there and cannot be downloaded, or its files are damaged.
     """
     openers: dict[str, Callable[[], Source]] = {
         "digits": _digits,
@@ -29,6 +30,7 @@ def open_named(name: str, root: Path) -> Source:
         "cifar100": lambda: _cifar("CIFAR100", root),
         "stl10": lambda: _stl10(root),
     }
+    check_choice("data", name, openers)
     return openers[name]()
 
 

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from fastrm.config import check_path
+from fastrm.config import check_path, flag
 from fastrm.errors import UsageError
 from fastrm.files import cache_root
 
@@ -172,18 +172,24 @@ def inspect(content: bytes) -> Header:
         )
 
 
-def open_source(data: str, data_root: Path | None = None) -> Source:
+def open_source(data: str | Path, data_root: str | Path | None = None) -> Source:
     """Open a named set, or a folder in one of the three layouts.
 
     Raises:
         UsageError: there is no such set or folder, it holds no image, or a named set is not there and cannot be
             downloaded.
     """
+    for name, value in (("data", data), ("data_root", data_root)):
+        if not isinstance(value, str | Path | None):
+            raise UsageError(f"{flag(name)} is a {type(value).__name__}; it must be a path or the name of a set")
+    data = str(data or "")
+    if not data:
+        raise UsageError("--data is missing; give a folder of images, or a named set such as digits")
     check_path("data_root", data_root)
     if data in NAMED:
         from fastrm.data.named import open_named
 
-        return open_named(data, data_root or cache_root())
+        return open_named(data, Path(data_root) if data_root else cache_root())
     if data.endswith(".tar"):
         from fastrm.data.shards import open_shards
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from fastrm.config import Config
+from fastrm.config import Config, check_choice
 from fastrm.device import choose_precision
 from fastrm.methods.base import Method, StepOutput
 from fastrm.methods.byol import BYOL
@@ -31,8 +31,11 @@ def build_method(config: Config, *, device: torch.device | None = None, backend:
         backend: of fastrm.kernels; None chooses by device.
 
     Raises:
-        UsageError: there is no such backbone, or it does not go with the image size, the stem or the method.
+        UsageError: there is no such backbone, or it does not go with the image size, the stem or the method, or a
+            name is unknown.
     """
+    check_choice("method", config.method.method, METHODS)
+    check_choice("residual_at", config.method.residual_at)
     device = device or torch.device("cpu")
     backbone = build_backbone(
         config.model.arch,

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastrm.config import check_choice
 from fastrm.errors import UsageError
 
 
@@ -49,6 +50,7 @@ def build_backbone(arch: str, *, image_size: int, stem: str = "auto", moco_vit: 
     """
     import timm
 
+    check_choice("stem", stem)
     if arch not in timm.list_models():
         near = difflib.get_close_matches(arch, timm.list_models(), n=4)
         raise UsageError(

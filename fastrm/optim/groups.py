@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from fastrm.config import OptimConfig
+from fastrm.config import OptimConfig, check_choice
 from fastrm.errors import UsageError
 from fastrm.kernels import EMA
 from fastrm.methods import Method
@@ -26,8 +26,9 @@ def build_optimizer(method: Method[Any], config: OptimConfig, *, backend: str | 
     group without decay. SGD decays everything, as MoCo-v2 was published.
 
     Raises:
-        UsageError: the optimizer cannot be had here.
+        UsageError: the optimizer cannot be had here, or the name is unknown.
     """
+    check_choice("optimizer", config.optimizer)
     params = [p for p in method.parameters() if p.requires_grad]
     decay = config.weight_decay
     if config.optimizer == "lamb":
