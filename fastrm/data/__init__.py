@@ -14,7 +14,8 @@ from fastrm.data.augmentation import SUPERVISED, Augmentation, View, augmentatio
 from fastrm.data.dali_loader import DaliLoader, dali_problem
 from fastrm.data.loader import Loader
 from fastrm.data.memory_loader import MemoryLoader
-from fastrm.data.sources import ArrayImages, FileImages, Images, Source, open_source
+from fastrm.data.opening import open_source
+from fastrm.data.sources import ArrayImages, FileImages, Images, Source
 from fastrm.data.torch_loader import EvalImages, TorchLoader
 from fastrm.errors import UsageError
 from fastrm.signals import leave_to_the_trainer

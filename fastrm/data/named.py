@@ -15,6 +15,8 @@ from fastrm.config import check_choice
 from fastrm.data.sources import ArrayImages, Source
 from fastrm.errors import UsageError
 
+NAMED = ("digits", "fashion-mnist", "cifar10", "cifar100", "stl10", "synthetic")
+
 
 def open_named(name: str, root: Path) -> Source:
     """Open the set ``name``, one of ``NAMED``, which lies in ``root`` or is downloaded to it.

@@ -1,9 +1,8 @@
-"""Where images come from: folders, shards and named sets, as pictures and, where there are any, labels."""
+"""Images that are trained on, in memory or in files, and how a file becomes a picture."""
 
 from __future__ import annotations
 
 import io
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,9 +14,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from fastrm.config import check_path, flag
 from fastrm.errors import UsageError
-from fastrm.files import cache_root
 
 T = TypeVar("T")
 BROKEN = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)
@@ -29,7 +26,6 @@ def reason(error: Exception) -> str:
     return str(error) or type(error).__name__
 
 
-NAMED = ("digits", "fashion-mnist", "cifar10", "cifar100", "stl10", "synthetic")
 ENDINGS = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".ppm", ".pgm"})
 
 
@@ -172,89 +168,12 @@ def inspect(content: bytes) -> Header:
         )
 
 
-def open_source(data: str | Path, data_root: str | Path | None = None) -> Source:
-    """Open a named set, or a folder in one of the three layouts.
-
-    Raises:
-        UsageError: there is no such set or folder, it holds no image, or a named set is not there and cannot be
-            downloaded.
-    """
-    for name, value in (("data", data), ("data_root", data_root)):
-        if not isinstance(value, str | Path | None):
-            raise UsageError(f"{flag(name)} is a {type(value).__name__}; it must be a path or the name of a set")
-    data = str(data or "")
-    if not data:
-        raise UsageError("--data is missing; give a folder of images, or a named set such as digits")
-    check_path("data_root", data_root)
-    if data in NAMED:
-        from fastrm.data.named import open_named
-
-        return open_named(data, Path(data_root) if data_root else cache_root())
-    if data.endswith(".tar"):
-        from fastrm.data.shards import open_shards
-
-        shards = open_shards(data)
-        return without_validation("shards", shards, f"{len(shards):,} images in {len(shards.stored_in())} shards")
-    check_path("data", data)
-    folder = expanded(data)
-    if not folder.exists():
-        raise UsageError(
-            f"--data {data} does not exist; give a folder of images, tar shards, or one of {', '.join(NAMED)}"
-        )
-    if not folder.is_dir():
-        raise UsageError(f"--data {data} is a file; give the folder that holds the images, or shards that end in .tar")
-    return _folder(folder)
-
-
 def expanded(data: str) -> Path:
     """The path that ``--data`` stands for, with a home folder written out."""
     try:
         return Path(data).expanduser()
     except RuntimeError:
         raise UsageError(f"--data {data} cannot be found: there is no such user, or no home folder") from None
-
-
-def _files_below(folder: Path) -> list[Path]:
-    """Image files at any depth, in a fixed order; hidden files and folders are passed over."""
-    found = []
-    for base, folders, files in os.walk(folder, followlinks=True):
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        found += [
-            Path(base, name)
-            for name in sorted(files)
-            if not name.startswith(".") and os.path.splitext(name)[1].lower() in ENDINGS
-        ]
-    return found
-
-
-def _labelled(folder: Path, classes: Sequence[str] | None = None) -> tuple[FileImages, list[str]]:
-    """Images below ``folder``, labelled by its subfolders if they are two or more that hold all the images."""
-    paths = _files_below(folder)
-    tops = [path.relative_to(folder).parts[0] if path.parent != folder else "" for path in paths]
-    found = sorted(set(tops))
-    if len(found) < 2 or "" in found:
-        return FileImages(paths, None), []
-    known = list(classes or found)
-    if unknown := set(found) - set(known):
-        raise UsageError(
-            f"--data: {folder} has classes that the training images have not: {', '.join(sorted(unknown))}"
-        )
-    return FileImages(paths, np.array([known.index(top) for top in tops], dtype=np.int64)), known
-
-
-def _folder(folder: Path) -> Source:
-    base = folder / "train" if (folder / "train").is_dir() else folder
-    train, classes = _labelled(base)
-    if len(train) == 0:
-        raise UsageError(f"--data {folder} holds no image; looked below {base} for {', '.join(sorted(ENDINGS))}")
-    name = folder.resolve().name or "data"
-    about = f"{len(train):,} images in {base}"
-    if classes and base != folder and (folder / "val").is_dir():
-        test, _ = _labelled(folder / "val", classes)
-        if test.labels is not None:
-            about += f", {len(classes)} classes; {len(test):,} for validation"
-            return Source(name=name, train=train, bank=train, test=test, about=about)
-    return without_validation(name, train, about)
 
 
 def without_validation(name: str, train: FileImages, about: str) -> Source:

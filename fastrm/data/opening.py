@@ -1,0 +1,43 @@
+"""Whatever ``--data`` names, opened: a folder, shards or a named set."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from fastrm.config import check_path, flag
+from fastrm.data.folders import open_folder
+from fastrm.data.named import NAMED, open_named
+from fastrm.data.shards import open_shards
+from fastrm.data.sources import Source, expanded, without_validation
+from fastrm.errors import UsageError
+from fastrm.files import cache_root
+
+
+def open_source(data: str | Path, data_root: str | Path | None = None) -> Source:
+    """Open a named set, or a folder in one of the three layouts.
+
+    Raises:
+        UsageError: there is no such set or folder, it holds no image, or a named set is not there and cannot be
+            downloaded.
+    """
+    for name, value in (("data", data), ("data_root", data_root)):
+        if not isinstance(value, str | Path | None):
+            raise UsageError(f"{flag(name)} is a {type(value).__name__}; it must be a path or the name of a set")
+    data = str(data or "")
+    if not data:
+        raise UsageError("--data is missing; give a folder of images, or a named set such as digits")
+    check_path("data_root", data_root)
+    if data in NAMED:
+        return open_named(data, Path(data_root) if data_root else cache_root())
+    if data.endswith(".tar"):
+        shards = open_shards(data)
+        return without_validation("shards", shards, f"{len(shards):,} images in {len(shards.stored_in())} shards")
+    check_path("data", data)
+    folder = expanded(data)
+    if not folder.exists():
+        raise UsageError(
+            f"--data {data} does not exist; give a folder of images, tar shards, or one of {', '.join(NAMED)}"
+        )
+    if not folder.is_dir():
+        raise UsageError(f"--data {data} is a file; give the folder that holds the images, or shards that end in .tar")
+    return open_folder(folder)
