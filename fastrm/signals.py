@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import signal
 import threading
@@ -69,6 +70,25 @@ def _numbers() -> list[int]:
 
 
 def leave_to_the_trainer(_: int = 0) -> None:
-    """Let a loader process pass over signals that a scheduler or a terminal sends to all processes of a run."""
+    """Let a loader process pass over signals that a scheduler or a terminal sends to all processes of a run.
+
+    The trainer answers these signals, and needs its loader until it has saved. SIGTERM from the process that started
+    this one still ends it: that is how Python ends loader processes when a script ends.
+    """
     for number in _numbers():
-        signal.signal(number, signal.SIG_IGN)
+        if number != signal.SIGTERM:
+            signal.signal(number, signal.SIG_IGN)
+    # Who sent a signal is told to those that wait for it, and not to Python's handlers. macOS and Windows do not tell:
+    # there SIGTERM keeps its effect.
+    if hasattr(signal, "sigwaitinfo"):
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        threading.Thread(target=_end_for_the_trainer, daemon=True).start()
+
+
+def _end_for_the_trainer() -> None:
+    """Wait for a SIGTERM from the process that started this one, and end."""
+    trainer = multiprocessing.parent_process()
+    while True:
+        sent = signal.sigwaitinfo({signal.SIGTERM})
+        if trainer is not None and sent.si_pid == trainer.pid:
+            os._exit(0)
