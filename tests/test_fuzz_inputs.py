@@ -28,7 +28,7 @@ from fastrm import checkpoint, pretrained
 from fastrm.config import Config, build, from_flat
 from fastrm.data.named import open_named
 from fastrm.data.scan import fault
-from fastrm.data.shards import open_shards
+from fastrm.data.shards import ShardImages, open_shards
 from fastrm.data.sources import BROKEN, decode, inspect
 from fastrm.errors import UsageError
 
@@ -216,7 +216,8 @@ def read_shard(content: bytes) -> None:
         path.parent.mkdir()
         path.write_bytes(content)
         try:
-            images = open_shards(str(path))
+            images = open_shards(str(path)).train
+            assert isinstance(images, ShardImages)
         except UsageError:
             pass
         else:

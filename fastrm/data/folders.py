@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from fastrm.data.sources import ENDINGS, FileImages, Source, without_validation
+from fastrm.data.sources import FileImages, Source, endings, without_validation
 from fastrm.errors import UsageError
 
 
@@ -20,7 +20,7 @@ def _files_below(folder: Path) -> list[Path]:
         found += [
             Path(base, name)
             for name in sorted(files)
-            if not name.startswith(".") and os.path.splitext(name)[1].lower() in ENDINGS
+            if not name.startswith(".") and os.path.splitext(name)[1].lower() in endings()
         ]
     return found
 
@@ -45,7 +45,7 @@ def open_folder(folder: Path) -> Source:
     base = folder / "train" if (folder / "train").is_dir() else folder
     train, classes = _labelled(base)
     if len(train) == 0:
-        raise UsageError(f"--data {folder} holds no image; looked below {base} for {', '.join(sorted(ENDINGS))}")
+        raise UsageError(f"--data {folder} holds no image; looked below {base} for {', '.join(sorted(endings()))}")
     name = folder.resolve().name or "data"
     about = f"{len(train):,} images in {base}"
     if classes and base != folder and (folder / "val").is_dir():
@@ -53,4 +53,4 @@ def open_folder(folder: Path) -> Source:
         if test.labels is not None:
             about += f", {len(classes)} classes; {len(test):,} for validation"
             return Source(name=name, train=train, bank=train, test=test, about=about)
-    return without_validation(name, train, about)
+    return without_validation(name, train, about, {})

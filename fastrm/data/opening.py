@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from fastrm.config import check_path, flag
 from fastrm.data.folders import open_folder
 from fastrm.data.named import NAMED, open_named
-from fastrm.data.shards import open_shards
-from fastrm.data.sources import Source, expanded, without_validation
+from fastrm.data.shards import COMPRESSED, open_shards
+from fastrm.data.sources import Source, expanded
 from fastrm.errors import UsageError
 from fastrm.files import cache_root
 
@@ -29,14 +30,16 @@ def open_source(data: str | Path, data_root: str | Path | None = None) -> Source
     check_path("data_root", data_root)
     if data in NAMED:
         return open_named(data, Path(data_root) if data_root else cache_root())
-    if data.endswith(".tar"):
-        shards = open_shards(data)
-        return without_validation("shards", shards, f"{len(shards):,} images in {len(shards.stored_in())} shards")
-    check_path("data", data)
+    if COMPRESSED.search(data):
+        raise UsageError(f"--data {data} is compressed, and shards are read by offset; unpack them to .tar files")
     folder = expanded(data)
+    if data.lower().endswith(".tar") and not os.path.isdir(folder):
+        return open_shards(data)
+    check_path("data", data)
     if not folder.exists():
         raise UsageError(
-            f"--data {data} does not exist; give a folder of images, tar shards, or one of {', '.join(NAMED)}"
+            f"--data {data} does not exist; give a folder of images, shards as in 'train-*.tar', or one of "
+            f"{', '.join(NAMED)}"
         )
     if not folder.is_dir():
         raise UsageError(f"--data {data} is a file; give the folder that holds the images, or shards that end in .tar")

@@ -6,33 +6,25 @@ position, every image once an epoch, and no process that is bound to a shard.
 
 from __future__ import annotations
 
-import itertools
+import glob
 import os
 import re
-import tarfile
+from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from fastrm.config import check_path
-from fastrm.data.sources import ENDINGS, FileImages, expanded
+from fastrm.data.sources import FileImages, Source, endings, expanded, natural, passed_over, without_validation
+from fastrm.data.tar import Member, Shard, read_shard
 from fastrm.errors import UsageError
 
 MOST = 1_000_000  # shards in one pattern
-
-
-class Member(NamedTuple):
-    """Where an image lies."""
-
-    shard: Path
-    offset: int
-    size: int
-    name: str
-    label: int | None
+COMPRESSED = re.compile(r"\.(tgz|tbz2?|txz|tzst|tar\.(gz|bz2|xz|zst|lz4|z))$", re.IGNORECASE)
+_VALIDATION = re.compile(r"(?<![a-z])(val|valid|validation|dev|test)(?![a-z])", re.IGNORECASE)
 
 
 class ShardImages(FileImages):
@@ -60,25 +52,84 @@ class ShardImages(FileImages):
         return ShardImages([self._members[i] for i in indices])
 
 
-def open_shards(pattern: str) -> ShardImages:
-    """Find the images in shards.
+def open_shards(pattern: str) -> Source:
+    """Open the images in shards.
 
     Args:
-        pattern: a tar file, or several as in ``train-{0000..0146}.tar`` or ``{a,b}.tar``.
+        pattern: a tar file, or several as in ``train-{0000..0146}.tar``, ``{a,b}.tar`` or ``train-*.tar``.
 
     Raises:
-        UsageError: a shard is not there or no uncompressed tar file, or there is no image in them.
+        UsageError: a shard is not there or no uncompressed tar file, there is no image in them, or two images or labels
+            share a key.
     """
-    shards = [expanded(name) for name in expand(pattern)]
+    return open_shard_files(_found(pattern), pattern)
+
+
+def open_shard_files(shards: Sequence[Path], data: str, *, passed: Counter[str] | None = None) -> Source:
+    """Open the images in these shards, which ``--data`` stands for; ``passed`` counts what lay beside them."""
     for shard in shards:
         check_path("data", shard)
         if not shard.is_file():
-            raise UsageError(f"--data {pattern}: {shard} does not exist")
+            raise UsageError(f"--data {data}: {shard} {'is a folder' if shard.is_dir() else 'does not exist'}")
+    twice = [shard for shard, count in Counter(os.path.realpath(shard) for shard in shards).items() if count > 1]
+    if twice:
+        raise UsageError(f"--data {data} names {twice[0]} more than once")
     with ThreadPoolExecutor(min(32, 4 * (os.cpu_count() or 1))) as threads:  # waiting for the disk, mostly
-        members = list(itertools.chain.from_iterable(threads.map(_members, shards)))
-    if not members:
-        raise UsageError(f"--data {pattern} holds no image; looked for {', '.join(sorted(ENDINGS))}")
-    return ShardImages(members)
+        read = list(threads.map(read_shard, shards))
+    images = ShardImages([member for shard in read for member in shard.members])
+    if not images.paths:
+        said = passed_over(sum((shard.passed for shard in read), Counter()))
+        raise UsageError(f"--data {data} holds no image{said}; looked for {', '.join(sorted(endings()))}")
+    about = [f"{len(images):,} images in {len(shards)} shards", *_notes(read, images)]
+    passed = sum((shard.passed for shard in read), Counter(passed or {}))
+    return without_validation("shards", images, "; ".join(about), passed, why="shards have no val folder")
+
+
+def _notes(read: Sequence[Shard], images: ShardImages) -> list[str]:
+    """What a user should know of the shards besides."""
+    members = [member for shard in read for member in shard.members]
+    without = [member for member in members if member.label is None]
+    notes = []
+    if images.labels is None and len(without) < len(members):
+        notes.append(f"{len(without):,} of them have no .cls (first {without[0].name}), so no label is used")
+    if empty := [shard.path for shard in read if not shard.members]:
+        notes.append(f"{len(empty)} shards hold no image (first {empty[0]})")
+    if unended := [shard.path for shard in read if not shard.ended]:
+        notes.append(f"{len(unended)} shards have no end mark and may be cut off (first {unended[0]})")
+    return notes
+
+
+def _found(pattern: str) -> list[Path]:
+    """The files that a pattern stands for, in the order of the pattern and of the numbers in their names."""
+    if "::" in pattern or "://" in pattern or pattern.startswith("pipe:"):
+        raise UsageError(f"--data {pattern}: shards are read from local files; several are named as in '{{a,b}}.tar'")
+    if os.path.isfile(expanded(pattern)):  # whatever signs are in its name
+        return [expanded(pattern)]
+    shards: list[Path] = []
+    for name in expand(pattern):
+        path = expanded(name)
+        if not glob.has_magic(name) or os.path.exists(path):
+            shards.append(path)
+            continue
+        matching = [Path(match) for match in sorted(glob.glob(str(path)), key=natural)]
+        if not matching:
+            raise UsageError(f"--data {pattern}: no file matches {name}")
+        check_one_part(matching, pattern)
+        check_one_part(matching, pattern)
+        shards += matching
+    return shards
+
+
+def check_one_part(shards: Sequence[Path], data: str) -> None:
+    """Raise a UsageError if by their names some of the shards, but not all, are for validation."""
+    aside = [shard for shard in shards if _VALIDATION.search(shard.stem)]
+    if aside and len(aside) < len(shards):
+        first = next(shard for shard in shards if shard not in aside)
+        wanted = first.with_name(first.stem.rstrip("0123456789") + "*.tar")
+        raise UsageError(
+            f"--data {data} stands for shards to train on, such as {first.name}, and by their names for others, such "
+            f"as {aside[0].name}; give those to train on, as in '{wanted}'"
+        )
 
 
 def expand(pattern: str) -> list[str]:
@@ -97,33 +148,3 @@ def expand(pattern: str) -> list[str]:
     else:
         choices = found[1].split(",")
     return [name for choice in choices for name in expand(pattern[: found.start()] + choice + pattern[found.end() :])]
-
-
-def _label(text: bytes) -> int:
-    label = int(text) if text.strip().isdigit() else -1
-    if not 0 <= label < 2**31:
-        raise ValueError(f"a label is {text!r}; it must be a whole number from 0 to {2**31 - 1}")
-    return label
-
-
-def _members(shard: Path) -> list[Member]:
-    images: list[tuple[str, tarfile.TarInfo]] = []
-    labels: dict[str, int] = {}
-    try:
-        with tarfile.open(shard, "r:") as tar:
-            for info in tar:
-                folder, _, base = info.name.rpartition("/")
-                key = f"{folder}/{base.partition('.')[0]}"  # WebDataset's: up to the first dot of the last part
-                if not info.isreg() or base.startswith("."):
-                    continue
-                if base.endswith(".cls"):
-                    text = tar.extractfile(info)
-                    assert text is not None
-                    labels[key] = _label(text.read(32))
-                elif os.path.splitext(base)[1].lower() in ENDINGS:
-                    images.append((key, info))
-    except (OSError, tarfile.TarError) as error:
-        raise UsageError(f"--data: {shard} is not a whole, uncompressed tar file ({error})") from None
-    except ValueError as error:
-        raise UsageError(f"--data: {shard} cannot be read: {error}") from None
-    return [Member(shard, info.offset_data, info.size, info.name, labels.get(key)) for key, info in images]

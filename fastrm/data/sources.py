@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Callable, Sequence
+import re
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple, TypeVar
@@ -11,12 +12,13 @@ from typing import NamedTuple, TypeVar
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, features
 from torch import Tensor
 
 from fastrm.errors import UsageError
 
 T = TypeVar("T")
+_KINDS_TOLD = 8
 BROKEN = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)
 """What Pillow raises for a file that is no picture, or a broken one."""
 
@@ -24,9 +26,6 @@ BROKEN = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)
 def reason(error: Exception) -> str:
     """What an error says, or its kind if it says nothing."""
     return str(error) or type(error).__name__
-
-
-ENDINGS = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".ppm", ".pgm"})
 
 
 class ArrayImages:
@@ -168,6 +167,34 @@ def inspect(content: bytes) -> Header:
         )
 
 
+# What Pillow opens and does not decode by itself, or what holds no picture.
+_NOT_DECODED = frozenset({"BUFR", "EPS", "GRIB", "HDF5", "IPTC", "MPEG", "WMF"})
+_FEATURES = {"AVIF": "avif", "JPEG": "jpg", "JPEG2000": "jpg_2000", "WEBP": "webp"}
+
+
+def endings() -> frozenset[str]:
+    """How the names of pictures end that Pillow, as it is installed and extended here, decodes: ``.jpg`` and so on."""
+    Image.init()
+    absent = {kind for kind, feature in _FEATURES.items() if not features.check(feature)}
+    decoded = Image.OPEN.keys() - _NOT_DECODED - absent
+    return frozenset(ending for ending, kind in Image.registered_extensions().items() if kind in decoded)
+
+
+def natural(name: object) -> tuple[list[str | int], str]:
+    """A key to sort by that puts ``9`` before ``10``."""
+    parts = re.split(r"(\d+)", str(name))
+    return [int(part) if i % 2 else part for i, part in enumerate(parts)], str(name)
+
+
+def passed_over(kinds: Mapping[str, int]) -> str:
+    """Say how many files of which kinds are not used, the most first: ``"; passed over: 3 .txt, 1 hidden"``."""
+    most = sorted(kinds.items(), key=lambda kind: (-kind[1], kind[0]))
+    told = [f"{count:,} {kind}" for kind, count in most[:_KINDS_TOLD]]
+    if rest := most[_KINDS_TOLD:]:
+        told.append(f"{sum(count for _, count in rest):,} of {len(rest)} other kinds")
+    return f"; passed over: {', '.join(told)}" if told else ""
+
+
 def expanded(data: str) -> Path:
     """The path that ``--data`` stands for, with a home folder written out."""
     try:
@@ -176,13 +203,19 @@ def expanded(data: str) -> Path:
         raise UsageError(f"--data {data} cannot be found: there is no such user, or no home folder") from None
 
 
-def without_validation(name: str, train: FileImages, about: str) -> Source:
-    """A source whose labelled images, if it has labels, are split for kNN."""
+def without_validation(
+    name: str, train: FileImages, about: str, passed: Mapping[str, int], *, why: str = "there is no val folder"
+) -> Source:
+    """A source whose labelled images, if it has labels, are split for kNN; ``why`` says why there are no others."""
+    bank = test = None
     if train.labels is None:
-        return Source(name=name, train=train, bank=None, test=None, about=f"{about}, without labels")
-    bank, test = _held_out(train)
-    about += f", {len(np.unique(train.labels))} classes; without a val folder, kNN is tried on a tenth of them"
-    return Source(name=name, train=train, bank=bank, test=test, about=f"{about} and looks up the rest")
+        about += "; without labels"
+    else:
+        bank, test = _held_out(train)
+        about += (
+            f"; {len(np.unique(train.labels))} classes; {why}: kNN is tried on a tenth of them and looks up the rest"
+        )
+    return Source(name=name, train=train, bank=bank, test=test, about=about + passed_over(passed))
 
 
 def _held_out(images: FileImages) -> tuple[FileImages, FileImages]:

@@ -1,0 +1,201 @@
+"""What is in real shards besides an image and a label each: used, passed over and counted, or refused by name."""
+
+from __future__ import annotations
+
+import gzip
+import io
+import tarfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from fastrm.data import Source, open_source
+from fastrm.data.shards import ShardImages
+from fastrm.errors import UsageError
+
+
+def picture(shade: int = 0, kind: str = "JPEG") -> bytes:
+    written = io.BytesIO()
+    Image.new("RGB", (9, 7), (shade, 0, 0)).save(written, kind)
+    return written.getvalue()
+
+
+def pack(path: Path, members: list[tuple[str, bytes]], **kinds: Any) -> str:
+    """Write a tar file; ``kinds`` gives the links in it as (kind, target) by name."""
+    with tarfile.open(path, "w") as tar:
+        for name, content in members:
+            info = tarfile.TarInfo(name)
+            if name in kinds:
+                info.type, info.linkname = kinds[name]
+            else:
+                info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+    return str(path)
+
+
+def samples(*keys: str, ending: str = "jpg") -> list[tuple[str, bytes]]:
+    return [part for i, key in enumerate(keys) for part in ((f"{key}.{ending}", picture(i)), (f"{key}.cls", b"%d" % i))]
+
+
+def names(source: Source) -> list[str]:
+    assert isinstance(source.train, ShardImages)
+    return [path.name for path in source.train.paths]
+
+
+def labels(source: Source) -> list[int]:
+    assert source.train.labels is not None
+    return source.train.labels.tolist()
+
+
+def test_a_sample_as_img2dataset_and_segmentation_sets_write_it(tmp_path: Path) -> None:
+    members = []
+    for i in range(3):
+        extra = [(f"000{i}.json", b"{}"), (f"000{i}.txt", b"a caption"), (f"000{i}.seg.png", picture(9, "PNG"))]
+        members += [*extra, (f"000{i}.jpg", picture(i)), (f"000{i}.cls", b" 7\n")]
+    source = open_source(pack(tmp_path / "a.tar", [*members, ("._0000.jpg", b"x"), ("Readme", b"")]))
+    assert names(source) == ["0000.jpg", "0001.jpg", "0002.jpg"]
+    assert labels(source) == [7, 7, 7]
+    assert source.about.endswith("passed over: 3 .json, 3 .seg.png, 3 .txt, 1 hidden, 1 without an ending")
+
+
+def test_keys_are_paths_and_endings_have_no_case(tmp_path: Path) -> None:
+    members = [("./a/0.CLS", b"1"), ("a/0.JPG", picture()), ("b/0.PNG", picture(1, "PNG")), ("b/0.cls", b"0")]
+    source = open_source(pack(tmp_path / "a.TAR", members))
+    assert labels(source) == [1, 0]
+    assert isinstance(source.train, ShardImages)
+    assert source.train.content(1) == picture(1, "PNG")
+
+
+@pytest.mark.parametrize(
+    ("members", "message"),
+    [
+        (samples("img.v1.0001", "img.v1.0002"), "img.v1.0001.jpg and img.v1.0002.jpg have one key"),
+        (samples("img.v1.0001"), "img.v1.0001.jpg has the ending .v1.0001.jpg, since a key ends at the first dot"),
+        (samples("0") + samples("0", ending="png")[:1], "0.jpg and 0.png have one key"),
+        ([("0.rgb.jpg", picture()), ("0.cls", b"1")], "0.rgb.jpg has the ending .rgb.jpg"),
+        ([*samples("0"), ("0.jpg", picture(3))], "0.jpg and 0.jpg have one key"),
+        ([*samples("0"), ("0.CLS", b"1")], "0.cls and 0.CLS are two labels of one key"),
+        ([*samples("0"), ("1.jpg", b""), ("1.cls", b"cat")], "the label in 1.cls is b'cat'; it must be a whole"),
+        ([("1.jpg", picture()), ("1.cls", b"1" + b" " * 40)], "the label in 1.cls"),
+        ([("a.txt", b""), ("b.mp4", b"")], "holds no image; passed over: 1 .mp4, 1 .txt; looked for .*jpg"),
+    ],
+)
+def test_what_is_not_one_image_and_one_label_is_named(
+    members: list[tuple[str, bytes]], message: str, tmp_path: Path
+) -> None:
+    with pytest.raises(UsageError, match=message):
+        open_source(pack(tmp_path / "a.tar", members))
+
+
+def test_labels_that_are_missing_are_counted(tmp_path: Path) -> None:
+    members = [*samples("0", "1"), ("2.jpg", picture()), ("3.cls", b"3"), ("1.fine.cls", b"9")]
+    source = open_source(pack(tmp_path / "a.tar", members))
+    assert source.train.labels is source.test is None
+    assert source.about == (
+        "3 images in 1 shards; 1 of them have no .cls (first 2.jpg), so no label is used; without labels; "
+        "passed over: 1 .cls without an image, 1 .fine.cls"
+    )
+
+
+def test_links_in_a_shard(tmp_path: Path) -> None:
+    links = {
+        "1.jpg": (tarfile.LNKTYPE, "0.jpg"), "1.cls": (tarfile.LNKTYPE, "0.cls"), "2.jpg": (tarfile.LNKTYPE, "9.jpg"),
+        "3.jpg": (tarfile.SYMTYPE, "0.jpg"), "4.jpg": (tarfile.FIFOTYPE, ""),
+    }  # fmt: skip
+    source = open_source(pack(tmp_path / "a.tar", [*samples("0"), *((name, b"") for name in links)], **links))
+    assert names(source) == ["0.jpg", "1.jpg"]
+    assert labels(source) == [0, 0]
+    assert isinstance(source.train, ShardImages)
+    assert source.train.content(1) == source.train.content(0) == picture()
+    assert "passed over: 1 links, 1 links that lead nowhere, 1 special files" in source.about
+
+
+def test_a_sparse_member_is_named(tmp_path: Path) -> None:
+    content = picture() + bytes(4096)
+    info = tarfile.TarInfo("0.jpg")
+    info.pax_headers = {"GNU.sparse.map": f"0,{len(content)}", "GNU.sparse.size": str(len(content) + 9)}
+    info.size = len(content)
+    with tarfile.open(tmp_path / "a.tar", "w", format=tarfile.PAX_FORMAT) as tar:
+        tar.addfile(info, io.BytesIO(content))
+    with pytest.raises(UsageError, match=r"0.jpg is stored as a sparse file"):
+        open_source(str(tmp_path / "a.tar"))
+
+
+def test_packed_shards_say_what_to_do(tmp_path: Path) -> None:
+    pack(tmp_path / "a.tar", samples("0", "1"))
+    packed = gzip.compress((tmp_path / "a.tar").read_bytes())
+    for name, message in (
+        ("b.tar", "packed with gzip; .* unpack"),
+        ("b.tar.gz", "compressed, .* unpack"),
+        ("b.TGZ", "unp"),
+    ):
+        (tmp_path / name).write_bytes(packed)
+        with pytest.raises(UsageError, match=message):
+            open_source(str(tmp_path / name))
+
+
+def test_a_tar_file_of_which_a_reader_would_see_a_part(tmp_path: Path) -> None:
+    for name in "ab":
+        pack(tmp_path / f"{name}.tar", samples(f"{name}0", f"{name}1"))
+    first, second = ((tmp_path / f"{name}.tar").read_bytes() for name in "ab")
+    (tmp_path / "joined.tar").write_bytes(first + second)
+    with tarfile.open(tmp_path / "a.tar") as tar:
+        third = tar.getmembers()[2].offset
+    (tmp_path / "damaged.tar").write_bytes(first[:third] + b"x" * 512 + first[third + 512 :])
+    (tmp_path / "cut.tar").write_bytes(first[: third + 100])
+    for name, message in (
+        ("joined", "goes on behind its end mark at byte"),
+        ("damaged", f"damaged or cut off at byte {third:,}"),
+        ("cut", f"damaged or cut off at byte {third:,}"),
+    ):
+        with pytest.raises(UsageError, match=message):
+            open_source(str(tmp_path / f"{name}.tar"))
+    (tmp_path / "unended.tar").write_bytes(first.rstrip(b"\0") + bytes(-len(first.rstrip(b"\0")) % 512))
+    assert "1 shards have no end mark and may be cut off (first" in open_source(str(tmp_path / "unended.tar")).about
+
+
+def test_patterns(tmp_path: Path) -> None:
+    for i in (0, 9, 10):
+        pack(tmp_path / f"train-{i}.tar", samples(f"{i}", f"1{i}"))
+    pack(tmp_path / "{odd}[1].tar", samples("odd", "even"))
+    for pattern in ("train-*.tar", "train-[0-9]*.tar", "train-{0,9,10}.tar", "tra{in-0,in-9,in-10}.tar"):
+        assert names(open_source(str(tmp_path / pattern)))[::2] == ["0.jpg", "9.jpg", "10.jpg"], pattern
+    assert names(open_source(str(tmp_path / "{odd}[1].tar"))) == ["odd.jpg", "even.jpg"]
+    (tmp_path / "folder.tar").mkdir()
+    for pattern, message in (
+        ("valid-*.tar", "no file matches .*valid-"),
+        ("{train-*,train-0}.tar", "names .*train-0.tar more than once"),
+        ("fol*.tar", "folder.tar is a folder"),
+        ("http://x/a.tar", "local files"),
+        ("a.tar::b.tar", "local files"),
+    ):
+        with pytest.raises(UsageError, match=message):
+            open_source(str(tmp_path / pattern) if "://" not in pattern else pattern)
+    pack(tmp_path / "train-val-0.tar", samples("a"))
+    with pytest.raises(
+        UsageError, match=r"for others, such as train-val-0.tar; give those to train on, as in '.*\*.tar'"
+    ):
+        open_source(str(tmp_path / "train-*.tar"))
+
+
+def test_an_empty_shard_is_said(tmp_path: Path) -> None:
+    pack(tmp_path / "0.tar", samples("0", "1"))
+    pack(tmp_path / "1.tar", [("a.json", b"")])
+    source = open_source(str(tmp_path / "{0,1}.tar"))
+    assert "2 images in 2 shards; 1 shards hold no image (first" in source.about
+    (tmp_path / "1.tar").write_bytes(b"")
+    with pytest.raises(UsageError, match=r"1.tar is not a whole"):
+        open_source(str(tmp_path / "{0,1}.tar"))
+
+
+def test_labels_go_with_their_pictures(tmp_path: Path) -> None:
+    """Whatever the order of the members: the label says the shade."""
+    rng = np.random.default_rng(0)
+    members = [part for i in range(20) for part in ((f"k{i}.png", picture(i, "PNG")), (f"k{i}.cls", b"%d" % i))]
+    members = [members[i] for i in rng.permutation(len(members))]
+    source = open_source(pack(tmp_path / "a.tar", members))
+    for i, label in enumerate(labels(source)):
+        assert source.train[i].getpixel((0, 0)) == (label, 0, 0)
