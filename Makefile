@@ -18,14 +18,26 @@ demo: install
 		--epochs 20 --teacher-momentum 0.9 --eval-every 5 --log-every 20 --resume never --out runs/demo
 	$(BIN)/python -m fastrm.evaluate --checkpoint runs/demo --knn --gap
 
-# Threads that wait asleep: where other work has the cores, those that spin made some tests twenty times slower.
-test: install
-	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest tests
+# One process of tests per core, each with one thread: pytest-xdist deals out the tests. Threads wait asleep, since those
+# that spin made some tests twenty times slower where other work has the cores.
+PYTEST := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive $(BIN)/python -m pytest
+SPREAD := --numprocesses logical --maxprocesses 8 --dist loadgroup
 
-# More cases of every fuzz test, and new ones each time.
+test: install
+	$(PYTEST) tests $(SPREAD)
+
+# The slow tests, and more cases of every fuzz test, new ones each time. A part that fails does not hide the others, and
+# each can be run alone: make nightly PARTS=fuzz.
+PARTS ?= slow fuzz
+NIGHTLY_slow := tests -m slow
+NIGHTLY_fuzz := tests/test_fuzz_arguments.py tests/test_fuzz_flags.py tests/test_fuzz_inputs.py \
+	tests/test_fuzz_kernels.py --hypothesis-profile nightly
+
 nightly: install
-	$(BIN)/python -m pytest tests/test_fuzz_arguments.py tests/test_fuzz_flags.py tests/test_fuzz_inputs.py \
-		tests/test_fuzz_kernels.py --hypothesis-profile nightly
+	@$(MAKE) --keep-going --no-print-directory $(PARTS:%=nightly-%)
+
+nightly-%: install
+	$(PYTEST) $(NIGHTLY_$*) $(SPREAD)
 
 check: install
 	$(BIN)/ruff check .

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,19 @@ CASES = 8 if INTERPRETED else 25
 settings.register_profile("ordinary", max_examples=CASES, derandomize=True, database=None, deadline=None)
 settings.register_profile("nightly", max_examples=400, deadline=None)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ordinary"))
+
+
+CACHES = ("XDG_CACHE_HOME", "MPLCONFIGDIR", "TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Caches of this session alone, shared by its processes: what the user keeps is neither read nor written."""
+    if hasattr(config, "workerinput"):
+        return  # a process of pytest-xdist, which has the environment of the one that started it
+    folder = Path(tempfile.mkdtemp(prefix="fastrm-tests-"))
+    config.add_cleanup(lambda: shutil.rmtree(folder, ignore_errors=True))
+    os.environ.update({name: str(folder / name.lower()) for name in CACHES})
+    os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"  # else each process starts others, and waits for them
 
 
 @pytest.fixture(autouse=True)

@@ -142,6 +142,7 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return work / "html"
 
 
+@pytest.mark.xdist_group("browser")
 def test_the_site_says_what_the_code_is(site: Path) -> None:
     shown = {
         page: (site / f"{page}.html").read_text(encoding="utf-8") for page in ("api/kernels", "recipes", "drop-in")
@@ -153,6 +154,7 @@ def test_the_site_says_what_the_code_is(site: Path) -> None:
     assert ":func:" not in shown["api/kernels"]
 
 
+@pytest.mark.xdist_group("browser")
 def test_no_dead_link_inside_the_site(site: Path, browser: Any) -> None:
     """A browser loads every page that it can reach from the first, with its pictures, styles and scripts."""
     waiting, seen, targets = [(site / "index.html").as_uri()], set(), set()

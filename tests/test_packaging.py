@@ -53,6 +53,7 @@ def imported(python: Path, cwd: Path) -> list[Path]:
     return [Path(line) for line in run(python, "-c", CHECK, cwd=cwd).splitlines()[-2:]]
 
 
+@pytest.mark.xdist_group("packaging")
 @pytest.mark.parametrize("how", ["folder", "editable", "wheel", "sdist"])
 def test_installed(how: str, sources: Path, built: Path, tmp_path: Path) -> None:
     """In an environment that has the dependencies but not fastrm."""
@@ -82,6 +83,7 @@ def test_installed(how: str, sources: Path, built: Path, tmp_path: Path) -> None
     assert imported(python, sources) == [sources / "fastrm", sources / "kernels"]
 
 
+@pytest.mark.xdist_group("packaging")
 def test_uninstalled_from_the_root(sources: Path, tmp_path: Path) -> None:
     environment = tmp_path / "environment"
     venv.create(environment, with_pip=False, symlinks=True)

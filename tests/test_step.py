@@ -26,6 +26,7 @@ Small = Callable[..., Config]
 METHODS = ["mocov3", "mocov2", "byol", "densecl"]
 
 
+@pytest.mark.xdist_group("compile")
 @pytest.mark.parametrize(
     ("method", "arch"),
     [*((method, "test_resnet") for method in METHODS), ("mocov3", "test_vit"), ("byol", "test_convnext")],

@@ -284,6 +284,7 @@ def test_an_unlabelled_folder_skips_knn_with_one_notice(
     assert all("knn_student" not in record for record in records(tmp_path / "run"))
 
 
+@pytest.mark.xdist_group("compile")
 def test_compile_and_bf16_run(small: Small, tmp_path: Path) -> None:
     train.train(small(compile="on", precision="bf16", arch="test_convnext", max_steps=1))
     assert np.isfinite(records(tmp_path / "run")[0]["loss"])
