@@ -100,6 +100,8 @@ def evaluate(options: EvaluateConfig) -> dict[str, Any]:
     for source in sources[0 if scoring else 1 :]:
         if source.bank is None or source.test is None:
             raise UsageError(f"{source.name} has no labels, which every score but --gap needs")
+    for source in sources:
+        print(f"data       {source.about}")
     sources = [scan(source, workers=options.workers)[0] for source in sources]
 
     results: dict[str, Any] = {}

@@ -15,6 +15,7 @@ from fastrm import _cli
 from fastrm.config import MethodName, check_range
 from fastrm.data import make_loader, open_source
 from fastrm.data.augmentation import IMAGENET_MEAN, IMAGENET_STD
+from fastrm.data.listing import SHEET
 from fastrm.errors import UsageError
 
 
@@ -46,7 +47,9 @@ def contact_sheet(options: Options) -> None:
     Raises:
         UsageError: the data cannot be opened, or the picture cannot be written.
     """
-    from torchvision.utils import save_image
+    from PIL import Image
+    from PIL.PngImagePlugin import PngInfo
+    from torchvision.utils import make_grid
 
     check_range("image_size", options.image_size)
     check_range("seed", options.seed)
@@ -66,10 +69,14 @@ def contact_sheet(options: Options) -> None:
     )
     views = torch.cat(next(iter(loader)))
     mean, std = (torch.tensor(values).view(1, 3, 1, 1) for values in (IMAGENET_MEAN, IMAGENET_STD))
+    sheet = make_grid((views * std + mean).clamp(0, 1), nrow=count).mul(255).round().byte().permute(1, 2, 0)
+    mark = PngInfo()
+    mark.add_text("Comment", SHEET.decode())
     try:
-        save_image((views * std + mean).clamp(0, 1), options.out, nrow=count)
+        Image.fromarray(sheet.numpy()).save(options.out, pnginfo=mark, comment=SHEET)
     except (OSError, ValueError) as error:
         raise UsageError(f"--out {options.out} cannot be written ({error}); give a name such as views.png") from None
+    print(f"data       {source.about}")
     print(f"{options.out}: {count} images of {source.name}, first views above second ones")
 
 

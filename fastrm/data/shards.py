@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastrm.config import check_path
-from fastrm.data.sources import FileImages, Source, endings, expanded, natural, passed_over, without_validation
+from fastrm.data.sources import LOOKED_FOR, FileImages, Source, expanded, natural, passed_over, without_validation
 from fastrm.data.tar import Member, Shard, read_shard
 from fastrm.errors import UsageError
 
@@ -79,7 +79,7 @@ def open_shard_files(shards: Sequence[Path], data: str, *, passed: Counter[str] 
     images = ShardImages([member for shard in read for member in shard.members])
     if not images.paths:
         said = passed_over(sum((shard.passed for shard in read), Counter()))
-        raise UsageError(f"--data {data} holds no image{said}; looked for {', '.join(sorted(endings()))}")
+        raise UsageError(f"--data {data} holds no image{said}; looked for {LOOKED_FOR}")
     about = [f"{len(images):,} images in {len(shards)} shards", *_notes(read, images)]
     passed = sum((shard.passed for shard in read), Counter(passed or {}))
     return without_validation("shards", images, "; ".join(about), passed, why="shards have no val folder")

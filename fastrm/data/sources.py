@@ -171,6 +171,8 @@ def inspect(content: bytes) -> Header:
 _NOT_DECODED = frozenset({"BUFR", "EPS", "GRIB", "HDF5", "IPTC", "MPEG", "WMF"})
 _FEATURES = {"AVIF": "avif", "JPEG": "jpg", "JPEG2000": "jpg_2000", "WEBP": "webp"}
 
+LOOKED_FOR = "what Pillow reads here, such as .jpg, .png and .webp"
+
 
 def endings() -> frozenset[str]:
     """How the names of pictures end that Pillow, as it is installed and extended here, decodes: ``.jpg`` and so on."""
@@ -212,9 +214,7 @@ def without_validation(
         about += "; without labels"
     else:
         bank, test = _held_out(train)
-        about += (
-            f"; {len(np.unique(train.labels))} classes; {why}: kNN is tried on a tenth of them and looks up the rest"
-        )
+        about += f"; {len(np.unique(train.labels))} classes; {why}: kNN is tried on a tenth of those trained on"
     return Source(name=name, train=train, bank=bank, test=test, about=about + passed_over(passed))
 
 
