@@ -122,7 +122,7 @@ class Step:
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
         self.skipped += skip
-        self.in_a_row = (self.in_a_row + 1) * skip
+        self.in_a_row.add_(1).mul_(skip)  # in place, so that a captured step counts on
         return skip
 
     def verify(self, views: tuple[Tensor, ...]) -> dict[str, float]:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from . import reference
 from ._dispatch import compute_dtype, tl, triton
-from ._multi_tensor import BLOCK, DTYPES, WARPS, Mirror, addresses, cut, flat, guard, launchable
+from ._multi_tensor import BLOCK, DTYPES, WARPS, Mirror, addresses, cut, flat, guard, host_value, launchable
 from ._pairing import taken
 
 if triton is not None:
@@ -119,5 +119,7 @@ def _on_device(momentum: float | Tensor, device: torch.device, compute: torch.dt
     """``momentum`` as the kernel takes it: a float is an argument, in float32; float64 has to be read from memory."""
     if isinstance(momentum, Tensor):
         on_host = momentum.device.type == "cpu" and device.type == "cuda"
-        return _on_device(momentum.item(), device, compute) if on_host else momentum.to(device)
+        if on_host:
+            return _on_device(host_value("fused_ema_", "momentum", momentum), device, compute)
+        return momentum.to(device)
     return torch.full((), momentum, dtype=compute, device=device) if compute == torch.float64 else float(momentum)

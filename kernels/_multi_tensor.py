@@ -78,38 +78,74 @@ def cut(sizes: Sequence[int], lengths: Sequence[int]) -> list[list[int]]:
     return [tensor.tolist(), start.tolist(), np.minimum(start + length[tensor], size[tensor]).tolist()]
 
 
+def capturing() -> bool:
+    """Whether what is launched now is recorded into a CUDA graph and does not run."""
+    return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
+
+
+def host_value(op: str, name: str, number: float | Tensor) -> float:
+    """The value of a number, or of a tensor that is not on the device of the launch; it may not change in a graph.
+
+    Raises:
+        ValueError: a tensor, in a capture: its replays would go on with the value of now.
+    """
+    if isinstance(number, Tensor) and capturing():
+        raise ValueError(
+            f"{op}: {name} is a tensor on {number.device}, which the CUDA graph that is being captured cannot read at "
+            "its replays; it must be a tensor on the device of the others, or a number, which stays as it is"
+        )
+    return float(number)
+
+
 class Mirror:
     """A small device tensor that follows host values: uploaded only when they change, without waiting.
 
-    It stays the same tensor, so that a CUDA graph that reads it goes on seeing the current values.
+    A CUDA graph keeps what it was captured with. An upload that is captured runs at each replay and not before, so it
+    goes to a tensor of the graph's own. A tensor that a graph reads without an upload is not written again: the next
+    values go to a new one.
     """
 
     def __init__(self, device: torch.device, dtype: torch.dtype = torch.int64) -> None:
         self.device, self.dtype = device, dtype
         self.tensor = torch.empty(0, dtype=dtype, device=device)
         self._columns: list[Any] | None = None
+        self._read_by_graph = False
         self._spare: Tensor | None = None
-        self._captured: list[Tensor] = []
+        self._of_graphs: list[Tensor] = []
 
     def update(self, columns: list[Any]) -> Tensor:
-        """The device tensor [rows, columns], holding ``columns`` (lists of numbers, as long at every call)."""
+        """A device tensor [rows, columns], holding ``columns`` (lists of numbers, as long at every call)."""
+        if capturing():
+            if columns != self._columns:
+                return self._captured(self._host(columns))
+            if not self._read_by_graph:
+                self._read_by_graph = True
+                self._of_graphs.append(self.tensor)
+            return self.tensor
         if columns != self._columns:
-            host = torch.tensor(columns, dtype=self.dtype).T.contiguous()
-            if self._columns is None:
+            host = self._host(columns)
+            if self._columns is None or self._read_by_graph:
                 self.tensor = torch.empty_like(host, device=self.device)
-            self.tensor.copy_(self._pinned(host) if self.device.type == "cuda" else host, non_blocking=True)
+                self._read_by_graph = False
+            if self.device.type == "cuda":
+                if self._spare is None:
+                    self._spare = host.pin_memory()  # for a capture, during which there may be no pinned memory
+                host = host.pin_memory()
+            self.tensor.copy_(host, non_blocking=True)
             self._columns = columns
         return self.tensor
 
-    def _pinned(self, host: Tensor) -> Tensor:
-        if not torch.cuda.is_current_stream_capturing():
-            if self._spare is None:
-                self._spare = host.pin_memory()  # for a capture, during which there may be no pinned memory to be had
-            return host.pin_memory()
-        pinned = torch.empty_like(host, pin_memory=True) if self._spare is None else self._spare
-        self._spare = None
-        self._captured.append(pinned.copy_(host))  # every replay reads it again
-        return pinned
+    def _host(self, columns: list[Any]) -> Tensor:
+        return torch.tensor(columns, dtype=self.dtype).T.contiguous()
+
+    def _captured(self, host: Tensor) -> Tensor:
+        """A tensor of the graph's own, which every replay fills from a host tensor that stays."""
+        table = torch.empty_like(host, device=self.device)
+        if self.device.type == "cuda":
+            pinned = torch.empty_like(host, pin_memory=True) if self._spare is None else self._spare
+            host, self._spare = pinned.copy_(host), None
+        self._of_graphs += [host, table]
+        return table.copy_(host, non_blocking=True)
 
 
 if triton is not None:

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from . import _blocked
 from ._dispatch import INTERPRETED, triton
-from ._multi_tensor import guard
+from ._multi_tensor import guard, host_value
 from ._push import apart, block_d, block_r, fits, launch_push
 
 if triton is not None:
@@ -149,7 +149,10 @@ def losses(
     tickets = empty(2, dtype=torch.int64)
     # A number on the host is an argument; one on the device is read there, so that the host does not wait for it.
     temperature, residual_weight, contrastive_weight = (
-        number if isinstance(number, Tensor) and number.device == device else float(number) for number in numbers
+        number
+        if isinstance(number, Tensor) and number.device == device
+        else host_value("the loss", "temperature, or a weight,", number)
+        for number in numbers
     )
     written = queue if pointer is not None else None
     shared = {

@@ -12,7 +12,7 @@ from torch import Tensor
 from . import _pairing, reference
 from ._dispatch import check_backend, check_scalar, choose, compute_dtype
 from ._ema_kernel import OnTriton
-from ._multi_tensor import flat, in_order
+from ._multi_tensor import capturing, flat, in_order
 from ._pairing import Tensors, taken
 
 LARGE = 32768  # elements from which torch itself splits an operation on the CPU among threads
@@ -114,7 +114,8 @@ class _Plan:
 class EMA:
     """The prepared form of :func:`fused_ema_`: pairs are matched and checked once, then updated many times.
 
-    Checks and tables are made again when the address of a tensor has changed.
+    Checks and tables are made again when the address of a tensor has changed. What is made in a capture is the CUDA
+    graph's alone, since nothing of it is there before a replay.
 
     Args:
         teacher, student, shadow: as in :func:`fused_ema_`. The tensors are kept by reference.
@@ -142,7 +143,7 @@ class EMA:
         self.teacher, self.student, self.shadow = plan.take(self.teacher, self.student, self.shadow)
         self._update = plan.update
         self._tensors = [*self.teacher, *self.student, *(self.shadow or ())]
-        self._addresses = [*map(Tensor.data_ptr, self._tensors)]
+        self._addresses = [] if capturing() else [*map(Tensor.data_ptr, self._tensors)]
 
     def update_(self, momentum: float | Tensor) -> None:
         """Update the teacher (and its shadow) in place; ``momentum`` as in :func:`fused_ema_`."""
@@ -151,6 +152,8 @@ class EMA:
         check_scalar("fused_ema_", "momentum", momentum, low=0, high=1)
         if [*map(Tensor.data_ptr, self._tensors)] != self._addresses:
             self._prepare()
+        if capturing():
+            _OF_GRAPHS.append(self._update)
         with torch.no_grad():
             self._update(self.teacher, self.student, momentum, self.shadow)
 
@@ -200,6 +203,9 @@ def ema_avg_fn(momentum: float | Tensor, *, backend: str | None = None) -> Calla
     return _Average(momentum, backend)
 
 
+# Plans that CUDA graphs were captured with: a graph reads their tables, and does not say when it goes.
+_OF_GRAPHS: list[Any] = []
+
 # Plans of past calls by the identity of their tensors. An entry goes when one of its tensors does.
 _PLANS: dict[tuple[Any, ...], tuple[list[Any], _Plan, list[Any]]] = {}
 
@@ -212,8 +218,12 @@ def _remembered(
     tensors = [*teacher, *student, *(shadow or ())]
     key = (backend, len(teacher), len(student), shadow is None, *map(id, tensors))
     known = _PLANS.get(key)
-    if known is not None and known[0] == _place(tensors):
-        return known[1]
+    plan = known[1] if known is not None and known[0] == _place(tensors) else None
+    if capturing():
+        _OF_GRAPHS.append(plan or _Plan(backend, teacher, student, shadow))
+        return _OF_GRAPHS[-1]  # what is made in a capture is the graph's alone: nothing of it is there before a replay
+    if plan is not None:
+        return plan
     plan = _Plan(backend, teacher, student, shadow)
     refs = [weakref.ref(tensor, lambda _: _PLANS.pop(key, None)) for tensor in tensors]
     _PLANS[key] = _place(tensors), plan, refs

@@ -5,6 +5,7 @@ These are the launches under fastrm.optim, which keeps the state and defines the
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from itertools import accumulate
 from typing import Any
@@ -13,11 +14,13 @@ import torch
 from torch import Tensor
 
 from ._dispatch import compute_dtype, triton
-from ._multi_tensor import BLOCK, DTYPES, WARPS, Mirror, addresses, cut, guard, layout
+from ._multi_tensor import BLOCK, DTYPES, WARPS, Mirror, addresses, cut, guard, host_value, layout
 
 if triton is not None:
     from ._optim_kernels import _adamw_kernel, _momentum_kernel, _norms_kernel
 
+ON_DEVICE = math.nan
+"""Stands for an option that the device holds: this very object equals itself in a list, and no number equals it."""
 MAX_SPANS = 128  # partial sums of a tensor, which every program of the update adds up again
 
 Options = Sequence[Sequence["float | Tensor"]]
@@ -94,15 +97,17 @@ class Step:
         return staged
 
     def _on_device(self, options: Options) -> Tensor:
-        rows = [
-            [0.0 if isinstance(x, Tensor) and x.device == self.device else float(x) for x in row] for row in options
-        ]
+        rows = [[self._number(x) for x in row] for row in options]
         table = self.options.update([list(column) for column in zip(*rows, strict=True)])
         for i, row in enumerate(options):
             for j, x in enumerate(row):
                 if isinstance(x, Tensor) and x.device == self.device:
                     table[i, j].copy_(x)  # so that a CUDA graph sees a value that changes
         return table
+
+    def _number(self, option: float | Tensor) -> float:
+        on_device = isinstance(option, Tensor) and option.device == self.device
+        return ON_DEVICE if on_device else host_value("step", "an option of the optimizer", option)
 
     def _launch(self, table: Tensor, options: Tensor, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
         raise NotImplementedError

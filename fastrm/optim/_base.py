@@ -11,7 +11,7 @@ from torch import Tensor
 from fastrm.kernels import fused_ema_
 from fastrm.kernels import optim as launches
 from fastrm.kernels._dispatch import check_scalar, choose
-from fastrm.kernels._multi_tensor import flat, in_order, launchable
+from fastrm.kernels._multi_tensor import capturing, flat, in_order, launchable
 from fastrm.kernels._pairing import check as check_pairs
 from fastrm.kernels._pairing import listed
 
@@ -52,6 +52,7 @@ class TeacherOptimizer(torch.optim.Optimizer):
         self._shadow: dict[Tensor, Tensor] = {}
         self._backend = backend
         self._plan: list[Any] | None = None
+        self._of_graphs: list[Any] = []
         super().__init__(params, {**defaults, "ema_momentum": ema_momentum})
         self._choose()
         if teacher is None:
@@ -125,6 +126,7 @@ class TeacherOptimizer(torch.optim.Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
+        self._of_graphs = getattr(self, "_of_graphs", [])
         self._plan = None  # load_state_dict comes here too: the state is in other tensors now
         for group in self.param_groups:
             for name in self.defaults.keys() - {"differentiable"}:  # torch adds that one to the defaults by itself
@@ -170,7 +172,14 @@ class TeacherOptimizer(torch.optim.Optimizer):
         params = self._params()
         present = [param.grad is not None for param in params]
         if self._plan is None or self._plan[0] != present:
+            if capturing():
+                raise RuntimeError(
+                    f"{self._name}: the first step with gradients for these parameters makes its state, which every "
+                    "replay of a CUDA graph would make anew; step once before the capture"
+                )
             self._plan = [present, *self._prepare(grad_scale, found_inf)]
+        if capturing():
+            self._of_graphs.append(self._plan)  # whose tables the graph goes on reading
         _, steps, resting = self._plan
         options = [[*self._options(group), _or_zero(group["ema_momentum"])] for group in self.param_groups]
         for step, members in steps:
