@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
+from torch.utils import checkpoint
 
 BACKENDS = ("triton", "cpu", "reference")
 
@@ -58,6 +60,53 @@ def choose(op: str, backend: str | None, implementations: Implementations, devic
     if backend == "cpu" and device.type != "cpu":
         raise ValueError(f"{op}: backend='cpu' cannot run: the tensors are on {device}")
     return implementations[backend]
+
+
+def has_tangent(tensor: Tensor) -> bool:
+    """Whether ``tensor`` carries a tangent of forward-mode AD, at the level that is current."""
+    return forward_ad.unpack_dual(tensor).tangent is not None
+
+
+def choose_derivable(
+    op: str, backend: str | None, implementations: Implementations, query: Tensor
+) -> Callable[..., Any]:
+    """Like :func:`choose`, for an ``op`` whose fused backends know the first derivative by backward(), and no other.
+
+    Where torch.func or forward-mode AD ask for more, the choice by device is the reference.
+    """
+    if not (torch._C._are_functorch_transforms_active() or has_tangent(query)):
+        return choose(op, backend, implementations, query.device)
+    check_backend(op, backend)
+    if backend not in (None, "reference"):
+        raise ValueError(
+            f"{op}: backend={backend!r} has no rule for torch.func transforms and forward-mode AD; "
+            "pass backend='reference', or leave it out"
+        )
+    return implementations["reference"]
+
+
+def check_once(op: str) -> None:
+    """Raise where the caller's code may run more or less often than it is written, so that changes in place go wrong.
+
+    A function under torch.utils.checkpoint is run again in a node of the backward pass; the same functions of other
+    libraries are seen then. Hooks on a parameter's gradient, which may step an optimizer, are in the node that
+    accumulates it.
+    """
+    if torch._C._are_functorch_transforms_active():
+        raise RuntimeError(f"{op}: tensors are changed in place, which torch.func does not follow; call it outside")
+    if torch.compiler.is_compiling():
+        return  # the operator that is compiled asks again
+    node = torch._C._current_autograd_node()
+    again = node is not None and node.name() != "torch::autograd::AccumulateGrad"
+    frame = None if again else sys._getframe()
+    while frame is not None:
+        again = again or frame.f_code.co_filename == checkpoint.__file__
+        frame = frame.f_back
+    if again:
+        raise RuntimeError(
+            f"{op}: called under activation checkpointing or in a backward pass; the forward pass is computed again "
+            "there, and tensors would be changed twice; call it outside of the checkpointed function"
+        )
 
 
 def compute_dtype(*tensors: Tensor | None) -> torch.dtype:
@@ -117,6 +166,8 @@ def check_no_grad(op: str, name: str, tensor: Tensor) -> None:
     """Raise if ``tensor`` expects a gradient that ``op`` does not give."""
     if tensor.requires_grad:
         raise ValueError(f"{op}: {name} requires grad, but {op} gives it none; pass {name}.detach()")
+    if has_tangent(tensor):
+        raise ValueError(f"{op}: {name} has a tangent, but {op} derives by its first argument only")
 
 
 def check_scalar(

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from . import _blocked, _sweep
-from ._dispatch import compute_dtype
+from ._dispatch import check_once, compute_dtype
 
 BACKENDS: dict[str, Callable[..., tuple[Tensor, Tensor]]] = {
     "cpu": _blocked.losses,
@@ -35,6 +35,8 @@ def _compute(
     pointer: Tensor | None = None,
     push: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
+    if pointer is not None:
+        check_once("residual_info_nce")  # again, for a compiled caller
     values = [number if tensor is None else tensor for number, tensor in zip(numbers, tensors, strict=True)]
     return BACKENDS[backend](query, key, same, queue, values, key_offset, reduction, gradient, pointer, push)
 
@@ -78,17 +80,21 @@ _losses_and_push.register_fake(_shapes)
 
 
 class _WithGradient(torch.autograd.Function):
-    """The loss as it is, whose gradient to the query is known."""
+    """The loss as it is, whose gradient to the query is known: numbers, in which the query is not seen any more."""
 
     @staticmethod
     def forward(ctx: Any, query: Tensor, loss: Tensor, gradient: Tensor) -> Tensor:
         ctx.save_for_backward(gradient)
         ctx.dtype = query.dtype
-        return loss.view_as(loss)
+        return loss.data  # no view, which could not be changed in place: loss /= 2
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None, None]:
+        if torch.is_grad_enabled():
+            raise RuntimeError(
+                "info_nce, residual_loss, residual_info_nce: the fused backends have no second derivative, which "
+                "create_graph=True asks for; pass backend='reference'"
+            )
         (gradient,) = ctx.saved_tensors
         return (gradient * upstream.unsqueeze(-1)).to(ctx.dtype), None, None
 

@@ -1,4 +1,9 @@
-"""The losses between a student's queries and a teacher's keys."""
+"""The losses between a student's queries and a teacher's keys.
+
+The fused backends know the first derivative that ``backward()`` asks for. Under a transform of torch.func and under
+forward-mode AD ``backend=None`` stands for the reference, which has every derivative, and another choice raises; a
+second derivative (``create_graph=True``) raises unless ``backend="reference"``.
+"""
 
 from __future__ import annotations
 
@@ -10,8 +15,8 @@ import torch
 from torch import Tensor
 
 from . import _fused, reference
-from ._dispatch import check_no_grad, check_rows, check_scalar, choose
-from .queue import check_ring
+from ._dispatch import check_no_grad, check_once, check_rows, check_scalar, choose_derivable
+from .queue import ENQUEUE, as_scored, check_ring
 
 _REDUCTIONS = ("mean", "sum", "none")
 
@@ -51,13 +56,34 @@ def _residual_info_nce(
     return loss, losses[1], losses[2]
 
 
+def _plain_residual_info_nce(
+    query: Tensor,
+    key: Tensor,
+    same_view_key: Tensor,
+    queue: Tensor | None,
+    pointer: Tensor | None,
+    temperature: float | Tensor,
+    residual_weight: float | Tensor,
+    contrastive_weight: float | Tensor,
+    key_offset: int,
+    push: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    numbers = (temperature, residual_weight, contrastive_weight)
+    if queue is None or pointer is None:
+        return reference.residual_info_nce(query, key, same_view_key, queue, *numbers, key_offset)
+    # The backward pass needs the queue as it was scored, and the push overwrites rows of it.
+    found = reference.residual_info_nce(query, key, same_view_key, as_scored(queue), *numbers, key_offset)
+    ENQUEUE["reference"](queue, pointer, push, None)
+    return found
+
+
 def _backends(plain: Callable[..., Any], fused: Callable[..., Any]) -> dict[str, Callable[..., Any]]:
     return {"reference": plain} | {backend: partial(fused, backend) for backend in _fused.BACKENDS}
 
 
 _INFO_NCE = _backends(reference.info_nce, _info_nce)
 _RESIDUAL = _backends(reference.residual_loss, _residual_loss)
-_RESIDUAL_INFO_NCE = _backends(reference.residual_info_nce, _residual_info_nce)
+_RESIDUAL_INFO_NCE = _backends(_plain_residual_info_nce, _residual_info_nce)
 
 
 def _check_number(op: str, name: str, value: float | Tensor, device: torch.device, **limits: Any) -> None:
@@ -134,7 +160,7 @@ def info_nce(
     _check_contrast("info_nce", query, key, queue, key_offset)
     _check_number("info_nce", "temperature", temperature, query.device, low=0, open_low=True)
     _check_reduction("info_nce", reduction)
-    run = choose("info_nce", backend, _INFO_NCE, query.device)
+    run = choose_derivable("info_nce", backend, _INFO_NCE, query)
     return run(query, key, queue, temperature, key_offset, reduction)
 
 
@@ -165,7 +191,7 @@ def residual_loss(student: Tensor, teacher: Tensor, *, reduction: str = "mean", 
             "they must be alike"
         )
     _check_reduction("residual_loss", reduction)
-    return choose("residual_loss", backend, _RESIDUAL, student.device)(student, teacher, reduction)
+    return choose_derivable("residual_loss", backend, _RESIDUAL, student)(student, teacher, reduction)
 
 
 def residual_info_nce(
@@ -192,7 +218,8 @@ def residual_info_nce(
         key: as in :func:`info_nce`.
         same_view_key: [N, D] teacher outputs on the view that ``query`` saw.
         queue: [K, D] negatives or ``None``; changed in place when ``pointer`` is given.
-        pointer: 0-d int64 tensor, the row of ``queue`` that is written next; ``None`` leaves the queue as it is.
+        pointer: 0-d int64 tensor, the row of ``queue`` that is written next; ``None`` leaves the queue as it is. Not
+            under activation checkpointing or torch.func, where the push would happen once more, or less, than written.
         temperature: number above 0 or 0-d tensor.
         residual_weight: number or 0-d tensor.
         contrastive_weight: number or 0-d tensor.
@@ -206,6 +233,7 @@ def residual_info_nce(
     Raises:
         ValueError, TypeError: shapes, dtypes or devices do not fit, a key or queue requires grad, or the backend
             cannot be had.
+        RuntimeError: ``pointer`` is given under activation checkpointing or torch.func.
     """
     op = "residual_info_nce"
     _check_contrast(op, query, key, queue, key_offset)
@@ -221,11 +249,12 @@ def residual_info_nce(
         if queue is None:
             raise ValueError(f"{op}: pointer is given without a queue to push into")
         check_ring(op, queue, pointer)
+        check_once(op)
     if push is not None:
         if pointer is None:
             raise ValueError(f"{op}: push is given without the pointer that says where it goes")
         check_rows(op, "push", push, dim=query.shape[1], device=query.device)
-    return choose(op, backend, _RESIDUAL_INFO_NCE, query.device)(
+    return choose_derivable(op, backend, _RESIDUAL_INFO_NCE, query)(
         query,
         key,
         same_view_key,

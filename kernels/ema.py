@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from . import _pairing, reference
-from ._dispatch import check_backend, check_scalar, choose, compute_dtype
+from ._dispatch import check_backend, check_once, check_scalar, choose, compute_dtype
 from ._ema_kernel import OnTriton
 from ._multi_tensor import capturing, flat, in_order
 from ._pairing import Tensors, taken
@@ -149,6 +149,7 @@ class EMA:
         """Update the teacher (and its shadow) in place; ``momentum`` as in :func:`fused_ema_`."""
         if torch.compiler.is_compiling():
             return fused_ema_(self.teacher, self.student, momentum, shadow=self.shadow, backend=self.backend)
+        check_once("fused_ema_")
         check_scalar("fused_ema_", "momentum", momentum, low=0, high=1)
         if [*map(Tensor.data_ptr, self._tensors)] != self._addresses:
             self._prepare()
@@ -273,7 +274,10 @@ def fused_ema_(
     Raises:
         ValueError, TypeError: the lists do not pair up, shapes, dtypes or devices do not fit, a tensor to be written
             is expanded, or the backend cannot be had. Nothing is written then.
+        RuntimeError: called under activation checkpointing, in a backward pass but for hooks on a parameter's gradient,
+            or under torch.func.
     """
+    check_once("fused_ema_")
     teachers, students = _pairing.pair("fused_ema_", teacher, student)
     shadows = None if shadow is None else _pairing.listed("fused_ema_", "shadow", shadow)
     with torch.no_grad():

@@ -8,11 +8,12 @@ import torch
 from torch import Tensor, nn
 
 from . import _push, reference
-from ._dispatch import check_no_grad, check_rows, check_strided, check_writable, choose
+from ._dispatch import check_no_grad, check_once, check_rows, check_strided, check_writable, choose
 
 
 @torch.library.custom_op("fastrm::enqueue_", mutates_args=("queue", "pointer"))
 def _enqueue(queue: Tensor, pointer: Tensor, keys: Tensor, skip: Tensor | None, backend: str) -> None:
+    check_once("enqueue_")  # again, for a compiled caller
     _BACKENDS[backend](queue, pointer, keys, skip)
 
 
@@ -21,8 +22,20 @@ def _enqueue_fake(queue: Tensor, pointer: Tensor, keys: Tensor, skip: Tensor | N
     pass
 
 
-_BACKENDS = {"cpu": reference.enqueue_, "triton": _push.enqueue_}
-_ENQUEUE = {"reference": reference.enqueue_} | {backend: partial(_enqueue, backend=backend) for backend in _BACKENDS}
+@torch.library.custom_op("fastrm::as_scored", mutates_args=())
+def as_scored(queue: Tensor) -> Tensor:
+    """A copy of the queue for a backward pass: an operator, because a copy of the compiler's may be made too late."""
+    check_once("residual_info_nce")
+    return queue.clone()
+
+
+@as_scored.register_fake
+def _as_scored_fake(queue: Tensor) -> Tensor:
+    return torch.empty_like(queue)
+
+
+_BACKENDS = {"reference": reference.enqueue_, "cpu": reference.enqueue_, "triton": _push.enqueue_}
+ENQUEUE = {backend: partial(_enqueue, backend=backend) for backend in _BACKENDS}
 
 
 def check_ring(op: str, queue: Tensor, pointer: Tensor) -> None:
@@ -57,11 +70,13 @@ def enqueue_(
 
     Raises:
         ValueError, TypeError: shapes, dtypes or devices do not fit, or the backend cannot be had.
+        RuntimeError: called under activation checkpointing, in a backward pass, or under torch.func.
     """
     check_rows("enqueue_", "queue", queue)
     check_no_grad("enqueue_", "queue", queue)
     check_rows("enqueue_", "keys", keys, dim=queue.shape[1], device=queue.device)
     check_ring("enqueue_", queue, pointer)
+    check_once("enqueue_")
     if skip is not None:
         check_strided("enqueue_", "skip", skip)
         if skip.numel() != 1 or skip.device != queue.device:
@@ -69,7 +84,7 @@ def enqueue_(
                 f"enqueue_: skip has shape {tuple(skip.shape)} on {skip.device}; "
                 f"it must be one element on {queue.device}"
             )
-    choose("enqueue_", backend, _ENQUEUE, queue.device)(queue, pointer, keys, skip)
+    choose("enqueue_", backend, ENQUEUE, queue.device)(queue, pointer, keys, skip)
 
 
 class FeatureQueue(nn.Module):

@@ -79,22 +79,16 @@ def residual_info_nce(
     key: Tensor,
     same_view_key: Tensor,
     queue: Tensor | None,
-    pointer: Tensor | None,
     temperature: float | Tensor,
     residual_weight: float | Tensor,
     contrastive_weight: float | Tensor,
     key_offset: int,
-    push: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Weighted sum of both losses and the two parts, detached; then ``push`` enters the queue."""
-    # The backward pass needs the queue as it was scored, and the push overwrites rows of it.
+    """Weighted sum of both losses and the two parts, detached."""
     query = query.to(compute_dtype(query, key, same_view_key, queue))  # both terms in the same precision
-    bank = queue.clone() if queue is not None and pointer is not None else queue
-    contrastive = info_nce(query, key, bank, temperature, key_offset, "mean")
+    contrastive = info_nce(query, key, queue, temperature, key_offset, "mean")
     residual = residual_loss(query, same_view_key, "mean")
     loss = contrastive_weight * contrastive + residual_weight * residual
-    if queue is not None and pointer is not None:
-        enqueue_(queue, pointer, push)
     return loss, contrastive.detach(), residual.detach()
 
 

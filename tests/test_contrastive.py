@@ -384,15 +384,6 @@ def test_autocast_does_not_lower_the_precision(backend: str) -> None:
     torch.testing.assert_close(got, want, rtol=1e-6, atol=0)
 
 
-@pytest.mark.parametrize("backend", FUSED)
-def test_a_second_derivative_is_refused_not_wrong(backend: str) -> None:
-    query, key, queue = Case(3, 9, 8).inputs(device_of(backend))
-    loss = info_nce(query.requires_grad_(), key, queue, backend=backend)
-    (gradient,) = torch.autograd.grad(loss.square(), query, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        gradient.sum().backward()
-
-
 def step(
     query: Tensor, key: Tensor, queue: Tensor, pointer: Tensor, temperature: float | Tensor, backend: str
 ) -> Tensor:

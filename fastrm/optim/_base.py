@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fastrm.kernels import fused_ema_
 from fastrm.kernels import optim as launches
-from fastrm.kernels._dispatch import check_scalar, choose
+from fastrm.kernels._dispatch import check_once, check_scalar, choose
 from fastrm.kernels._multi_tensor import capturing, flat, in_order, launchable
 from fastrm.kernels._pairing import check as check_pairs
 from fastrm.kernels._pairing import listed
@@ -135,6 +135,7 @@ class TeacherOptimizer(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Move the parameters, then the teacher. A step that a GradScaler skips moves neither."""
+        check_once(f"{self._name}.step")
         loss = None
         if closure is not None:
             with torch.enable_grad():
