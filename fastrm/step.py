@@ -101,8 +101,11 @@ class Step:
         with torch.autocast(self.device.type, self.autocast, enabled=self.autocast is not None):
             output: StepOutput = self.network(first, second, self.residual_weight, measure=measure)
         with record_function("backward"):
-            self.scaler.scale(output.loss / self.accumulate).backward()
+            self._scaled(output.loss).backward()
         return output._replace(loss=output.loss.detach())
+
+    def _scaled(self, loss: Tensor) -> Tensor:
+        return self.scaler.scale(loss / self.accumulate)
 
     def _move(self) -> Tensor:
         """Clip, step unless the gradient is not finite, and say with 1 or 0 whether it was not."""
@@ -129,7 +132,7 @@ class Step:
         """Compare the fused losses with the reference on a micro-batch; see :func:`fastrm.verify.verify`."""
         first, second = (view.contiguous(memory_format=self.layout) for view in views)
         with torch.autocast(self.device.type, self.autocast, enabled=self.autocast is not None):
-            return verify(self.method, (first, second), self.residual_weight)
+            return verify(self.method, (first, second), self.residual_weight, scaled=self._scaled)
 
     def check(self, done: int) -> int:
         """Steps that were skipped so far; the host waits for the device.

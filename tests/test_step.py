@@ -21,6 +21,7 @@ from fastrm.methods import Method, build_method
 from fastrm.optim import build_optimizer
 from fastrm.profiling import PARTS
 from fastrm.step import Step
+from fastrm.verify import warning as verification_warning
 
 Small = Callable[..., Config]
 METHODS = ["mocov3", "mocov2", "byol", "densecl"]
@@ -216,3 +217,51 @@ def test_accumulated_micro_batches_give_the_mean_gradient(small: Small) -> None:
         moved.append([p.detach() - q for p, q in zip(method.parameters(), start, strict=True)])
     for whole, parts in zip(*moved, strict=True):
         torch.testing.assert_close(parts, whole, rtol=1e-4, atol=1e-6)
+
+
+class Given(TorchDispatchMode):
+    """Notes what each fused operation is given, of the backend in use: dtypes, shapes, strides, and what is to come."""
+
+    def __init__(self, backend: str) -> None:
+        super().__init__()
+        self.backend, self.calls = backend, []  # type: ignore[var-annotated]
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace == "fastrm" and "losses" in func._schema.name and args[-1] == self.backend:
+            autocast = torch.is_autocast_enabled("cpu"), torch.get_autocast_dtype("cpu")
+            seen = [(v.dtype, v.shape, v.stride()) if isinstance(v, Tensor) else v for v in args if v is not args[5]]
+            self.calls.append((func._schema.name, *seen, [t is not None and t.dtype for t in args[5]], autocast))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(("precision", "residual_at"), [("bf16", "output"), ("bf16", "backbone"), ("fp32", "output")])
+@pytest.mark.parametrize("method", METHODS)
+def test_verification_gives_the_operations_what_training_gives_them(
+    method: str, precision: str, residual_at: str, small: Small, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = small(method=method, optimizer="sgd", residual_at=residual_at, precision=precision)
+    torch.manual_seed(0)
+    built = build_method(config, backend="cpu").train()
+    step = Step(
+        built, build_optimizer(built, config.optim, backend="cpu"), precision=precision, accumulate=2, clip_norm=None,
+        layout=torch.channels_last,
+    )  # fmt: skip
+    if precision == "bf16":
+        built.keep_low_precision_teacher(torch.bfloat16)
+    first, second = torch.randn(2, 8, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+    with Given("cpu") as trained:
+        step([(first, second)] * 2, lr=0.0, residual_weight=0.5, teacher_momentum=1.0, measure=False)
+    with Given("cpu") as verified:
+        found = step.verify((first, second))
+    assert verified.calls == trained.calls[: len(verified.calls)]
+    assert 2 * len(verified.calls) == len(trained.calls) > 0
+    assert found["verify_loss"] < 1e-3
+    assert found["verify_gradient"] < 1e-2
+
+
+def test_verification_says_nothing_of_a_batch_without_a_finite_loss(small: Small) -> None:
+    step, _ = ready(small(), torch.device("cpu"))
+    step.residual_weight.fill_(1.0)
+    views = torch.randn(2, 8, 3, 32, 32) * math.nan
+    assert verification_warning(step.verify((views[0], views[1]))) is None
+    assert verification_warning({"verify_loss": math.inf, "verify_gradient": 0.0}) is not None
