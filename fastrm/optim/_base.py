@@ -14,6 +14,7 @@ from fastrm.kernels._dispatch import check_once, check_scalar, choose
 from fastrm.kernels._multi_tensor import capturing, flat, in_order, launchable
 from fastrm.kernels._pairing import check as check_pairs
 from fastrm.kernels._pairing import listed
+from fastrm.optim._loading import check_group, check_state
 
 
 class TeacherOptimizer(torch.optim.Optimizer):
@@ -36,6 +37,7 @@ class TeacherOptimizer(torch.optim.Optimizer):
     found_inf: Tensor | None = None
     """A tensor of one element: where it is not 0, a step moves nothing, and on a GPU the host does not wait for it."""
     _launch: type[launches.Step]
+    _buffers: frozenset[str]  # names of what the state holds for a parameter
 
     def __init__(
         self,
@@ -125,12 +127,28 @@ class TeacherOptimizer(torch.optim.Optimizer):
         return {**super().__getstate__(), **ours}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
+        if state.keys() == {"state", "param_groups"}:
+            self._check_loaded(**state)
         super().__setstate__(state)
         self._of_graphs = getattr(self, "_of_graphs", [])
         self._plan = None  # load_state_dict comes here too: the state is in other tensors now
         for group in self.param_groups:
             for name in self.defaults.keys() - {"differentiable"}:  # torch adds that one to the defaults by itself
                 group.setdefault(name, self.defaults[name])
+
+    def _check_loaded(self, state: dict[Any, Any], param_groups: list[dict[str, Any]]) -> None:
+        """Raise unless what load_state_dict is about to set can be gone on from exactly."""
+        op = f"{self._name}.load_state_dict"
+        needed = self.defaults.keys() - {"ema_momentum", "differentiable"}
+        known = {"ema_momentum", "decoupled_weight_decay", "amsgrad"} if "betas" in needed else {"ema_momentum"}
+        for i, (old, new) in enumerate(zip(self.param_groups, param_groups, strict=True)):
+            check_group(op, f"param_groups[{i}]", new, needed, known | old.keys())
+            self._check(new)
+            if new.get("ema_momentum") is None:  # of an optimizer without a teacher
+                new["ema_momentum"] = old["ema_momentum"]
+            else:
+                check_scalar(self._name, "ema_momentum", new["ema_momentum"], low=0, high=1)
+        check_state(op, state, self._buffers, optional="dampening" in needed)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -149,7 +167,9 @@ class TeacherOptimizer(torch.optim.Optimizer):
 
     def _choose(self) -> Callable[..., None]:
         ways = {"triton": self._step_launched, "cpu": self._step_plainly, "reference": self._step_plainly}
-        return choose(self._name, self._backend, ways, self.param_groups[0]["params"][0].device)
+        devices = {param.device.type: param.device for param in self._params()} or {"": torch.device("cpu")}
+        chosen = [choose(self._name, self._backend, ways, device) for device in devices.values()]
+        return chosen[0] if len(chosen) == 1 else self._step_plainly
 
     def _step_plainly(self, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
         if found_inf is not None and found_inf.item():

@@ -26,6 +26,7 @@ class AdamW(TeacherOptimizer):
     """
 
     _launch = launches.AdamW
+    _buffers = frozenset({"step", "exp_avg", "exp_avg_sq"})
 
     def __init__(
         self,
@@ -52,13 +53,14 @@ class AdamW(TeacherOptimizer):
                 raise ValueError(f"AdamW: betas[{i}]={beta} must be below 1")
 
     def _state(self, group: dict[str, Any], param: Tensor, grad: Tensor) -> list[Tensor]:
-        """First and second moment, and the number of steps: on the parameter's device, where a launch counts it."""
+        """First and second moment, and the number of steps: on a GPU if the parameter is, where a launch counts it."""
         state = self.state[param]
         if not state:
             state["step"] = torch.zeros((), dtype=torch.float32)
             state["exp_avg"] = torch.zeros_like(param)
             state["exp_avg_sq"] = torch.zeros_like(param)
-        state["step"] = state["step"].to(param.device, torch.float32)
+        where = param.device if param.is_cuda else "cpu"
+        state["step"] = torch.as_tensor(state["step"], dtype=torch.float32, device=where)
         return [state["exp_avg"], state["exp_avg_sq"], state["step"]]
 
     def _options(self, group: dict[str, Any]) -> list[float | Tensor]:

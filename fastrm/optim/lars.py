@@ -49,6 +49,7 @@ class LARS(TeacherOptimizer):
     """
 
     _launch = launches.LARS
+    _buffers = frozenset({"momentum_buffer"})
 
     def __init__(
         self,

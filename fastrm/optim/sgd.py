@@ -26,6 +26,7 @@ class SGD(TeacherOptimizer):
     """
 
     _launch = launches.Momentum
+    _buffers = frozenset({"momentum_buffer"})
 
     def __init__(
         self,
