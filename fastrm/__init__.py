@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-__version__ = "0.1.0"
+from fastrm.version import __version__ as __version__
 
 # The sources keep fastrm.kernels in kernels/ beside this folder; an installed package has it inside.
 if not (Path(__file__).parent / "kernels").is_dir():

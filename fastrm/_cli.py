@@ -65,6 +65,9 @@ def _flags(kind: type) -> Iterator[str]:
 
 def run(main: Callable[[], object]) -> NoReturn:
     """Run an entry point: the user's own mistakes end it with one line and status 2, a failed training with 1."""
+    for stream in (sys.stdout, sys.stderr):  # names of files may hold what the terminal's encoding does not
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     try:
         main()
     except UsageError as error:

@@ -51,6 +51,11 @@ def older(out: Path) -> list[tuple[int, Path]]:
     return sorted(((int(match[1]), path) for match, path in found if match), reverse=True)
 
 
+def own(out: Path) -> list[Path]:
+    """The checkpoints in a run folder, the newest first."""
+    return [file for file in (out / NAME, *(file for _, file in older(out))) if file.is_file()]
+
+
 def locate(path: Path) -> Path:
     """Return the checkpoint that a run folder, for which it is the newest, or a file stands for.
 
@@ -58,8 +63,7 @@ def locate(path: Path) -> Path:
         UsageError: there is none.
     """
     if path.is_dir():
-        there = [path / NAME, *(file for _, file in older(path))]
-        if not (found := [file for file in there if file.is_file()]):
+        if not (found := own(path)):
             raise UsageError(f"{path} has no {NAME}")
         return found[0]
     if not path.is_file():
@@ -210,6 +214,11 @@ class Checkpoints:
             self._writer.join()
 
 
+def origin(config: Config, out: Path) -> Path:
+    """The run folder that a run with these settings goes on from."""
+    return out if config.run.resume in ("auto", "never") else locate(Path(config.run.resume)).parent
+
+
 def resume(config: Config, out: Path, **parts: Stateful) -> int:
     """Load the checkpoint that ``--resume`` asks for into ``parts`` and return the steps that are done; 0 without one.
 
@@ -218,15 +227,14 @@ def resume(config: Config, out: Path, **parts: Stateful) -> int:
     Raises:
         UsageError: there is no such checkpoint, all are damaged, or it is of a run with other settings.
     """
-    wish, own = config.run.resume, [out / NAME, *(file for _, file in older(out))]
-    own = [file for file in own if file.is_file()]
-    if wish == "never" or (wish == "auto" and not own):
+    wish, there = config.run.resume, own(out)
+    if wish == "never" or (wish == "auto" and not there):
         return 0
     if wish == "auto":
-        path, state = _first_sound(own)
+        path, state = _first_sound(there)
     else:
         path = locate(Path(wish))
-        if own and not any(file.samefile(path) for file in own):
+        if there and not any(file.samefile(path) for file in there):
             raise UsageError(f"--resume {wish} would overwrite the run in --out {out}; choose another --out")
         state = load(path)
     then, now = state["config"], config.flat()

@@ -13,11 +13,11 @@ from collections.abc import Callable
 
 import torch
 
-import fastrm
 from fastrm import _cli
 from fastrm.data.dali_loader import dali_problem
 from fastrm.device import available_cores, choose_compile, choose_device, choose_precision, why_no_gpu
 from fastrm.optim import apex_problem
+from fastrm.version import __version__
 
 
 def _device() -> str:
@@ -99,7 +99,7 @@ def _version(package: str) -> str | None:
 
 
 PARTS: dict[str, Callable[[], str]] = {
-    "fastrm": lambda: f"{fastrm.__version__}, Python {platform.python_version()}, torch {torch.__version__}",
+    "fastrm": lambda: f"{__version__}, Python {platform.python_version()}, torch {torch.__version__}",
     "device": _device,
     "precision": _precision,
     "kernels": _kernels,

@@ -15,7 +15,6 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-import fastrm
 from fastrm import _cli
 from fastrm.config import check_path, check_range
 from fastrm.data import Source, open_source
@@ -37,6 +36,7 @@ from fastrm.probes import (
 )
 from fastrm.probes.features import Setting, labels_of
 from fastrm.probes.linear import MOCO_V2, MOCO_V3
+from fastrm.version import __version__
 
 EVALUATION = "evaluation.json"
 Scores = dict[str, dict[str, Estimate]]
@@ -115,7 +115,7 @@ def evaluate(options: EvaluateConfig) -> dict[str, Any]:
         quick = replace(options, knn=False, linear=False, linear_quick=True, semi=None)
         results.setdefault(sources[1].name, {}).setdefault("scores", {})
         _merge(results[sources[1].name]["scores"], _scores(quick, trained, sources[1], setting))
-    made_by = {"fastrm": fastrm.__version__, "torch": torch.__version__, "step": trained.step}
+    made_by = {"fastrm": __version__, "torch": torch.__version__, "step": trained.step}
     _merge(found, {**made_by, "sets": _plain(results)})
     with writing(out):
         write_json(out, found)

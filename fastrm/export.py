@@ -20,7 +20,7 @@ from fastrm import _cli
 from fastrm.config import check_choice, check_path
 from fastrm.errors import UsageError
 from fastrm.evaluate import EVALUATION
-from fastrm.files import read_json, write_json, write_text, write_whole, writing
+from fastrm.files import as_utf8, read_json, write_json, write_text, write_whole, writing
 from fastrm.models import Backbone
 from fastrm.models.weights import misfit, plain_state, write_backbone
 from fastrm.pretrained import Pretrained, open_pretrained
@@ -178,7 +178,7 @@ def _onnx(backbone: Backbone, about: dict[str, str], out: Path) -> None:
     )
     assert program is not None
     model = program.model_proto
-    onnx.helper.set_model_props(model, about)
+    onnx.helper.set_model_props(model, {name: as_utf8(text) for name, text in about.items()})
     out.parent.mkdir(parents=True, exist_ok=True)
     write_whole(out, lambda partial: partial.write_bytes(model.SerializeToString()))
 

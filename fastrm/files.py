@@ -68,6 +68,11 @@ def write_text(path: Path, text: str) -> None:
     write_whole(path, lambda partial: partial.write_text(text, encoding="utf-8", errors="surrogateescape"))
 
 
+def as_utf8(text: str) -> str:
+    """The same text, where bytes of a file's name that are no text are spelled out (``\\xff``): what UTF-8 can hold."""
+    return text.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+
+
 def cache_root() -> Path:
     """Where named sets and what was found out about folders are kept."""
     return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "fastrm"

@@ -16,6 +16,8 @@ from fastrm.files import write_text
 
 METRICS = "metrics.jsonl"
 TENSORBOARD = "tensorboard"
+_OF_THE_WAY = frozenset({"images_per_second", "verify_loss", "verify_gradient"})
+"""What a record says of the steps before it, and not of the state after them."""
 
 
 class Recorder:
@@ -89,6 +91,17 @@ class Recorder:
         if self._file is not None:
             self._file.close()
             self._board.close()
+
+
+def recorded(out: Path, step: int) -> dict[str, Any]:
+    """What ``metrics.jsonl`` in a run folder says of the state after a step; nothing where there is none."""
+    path = out / METRICS
+    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+    found: dict[str, Any] = {}
+    for line in lines:
+        if _step_of(line) == step:
+            found |= json.loads(line)
+    return {name: value for name, value in found.items() if name not in _OF_THE_WAY}
 
 
 def _step_of(line: str) -> float:

@@ -16,17 +16,21 @@ WARM_UP = 2  # steps before the profiled ones: the first allocate, and compile w
 
 
 @contextmanager
-def profiled(steps: int, out: Path, say: Callable[[str], None]) -> Iterator[Callable[[], None]]:
+def profiled(steps: int, out: Path, say: Callable[[str], None], *, ahead: int) -> Iterator[Callable[[], None]]:
     """Profile ``steps`` steps of a run after the first two; 0 profiles none.
 
     Args:
         steps: how many.
         out: folder that gets ``trace.json``, for chrome://tracing or Perfetto.
         say: gets the table.
+        ahead: steps that the run still makes; where they are too few, that is said and none is profiled.
 
     Yields:
         What is to be called after each step.
     """
+    if steps and ahead < WARM_UP + steps:
+        say(f"profile    is left out: {steps} steps after the first {WARM_UP} are more than the {ahead} to come")
+        steps = 0
     if steps == 0:
         yield lambda: None
         return

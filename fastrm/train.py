@@ -8,7 +8,6 @@ Read :func:`train` from top to bottom: what can be wrong is found first, then th
 from __future__ import annotations
 
 import argparse
-import platform
 import shutil
 import sys
 import time
@@ -24,10 +23,9 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.profiler import record_function
 
-import fastrm
 from fastrm import _cli, checkpoint
 from fastrm.config import Config, defaults, resolved, validate
-from fastrm.data import Loader, Source, make_loader, open_source
+from fastrm.data import Loader, make_loader, open_source
 from fastrm.data.scan import SKIPPED, scan, write_skipped
 from fastrm.device import (
     available_cores,
@@ -39,7 +37,6 @@ from fastrm.device import (
 )
 from fastrm.distributed import (
     World,
-    barrier,
     first_alone,
     gather_objects,
     mean,
@@ -48,20 +45,18 @@ from fastrm.distributed import (
     synchronise_norms,
 )
 from fastrm.errors import Stopped, TrainingError, UsageError
-from fastrm.files import read_json, write_json, writing
+from fastrm.files import as_utf8, read_json, write_json, writing
 from fastrm.graph import GraphedStep
-from fastrm.methods import Method, StepOutput, build_method
-from fastrm.metrics import METRICS, TENSORBOARD, Recorder
-from fastrm.models.weights import BACKBONE, load_weights, metadata, read_weights, write_backbone
+from fastrm.methods import StepOutput, build_method
+from fastrm.metrics import METRICS, TENSORBOARD, Recorder, recorded
+from fastrm.models.weights import BACKBONE, load_weights, read_weights
 from fastrm.optim import Schedule, build_optimizer
-from fastrm.probes.features import Setting
 from fastrm.profiling import profiled
+from fastrm.results import SUMMARY, Results, complete
 from fastrm.signals import Signals
 from fastrm.step import AUTOCAST, Step
 from fastrm.verify import warning as verification_warning
-from fastrm.watch import evaluated, online_linear, watched
-
-SUMMARY = "summary.json"
+from fastrm.watch import Evaluations, online_linear, watched
 
 
 def train(config: Config) -> dict[str, Any]:
@@ -137,14 +132,19 @@ def _train(config: Config, device: torch.device, world: World) -> dict[str, Any]
     if online is not None:
         parts["online"] = online
 
-    out = config.run.out or Path("runs", f"{source.name}-{config.method.method}-{config.model.arch}")
+    out = config.run.out or Path("runs", f"{as_utf8(source.name)}-{config.method.method}-{config.model.arch}")
+    if as_utf8(str(out)) != str(out):
+        raise UsageError(f"--out {as_utf8(str(out))} is no UTF-8, which TensorBoard and the profiler ask of a path")
     start = checkpoint.resume(config, out, **parts)
     method.refresh_low_precision_teacher()
-    if len(starts := set(gather_objects(start))) > 1:  # all have looked at what is in the folder
-        raise UsageError(
-            f"--out {out}: the processes found it at steps {sorted(starts)}; all must share its file system"
-        )
-    if start >= schedule.total:
+    ended = start >= schedule.total
+    known = recorded(checkpoint.origin(config, out), start) if start else {}
+    scored, finished, moved = "knn_student" in known, ended and complete(out, start), ended and not checkpoint.own(out)
+    # All have looked at what is in the folder.
+    if len(everyone := set(gather_objects((start, scored, finished, moved)))) > 1:
+        steps = sorted(step for step, *_ in everyone)
+        raise UsageError(f"--out {out}: the processes found it at steps {steps}; all must share its file system")
+    if finished:
         if world.rank:
             return {}
         print(f"{out} holds this run, complete after {start} steps")
@@ -158,18 +158,17 @@ def _train(config: Config, device: torch.device, world: World) -> dict[str, Any]
     if broken and world.rank == 0:
         write_skipped(out, broken)
         recorder.note(f"left out   {len(broken)} broken files, listed in {out / SKIPPED}")
-    scores: dict[str, float] = {}
-    setting = Setting(config.input.image_size, device, workers)
-    evaluating = config.run.eval_every > 0
-    if evaluating and source.test is None:
-        evaluating = False
-        recorder.note("evaluation kNN is left out: the images have no labels")
+    if ended:
+        recorder.note(f"steps      {start} are done of {schedule.total} asked for: only missing results are made")
+    evaluations = Evaluations(config, method, source, online, recorder, schedule, device=device, workers=workers)
+    results = Results(out, config, source)
 
     method.train()
     recent: deque[_Given] = deque(maxlen=accumulate)
     batches = _micro_batches(loader, start, schedule, recent)
     clock = _Clock()
-    last: dict[str, Any] = {}
+    last: dict[str, Any] = {"step": start, "epoch": start / schedule.steps_per_epoch, **known} if ended else {}
+    scores: dict[str, float] = {}
     profile = config.run.profile if world.rank == 0 else 0
     checkpoints = checkpoint.Checkpoints(out, config, start, **parts)
     with (
@@ -177,8 +176,13 @@ def _train(config: Config, device: torch.device, world: World) -> dict[str, Any]
         closing(recorder),
         closing(checkpoints),
         Signals() as signals,
-        profiled(profile, out, recorder.note) as stepped,
+        profiled(profile, out, recorder.note, ahead=schedule.total - start) as stepped,
     ):
+        if moved:
+            checkpoints.save(start)
+            checkpoints.wait()
+        if start and evaluations.due(start) and not scored:  # the run before was cut off there
+            scores = evaluations.run(start)
         for step in range(start, schedule.total):
             done = step + 1
             epoch = done / schedule.steps_per_epoch
@@ -218,23 +222,20 @@ def _train(config: Config, device: torch.device, world: World) -> dict[str, Any]
                     last["online_accuracy"] = online.accuracy()
                 recorder.record({**last, "images_per_second": batch * clock.lap()})
             with clock.paused():
-                if evaluating and (end or done % (config.run.eval_every * schedule.steps_per_epoch) == 0):
-                    if world.rank == 0:
-                        scores = evaluated(method, source, setting, online)
-                        recorder.record({"step": done, "epoch": epoch, **scores})
-                    barrier()
-                if end and world.rank == 0:  # before the checkpoint that says so: a run cut off before does this again
-                    _write_results(out, config, source, method, {**last, **scores})
+                scoring = evaluations.due(done)
                 save, ending = signals.asked()
                 due = end or done % (config.run.checkpoint_every or schedule.steps_per_epoch) == 0
-                if due or save:
+                if due or save or scoring:
                     recorder.sync()
                     checkpoints.save(done)
-                if end:
+                if end or ending or scoring:  # whatever happens from here on, the steps are safe
                     checkpoints.wait()
-                elif ending:
-                    checkpoints.wait()
+                if ending:
                     raise Stopped(f"stopped after step {done} and saved; the same command goes on", 128 + ending)
+                if scoring:
+                    scores = evaluations.run(done)
+        if world.rank == 0:
+            results.write(method, {**last, **scores})
     return read_json(out / SUMMARY) if world.rank == 0 else {}
 
 
@@ -334,24 +335,6 @@ def _open_folder(config: Config, out: Path, *, fresh: bool) -> None:
             for _, path in checkpoint.older(out):
                 path.unlink()
             shutil.rmtree(out / TENSORBOARD, ignore_errors=True)
-
-
-def _write_results(out: Path, config: Config, source: Source, method: Method[Any], last: dict[str, Any]) -> None:
-    """Leave the student's backbone in timm's names, and the summary."""
-    write_backbone(out / BACKBONE, method.student.backbone, metadata(config, "student"))
-    summary = {
-        **last,
-        "images": len(source.train),
-        "method": config.method.method,
-        "arch": config.model.arch,
-        "residual_weight": config.method.residual_weight,
-        "residual_at": config.method.residual_at,
-        "seed": config.run.seed,
-        "fastrm": fastrm.__version__,
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-    }
-    write_json(out / SUMMARY, summary)
 
 
 def _described(config: Config, device: torch.device, precision: str, world: World) -> str:

@@ -9,9 +9,11 @@ from torch import Tensor
 
 from fastrm.config import Config
 from fastrm.data import Source
+from fastrm.distributed import barrier, world
 from fastrm.errors import UsageError
 from fastrm.methods import Method
 from fastrm.metrics import Recorder
+from fastrm.optim import Schedule
 from fastrm.probes import OnlineLinear, collapsed, effective_rank, feature_std, frozen_scores
 from fastrm.probes.features import Setting
 
@@ -33,6 +35,53 @@ def watched(features: Tensor, recorder: Recorder) -> dict[str, float]:
     if (warning := collapsed(std, rank, len(features))) is not None:
         recorder.note(f"warning    {warning}")
     return {"feature_std": std, "effective_rank": rank}
+
+
+class Evaluations:
+    """The evaluations of a run: at the end of every so many epochs, and after the last step.
+
+    Args:
+        config: settings of the run, resolved.
+        method, source, online: what is scored.
+        recorder: gets the scores.
+        schedule: of the run.
+        workers: processes that read the images.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        method: Method[Any],
+        source: Source,
+        online: OnlineLinear | None,
+        recorder: Recorder,
+        schedule: Schedule,
+        *,
+        device: torch.device,
+        workers: int,
+    ) -> None:
+        self._parts = (method, source, Setting(config.input.image_size, device, workers), online)
+        self._recorder, self._schedule = recorder, schedule
+        self._every = config.run.eval_every * schedule.steps_per_epoch
+        if self._every and source.test is None:
+            self._every = 0
+            recorder.note("evaluation kNN is left out: the images have no labels")
+
+    def due(self, step: int) -> bool:
+        """Whether the state after this step is to be scored."""
+        return self._every > 0 and (step >= self._schedule.total or step % self._every == 0)
+
+    def run(self, step: int) -> dict[str, float]:
+        """Score and record; to be called in all processes, of which the first does it and gets the scores.
+
+        What comes before it has been saved: whatever happens here, the same command goes on with the evaluation.
+        """
+        scores: dict[str, float] = {}
+        if world().rank == 0:
+            scores = evaluated(*self._parts)
+            self._recorder.record({"step": step, "epoch": step / self._schedule.steps_per_epoch, **scores})
+        barrier()
+        return scores
 
 
 def evaluated(method: Method[Any], source: Source, setting: Setting, online: OnlineLinear | None) -> dict[str, float]:

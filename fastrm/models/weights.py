@@ -11,12 +11,12 @@ import safetensors
 import safetensors.torch
 from torch import Tensor
 
-import fastrm
 from fastrm.config import Config
 from fastrm.data.augmentation import IMAGENET_MEAN, IMAGENET_STD
 from fastrm.errors import UsageError
-from fastrm.files import load_tensors, write_whole
+from fastrm.files import as_utf8, load_tensors, write_whole
 from fastrm.models.backbone import Backbone, build_backbone
+from fastrm.version import __version__
 
 BACKBONE = "backbone.safetensors"
 """What a complete run leaves in its folder: the student's backbone."""
@@ -45,13 +45,14 @@ def metadata(config: Config, which: str) -> dict[str, str]:
         "std": json.dumps(IMAGENET_STD),
         "method": config.method.method,
         "data": config.input.data,
-        "fastrm": fastrm.__version__,
+        "fastrm": __version__,
     }
 
 
 def write_backbone(path: Path, backbone: Backbone, about: dict[str, str]) -> None:
     """Write a backbone's weights in timm's names as safetensors, whole."""
-    content = safetensors.torch.save(plain_state(backbone), metadata=about)
+    texts = {name: as_utf8(text) for name, text in about.items()}
+    content = safetensors.torch.save(plain_state(backbone), metadata=texts)
     write_whole(path, lambda partial: partial.write_bytes(content))
 
 

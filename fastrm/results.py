@@ -1,0 +1,60 @@
+"""What a complete run leaves in its folder: ``summary.json`` and the student's backbone."""
+
+from __future__ import annotations
+
+import platform
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fastrm.config import Config
+from fastrm.data import Source
+from fastrm.errors import UsageError
+from fastrm.files import read_json, write_json
+from fastrm.methods import Method
+from fastrm.models.weights import BACKBONE, metadata, write_backbone
+from fastrm.version import __version__
+
+SUMMARY = "summary.json"
+
+
+class Results:
+    """The results of a run. What they say besides its scores is put together at once, so that it cannot fail later.
+
+    Args:
+        out: the run folder.
+        config: settings of the run, resolved.
+        source: its images.
+    """
+
+    def __init__(self, out: Path, config: Config, source: Source) -> None:
+        self.out = out
+        self._weights = metadata(config, "student")
+        self._about = {
+            "images": len(source.train),
+            "method": config.method.method,
+            "arch": config.model.arch,
+            "residual_weight": config.method.residual_weight,
+            "residual_at": config.method.residual_at,
+            "seed": config.run.seed,
+            "fastrm": __version__,
+            "torch": torch.__version__,
+            "python": platform.python_version(),
+        }
+
+    def write(self, method: Method[Any], last: dict[str, Any]) -> None:
+        """Leave the student's backbone in timm's names, and the summary, which says that the run is complete."""
+        write_backbone(self.out / BACKBONE, method.student.backbone, self._weights)
+        write_json(self.out / SUMMARY, {**last, **self._about})
+
+
+def complete(out: Path, step: int) -> bool:
+    """Whether a run folder holds the results of a run that ended after ``step`` steps."""
+    path = out / SUMMARY
+    if not path.is_file():
+        return False
+    try:
+        return bool(read_json(path).get("step") == step)
+    except (ValueError, AttributeError):
+        raise UsageError(f"{path} is no summary that fastrm wrote; move it away") from None
