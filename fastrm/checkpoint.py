@@ -13,12 +13,13 @@ import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from fastrm.config import Config, flag
+from fastrm.data.inventory import Inventory
 from fastrm.distributed import gather_objects, world
 from fastrm.errors import TrainingError, UsageError
 from fastrm.files import load_tensors, write_whole
@@ -31,7 +32,7 @@ CONTENT = {"config": dict, "step": int, "random": list, "method": dict}
 FREE_ON_RESUME = frozenset(
     {"max_steps", "log_every", "profile", "eval_every", "checkpoint_every", "keep", "keep_every", "verify_every"}
     | {"out", "resume", "recipe", "device", "compile", "cuda_graph", "channels_last", "kernels", "loader", "scan"}
-    | {"workers", "data_root"}
+    | {"workers", "data", "data_root", "allow_changed_data"}  # of the images their inventory is compared
 )
 
 
@@ -219,17 +220,29 @@ def origin(config: Config, out: Path) -> Path:
     return out if config.run.resume in ("auto", "never") else locate(Path(config.run.resume)).parent
 
 
-def resume(config: Config, out: Path, **parts: Stateful) -> int:
-    """Load the checkpoint that ``--resume`` asks for into ``parts`` and return the steps that are done; 0 without one.
+class Start(NamedTuple):
+    """Where a run goes on."""
+
+    step: int
+    """Steps that are done."""
+    images: Inventory
+    """What is trained on, at its place in the run."""
+    note: str = ""
+    """What is to be said of the images; empty if they are those of the checkpoint."""
+
+
+def resume(config: Config, out: Path, images: Inventory, **parts: Stateful) -> Start:
+    """Load the checkpoint that ``--resume`` asks for into ``parts`` and say where the run goes on; at 0 without one.
 
     With ``auto`` a damaged newest checkpoint is passed over, with a notice, for the one before it.
 
     Raises:
-        UsageError: there is no such checkpoint, all are damaged, or it is of a run with other settings.
+        UsageError: there is no such checkpoint, all are damaged, it is of a run with other settings, or of one on other
+            images and ``--allow-changed-data`` is not given.
     """
     wish, there = config.run.resume, own(out)
     if wish == "never" or (wish == "auto" and not there):
-        return 0
+        return Start(0, images)
     if wish == "auto":
         path, state = _first_sound(there)
     else:
@@ -238,7 +251,10 @@ def resume(config: Config, out: Path, **parts: Stateful) -> int:
             raise UsageError(f"--resume {wish} would overwrite the run in --out {out}; choose another --out")
         state = load(path)
     then, now = state["config"], config.flat()
-    changed = [name for name in now if name not in FREE_ON_RESUME and then.get(name) != now[name]]
+    free = FREE_ON_RESUME if "images" in state or config.run.allow_changed_data else FREE_ON_RESUME - {"data"}
+    changed = [name for name in now if name not in free and then.get(name) != now[name]]
+    if "data" in changed and _same_file(then["data"], now["data"]):
+        changed.remove("data")
     if changed:
         differences = "; ".join(f"{flag(name)} was {then.get(name)}, is {now[name]}" for name in changed)
         raise UsageError(f"{path} is of other settings: {differences}. Use its own, another --out, or --resume never")
@@ -247,6 +263,7 @@ def resume(config: Config, out: Path, **parts: Stateful) -> int:
             f"{path} is of a run in {processes} processes, and these are {world().size}: every batch would be another "
             "one. Start as many, or give another --out"
         )
+    start = _compared(path, state, config, images)
     with fitting(path):
         for name, part in parts.items():
             part.load_state_dict(state[name])
@@ -254,8 +271,32 @@ def resume(config: Config, out: Path, **parts: Stateful) -> int:
         torch.set_rng_state(random["cpu"])
         if torch.cuda.is_available() and "cuda" in random:
             torch.cuda.set_rng_state(random["cuda"])
+    return start
+
+
+def _same_file(then: object, now: str) -> bool:
+    try:
+        return os.path.samefile(str(then), now)
+    except (OSError, ValueError):
+        return False
+
+
+def _compared(path: Path, state: Mapping[str, Any], config: Config, images: Inventory) -> Start:
+    """Hold the images against those of a checkpoint."""
     step: int = state["step"]
-    return step
+    if "images" not in state:
+        return Start(step, images, f"{path.name} is of an older version: whether the images are the same is not known")
+    with fitting(path):
+        images, difference = images.continued(state["images"], step)
+    if not difference:
+        return Start(step, images)
+    if not config.run.allow_changed_data:
+        raise UsageError(
+            f"{path} is of a run on other images than --data {config.input.data}: {difference}. Bring them back, give "
+            "another --out, or --allow-changed-data, which starts the next epoch with those of now"
+        )
+    epoch = (step + images.shift) // images.steps_per_epoch
+    return Start(step, images, f"other images from epoch {epoch} on: {difference}")
 
 
 def _first_sound(files: list[Path]) -> tuple[Path, dict[str, Any]]:

@@ -173,6 +173,8 @@ class RunConfig:
     resume: str = "auto"
     """auto: continue the run that is in --out. never: start anew, in its place.
     Or a checkpoint or run folder to continue from."""
+    allow_changed_data: bool = False
+    """Continue a run whose images have changed: from the next whole epoch on, with the new ones."""
 
 
 @dataclass(frozen=True, kw_only=True)

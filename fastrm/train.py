@@ -14,6 +14,7 @@ import time
 from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
+from dataclasses import replace
 from itertools import islice, zip_longest
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -26,6 +27,7 @@ from torch.profiler import record_function
 from fastrm import _cli, checkpoint
 from fastrm.config import Config, defaults, resolved, validate
 from fastrm.data import Loader, make_loader, open_source
+from fastrm.data.inventory import inventory
 from fastrm.data.scan import SKIPPED, scan, write_skipped
 from fastrm.device import (
     available_cores,
@@ -103,6 +105,7 @@ def _train(config: Config, device: torch.device, world: World) -> dict[str, Any]
     schedule = Schedule(config, steps_per_epoch=len(loader) // accumulate)
     if schedule.steps_per_epoch == 0:
         raise UsageError(f"--batch-size {config.input.batch_size} is more than the {len(source.train)} images")
+    images = inventory(source.train, left_out=len(broken), steps_per_epoch=schedule.steps_per_epoch)
 
     torch.manual_seed(config.run.seed)
     torch.backends.cudnn.benchmark = True
@@ -135,7 +138,8 @@ def _train(config: Config, device: torch.device, world: World) -> dict[str, Any]
     out = config.run.out or Path("runs", f"{as_utf8(source.name)}-{config.method.method}-{config.model.arch}")
     if as_utf8(str(out)) != str(out):
         raise UsageError(f"--out {as_utf8(str(out))} is no UTF-8, which TensorBoard and the profiler ask of a path")
-    start = checkpoint.resume(config, out, **parts)
+    begun = checkpoint.resume(config, out, images, **parts)
+    start, schedule = begun.step, replace(schedule, shift=begun.images.shift)
     method.refresh_low_precision_teacher()
     ended = start >= schedule.total
     known = recorded(checkpoint.origin(config, out), start) if start else {}
@@ -153,6 +157,8 @@ def _train(config: Config, device: torch.device, world: World) -> dict[str, Any]
         _open_folder(config, out, fresh=start == 0)
     recorder = Recorder(out if world.rank == 0 else None, start=start, total=schedule.total)
     recorder.note(f"data       {source.about}")
+    if begun.note:
+        recorder.note(f"notice     {begun.note}")
     recorder.note(f"settings   {_described(config, device, precision, world)}")
     recorder.note(f"folder     {out}" + (f", continued after step {start}" if start else ""))
     if broken and world.rank == 0:
@@ -167,10 +173,10 @@ def _train(config: Config, device: torch.device, world: World) -> dict[str, Any]
     recent: deque[_Given] = deque(maxlen=accumulate)
     batches = _micro_batches(loader, start, schedule, recent)
     clock = _Clock()
-    last: dict[str, Any] = {"step": start, "epoch": start / schedule.steps_per_epoch, **known} if ended else {}
+    last: dict[str, Any] = {"step": start, "epoch": schedule.epoch(start), **known} if ended else {}
     scores: dict[str, float] = {}
     profile = config.run.profile if world.rank == 0 else 0
-    checkpoints = checkpoint.Checkpoints(out, config, start, **parts)
+    checkpoints = checkpoint.Checkpoints(out, config, start, **parts, images=begun.images)
     with (
         _faults(out, world),
         closing(recorder),
@@ -185,7 +191,7 @@ def _train(config: Config, device: torch.device, world: World) -> dict[str, Any]
             scores = evaluations.run(start)
         for step in range(start, schedule.total):
             done = step + 1
-            epoch = done / schedule.steps_per_epoch
+            epoch = schedule.epoch(done)
             end = done == schedule.total
             logged = done == 1 or done % config.run.log_every == 0 or end
             lr, momentum = schedule.lr(step), schedule.teacher_momentum(done)
@@ -224,7 +230,8 @@ def _train(config: Config, device: torch.device, world: World) -> dict[str, Any]
             with clock.paused():
                 scoring = evaluations.due(done)
                 save, ending = signals.asked()
-                due = end or done % (config.run.checkpoint_every or schedule.steps_per_epoch) == 0
+                every = config.run.checkpoint_every
+                due = end or (done % every == 0 if every else schedule.ends_epoch(done))
                 if due or save or scoring:
                     recorder.sync()
                     checkpoints.save(done)
@@ -283,7 +290,7 @@ def _micro_batches(
     """
     accumulate = schedule.config.optim.accumulate
     while True:
-        epoch, done = divmod(step, schedule.steps_per_epoch)
+        epoch, done = schedule.place(step)
         loader.seek(epoch * len(loader) + done * accumulate)
         views = islice(loader, (schedule.steps_per_epoch - done) * accumulate)
         while True:
@@ -293,7 +300,7 @@ def _micro_batches(
                 break
             recent.append(_Given(loader.indices, pair))
             yield pair
-        step = (epoch + 1) * schedule.steps_per_epoch
+        step += schedule.steps_per_epoch - done
 
 
 def _averaged(outputs: Sequence[StepOutput]) -> dict[str, float]:

@@ -62,14 +62,14 @@ class Evaluations:
     ) -> None:
         self._parts = (method, source, Setting(config.input.image_size, device, workers), online)
         self._recorder, self._schedule = recorder, schedule
-        self._every = config.run.eval_every * schedule.steps_per_epoch
+        self._every = config.run.eval_every
         if self._every and source.test is None:
             self._every = 0
             recorder.note("evaluation kNN is left out: the images have no labels")
 
     def due(self, step: int) -> bool:
         """Whether the state after this step is to be scored."""
-        return self._every > 0 and (step >= self._schedule.total or step % self._every == 0)
+        return self._every > 0 and (step >= self._schedule.total or self._schedule.ends_epoch(step, self._every))
 
     def run(self, step: int) -> dict[str, float]:
         """Score and record; to be called in all processes, of which the first does it and gets the scores.
@@ -79,7 +79,7 @@ class Evaluations:
         scores: dict[str, float] = {}
         if world().rank == 0:
             scores = evaluated(*self._parts)
-            self._recorder.record({"step": step, "epoch": step / self._schedule.steps_per_epoch, **scores})
+            self._recorder.record({"step": step, "epoch": self._schedule.epoch(step), **scores})
         barrier()
         return scores
 

@@ -262,6 +262,13 @@ def test_labels_are_in_the_order_of_the_numbers(tmp_path: Path) -> None:
     assert "the classes X and x differ in case alone" in about
 
 
+def test_a_folder_with_the_name_of_a_set_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fill(tmp_path, "digits/0.png")
+    monkeypatch.chdir(tmp_path)
+    assert "this is the set of that name, and the folder digits is meant by ./digits" in open_source("digits").about
+    assert len(open_source("./digits").train) == 1
+
+
 # Shards in folders
 
 

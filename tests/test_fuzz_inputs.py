@@ -26,6 +26,7 @@ from PIL import Image, features
 
 from fastrm import checkpoint, pretrained
 from fastrm.config import Config, build, from_flat
+from fastrm.data.inventory import Inventory
 from fastrm.data.named import open_named
 from fastrm.data.scan import fault
 from fastrm.data.shards import ShardImages, open_shards
@@ -143,7 +144,8 @@ def test_checkpoints_of_other_contents(part: str, value: Any, absent: bool) -> N
         with contextlib.suppress(UsageError):
             pretrained.open_pretrained(out, torch.device("cpu"))
         with contextlib.suppress(UsageError):
-            assert checkpoint.resume(build(data="digits"), out, method=torch.nn.Linear(2, 2)) >= 0
+            images = Inventory(hashes=torch.zeros(2, dtype=torch.int64), left_out=0, steps_per_epoch=1)
+            assert checkpoint.resume(build(data="digits"), out, images, method=torch.nn.Linear(2, 2)).step >= 0
         assert [path.name for path in out.iterdir()] == [checkpoint.NAME]
 
 

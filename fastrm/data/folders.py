@@ -37,7 +37,7 @@ def open_folder(path: Path) -> Source:
         return _shards(root, shards)
     layout = _layout(root)
     train = layout.train
-    images, classes, notes = _labelled(train, at=train.path)
+    images, classes, notes = _labelled(train)
     if len(images) == 0:
         said = passed_over(root.all_passed())
         raise UsageError(f"--data {path} holds no image{said}; looked below {train.path} for {LOOKED_FOR}")
@@ -121,14 +121,14 @@ def _check_classes(tops: Sequence[Folder], at: Path) -> None:
         )
 
 
-def _labelled(folder: Folder, at: Path) -> tuple[FileImages, list[str], list[str]]:
+def _labelled(folder: Folder) -> tuple[FileImages, list[str], list[str]]:
     """(images, classes, notes): labelled by subfolders if two or more of them hold all the images."""
     tops, notes = sorted(_tops(folder), key=lambda top: natural(top.name)), []
-    _check_classes(tops, at)
+    _check_classes(tops, folder.path)
     if len(tops) < 2 or folder.images:
         if tops and folder.images:
             notes.append(f"{len(folder.images):,} of them beside its folders (first {folder.images[0].name})")
-        return FileImages(folder.below(), None), [], notes
+        return FileImages(folder.below(), None, folder.path), [], notes
     if empty := [inner for inner in folder.folders if inner not in tops]:
         names = ", ".join(
             f"{inner.name}{passed_over(inner.all_passed()).replace('; passed over:', ':')}" for inner in empty[:3]
@@ -142,7 +142,7 @@ def _labelled(folder: Folder, at: Path) -> tuple[FileImages, list[str], list[str
     labels = {top.name: label for label, top in enumerate(tops)}
     found = [(path, labels[top.name]) for top in folder.folders if top in tops for path in top.below()]
     return (
-        FileImages([path for path, _ in found], np.array([label for _, label in found], dtype=np.int64)),
+        FileImages([path for path, _ in found], np.array([label for _, label in found], dtype=np.int64), folder.path),
         classes,
         notes,
     )
@@ -168,7 +168,9 @@ def _validation(folder: Folder, classes: Sequence[str]) -> tuple[FileImages | No
     missing = [name for name in classes if name not in {top.name for top in known}]
     said = f" without {len(missing)} of the classes ({', '.join(missing[:3])})" if missing else ""
     found = [(path, classes.index(top.name)) for top in known for path in top.below()]
-    return FileImages([path for path, _ in found], np.array([label for _, label in found], dtype=np.int64)), said
+    return FileImages(
+        [path for path, _ in found], np.array([label for _, label in found], dtype=np.int64), folder.path
+    ), said
 
 
 def _shards(root: Folder, shards: Sequence[Path]) -> Source:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from pathlib import Path
 
 from fastrm.config import check_path, flag
@@ -29,7 +30,11 @@ def open_source(data: str | Path, data_root: str | Path | None = None) -> Source
         raise UsageError("--data is missing; give a folder of images, or a named set such as digits")
     check_path("data_root", data_root)
     if data in NAMED:
-        return open_named(data, Path(data_root) if data_root else cache_root())
+        source = open_named(data, Path(data_root) if data_root else cache_root())
+        if os.path.isdir(data):
+            about = f"{source.about}; this is the set of that name, and the folder {data} is meant by ./{data}"
+            source = replace(source, about=about)
+        return source
     if COMPRESSED.search(data):
         raise UsageError(f"--data {data} is compressed, and shards are read by offset; unpack them to .tar files")
     folder = expanded(data)

@@ -10,7 +10,7 @@ import glob
 import os
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -42,6 +42,10 @@ class ShardImages(FileImages):
         with open(member.shard, "rb") as file:
             file.seek(member.offset)
             return file.read(member.size)
+
+    def identities(self) -> Iterator[bytes]:
+        """What tells each image from others: the names of its shard and itself, and its size in bytes."""
+        return (os.fsencode(f"{m.shard.name}/{m.name}") + b"\0%d" % m.size for m in self._members)
 
     def stored_in(self) -> list[Path]:
         """The shards."""

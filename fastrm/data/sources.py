@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import io
+import itertools
+import os
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple, TypeVar
@@ -19,6 +22,7 @@ from fastrm.errors import UsageError
 
 T = TypeVar("T")
 _KINDS_TOLD = 8
+_AT_ONCE = 1024
 BROKEN = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)
 """What Pillow raises for a file that is no picture, or a broken one."""
 
@@ -51,6 +55,11 @@ class ArrayImages:
         pixels = torch.from_numpy(self.pixels)
         return pixels[:, None] if pixels.ndim == 3 else pixels.permute(0, 3, 1, 2)
 
+    def identities(self) -> Iterator[bytes]:
+        """What tells each image from others: its shape and pixels."""
+        shape = repr(self.pixels.shape[1:]).encode()
+        return (shape + image.tobytes() for image in self.pixels)
+
     def subset(self, indices: NDArray[np.int64]) -> ArrayImages:
         """Return the images at ``indices``."""
         return ArrayImages(self.pixels[indices], None if self.labels is None else self.labels[indices])
@@ -62,11 +71,13 @@ class FileImages:
     Args:
         paths: N files.
         labels: int64 [N], or None.
+        root: the folder of the data, which the names of the images start from; None is what the paths have in common.
     """
 
-    def __init__(self, paths: Sequence[Path], labels: NDArray[np.int64] | None) -> None:
+    def __init__(self, paths: Sequence[Path], labels: NDArray[np.int64] | None, root: Path | None = None) -> None:
         self.paths = paths
         self.labels = labels
+        self.root = root
         self.unreadable: dict[int, str] = {}
         """What is wrong with the files that could not be read, by index."""
 
@@ -79,6 +90,16 @@ class FileImages:
     def content(self, index: int) -> bytes:
         """The bytes of a file."""
         return self.paths[index].read_bytes()
+
+    def identities(self) -> Iterator[bytes]:
+        """What tells each image from others: its path from the root on, and its size in bytes."""
+        root = str(self.root or os.path.commonpath([path.parent for path in self.paths]))
+        begin = 0 if root == os.curdir else len(root.rstrip(os.sep)) + 1
+        starts = range(0, len(self.paths), _AT_ONCE)
+        with ThreadPoolExecutor(_AT_ONCE // 64) as threads:  # waiting for the disk, mostly
+            sizes = threads.map(lambda at: [_size(path) for path in self.paths[at : at + _AT_ONCE]], starts)
+            for path, size in zip(self.paths, itertools.chain.from_iterable(sizes), strict=True):
+                yield os.fsencode(str(path)[begin:].replace(os.sep, "/")) + b"\0%d" % size
 
     def stored_in(self) -> list[Path]:
         """The files on disk that hold the images."""
@@ -102,10 +123,19 @@ class FileImages:
 
     def subset(self, indices: NDArray[np.int64]) -> FileImages:
         """Return the images at ``indices``."""
-        return FileImages([self.paths[i] for i in indices], None if self.labels is None else self.labels[indices])
+        labels = None if self.labels is None else self.labels[indices]
+        return FileImages([self.paths[i] for i in indices], labels, self.root)
 
 
 Images = ArrayImages | FileImages
+
+
+def _size(path: Path) -> int:
+    """Bytes of a file; -1 where it cannot be looked at."""
+    try:
+        return os.stat(path).st_size
+    except OSError:
+        return -1
 
 
 @dataclass(frozen=True, kw_only=True)

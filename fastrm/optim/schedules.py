@@ -15,27 +15,42 @@ class Schedule:
     Args:
         config: settings, with the batch size resolved.
         steps_per_epoch: optimizer steps an epoch.
+        shift: steps by which the place in the epochs is ahead of the steps that were made, which differ in a run whose
+            images have changed on the way.
     """
 
     config: Config
     steps_per_epoch: int
+    shift: int = 0
 
     @property
     def span(self) -> int:
-        """Steps that the schedules span."""
+        """Steps that the schedules span, as if all epochs had been as long as these."""
         return self.config.optim.epochs * self.steps_per_epoch
 
     @property
     def total(self) -> int:
         """Steps that are trained."""
-        limit = self.config.optim.max_steps
-        return self.span if limit is None else min(limit, self.span)
+        limit, total = self.config.optim.max_steps, self.span - self.shift
+        return total if limit is None else min(limit, total)
+
+    def place(self, step: int) -> tuple[int, int]:
+        """The epoch that a step is in, and its number in that."""
+        return divmod(step + self.shift, self.steps_per_epoch)
+
+    def epoch(self, done: int) -> float:
+        """Epochs that are over after ``done`` steps."""
+        return (done + self.shift) / self.steps_per_epoch
+
+    def ends_epoch(self, done: int, every: int = 1) -> bool:
+        """Whether an epoch, or one whose number is a multiple of ``every``, ends with the step before ``done``."""
+        return (done + self.shift) % (every * self.steps_per_epoch) == 0
 
     def lr(self, step: int) -> float:
         """Linear warm-up, then a half cosine to 0; peak ``--lr`` × batch / 256 (Goyal et al., arXiv 1706.02677)."""
         optim, batch = self.config.optim, self.config.input.batch_size
         assert batch is not None
-        warmup = optim.warmup_epochs * self.steps_per_epoch
+        warmup, step = optim.warmup_epochs * self.steps_per_epoch, step + self.shift
         if step < warmup:
             rate = optim.warmup_start_lr + (optim.lr - optim.warmup_start_lr) * step / warmup
         else:
@@ -49,13 +64,13 @@ class Schedule:
         step t + 1.
         """
         start, end = self.config.method.teacher_momentum, self.config.method.teacher_momentum_end
-        return end - (end - start) * _half_cosine(step / self.span)
+        return end - (end - start) * _half_cosine((step + self.shift) / self.span)
 
     def residual_weight(self, step: int) -> float:
         """Weight of the residual term, growing linearly over its warm-up."""
         method = self.config.method
         warmup = method.residual_warmup_epochs * self.steps_per_epoch
-        return method.residual_weight * (min(1.0, step / warmup) if warmup else 1.0)
+        return method.residual_weight * (min(1.0, (step + self.shift) / warmup) if warmup else 1.0)
 
 
 def _half_cosine(share: float) -> float:

@@ -1,0 +1,169 @@
+"""A run that goes on: the same images wherever they lie, others only if that is asked for."""
+
+from __future__ import annotations
+
+import shutil
+import tarfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from fastrm import checkpoint, train
+from fastrm.checkpoint import Checkpoints, Start
+from fastrm.config import Config, resolved
+from fastrm.data import open_source
+from fastrm.data.inventory import Inventory, inventory
+from fastrm.data.scan import scan
+from fastrm.errors import UsageError
+from fastrm.optim import Schedule
+from tests.test_train import assert_as_uninterrupted, records
+
+Small = Callable[..., Config]
+
+
+@pytest.fixture
+def images(pictures: Path, tmp_path: Path) -> Path:
+    """A copy of 96 pictures that a test may change."""
+    return Path(shutil.copytree(pictures / "classes", tmp_path / "images"))
+
+
+def listed(data: Path | str) -> Inventory:
+    """The inventory of a run with 24 images a step."""
+    source, broken = scan(open_source(str(data)), workers=1)
+    return inventory(source.train, left_out=len(broken), steps_per_epoch=len(source.train) // 24)
+
+
+def saved(small: Small, data: Path, step: int) -> Path:
+    """Save a checkpoint of a run that was not made, and return the run's folder."""
+    config = small(data=str(data))
+    assert config.run.out is not None
+    config.run.out.mkdir()
+    checkpoints = Checkpoints(config.run.out, config, 0, method=torch.nn.Linear(1, 1), images=listed(data))
+    checkpoints.save(step)
+    checkpoints.wait()
+    return config.run.out
+
+
+def resumed(small: Small, data: Path | str, **leaves: Any) -> Start:
+    config = small(data=str(data), **leaves)
+    assert config.run.out is not None
+    return checkpoint.resume(config, config.run.out, listed(data), method=torch.nn.Linear(1, 1))
+
+
+def test_a_run_goes_on_with_the_same_images_at_another_path(small: Small, images: Path, tmp_path: Path) -> None:
+    leaves = {"batch_size": 24, "accumulate": 1}
+    train.train(small(data=str(images), max_steps=1, **leaves))
+    train.train(small(data=str(images), max_steps=2, out=tmp_path / "whole", **leaves))
+    images.rename(tmp_path / "elsewhere")
+    train.train(small(data=f"{tmp_path}/elsewhere/", max_steps=2, **leaves))
+    assert_as_uninterrupted(tmp_path / "run", tmp_path / "whole")
+
+
+def test_spellings_of_one_path(small: Small, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    saved(small, images, 3)
+    (tmp_path / "link").symlink_to(images)
+    (tmp_path / "split").mkdir()
+    (tmp_path / "split" / "train").symlink_to(images)
+    monkeypatch.chdir(tmp_path)
+    for spelling in (f"{images}/", "link", "link/", "./images/../images", "images", "split", "split/train"):
+        begun = resumed(small, spelling)
+        assert (begun.step, begun.note, begun.images.shift) == (3, "", 0), spelling
+    monkeypatch.chdir(images)
+    assert resumed(small, ".").note == ""
+
+
+def test_changed_images_are_refused_with_both_counts(small: Small, images: Path) -> None:
+    first, second, *_ = sorted(images.rglob("*.jpg"))
+    out = saved(small, images, 3)
+    second.unlink()
+    with pytest.raises(UsageError, match=r"96 images then, 95 now; 0 new .*, 1 missing .*--allow-changed-data") as said:
+        resumed(small, images)
+    assert str(out / "checkpoint.pt") in str(said.value)
+    shutil.copy(first, second)
+    with pytest.raises(UsageError, match=r"96 images then, 96 now; 1 new or changed, 1 missing or changed\. Bring"):
+        resumed(small, images)
+    with pytest.raises(UsageError, match=r"96 images then, 1,437 now; 1,\d\d\d new or changed, 96 missing"):
+        resumed(small, "digits")
+    assert resumed(small, images, resume="never").step == 0
+
+
+def test_a_file_that_broke_since_is_said(small: Small, images: Path) -> None:
+    saved(small, images, 3)
+    broken = min(images.rglob("*.jpg"))
+    broken.write_bytes(b"x" * broken.stat().st_size)
+    with pytest.raises(UsageError, match=r"95 now; 0 new .*; 0 files were left out as broken, and 1 are now"):
+        resumed(small, images)
+
+
+def test_a_checkpoint_without_an_inventory_goes_on_with_a_notice(small: Small, images: Path, tmp_path: Path) -> None:
+    path = saved(small, images, 3) / "checkpoint.pt"
+    state = checkpoint.load(path)
+    del state["images"], state["config"]["allow_changed_data"]
+    torch.save(state | {"checksum": checkpoint.checksum(state)}, path)
+    with pytest.raises(UsageError, match=r"--data was .*images, is digits"):
+        resumed(small, "digits")
+    begun = resumed(small, f"{images}/")
+    assert begun.step == 3
+    assert begun.note == "checkpoint.pt is of an older version: whether the images are the same is not known"
+    assert resumed(small, "digits", allow_changed_data=True).step == 3
+
+
+def test_with_other_images_epochs_never_count_backwards(
+    small: Small, images: Path, pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def run(steps: int | None, **leaves: Any) -> Any:
+        return train.train(small(data=str(images), batch_size=24, epochs=3, max_steps=steps, **leaves))
+
+    run(5)  # 1.25 epochs of 4 steps
+    for path in sorted((pictures / "flat").glob("top*.jpg"))[:48]:
+        shutil.copy(path, images / "digit0")
+    run(7, allow_changed_data=True)
+    said = "notice     other images from epoch 2 on: 96 images then, 144 now; 48 new or changed, 0 missing or changed"
+    assert said in capsys.readouterr().out
+    # From here on it is a run on those: it goes on without the flag, and as if it had not been stopped.
+    run(None, out=tmp_path / "whole", resume=str(tmp_path / "run"))
+    run(9)
+    summary = run(None)
+    epochs = [record["epoch"] for record in records(tmp_path / "run")]
+    np.testing.assert_allclose(epochs, [0.25, 0.5, 0.75, 1, 1.25, *(2 + i / 6 for i in range(1, 7))])
+    assert (summary["step"], summary["epoch"]) == (11, 3.0)
+    ends = [checkpoint.load(tmp_path / name)["method"] for name in ("run", "whole")]
+    assert all(torch.equal(value, ends[1][name]) for name, value in ends[0].items())
+
+
+def test_the_same_shards_elsewhere(images: Path, tmp_path: Path) -> None:
+    for number, part in enumerate(("digit0", "digit1")):
+        with tarfile.open(tmp_path / f"{number}.tar", "w") as tar:
+            tar.add(images / part, part)
+    (tmp_path / "moved").mkdir()
+    for number in (0, 1):
+        shutil.copy(tmp_path / f"{number}.tar", tmp_path / "moved")
+    names = ("{0,1}.tar", "moved/*.tar", "moved", "{1,0}.tar")
+    every, globbed, folder, turned = (listed(tmp_path / name).hashes.tolist() for name in names)
+    assert every == globbed == folder != turned
+    assert set(every) == set(turned)
+
+
+def test_what_tells_images_apart() -> None:
+    assert len(set(listed("digits").hashes.tolist())) > 1400
+    plain = Inventory(hashes=torch.tensor([1, 2, 3]), left_out=0, steps_per_epoch=3)
+    assert plain.continued(plain.state_dict(), 5) == (plain, "")
+    mixed = Inventory(hashes=torch.tensor([2, 1, 3]), left_out=0, steps_per_epoch=3)
+    moved, words = mixed.continued(plain.state_dict(), 7)
+    assert words == "3 images then, 3 now in another order"
+    assert (7 + moved.shift) / 3 == 3  # the third epoch, of which one step was made, is not gone on with
+    assert mixed.continued(plain.state_dict(), 6)[0].shift == 0
+
+
+def test_schedules_after_a_change(small: Small) -> None:
+    """Shifted, every schedule is where the unshifted one is at the same epoch."""
+    config = resolved(small(batch_size=24, warmup_epochs=1.0, residual_warmup_epochs=2.0, max_steps=None), 1)
+    plain, shifted = Schedule(config, 6), Schedule(config, 6, shift=6)
+    for name in ("lr", "teacher_momentum", "residual_weight", "epoch", "place"):
+        assert [getattr(shifted, name)(step) for step in range(18)] == [getattr(plain, name)(s) for s in range(6, 24)]
+    assert (shifted.total, plain.total) == (18, 24)
+    assert [step for step in range(1, 19) if shifted.ends_epoch(step, 2)] == [6, 18]
