@@ -103,7 +103,7 @@ def _timm(backbone: Backbone, about: dict[str, str], out: Path) -> None:
 
     size = int(about["image_size"])
     own = backbone.net.pretrained_cfg
-    fixed = {"img_size": size} if own.get("fixed_input_size") else {}
+    fixed = backbone.options
     _check(backbone, timm.create_model(about["arch"], num_classes=0, **fixed), about, "timm's")
     if out.suffix:
         _state(backbone, about, out)

@@ -61,7 +61,7 @@ def open_pretrained(path: Path, device: torch.device) -> Pretrained:
         return Pretrained(path=path, networks={about["which"]: backbone.to(device)}, about=about)
     state = checkpoint.load(path)
     config = from_flat(state["config"])
-    method = build_method(config, device=device)
+    method = build_method(config, device=device, trained=False)
     with checkpoint.fitting(path):
         method.load_state_dict(state["method"])
     return Pretrained(

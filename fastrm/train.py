@@ -50,6 +50,7 @@ from fastrm.errors import Stopped, TrainingError, UsageError
 from fastrm.files import as_utf8, read_json, write_json, writing
 from fastrm.graph import GraphedStep
 from fastrm.methods import StepOutput, build_method
+from fastrm.methods.unused import counted
 from fastrm.metrics import METRICS, TENSORBOARD, Recorder, recorded
 from fastrm.models.weights import BACKBONE, load_weights, read_weights
 from fastrm.optim import Schedule, build_optimizer
@@ -113,7 +114,9 @@ def _train(config: Config, device: torch.device, world: World) -> dict[str, Any]
     if config.model.init_from is not None:
         weights, _ = read_weights(config.model.init_from)
         for network in (method.student, method.teacher):
-            load_weights(network.backbone, weights, source=f"--init-from {config.model.init_from}")
+            left_out = load_weights(network.backbone, weights, source=f"--init-from {config.model.init_from}")
+        said = f"the backbone starts from {len(weights) - len(left_out)} tensors of {config.model.init_from}"
+        method.notes.append(said + (f"; {counted(left_out)} of a classifier are left out" if left_out else ""))
     if not method.queues:
         synchronise_norms(method, device)
     if precision in AUTOCAST:
@@ -161,6 +164,8 @@ def _train(config: Config, device: torch.device, world: World) -> dict[str, Any]
         recorder.note(f"notice     {begun.note}")
     recorder.note(f"settings   {_described(config, device, precision, world)}")
     recorder.note(f"folder     {out}" + (f", continued after step {start}" if start else ""))
+    for note in method.notes:
+        recorder.note(f"network    {note}")
     if broken and world.rank == 0:
         write_skipped(out, broken)
         recorder.note(f"left out   {len(broken)} broken files, listed in {out / SKIPPED}")

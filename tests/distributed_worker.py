@@ -130,7 +130,7 @@ def shuffle() -> None:
     assert 0 < foreign < 8
 
 
-def trained(folder: Path, method: str) -> None:
+def trained(folder: Path, method: str, arch: str = "test_resnet") -> None:
     """Twenty steps of the trainer, and what each process holds afterwards."""
     built: list[Method[Any]] = []
     build_method = train.build_method
@@ -151,14 +151,14 @@ def trained(folder: Path, method: str) -> None:
         return original(*args)
 
     train._micro_batches = remembered
-    train.train(build(**{**SMALL, "method": method, "max_steps": 20, "out": folder / "run"}))
+    train.train(build(**{**SMALL, "method": method, "arch": arch, "max_steps": 20, "out": folder / "run"}))
     torch.save(built[0].state_dict(), folder / f"rank{rank}.pt")
 
 
 if __name__ == "__main__":
     what, where = sys.argv[1], Path(sys.argv[2])
     if what == "train":
-        trained(where, sys.argv[3])
+        trained(where, *sys.argv[3:])
     else:
         with processes(torch.device("cpu")):
             gradients(where) if what == "gradients" else shuffle()

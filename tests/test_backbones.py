@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import math
+import re
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,6 +17,7 @@ from fastrm.errors import UsageError
 from fastrm.models import build_backbone
 from fastrm.models.backbone import sincos_positions
 from fastrm.models.layout import small_maps_contiguous
+from fastrm.models.vit import is_vit, prepare_moco_vit
 
 
 @pytest.mark.parametrize(
@@ -59,15 +62,70 @@ def test_last_norm_of_each_residual_block_starts_at_zero() -> None:
     assert all(bool((block.bn3.weight == 0).all()) for layer in (net.layer1, net.layer4) for block in layer)
 
 
+def fixed(arch: str, **options: Any) -> tuple[Any, set[str], list[str]]:
+    """A network prepared for MoCo-v3, what is frozen of it, and what was left out."""
+    backbone = build_backbone(arch, image_size=64, moco_vit=True, **options)
+    return backbone.net, {n for n, p in backbone.net.named_parameters() if not p.requires_grad}, backbone.notes
+
+
 def test_moco_vit_has_fixed_positions_and_a_frozen_projection() -> None:
-    net = build_backbone("vit_tiny_patch16_224", image_size=64, moco_vit=True).net
-    frozen = {name for name, p in net.named_parameters() if not p.requires_grad}
+    net, frozen, notes = fixed("vit_tiny_patch16_224")
     assert frozen == {"pos_embed", "patch_embed.proj.weight", "patch_embed.proj.bias"}
+    assert not notes
     bound = math.sqrt(6 / (3 * 16 * 16 + 192))
     assert 0.95 * bound < net.patch_embed.proj.weight.abs().max() <= bound
     assert (net.pos_embed[0, 0] == 0).all()
     plain = build_backbone("vit_tiny_patch16_224", image_size=64).net
     assert all(p.requires_grad for p in plain.parameters())
+
+
+PROJECTION = {"patch_embed.proj.weight", "patch_embed.proj.bias"}
+
+
+@pytest.mark.parametrize(
+    ("arch", "frozen", "left_out"),
+    [
+        ("test_vit2", {"pos_embed", *PROJECTION}, ()),  # no class token's position, registers
+        ("vit_dwee_patch16_reg1_gap_256", {"pos_embed", *PROJECTION}, ()),  # no class token
+        ("vit_tiny_r_s16_p8_224", {"pos_embed"}, ("its stem is no projection of patches",)),
+        ("vit_relpos_base_patch32_plus_rpn_256", PROJECTION, ("no table of absolute positions",)),
+        ("deit_tiny_distilled_patch16_224", {"pos_embed", *PROJECTION}, ()),  # two tokens before the patches
+        ("resnet10t", set(), ()),
+        ("swin_tiny_patch4_window7_224", set(), ()),
+    ],
+)
+def test_a_vit_gets_of_moco_v3_what_it_has_a_part_for(arch: str, frozen: set[str], left_out: tuple[str, ...]) -> None:
+    net, found, notes = fixed(arch)
+    assert found == frozen
+    assert len(notes) == len(left_out)
+    assert all(reason in note and arch in note for reason, note in zip(left_out, notes, strict=True))
+    if "pos_embed" in found:
+        rows, columns = net.patch_embed.grid_size
+        codes = sincos_positions(rows, columns, net.embed_dim)
+        torch.testing.assert_close(net.pos_embed[0, -rows * columns :], codes)
+        assert not net.pos_embed[0, : -rows * columns].any()
+
+
+def test_a_projection_without_bias_and_positions_on_a_grid() -> None:
+    class Flexible(nn.Module):
+        """A ViT as NaFlexViT is built, small."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.embed_dim = 8
+            self.embeds = nn.Module()
+            self.embeds.proj = nn.Conv2d(3, 8, 4, 4, bias=False)
+            self.embeds.pos_embed = nn.Parameter(torch.ones(1, 3, 5, 8))
+            self.embeds.cls_token = None
+            block = nn.Module()
+            block.attn = nn.Linear(8, 8)
+            self.blocks = nn.Sequential(block)
+
+    net = Flexible()
+    assert is_vit(net)
+    assert prepare_moco_vit(net) == []
+    torch.testing.assert_close(net.embeds.pos_embed[0], sincos_positions(3, 5, 8).view(3, 5, 8))
+    assert {n for n, p in net.named_parameters() if not p.requires_grad} == {"embeds.proj.weight", "embeds.pos_embed"}
 
 
 def test_sincos_positions_against_the_formula() -> None:
@@ -87,6 +145,73 @@ def test_an_unknown_name_suggests_the_nearest() -> None:
 def test_a_size_that_does_not_fit_is_said() -> None:
     with pytest.raises(UsageError, match=r"--arch vit_tiny_patch16_224 cannot .*--image-size 8"):
         build_backbone("vit_tiny_patch16_224", image_size=8)
+
+
+@pytest.mark.parametrize("name", ["resnet50.a1_in1k", "timm/resnet50.a1_in1k", "hf-hub:timm/resnet50.ram_in1k"])
+def test_a_name_of_published_weights_is_answered_with_the_networks(name: str) -> None:
+    with pytest.raises(UsageError, match=f"--arch {re.escape(name)} names published weights; .* is resnet50$"):
+        build_backbone(name, image_size=64)
+
+
+class Odd(nn.Module):
+    """A network that fails, or gives what no vector can be read from."""
+
+    def __init__(self, features: Any, pooled: Any = None, error: Exception | None = None) -> None:
+        super().__init__()
+        self.features, self.pooled, self.error = features, pooled, error
+        self.num_features = 6
+
+    def forward_features(self, images: torch.Tensor) -> Any:
+        if self.error:
+            raise self.error
+        return self.features
+
+    def forward_head(self, features: Any, pre_logits: bool) -> Any:
+        return self.pooled
+
+
+@pytest.mark.parametrize(
+    "error", [KeyError("x"), IndexError(), AttributeError("no"), ZeroDivisionError("division")], ids=str
+)
+def test_whatever_a_network_raises_becomes_one_line(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(timm, "create_model", lambda *_, **__: Odd(None, error=error))
+    with pytest.raises(
+        UsageError, match=r"^--arch test_vit cannot take --image-size 32: .+; timm's own size for it is"
+    ):
+        build_backbone("test_vit", image_size=32)
+
+    def broken(*_: object, **__: object) -> None:
+        raise error
+
+    monkeypatch.setattr(timm, "create_model", broken)
+    with pytest.raises(UsageError, match=r"^--arch test_vit cannot be built for --image-size 32: .+"):
+        build_backbone("test_vit", image_size=32)
+
+
+@pytest.mark.parametrize(
+    ("features", "pooled", "widths"),
+    [
+        (torch.zeros(1, 6, 2, 2), torch.zeros(1, 6), (6, 6, None)),
+        (torch.zeros(1, 2, 2, 6), torch.zeros(1, 6), (6, None, 6)),  # [B, H, W, C], and it does not say so
+        (torch.zeros(1, 6, 6, 6), torch.zeros(1, 6, 1, 1), (6, 6, None)),
+        (torch.zeros(1, 5, 6), torch.zeros(1, 6), (6, None, None)),
+        ([torch.zeros(1, 6, 2, 2), torch.zeros(1, 6, 1, 1)], torch.zeros(1, 6), (6, None, None)),
+        ({"x": torch.zeros(1, 6, 2, 2)}, torch.zeros(1, 6), (6, None, None)),
+        (torch.zeros(1, 5, 6), torch.zeros(1, 5, 6), None),
+        (torch.zeros(1, 6, 2, 2), (torch.zeros(1, 6), torch.zeros(1, 6)), None),
+    ],
+)
+def test_features_of_any_form_are_measured_or_refused(
+    features: Any, pooled: Any, widths: tuple[int | None, ...] | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(timm, "create_model", lambda *_, **__: Odd(features, pooled))
+    if widths is None:
+        with pytest.raises(UsageError, match="must be an image classifier"):
+            build_backbone("test_vit", image_size=32)
+    else:
+        backbone = build_backbone("test_vit", image_size=32)
+        assert (backbone.dim, backbone.map_dim, backbone.grid_dim) == widths
+        assert backbone(torch.zeros(1, 3, 32, 32))[0].shape == (1, 6)
 
 
 def test_convolutions_of_small_maps_are_contiguous_and_give_the_same() -> None:

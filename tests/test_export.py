@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,10 +16,12 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from benchmarks import zoo
 from fastrm import checkpoint, evaluate, export, train
 from fastrm.config import Config
 from fastrm.errors import UsageError
 from fastrm.models import build_backbone, read_backbone
+from fastrm.models.weights import load_weights
 from fastrm.pretrained import open_pretrained
 from tests.conftest import run_of_one_step
 from tests.test_cli import fails
@@ -30,8 +33,8 @@ pytestmark = pytest.mark.xdist_group("export")  # which trains its runs once
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """A run of a step for each of three networks, with an evaluation beside the first."""
-    sizes = {"resnet18": 96, "test_vit": 160, "test_resnet": 32}
+    """A run of a step for each of four networks, with an evaluation beside one."""
+    sizes = {"resnet18": 96, "test_vit": 160, "test_resnet": 32, "test_convnext": 32}
     found = {arch: run_of_one_step(arch, size, tmp_path_factory.mktemp(arch)) for arch, size in sizes.items()}
     evaluate.main(["--checkpoint", str(found["test_resnet"]), "--linear-quick", "--workers", "0"])
     return found
@@ -69,6 +72,9 @@ def write(run: Path, kind: str, which: str, out: Path) -> Path:
         ("test_vit", "timm", "it.safetensors"),
         ("test_resnet", "safetensors", "it.safetensors"),
         ("test_resnet", "onnx", "it.onnx"),
+        # A norm of its backbone is called head.norm.
+        ("test_convnext", "timm", "folder"),
+        ("test_convnext", "safetensors", "it.safetensors"),
     ],
 )
 def test_round_trips(arch: str, kind: str, name: str, which: str, runs: dict[str, Path], tmp_path: Path) -> None:
@@ -216,6 +222,57 @@ def test_a_run_starts_from_another(runs: dict[str, Path], small: Small, tmp_path
     train.train(small(max_steps=1, lr=1e-30, init_from=runs["test_resnet"]))
     first, then = (open_pretrained(p, CPU).networks["student"].net for p in (runs["test_resnet"], tmp_path / "run"))
     torch.testing.assert_close(then.conv1.weight, first.conv1.weight, rtol=0, atol=1e-6)
+
+
+def test_a_run_starts_from_the_backbone_of_a_convnext(
+    runs: dict[str, Path], small: Small, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Each of the files that a run leaves; head.norm is one of the backbone's tensors."""
+    first = open_pretrained(runs["test_convnext"], CPU).networks["student"].net.state_dict()
+    assert "head.norm.weight" in first
+    for number, name in enumerate(("", "backbone.safetensors", "checkpoint.pt")):
+        path, out = runs["test_convnext"] / name, tmp_path / str(number)
+        train.train(small(arch="test_convnext", max_steps=1, lr=1e-30, init_from=path, out=out))
+        said = "".join(capsys.readouterr().out.split())  # lines are broken to the terminal's width
+        assert f"startsfrom{len(first)}tensorsof{path}" in said
+        assert "classifier" not in said
+        then = open_pretrained(out, CPU).networks["teacher"].net.state_dict()
+        for tensor, value in first.items():
+            torch.testing.assert_close(then[tensor], value, rtol=0, atol=1e-6)
+    backbone = runs["test_convnext"] / "backbone.safetensors"
+    evaluate.main(["--checkpoint", str(backbone), "--knn", "--workers", "0", "--data", "digits"])
+    assert "knn" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("arch", ["test_convnext", "test_efficientnet", "mobilenetv3_small_050", "edgenext_xx_small"])
+def test_a_family_goes_to_files_and_back(arch: str) -> None:
+    """Written, read, started from, exported to timm; and timm's own classifier. All families: benchmarks.zoo."""
+    zoo.there_and_back(arch, zoo.size_of(arch))
+
+
+@pytest.mark.parametrize(
+    ("arch", "classifier"),
+    [
+        ("test_convnext", ["head.fc.bias", "head.fc.weight"]),
+        ("deit_tiny_distilled_patch16_224", ["head.bias", "head.weight", "head_dist.bias", "head_dist.weight"]),
+        ("mobilenetv3_small_050", ["classifier.bias", "classifier.weight"]),
+        ("resnet10t", ["fc.bias", "fc.weight"]),
+    ],
+)
+def test_a_classifier_is_what_the_backbone_does_not_have(arch: str, classifier: list[str]) -> None:
+    backbone = build_backbone(arch, image_size=96, stem="imagenet").eval()
+    other = timm.create_model(arch, num_classes=7, **backbone.options).eval()
+    assert sorted(load_weights(backbone, other.state_dict(), source="it")) == classifier
+    images = torch.rand(2, 3, 96, 96)
+    with torch.no_grad():
+        want = other.forward_head(other.forward_features(images), pre_logits=True)
+        torch.testing.assert_close(backbone(images)[0], want)
+    state = backbone.net.state_dict()
+    name = next(name for name in state if name.startswith("head") or "norm" in name or "bn" in name)
+    with pytest.raises(UsageError, match=f"1 tensors are missing .first {re.escape(name)}"):
+        load_weights(backbone, {other: value for other, value in state.items() if other != name}, source="it")
+    with pytest.raises(UsageError, match=r"1 tensors are foreign .first norm_of_another"):
+        load_weights(backbone, {**state, "norm_of_another.weight": torch.zeros(2)}, source="it")
 
 
 def test_weights_that_do_not_fit_are_said_and_nothing_is_written(

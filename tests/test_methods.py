@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fastrm.config import Config, build
+from fastrm.errors import UsageError
 from fastrm.methods import Method, build_method
 from fastrm.methods.densecl import matched
 from fastrm.optim import build_optimizer
@@ -250,3 +251,59 @@ def test_a_step_in_bf16_keeps_losses_and_teacher_in_float32(name: str) -> None:
     assert output.loss.dtype == torch.float32
     assert torch.isfinite(output.loss)
     assert {p.dtype for p in method.parameters()} == {torch.float32}
+
+
+@pytest.mark.parametrize(
+    ("arch", "leaves", "behind"),
+    [
+        ("test_convnext", {}, {"head.norm.weight", "head.norm.bias"}),
+        ("test_convnext", {"residual_weight": 1.0, "residual_at": "backbone"}, set()),
+        ("mobilenetv3_small_050", {}, {"conv_head.weight", "conv_head.bias"}),
+        ("test_resnet", {}, set()),
+    ],
+)
+def test_what_the_loss_does_not_reach_is_frozen_and_said(arch: str, leaves: dict[str, Any], behind: set[str]) -> None:
+    method = build_method(settings("densecl", arch=arch, **leaves))
+    frozen = {name for name, p in method.student.backbone.net.named_parameters() if not p.requires_grad}
+    assert frozen == behind
+    assert len(method.notes) == bool(behind)
+    assert all(f"does not reach {len(behind)} tensors (student.backbone.net." in note for note in method.notes)
+    method(torch.randn(2, 3, 32, 32), torch.randn(2, 3, 32, 32), weight()).loss.backward()
+    assert all(p.grad is not None for p in method.parameters() if p.requires_grad)
+    before = {name: p.clone() for name, p in method.named_parameters()}
+    optimizer: Any = build_optimizer(method, settings("densecl", weight_decay=0.5, optimizer="sgd").optim)
+    optimizer.param_groups[0]["lr"], optimizer.ema_momentum = 0.1, 0.5
+    optimizer.step()
+    for name, p in method.named_parameters():
+        if name.rpartition("backbone.net.")[2] in behind:
+            assert torch.equal(p, before[name]), name  # weight decay too
+
+
+def test_looking_for_what_is_not_reached_changes_nothing() -> None:
+    configured = settings("mocov2", arch="test_resnet")
+    torch.manual_seed(3)
+    plain = build_method(configured, trained=False)
+    after_plain = torch.rand(3)
+    torch.manual_seed(3)
+    looked = build_method(configured)
+    assert torch.equal(torch.rand(3), after_plain)
+    assert all(torch.equal(value, plain.state_dict()[name]) for name, value in looked.state_dict().items())
+    assert all(p.grad is None for p in looked.parameters())
+
+
+def test_what_cannot_be_trained_is_refused_before_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(UsageError, match=r"test_resnet cannot be trained with --method byol .*1 images per process"):
+        build_method(settings("byol", batch_size=4, accumulate=4))
+    with pytest.raises(UsageError, match="densecl needs a backbone with a feature map"):
+        build_method(settings("densecl", arch="test_vit"))
+
+
+def test_densecl_takes_a_transformers_map() -> None:
+    """Swin gives [B, H, W, C]; the same loss as from that map, position by position."""
+    method = build_method(settings("densecl", arch="swin_tiny_patch4_window7_224", image_size=64))
+    images = torch.randn(2, 3, 64, 64)
+    with torch.no_grad():
+        features = method.student.eval().backbone.net.forward_features(images)
+        encoding = method.student(images)
+    assert features.shape == (2, 2, 2, 768)
+    torch.testing.assert_close(encoding.positions, features.flatten(1, 2))

@@ -84,6 +84,7 @@ class Method(nn.Module, Generic[E]):
         queues: rings of past keys, one a direction or kind of key; empty for methods without.
         directions: 2 where the student sees both views, 1 where it sees only the first.
         scale: factor of a direction's contrastive loss in the sum.
+        notes: what the person who runs it should know of how it was built, a sentence each.
     """
 
     student: Any
@@ -110,6 +111,7 @@ class Method(nn.Module, Generic[E]):
         self.temperature = config.temperature
         self.residual_at = config.residual_at
         self.trains_residual = config.residual_weight > 0
+        self.notes: list[str] = []
         self.shadow: dict[str, Tensor] = {}
         """The teacher's parameters in low precision, by name, if it computes from them."""
         self._from_shadow: dict[str, Tensor] = {}

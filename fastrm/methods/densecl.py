@@ -45,9 +45,10 @@ class DenseCL(Method[DenseEncoding]):
     """Both losses against a queue of their own, weighted (1 - dense_weight) and dense_weight."""
 
     def __init__(self, backbone: Backbone, config: MethodConfig, *, backend: str | None = None) -> None:
-        if backbone.map_dim is None:
-            raise UsageError("--method densecl needs a backbone with a feature map; --arch is a transformer")
-        super().__init__(DenseEncoder(backbone, backbone.map_dim, config), config, directions=1, backend=backend)
+        width = backbone.map_dim or backbone.grid_dim
+        if width is None:
+            raise UsageError("--method densecl needs a backbone with a feature map; --arch is a transformer of tokens")
+        super().__init__(DenseEncoder(backbone, width, config), config, directions=1, backend=backend)
         self.dense_weight = config.dense_weight
         self.queues.extend(FeatureQueue(config.queue_size, config.output_dim) for _ in range(2))
 

@@ -3,36 +3,49 @@
 from __future__ import annotations
 
 import difflib
-import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from fastrm.config import check_choice
-from fastrm.errors import UsageError
+from fastrm.errors import UsageError, first_line
+from fastrm.models.vit import is_vit, prepare_moco_vit, sincos_positions
+
+__all__ = ["Backbone", "build_backbone", "sincos_positions"]
 
 
 class Backbone(nn.Module):
-    """A timm model without its classifier, giving pooled features and, for convolutional networks, their map.
+    """A timm model without its classifier, giving pooled features and, where there is one, their map.
 
     Attributes:
         net: the timm model; its ``state_dict`` is what other programs load.
         dim: width of the pooled features.
-        map_dim: channels of the last feature map, or None where there is no [B, C, H, W] map (transformers).
+        map_dim: channels of the last feature map, or None where timm gives no [B, C, H, W] map (transformers).
+        grid_dim: channels of the map of a transformer that gives [B, H, W, C] (Swin), or None.
+        options: what ``timm.create_model`` was given besides ``num_classes=0``.
+        notes: what of the wish could not be done, and why, a sentence each.
     """
 
-    def __init__(self, net: nn.Module, dim: int, map_dim: int | None) -> None:
+    def __init__(self, net: nn.Module, dim: int, map_dim: int | None, grid_dim: int | None = None) -> None:
         super().__init__()
         self.net: Any = net
         self.dim = dim
         self.map_dim = map_dim
+        self.grid_dim = grid_dim
+        self.options: dict[str, Any] = {}
+        self.notes: list[str] = []
 
-    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """[B, 3, H, W] images to pooled features [B, dim] and the last layer's output before pooling."""
-        features: Tensor = self.net.forward_features(images)
+    def forward(self, images: Tensor) -> tuple[Tensor, Any]:
+        """[B, 3, H, W] images to pooled features [B, dim] and the last layer's output before pooling.
+
+        The latter is [B, C, H, W] where ``map_dim`` or ``grid_dim`` is set, and else as timm gives it.
+        """
+        features = self.net.forward_features(images)
         pooled: Tensor = self.net.forward_head(features, pre_logits=True)
-        return pooled, features
+        return pooled.flatten(1), features.permute(0, 3, 1, 2) if self.grid_dim else features
 
 
 def build_backbone(arch: str, *, image_size: int, stem: str = "auto", moco_vit: bool = False) -> Backbone:
@@ -51,26 +64,61 @@ def build_backbone(arch: str, *, image_size: int, stem: str = "auto", moco_vit: 
     import timm
 
     check_choice("stem", stem)
-    if arch not in timm.list_models():
-        near = difflib.get_close_matches(arch, timm.list_models(), n=4)
-        raise UsageError(
-            f"--arch {arch} is not a timm model; "
-            + (f"near it: {', '.join(near)}" if near else "see timm.list_models()")
-        )
-    pretrained = timm.models.get_pretrained_cfg(arch, allow_unregistered=True)
-    fixed_size = pretrained is not None and pretrained.fixed_input_size
-    sized = {"img_size": image_size} if fixed_size else {}
-    try:
-        net = timm.create_model(arch, pretrained=False, num_classes=0, **sized)
-    except (AssertionError, ValueError, TypeError, RuntimeError) as error:
-        raise UsageError(f"--arch {arch} cannot be built for --image-size {image_size}: {error}") from None
+    options = _options(arch, image_size)
+    with _refusing(arch, f"cannot be built for --image-size {image_size}"):
+        net = timm.create_model(arch, pretrained=False, num_classes=0, **options)
     if stem == "small" and not _is_resnet(net):
         raise UsageError(f"--stem small is for ResNets; --arch {arch} has no such stem")
     if _is_resnet(net) and (stem == "small" or (stem == "auto" and image_size <= 64)):
         _shrink_stem(net)
-    if moco_vit and type(net).__name__ == "VisionTransformer":
-        _prepare_moco_vit(net)
-    return Backbone(net, *_measure(net, arch, image_size))
+    left_out: list[str] = []
+    if moco_vit and is_vit(net):
+        with _refusing(arch, "cannot be prepared as MoCo-v3 prepares ViTs"):
+            left_out = prepare_moco_vit(net)
+    with _refusing(arch, f"cannot take --image-size {image_size}"):
+        features, pooled = _encoded(net, image_size)
+    backbone = Backbone(net, *_widths(net, arch, features, pooled))
+    backbone.options = options
+    backbone.notes = [f"of MoCo-v3's changes to a ViT one is left out for {arch}: {reason}" for reason in left_out]
+    return backbone
+
+
+def _options(arch: str, image_size: int) -> dict[str, Any]:
+    """What timm needs to make a network of this name take this size."""
+    import timm
+
+    names = timm.list_models()
+    if arch not in names:
+        plain = arch.rpartition("/")[2].rpartition(":")[2].partition(".")[0]
+        if plain in names:
+            raise UsageError(f"--arch {arch} names published weights; the network alone is {plain}")
+        near = difflib.get_close_matches(plain.lower(), names, n=4)
+        raise UsageError(
+            f"--arch {arch} is not a timm model; "
+            + (f"near it: {', '.join(near)}" if near else "see timm.list_models()")
+        )
+    published = _published(arch)
+    return {"img_size": image_size} if published is not None and published.fixed_input_size else {}
+
+
+def _published(arch: str) -> Any:
+    """What timm knows of its own weights for a network; None where it has none."""
+    import timm
+
+    return timm.models.get_pretrained_cfg(arch, allow_unregistered=True)
+
+
+@contextmanager
+def _refusing(arch: str, what: str) -> Iterator[None]:
+    """Say in one line what a network cannot do, whatever kind of exception timm's families happen to raise."""
+    try:
+        yield
+    except (MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        published = _published(arch)
+        size = "" if published is None else f"; timm's own size for it is {published.input_size[-1]}"
+        raise UsageError(f"--arch {arch} {what}: {first_line(error)}{size}") from None
 
 
 def _is_resnet(net: Any) -> bool:
@@ -83,53 +131,27 @@ def _shrink_stem(net: Any) -> None:
     net.maxpool = nn.Identity()
 
 
-def _measure(net: Any, arch: str, image_size: int) -> tuple[int, int | None]:
-    """Widths of the pooled features and of the map, read off one picture rather than off each model's attributes."""
+def _encoded(net: Any, image_size: int) -> tuple[Any, Any]:
+    """Features before and behind the pooling, of one picture."""
     net.eval()
-    try:
-        with torch.no_grad():
-            features = net.forward_features(torch.zeros(1, 3, image_size, image_size))
-            pooled = net.forward_head(features, pre_logits=True)
-    except (AssertionError, ValueError, TypeError, RuntimeError) as error:
-        raise UsageError(f"--arch {arch} cannot take --image-size {image_size}: {str(error).splitlines()[0]}") from None
-    net.train()
-    if pooled.ndim != 2:
-        raise UsageError(f"--arch {arch} gives features of shape {tuple(pooled.shape)}; it must be an image classifier")
-    # timm's transformers give [B, tokens, C], some of them [B, H, W, C].
-    is_map = features.ndim == 4 and str(getattr(net, "output_fmt", "NCHW")) == "NCHW"
-    return pooled.shape[1], features.shape[1] if is_map else None
-
-
-def _prepare_moco_vit(net: Any) -> None:
-    patch = net.patch_embed
-    grid_height, grid_width = patch.grid_size
-    for name, module in net.named_modules():
-        if isinstance(module, nn.Linear):
-            fan_out, fan_in = module.weight.shape
-            if name.endswith("qkv"):  # three matrices in one tensor
-                fan_out //= 3
-            bound = math.sqrt(6 / (fan_in + fan_out))
-            nn.init.uniform_(module.weight, -bound, bound)
-            if module.bias is not None:
-                nn.init.zeros_(module.bias)
-    nn.init.normal_(net.cls_token, std=1e-6)
-    bound = math.sqrt(6 / (3 * math.prod(patch.patch_size) + net.embed_dim))
-    nn.init.uniform_(patch.proj.weight, -bound, bound)
-    nn.init.zeros_(patch.proj.bias)
-    patch.proj.requires_grad_(False)
     with torch.no_grad():
-        net.pos_embed.zero_()
-        # The class token, where there is one, comes first and keeps the position 0.
-        net.pos_embed[0, -grid_height * grid_width :] = sincos_positions(grid_height, grid_width, net.embed_dim)
-    net.pos_embed.requires_grad_(False)
+        features = net.forward_features(torch.zeros(1, 3, image_size, image_size))
+        pooled = net.forward_head(features, pre_logits=True)
+    net.train()
+    return features, pooled
 
 
-def sincos_positions(height: int, width: int, dim: int) -> Tensor:
-    """Two-dimensional sin-cos position codes [height * width, dim]; ``dim`` must be a multiple of 4.
-
-    A quarter each: sin and cos of the column, sin and cos of the row, at frequencies 10000^(-4i/dim).
-    """
-    frequency = 10000.0 ** (-torch.arange(dim // 4) / (dim // 4))
-    rows, columns = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
-    across, down = (axis.reshape(-1, 1) * frequency for axis in (columns, rows))
-    return torch.cat([across.sin(), across.cos(), down.sin(), down.cos()], dim=1)
+def _widths(net: Any, arch: str, features: Any, pooled: Any) -> tuple[int, int | None, int | None]:
+    """Widths of the pooled features and of the map, read off what came out rather than off each model's attributes."""
+    if not isinstance(pooled, Tensor) or pooled.shape[2:].numel() != 1:
+        shape = tuple(pooled.shape) if isinstance(pooled, Tensor) else type(pooled).__name__
+        raise UsageError(f"--arch {arch} gives features of shape {shape}; it must be an image classifier")
+    width = pooled.shape[1]
+    if not isinstance(features, Tensor) or features.ndim != 4:  # tokens [B, N, C], or several tensors
+        return width, None, None
+    # timm's transformers give [B, H, W, C], some of them; those that do not say so are known by their width.
+    channels = getattr(net, "num_features", None)
+    last = features.shape[3] == channels != features.shape[1]
+    if last or str(getattr(net, "output_fmt", "NCHW")) == "NHWC":
+        return width, None, features.shape[3]
+    return width, features.shape[1], None

@@ -31,7 +31,8 @@ _PREFIXES = (
     "module.",
     "",
 )
-_HEADS = ("fc.", "head.", "head_drop.", "classifier.")
+# What others call a classifier or a projector in the backbone's place; timm's own names of it come on top.
+_HEADS = ("fc.", "head.", "classifier.")
 
 
 def metadata(config: Config, which: str) -> dict[str, str]:
@@ -65,7 +66,8 @@ def read_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Read the backbone's weights, and what the file says of them, from any file with tensors by name.
 
     Understood are safetensors; checkpoints of fastrm; those of the official MoCo, MoCo-v2 and MoCo-v3, of which the
-    student's backbone is taken; and plain PyTorch state dicts. Classifiers and projectors are left out.
+    student's backbone is taken; and plain PyTorch state dicts. Classifiers and projectors that are named like a part of
+    the backbone come with it: :func:`load_weights`, which knows the network, leaves them out.
 
     Raises:
         UsageError: there is no such file, or it holds no tensors by name.
@@ -90,24 +92,39 @@ def read_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     if not isinstance(state, Mapping) or not any(isinstance(value, Tensor) for value in state.values()):
         raise UsageError(f"{path} holds no tensors by name, which the weights of a network are")
     prefix = next(p for p in _PREFIXES if any(str(name).startswith(p) for name in state))
-    own = {str(name)[len(prefix) :]: value for name, value in state.items() if str(name).startswith(prefix)}
-    return {name: value for name, value in own.items() if not name.startswith(_HEADS)}, about
+    own = {str(name): value for name, value in state.items() if isinstance(value, Tensor)}
+    return {name[len(prefix) :]: value for name, value in own.items() if name.startswith(prefix)}, about
 
 
-def load_weights(backbone: Backbone, state: Mapping[str, Tensor], *, source: str) -> None:
-    """Load weights, all of them, into a backbone.
+def load_weights(backbone: Backbone, state: Mapping[str, Tensor], *, source: str) -> list[str]:
+    """Load weights, all of them but a classifier's, into a backbone.
 
     Args:
         backbone: what is written; left as it is where the weights do not fit.
         state: tensors by timm's names, as :func:`read_weights` gives them.
         source: the setting and the path that they are of, for the message.
 
+    Returns:
+        Names of the tensors that were left out: those of a classifier, which the backbone does not have.
+
     Raises:
         UsageError: they are of another network.
     """
-    if problem := misfit(backbone.net.state_dict(), state):
+    own = backbone.net.state_dict()
+    # By the network, not by the name alone: the norm in front of ConvNeXt's classifier is head.norm, and stays.
+    left_out = [name for name in state if name not in own and name.startswith(_classifiers(backbone))]
+    state = {name: value for name, value in state.items() if name not in left_out}
+    if problem := misfit(own, state):
         raise UsageError(f"{source} is of another network: {problem}; --arch and --stem must fit")
     backbone.net.load_state_dict(state)
+    return left_out
+
+
+def _classifiers(backbone: Backbone) -> tuple[str, ...]:
+    """What the names of a classifier's tensors begin with; some networks of timm have several."""
+    named = (getattr(backbone.net, "pretrained_cfg", None) or {}).get("classifier") or ()
+    parts = (named,) if isinstance(named, str) else named
+    return (*_HEADS, *(part.partition(".")[0] + "." for part in parts))
 
 
 def misfit(own: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> str:
