@@ -8,11 +8,15 @@ import difflib
 import io
 import re
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from itertools import dropwhile, takewhile
-from typing import Any, NoReturn, TypeVar, cast, get_type_hints
+from typing import Any, TypeVar, cast, get_type_hints
 
-from fastrm.errors import Stopped, TrainingError, UsageError
+from fastrm.errors import UsageError
+from fastrm.files import at_home
+from fastrm.shell import run
+
+__all__ = ["parse", "run"]
 
 T = TypeVar("T")
 
@@ -32,11 +36,20 @@ def parse(kind: type[T], argv: Sequence[str] | None, *, prog: str, default: T | 
     try:
         with contextlib.redirect_stderr(shown):
             parsed: T = tyro.cli(kind, args=sys.argv[1:] if argv is None else argv, **options)
-            return parsed
+            return _at_home(parsed)
     except SystemExit as stop:
         if stop.code in (None, 0):
             raise
         raise UsageError(_reason(shown.getvalue(), list(_flags(kind)))) from None
+
+
+def _at_home(options: T) -> T:
+    """Settings with the home folder written out in every path."""
+    leaves: Any = options
+    values = {leaf.name: getattr(leaves, leaf.name) for leaf in dataclasses.fields(leaves)}
+    found = {name: _at_home(v) if dataclasses.is_dataclass(v) else at_home(v) for name, v in values.items()}
+    changed: T = dataclasses.replace(leaves, **found)
+    return changed
 
 
 def _reason(message: str, known: list[str]) -> str:
@@ -61,25 +74,3 @@ def _flags(kind: type) -> Iterator[str]:
             yield from _flags(cast(type, inner))
         else:
             yield "--" + name.replace("_", "-")
-
-
-def run(main: Callable[[], object]) -> NoReturn:
-    """Run an entry point: the user's own mistakes end it with one line and status 2, a failed training with 1."""
-    for stream in (sys.stdout, sys.stderr):  # names of files may hold what the terminal's encoding does not
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")
-    try:
-        main()
-    except UsageError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except Stopped as stop:
-        print(stop, file=sys.stderr)
-        sys.exit(stop.status)
-    except TrainingError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(1)
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        sys.exit(130)
-    sys.exit(0)

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from fastrm.errors import UsageError
+from fastrm.files import at_home
 from fastrm.recipes import RECIPES
 
 MethodName = Literal["mocov3", "mocov2", "byol", "densecl"]
@@ -251,7 +252,7 @@ def build(**leaves: Any) -> Config:
     >>> build(data="digits", arch="test_resnet", image_size=32, epochs=12).optim.warmup_epochs
     1.2
     """
-    leaves = _with_paths(leaves)
+    leaves = _with_paths({name: at_home(value) for name, value in leaves.items()})
     check_kinds(leaves)
     chosen = {name: leaves[name] for name in ("recipe", "method", "arch", "epochs") if name in leaves}
     config = defaults(**chosen).replace(**leaves)

@@ -35,13 +35,16 @@ def processes(device: torch.device) -> Iterator[World]:
     Raises:
         UsageError: the environment is not torchrun's, or the others cannot be reached.
     """
-    size = int(os.environ.get("WORLD_SIZE", "1"))
+    size = _variable("WORLD_SIZE", "1", least=1)
     if size == 1:
         yield World()
         return
     missing = [name for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
     if missing:
         raise UsageError(f"WORLD_SIZE is {size}, but {', '.join(missing)} is not set; start several with torchrun")
+    _variable("LOCAL_RANK", "")
+    _variable("MASTER_PORT", "", most=65535)
+    _variable("RANK", "", most=size - 1)
     backend = "nccl" if device.type == "cuda" else "gloo"
     try:
         dist.init_process_group(backend, timeout=datetime.timedelta(minutes=30))
@@ -55,6 +58,15 @@ def processes(device: torch.device) -> Iterator[World]:
         dist.destroy_process_group()
 
 
+def _variable(name: str, default: str, *, least: int = 0, most: int | None = None) -> int:
+    """A number that torchrun leaves in the environment."""
+    value = os.environ.get(name, default)
+    if value.isdecimal() and int(value) >= least and (most is None or int(value) <= most):
+        return int(value)
+    wanted = f"a number of {least} or more" if most is None else f"a number from {least} to {most}"
+    raise UsageError(f"the environment has {name}={value!r}, which must be {wanted}; torchrun sets it, or leave it out")
+
+
 def own_device(device: torch.device) -> torch.device:
     """The GPU of this process among those of its machine; a CPU is shared.
 
@@ -63,7 +75,7 @@ def own_device(device: torch.device) -> torch.device:
     """
     if device.type != "cuda":
         return device
-    index = int(os.environ.get("LOCAL_RANK", "0"))
+    index = _variable("LOCAL_RANK", "0")
     if index >= torch.cuda.device_count():
         raise UsageError(
             f"process {index} of this machine has no GPU: there are {torch.cuda.device_count()}; "

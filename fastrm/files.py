@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import re
+import stat
+import tempfile
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from fastrm.errors import UsageError
+
+T = TypeVar("T")
 
 
 def write_whole(path: Path, write: Callable[[Path], object], *, before: Callable[[], object] = lambda: None) -> None:
@@ -57,10 +64,16 @@ def load_tensors(path: Path) -> Any:
     import torch
 
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except OSError as error:
+        why = error.strerror or str(error)
     except Exception as error:  # damaged bytes lead the reader of pickles to errors of every kind
-        first_line = (str(error).splitlines() or [type(error).__name__])[0]
-        raise UsageError(f"{path} cannot be read as a checkpoint: {first_line[:200]}") from None
+        # Torch's own words for them advise to let the file run its code.
+        foreign = re.search(r"nsupported (?:global: )?GLOBAL (\S+)", str(error))
+        why = f"it holds {foreign[1]}, and only plain data is read" if foreign else "it is of another kind, or damaged"
+    raise UsageError(f"{path} cannot be read as a checkpoint: {why}")
 
 
 def write_text(path: Path, text: str) -> None:
@@ -73,6 +86,54 @@ def as_utf8(text: str) -> str:
     return text.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
 
 
+def at_home(value: T) -> T:
+    """A path, as text or not, with its ``~`` or ``~user`` written out, which a shell does not do in ``--flag=~/x``.
+
+    Anything else, and paths without, as they are; of a tuple each.
+
+    Raises:
+        UsageError: there is no such user, or no home folder.
+    """
+    kept: Any = value
+    if isinstance(value, tuple):
+        kept = tuple(at_home(inner) for inner in value)
+    elif isinstance(value, str | Path) and str(value).startswith("~"):
+        try:
+            kept = type(value)(Path(value).expanduser())
+        except RuntimeError:
+            raise UsageError(
+                f"{value} cannot be found: there is no such user, or no home folder; ./{value} is the name itself"
+            ) from None
+    result: T = kept
+    return result
+
+
 def cache_root() -> Path:
-    """Where named sets and what was found out about folders are kept."""
-    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "fastrm"
+    """Where named sets and what was found out about folders are kept; a container's unknown user has no home for it."""
+    cache = os.environ.get("XDG_CACHE_HOME", "")
+    if os.path.isabs(cache):  # others are to be ignored, by the XDG Base Directory Specification
+        return Path(cache, "fastrm")
+    return Path(home() or temporary(), ".cache", "fastrm")
+
+
+def home() -> Path | None:
+    """The user's home folder; None for a user without one."""
+    try:
+        return Path.home()
+    except RuntimeError:
+        return None
+
+
+def temporary() -> Path:
+    """A folder among the temporary files that is this user's alone, the same one as long as that is possible."""
+    try:
+        if hasattr(os, "getuid"):
+            path = Path(tempfile.gettempdir(), f"fastrm-{os.getuid()}")
+            with contextlib.suppress(OSError):
+                path.mkdir(mode=0o700, exist_ok=True)
+                state = path.lstat()  # others may have made it, or a link there, to lend us files of theirs
+                if stat.S_ISDIR(state.st_mode) and state.st_uid == os.getuid():
+                    return path
+        return Path(tempfile.mkdtemp(prefix="fastrm-"))
+    except OSError as error:
+        raise UsageError(f"TMPDIR names no folder for temporary files: {error.strerror}") from None

@@ -1,4 +1,4 @@
-"""Signals that ask a run to save: SIGTERM and SIGINT to end after it, SIGUSR1 to go on."""
+"""Signals that ask a run to save: SIGTERM, SIGINT and a lost terminal's SIGHUP to end after it, SIGUSR1 to go on."""
 
 from __future__ import annotations
 
@@ -14,8 +14,10 @@ import torch.distributed as dist
 
 from fastrm.distributed import world
 
-ENDING = (signal.SIGINT, signal.SIGTERM)
-SAVING = getattr(signal, "SIGUSR1", None)  # which Windows has not
+# Windows has neither of the last two.
+HANGUP = getattr(signal, "SIGHUP", None)
+SAVING = getattr(signal, "SIGUSR1", None)
+ENDING = (signal.SIGINT, signal.SIGTERM, HANGUP)
 
 
 class Asked(NamedTuple):
@@ -66,7 +68,9 @@ class Signals:
 
 
 def _numbers() -> list[int]:
-    return [number for number in (SAVING, *ENDING) if number is not None]
+    """Signals to hear; under nohup a lost terminal is none of them."""
+    wanted = [number for number in (SAVING, *ENDING) if number is not None]
+    return [number for number in wanted if number != HANGUP or signal.getsignal(number) is not signal.SIG_IGN]
 
 
 def leave_to_the_trainer(_: int = 0) -> None:

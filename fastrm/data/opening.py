@@ -10,9 +10,9 @@ from fastrm.config import check_path, flag
 from fastrm.data.folders import open_folder
 from fastrm.data.named import NAMED, open_named
 from fastrm.data.shards import COMPRESSED, open_shards
-from fastrm.data.sources import Source, expanded
+from fastrm.data.sources import Source
 from fastrm.errors import UsageError
-from fastrm.files import cache_root
+from fastrm.files import at_home, cache_root
 
 
 def open_source(data: str | Path, data_root: str | Path | None = None) -> Source:
@@ -37,7 +37,7 @@ def open_source(data: str | Path, data_root: str | Path | None = None) -> Source
         return source
     if COMPRESSED.search(data):
         raise UsageError(f"--data {data} is compressed, and shards are read by offset; unpack them to .tar files")
-    folder = expanded(data)
+    folder = Path(at_home(data))
     if data.lower().endswith(".tar") and not os.path.isdir(folder):
         return open_shards(data)
     check_path("data", data)

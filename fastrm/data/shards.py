@@ -18,9 +18,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastrm.config import check_path
-from fastrm.data.sources import LOOKED_FOR, FileImages, Source, expanded, natural, passed_over, without_validation
+from fastrm.data.sources import LOOKED_FOR, FileImages, Source, natural, passed_over, without_validation
 from fastrm.data.tar import Member, Shard, read_shard
 from fastrm.errors import UsageError
+from fastrm.files import at_home
 
 MOST = 1_000_000  # shards in one pattern
 COMPRESSED = re.compile(r"\.(tgz|tbz2?|txz|tzst|tar\.(gz|bz2|xz|zst|lz4|z))$", re.IGNORECASE)
@@ -107,11 +108,11 @@ def _found(pattern: str) -> list[Path]:
     """The files that a pattern stands for, in the order of the pattern and of the numbers in their names."""
     if "::" in pattern or "://" in pattern or pattern.startswith("pipe:"):
         raise UsageError(f"--data {pattern}: shards are read from local files; several are named as in '{{a,b}}.tar'")
-    if os.path.isfile(expanded(pattern)):  # whatever signs are in its name
-        return [expanded(pattern)]
+    if os.path.isfile(at_home(pattern)):  # whatever signs are in its name
+        return [Path(at_home(pattern))]
     shards: list[Path] = []
     for name in expand(pattern):
-        path = expanded(name)
+        path = Path(at_home(name))
         if not glob.has_magic(name) or os.path.exists(path):
             shards.append(path)
             continue

@@ -227,14 +227,6 @@ def passed_over(kinds: Mapping[str, int]) -> str:
     return f"; passed over: {', '.join(told)}" if told else ""
 
 
-def expanded(data: str) -> Path:
-    """The path that ``--data`` stands for, with a home folder written out."""
-    try:
-        return Path(data).expanduser()
-    except RuntimeError:
-        raise UsageError(f"--data {data} cannot be found: there is no such user, or no home folder") from None
-
-
 def without_validation(
     name: str, train: FileImages, about: str, passed: Mapping[str, int], *, why: str = "there is no val folder"
 ) -> Source:

@@ -1,0 +1,163 @@
+"""What a shell, a pipe or a container gives a command, or fails to: streams, a home folder, a current folder."""
+
+from __future__ import annotations
+
+import codecs
+import contextlib
+import errno
+import os
+import sys
+from collections.abc import Callable
+from typing import Any, NoReturn
+
+from fastrm.errors import Stopped, TrainingError, UsageError
+from fastrm.files import home, temporary
+
+_ASCII = {"±": "+-", "…": "..."}
+_CLOSED = 128 + 13  # as a shell shows SIGPIPE
+
+
+def run(main: Callable[[], object]) -> NoReturn:
+    """Run an entry point: the user's own mistakes end it with one line and status 2, a failed training with 1.
+
+    Where nobody reads its standard output any more it ends as other programs do by SIGPIPE, without a word.
+    """
+    stdout = sys.stdout
+    try:
+        if stdout is not None:
+            sys.stdout = _Output(stdout)
+        status = _status(main)
+        if stdout is not None:
+            sys.stdout.flush()
+    except _OutputLostError as lost:
+        status = _CLOSED if lost.errno == errno.EPIPE else _complain(f"error: {lost}", 1)
+    finally:
+        sys.stdout = stdout
+    sys.exit(status)
+
+
+def _status(main: Callable[[], object]) -> Any:
+    try:
+        _prepare()
+        main()
+    except SystemExit as stop:
+        return stop.code
+    except UsageError as error:
+        return _complain(f"error: {error}", 2)
+    except Stopped as stop:
+        return _complain(str(stop), stop.status)
+    except TrainingError as error:
+        return _complain(f"error: {error}", 1)
+    except KeyboardInterrupt:
+        return _complain("interrupted", 130)
+    return 0
+
+
+def _complain(message: str, status: int) -> int:
+    """Say what ended the command, where there still is somebody to say it to, and return the status."""
+    with contextlib.suppress(OSError):
+        if sys.stderr is not None:  # which print would take for standard output
+            print(message, file=sys.stderr, flush=True)
+    return status
+
+
+def _prepare() -> None:
+    """Make up for what the surroundings lack.
+
+    Raises:
+        UsageError: the current folder is gone.
+    """
+    # A file that is opened next would otherwise take the number of a closed stream, and get what others print.
+    while (spare := os.open(os.devnull, os.O_RDWR)) <= 2:
+        pass
+    os.close(spare)
+    codecs.register_error("fastrm", _spelled)
+    for stream in (sys.stdout, sys.stderr):
+        reconfigure: Any = getattr(stream, "reconfigure", None)
+        if reconfigure is not None:
+            reconfigure(errors="fastrm")
+    try:
+        os.getcwd()
+    except OSError as error:
+        raise UsageError(f"the current folder cannot be used: {error.strerror}; cd to one that exists") from None
+    _lend_home()
+
+
+def _spelled(error: UnicodeError) -> tuple[str, int]:
+    """What a stream gets for characters that its encoding has not."""
+    if not isinstance(error, UnicodeEncodeError):
+        raise error
+    text = error.object[error.start : error.end]
+    kept = (_ASCII.get(c) or c.encode("ascii", "backslashreplace").decode() for c in text)
+    return "".join(kept), error.end
+
+
+def _lend_home() -> None:
+    """Give the libraries below a name and a home for the caches of a user who has none, as in many containers."""
+    if not hasattr(os, "getuid"):
+        return
+    import pwd
+
+    try:
+        pwd.getpwuid(os.getuid())
+    except KeyError:
+        os.environ.setdefault("USER", str(os.getuid()))
+    own = home()
+    if own is None:
+        os.environ["HOME"] = str(temporary())
+    elif not os.access(own, os.W_OK) and not (own / ".triton").exists():
+        os.environ.setdefault("TRITON_HOME", str(temporary()))
+
+
+def _to_nowhere(stream: Any) -> None:
+    """Drop what a stream holds back, and all that it gets later."""
+    with contextlib.suppress(OSError, ValueError), open(os.devnull, "wb") as nowhere:
+        os.dup2(nowhere.fileno(), stream.fileno())
+
+
+class _OutputLostError(Exception):
+    """Standard output cannot be written; no OSError, since commands take those for their files'."""
+
+    def __init__(self, error: OSError) -> None:
+        super().__init__(f"standard output cannot be written: {error.strerror or error}")
+        self.errno = error.errno
+
+
+class _Output:
+    """Standard output, or what has its place."""
+
+    def __init__(self, stream: Any) -> None:
+        self.stream = stream
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.stream, name)
+
+    def write(self, text: str) -> int:
+        """Write text, and return its length."""
+        try:
+            self.stream.write(text)
+        except OSError as error:
+            self._lose(error)
+        return len(text)
+
+    def flush(self) -> None:
+        """Write what is held back."""
+        try:
+            self.stream.flush()
+        except OSError as error:
+            self._lose(error)
+
+    def _lose(self, error: OSError) -> None:
+        _to_nowhere(self.stream)
+        raise _OutputLostError(error) from None
+
+
+class _Screen(_Output):
+    def _lose(self, error: OSError) -> None:
+        _to_nowhere(self.stream)
+        _complain(f"notice: {_OutputLostError(error)}; the run goes on, and logs to its folder", 0)
+
+
+def screen() -> Any:
+    """Standard output that a run outlives: when it cannot be written any more that is said, and the run goes on."""
+    return None if sys.stdout is None else _Screen(getattr(sys.stdout, "stream", sys.stdout))

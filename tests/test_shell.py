@@ -1,0 +1,244 @@
+"""What shells, pipes and containers do to a command: one line or silence, and nothing is lost."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from fastrm import _cli, data, evaluate, export, report, shell, train
+from fastrm.config import Config, build
+from fastrm.data import __main__ as sheet
+from fastrm.distributed import own_device, processes
+from fastrm.errors import UsageError
+from fastrm.files import load_tensors
+from fastrm.signals import Signals
+from tests.test_cli import ROOT, TINY
+
+Small = Callable[..., Config]
+LIGHT = "from fastrm.shell import run; import sys\n"  # without torch a process starts in no time
+
+
+def light(code: str, *, env: dict[str, str] | None = None, before: tuple[str, ...] = (), **options: Any) -> Any:
+    """A process of its own whose command is ``code``."""
+    options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, **options}
+    surroundings = {"PATH": os.environ["PATH"], "PYTHONPATH": str(ROOT), **(env or {})}
+    command = [*before, sys.executable, "-c", LIGHT + code]
+    return subprocess.run(command, env=surroundings, text=True, timeout=300, **options)
+
+
+def unknown_user() -> tuple[str, ...]:
+    if not hasattr(os, "getuid") or os.getuid() != 0:
+        pytest.skip("only root can become a user whom the system does not know")
+    if subprocess.run(["which", "setpriv"], capture_output=True).returncode:
+        pytest.skip("needs setpriv, of util-linux")
+    return ("setpriv", "--reuid=54321", "--clear-groups")
+
+
+@pytest.fixture
+def common() -> Iterator[Path]:
+    """A folder that every user can enter and write; pytest's own is one user's."""
+    folder = Path(tempfile.mkdtemp())
+    folder.chmod(0o777)
+    yield folder
+    shutil.rmtree(folder)
+
+
+def test_a_user_whom_the_system_does_not_know_gets_a_home_for_caches(common: Path) -> None:
+    before = unknown_user()
+    code = (
+        "import getpass, os; from pathlib import Path; from fastrm.files import cache_root\n"
+        "run(lambda: print(getpass.getuser(), Path.home().stat().st_uid, cache_root(), os.environ.get('TRITON_HOME')))"
+    )
+    lent = f"{common}/fastrm-54321"
+    done = light(code, before=before, env={"TMPDIR": str(common)})
+    assert done.stdout.split() == ["54321", "54321", f"{lent}/.cache/fastrm", "None"], done.stderr
+    # A home that is not one's own to write, such as the / that Docker gives.
+    done = light(code, before=before, env={"TMPDIR": str(common), "HOME": "/", "XDG_CACHE_HOME": "/cache"})
+    assert done.stdout.split() == ["54321", "0", "/cache/fastrm", lent], done.stderr
+
+
+def test_a_place_for_caches_that_another_user_has_prepared_is_not_taken(common: Path) -> None:
+    before = unknown_user()
+    (common / "fastrm-54321").mkdir(mode=0o777)  # root's, who could put compiled kernels there
+    done = light(
+        "from fastrm.files import home\nrun(lambda: print(home()))", before=before, env={"TMPDIR": str(common)}
+    )
+    assert done.stdout.startswith(f"{common}/fastrm-"), done.stderr
+    assert done.stdout.strip() != f"{common}/fastrm-54321"
+
+
+def test_no_home_at_all(common: Path) -> None:
+    """The real thing once: training, as a user whom the system does not know, in a folder of anybody's."""
+    command = [*unknown_user(), sys.executable, "-m", "fastrm.train", "--data", "digits", *TINY, "--max-steps", "1"]
+    surroundings = {"PATH": os.environ["PATH"], "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [*command, "--out", "run"], cwd=common, env=surroundings, capture_output=True, text=True, timeout=500
+    )
+    assert done.returncode == 0, done.stderr
+    assert [path.name for path in common.iterdir()] == ["run"]  # and no folder that is called ~
+
+
+@pytest.mark.parametrize(
+    ("kind", "flags", "name"),
+    [
+        (Config, [], "out"),
+        (Config, [], "init-from"),
+        (Config, [], "data"),
+        (Config, [], "data-root"),
+        (Config, [], "resume"),
+        (evaluate.EvaluateConfig, ["--checkpoint", "run"], "out"),
+        (evaluate.EvaluateConfig, ["--checkpoint", "run"], "transfer"),
+        (evaluate.EvaluateConfig, ["--checkpoint", "run"], "data"),
+        (export.ExportConfig, ["--checkpoint", "run", "--format", "timm"], "out"),
+        (report.ReportConfig, ["run"], "out"),
+        (sheet.Options, ["--data", "digits"], "out"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_the_home_folder_in_a_flag(
+    kind: type, flags: list[str], name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    parsed = _cli.parse(kind, [*flags, f"--{name}=~/x"], prog="command")
+    leaves = parsed.flat() if isinstance(parsed, Config) else vars(parsed)
+    assert str(leaves[name.replace("-", "_")]) == f"{tmp_path}/x"
+    with pytest.raises(UsageError, match="~nobody-here/x cannot be found: there is no such user"):
+        _cli.parse(kind, [*flags, f"--{name}=~nobody-here/x"], prog="command")
+
+
+def test_the_home_folder_elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    runs = _cli.parse(report.ReportConfig, ["~/a", "b/~"], prog="command").runs
+    assert runs == (tmp_path / "a", Path("b/~"))
+    assert build(data="digits", out="~/x").run.out == tmp_path / "x"
+    with pytest.raises(UsageError, match="--data ~/none does not exist"):
+        data.open_source("~/none")
+
+
+def test_streams_without_the_characters(tmp_path: Path) -> None:
+    score = "'71.00 ±1.50…', 'caf\\xe9', b'\\xff.jpg'.decode(errors='surrogateescape')"
+    done = light(f"run(lambda: print({score}))", env={"PYTHONIOENCODING": "ascii", "LC_ALL": "C"})
+    assert (done.returncode, done.stdout) == (0, "71.00 +-1.50... caf\\xe9 \\udcff.jpg\n"), done.stderr
+    done = light(f"run(lambda: print({score}))", env={"PYTHONIOENCODING": "utf-8"})
+    assert (done.returncode, done.stdout) == (0, "71.00 ±1.50… café \\udcff.jpg\n"), done.stderr
+
+
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_output_that_nobody_reads_ends_a_command_in_silence(unbuffered: str) -> None:
+    read, write = os.pipe()
+    os.close(read)
+    done = light("run(lambda: print('line'))", env={"PYTHONUNBUFFERED": unbuffered}, stdout=write)
+    os.close(write)
+    assert (done.returncode, done.stderr) == (128 + signal.SIGPIPE, "")
+
+
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_output_to_a_full_disk_is_one_line(unbuffered: str) -> None:
+    if not Path("/dev/full").exists():
+        pytest.skip("there is no /dev/full")
+    with open("/dev/full", "w") as full:
+        done = light("run(lambda: print('line'))", env={"PYTHONUNBUFFERED": unbuffered}, stdout=full)
+    said = "error: standard output cannot be written: No space left on device\n"
+    assert (done.returncode, done.stderr) == (1, said)
+    # An error of a file of the command's own is no fault of standard output.
+    done = light("def main():\n    raise BrokenPipeError(32, 'Broken pipe')\nrun(main)")
+    assert "BrokenPipeError" in done.stderr
+
+
+def test_closed_streams(tmp_path: Path) -> None:
+    """A file that a command writes must not get the number of a closed stream, and with it what others print there."""
+    code = "import os; run(lambda: (print('line'), sys.exit(os.open('file', os.O_CREAT) > 2)))"
+    shut = ["sh", "-c", 'exec "$@" <&- >&- 2>&-', "sh"]
+    assert light(code, before=tuple(shut), cwd=tmp_path).returncode == 1
+    assert light("run(lambda: print('line'))", before=tuple(shut), cwd=tmp_path).returncode == 0
+
+
+def test_a_current_folder_that_is_gone(tmp_path: Path) -> None:
+    gone = ("sh", "-c", f'mkdir "{tmp_path}/gone"; cd "{tmp_path}/gone"; rmdir ../gone; exec "$@"', "sh")
+    done = light("run(lambda: print('line'))", before=gone)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("error: the current folder cannot be used: No such file or directory")
+
+
+def test_a_run_goes_on_without_standard_output(
+    small: Small, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    read, write = os.pipe()
+    os.close(read)
+    with os.fdopen(write, "w") as stdout:
+        monkeypatch.setattr(sys, "stdout", stdout)
+        with pytest.raises(SystemExit) as stop:
+            shell.run(lambda: train.train(small(max_steps=2)))
+    assert stop.value.code == 0
+    assert (tmp_path / "run" / "summary.json").is_file()
+    said = capsys.readouterr().err
+    assert said == "notice: standard output cannot be written: Broken pipe; the run goes on, and logs to its folder\n"
+
+
+def test_a_lost_terminal_saves_and_ends_a_run_unless_nohup_says_otherwise() -> None:
+    before = signal.getsignal(signal.SIGHUP)
+    with Signals() as signals:
+        os.kill(os.getpid(), signal.SIGHUP)
+        assert signals.asked() == (True, signal.SIGHUP)
+    assert signal.getsignal(signal.SIGHUP) == before
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with Signals() as signals:
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert signals.asked() == (False, 0)
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "wanted"),
+    [
+        ("WORLD_SIZE", "auto", "a number of 1 or more"),
+        ("WORLD_SIZE", "0", "a number of 1 or more"),
+        ("WORLD_SIZE", "-2", "a number of 1 or more"),
+        ("WORLD_SIZE", "", "a number of 1 or more"),
+        ("RANK", "2", "a number from 0 to 1"),
+        ("RANK", "first", "a number from 0 to 1"),
+        ("LOCAL_RANK", "1.5", "a number of 0 or more"),
+        ("MASTER_PORT", "http", "a number from 0 to 65535"),
+    ],
+)
+def test_what_torchrun_would_not_have_set(name: str, value: str, wanted: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = {"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0", "MASTER_ADDR": "localhost", "MASTER_PORT": "29500"}
+    for key, setting in {**whole, name: value}.items():
+        monkeypatch.setenv(key, setting)
+    with pytest.raises(UsageError, match=f"{name}='{value}', which must be {wanted}"), processes(torch.device("cpu")):
+        pass
+    if name == "LOCAL_RANK":
+        with pytest.raises(UsageError, match=f"{name}='{value}'"):
+            own_device(torch.device("cuda"))
+
+
+def test_a_file_of_another_kind_is_refused_without_advice_to_run_its_code(tmp_path: Path) -> None:
+    import argparse
+    import pickle
+
+    foreign = tmp_path / "foreign.pt"
+    torch.save({"args": argparse.Namespace(a=1)}, foreign)
+    text, pickled = tmp_path / "README.md", tmp_path / "pickled.pt"
+    text.write_text("# A project\n")
+    pickled.write_bytes(pickle.dumps({"a": 1}))
+    for path, why in (
+        (text, "it is of another kind, or damaged"),
+        (pickled, "it is of another kind, or damaged"),
+        (foreign, "it holds argparse.Namespace, and only plain data is read"),
+        (tmp_path, "Is a directory"),
+    ):
+        with pytest.raises(UsageError) as refused:
+            load_tensors(path)
+        assert str(refused.value) == f"{path} cannot be read as a checkpoint: {why}"
