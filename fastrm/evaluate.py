@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from fastrm import _cli
 from fastrm.config import check_path, check_range
 from fastrm.data import Source, open_source
-from fastrm.data.scan import scan
+from fastrm.data.scan import scan, unreadable
 from fastrm.device import choose_device
 from fastrm.errors import UsageError
 from fastrm.files import read_json, write_json, writing
@@ -34,7 +34,7 @@ from fastrm.probes import (
     gap,
     published_linear,
 )
-from fastrm.probes.features import Setting, labels_of
+from fastrm.probes.features import Setting
 from fastrm.probes.linear import MOCO_V2, MOCO_V3
 from fastrm.version import __version__
 
@@ -80,7 +80,8 @@ def evaluate(options: EvaluateConfig) -> dict[str, Any]:
     """Compute the scores that are asked for and add them to ``evaluation.json``.
 
     Returns:
-        By data set: ``scores``, an :class:`fastrm.probes.Estimate` by network and score, and ``gap``, one by place.
+        By data set: ``scores``, an :class:`fastrm.probes.Estimate` by network and score; ``gap``, one by place; and
+        ``left_out``, the number of files that could not be read.
 
     Raises:
         UsageError: the checkpoint or the data cannot be used, or nothing is asked for.
@@ -100,9 +101,12 @@ def evaluate(options: EvaluateConfig) -> dict[str, Any]:
     for source in sources[0 if scoring else 1 :]:
         if source.bank is None or source.test is None:
             raise UsageError(f"{source.name} has no labels, which every score but --gap needs")
-    for source in sources:
+    scanned = [scan(source, workers=options.workers) for source in sources]
+    sources = [source for source, _ in scanned]
+    for source, broken in scanned:
         print(f"data       {source.about}")
-    sources = [scan(source, workers=options.workers)[0] for source in sources]
+        if broken:
+            print(f"left out   {_left_out(broken)}")
 
     results: dict[str, Any] = {}
     if scoring:
@@ -115,6 +119,9 @@ def evaluate(options: EvaluateConfig) -> dict[str, Any]:
         quick = replace(options, knn=False, linear=False, linear_quick=True, semi=None)
         results.setdefault(sources[1].name, {}).setdefault("scores", {})
         _merge(results[sources[1].name]["scores"], _scores(quick, trained, sources[1], setting))
+    for source, broken in scanned:
+        if source.name in results:
+            results[source.name]["left_out"] = len(broken | unreadable(source))
     made_by = {"fastrm": __version__, "torch": torch.__version__, "step": trained.step}
     _merge(found, {**made_by, "sets": _plain(results)})
     with writing(out):
@@ -160,9 +167,16 @@ def _merge(into: dict[str, Any], new: Mapping[str, Any]) -> None:
             into[name] = value
 
 
+def _left_out(broken: Mapping[Path, str]) -> str:
+    first, why = next(iter(broken.items()))
+    return f"{len(broken)} broken files; the first is {first} ({why})"
+
+
 def _plain(results: Any) -> Any:
     if isinstance(results, Estimate):
         return results.json()
+    if isinstance(results, int):
+        return results
     return {name: _plain(value) for name, value in results.items()}
 
 
@@ -172,17 +186,16 @@ def _scores(options: EvaluateConfig, trained: Pretrained, source: Source, settin
     for name, network in {**networks, "pixels": Pixels()}.items():
         scores[name] = frozen_scores(network, source, setting, knn=options.knn, linear=options.linear_quick)
     assert source.test is not None
-    truth = labels_of(source.test, setting.device)
     if options.linear:
         classifiers = _linear(options, trained, networks, source, setting)
         for name, classifier in classifiers.items():
-            scores[name] |= accuracies(features(networks[name], source.test, setting), truth, [classifier])
+            scores[name] |= accuracies(features(networks[name], source.test, setting), [classifier])
     if options.semi is not None:
         for name, network in networks.items():
             assert isinstance(network, Backbone)
             with _bar(f"fine-tuning {name}") as progress:
                 tuned, classifier = fine_tuned(network, source, setting, options.semi, progress=progress)
-            found = accuracies(features(tuned, source.test, setting), truth, [classifier])
+            found = accuracies(features(tuned, source.test, setting), [classifier])
             scores[name][f"semi_{options.semi:g}"] = found["semi"]
     return {name: found for name, found in scores.items() if found}
 
@@ -229,6 +242,8 @@ def _table(results: dict[str, Any]) -> str:
         for row in rows:
             cells = (str(found[row]) if row in found else "-" for found in scores.values())
             lines.append(f"{row:26}" + "".join(f"{cell:>15}" for cell in cells))
+        if parts["left_out"]:
+            lines.append(f"{name}: {parts['left_out']} files that cannot be read are left out")
         if "gap" in parts:
             lines.append(f"{name}: 1 - cosine of student and teacher on the same picture")
             lines += [f"{'gap at ' + place:26}{value.value:15.4f}" for place, value in parts["gap"].items()]

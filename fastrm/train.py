@@ -28,7 +28,7 @@ from fastrm import _cli, checkpoint
 from fastrm.config import Config, defaults, resolved, validate
 from fastrm.data import Loader, make_loader, open_source
 from fastrm.data.inventory import inventory
-from fastrm.data.scan import SKIPPED, scan, write_skipped
+from fastrm.data.scan import SKIPPED, list_further, scan, unreadable, write_skipped
 from fastrm.device import (
     available_cores,
     check_cuda_graph,
@@ -220,9 +220,8 @@ def _train(config: Config, device: torch.device, world: World) -> dict[str, Any]
                         recorder.note(f"warning    {problem}")
             recorder.advance(done)
             clock.steps += 1
-            if world.rank == 0 and not loader.broken.keys() <= broken.keys():
-                broken |= loader.broken
-                write_skipped(out, broken)
+            if world.rank == 0:
+                list_further(out, broken, loader.broken | unreadable(source))
             if logged or device.type == "cpu":  # a GPU is not waited for in between
                 skipped = step_once.check(done)
             if logged:
@@ -247,6 +246,7 @@ def _train(config: Config, device: torch.device, world: World) -> dict[str, Any]
                 if scoring:
                     scores = evaluations.run(done)
         if world.rank == 0:
+            list_further(out, broken, unreadable(source))
             results.write(method, {**last, **scores})
     return read_json(out / SUMMARY) if world.rank == 0 else {}
 

@@ -13,8 +13,9 @@ from PIL import Image
 from torchvision.transforms import v2
 
 from fastrm.data import Source, augmentation, eval_loader, make_loader, open_source
+from fastrm.data.decode import BrokenImage, decode
 from fastrm.data.draws import BatchSampler
-from fastrm.data.sources import ArrayImages, FileImages, decode
+from fastrm.data.sources import ArrayImages, FileImages
 from fastrm.errors import UsageError
 from tests.conftest import FASHION_MNIST
 
@@ -125,15 +126,18 @@ def test_odd_pictures_are_read_as_they_look(tmp_path: Path) -> None:
         assert np.abs(np.asarray(read).mean(axis=2) - grey).mean() < 4, path.name
 
 
-def test_an_unreadable_file_is_named_and_replaced(tmp_path: Path) -> None:
+def test_an_unreadable_file_is_named_and_in_training_another_takes_its_place(tmp_path: Path) -> None:
     Image.new("RGB", (8, 8), "red").save(tmp_path / "b.png")
     (tmp_path / "a.png").write_bytes(b"\x89PNG but cut")
     images = FileImages(sorted(tmp_path.iterdir()), None)
-    assert images[0].getpixel((0, 0)) == (255, 0, 0)
-    assert [*images.unreadable] == [0]
+    index, picture = images.read(0, decode)
+    assert (index, picture.getpixel((0, 0))) == (1, (255, 0, 0))
+    assert images.unreadable == {0: "cannot identify image file"}
+    with pytest.raises(BrokenImage, match=r"^cannot identify image file$"):
+        images[0]
     (tmp_path / "b.png").write_bytes(b"")
     with pytest.raises(UsageError, match="none of the 2 image files"):
-        FileImages(images.paths, None)[0]
+        FileImages(images.paths, None).read(0, decode)
 
 
 def test_an_epoch_has_whole_batches_of_every_image_once() -> None:

@@ -26,11 +26,11 @@ from PIL import Image, features
 
 from fastrm import checkpoint, pretrained
 from fastrm.config import Config, build, from_flat
+from fastrm.data.decode import BROKEN, decode, inspect
 from fastrm.data.inventory import Inventory
 from fastrm.data.named import open_named
 from fastrm.data.scan import fault
 from fastrm.data.shards import ShardImages, open_shards
-from fastrm.data.sources import BROKEN, decode, inspect
 from fastrm.errors import UsageError
 
 

@@ -21,10 +21,11 @@ from fastrm import train
 from fastrm.config import Config
 from fastrm.data import augmentation, make_loader, open_source
 from fastrm.data.dali_loader import DaliLoader, dali_problem, encoded
+from fastrm.data.decode import decode
 from fastrm.data.draws import draw_views
 from fastrm.data.scan import scan
 from fastrm.data.shards import expand
-from fastrm.data.sources import FileImages, decode
+from fastrm.data.sources import FileImages
 from fastrm.data.torch_loader import TorchLoader
 from fastrm.errors import UsageError
 from tests.conftest import natural_pictures

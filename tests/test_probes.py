@@ -116,13 +116,13 @@ def test_knn_in_parts_with_a_small_bank_and_in_constant_memory() -> None:
     bank, labels = torch.randn(30, 5), torch.arange(30) % 3
     test, truth = torch.randn(500, 5), torch.randint(3, (500,))
     whole = knn_accuracy(bank, labels, test, truth)
-    parts = accuracies(iter(test.split(7)), truth, [KNN(bank, labels)])
+    parts = accuracies(zip(test.split(7), truth.split(7), strict=True), [KNN(bank, labels)])
     assert {k: parts[f"knn{k}"].value for k in whole} == whole
 
     large = KNN(torch.randn(2**17, 16), torch.randint(10, (2**17,)), neighbours=(20,))
-    truth = torch.zeros(4096, dtype=torch.int64)
+    truth = torch.zeros(256, dtype=torch.int64)
     few, many = (
-        extra_memory(lambda n=n: accuracies((torch.ones(256, 16) for _ in range(n)), truth, [large])) for n in (3, 12)
+        extra_memory(lambda n=n: accuracies(((torch.ones(256, 16), truth) for _ in range(n)), [large])) for n in (3, 12)
     )
     assert many < few + 1 < 700  # MiB: the similarities of one part, 256, and what topk and a batch of queries take
 
@@ -131,7 +131,7 @@ def test_linear_is_scikit_learns_on_fashion_mnist(fashion: tuple[NDArray[np.floa
     """Both minimise mean cross-entropy + 5e-5 |weights|^2 on standardised features."""
     bank, labels, test, truth = fashion
     fitted = fitted_heads(torch.from_numpy(bank), torch.from_numpy(labels))
-    ours = accuracies([torch.from_numpy(test)], torch.from_numpy(truth), [fitted])["linear_quick"]
+    ours = accuracies([(torch.from_numpy(test), torch.from_numpy(truth))], [fitted])["linear_quick"]
     theirs = make_pipeline(StandardScaler(), LogisticRegression(C=1 / (1e-4 * len(bank)), max_iter=1000))
     want = theirs.fit(bank, labels).score(test, truth)
     assert 0.7 < want < 0.9
@@ -177,8 +177,7 @@ def test_frozen_classifiers_learn_and_leave_the_network_alone() -> None:
     networks = {"it": network, "pixels": Pixels(8)}
     classifiers = published_linear(networks, source, HERE, Protocol(lr=0.1, batch_size=128, epochs=5))
     assert source.test is not None
-    truth = torch.as_tensor(source.test.labels)
-    found = accuracies(features(networks["pixels"], source.test, HERE), truth, [classifiers["pixels"]])
+    found = accuracies(features(networks["pixels"], source.test, HERE), [classifiers["pixels"]])
     assert found["linear"].value > 0.6  # by chance .1; seen .75
     assert network.training
     assert all(torch.equal(value, before[name]) for name, value in network.state_dict().items())
@@ -205,7 +204,7 @@ def test_a_fraction_has_every_class_and_fine_tuning_learns_from_it() -> None:
     network = Tiny()
     before = network.layer.weight.clone()
     tuned, classifier = fine_tuned(network, source, HERE, 0.5, epochs=20)  # type: ignore[arg-type]
-    found = accuracies(features(tuned, source.test, HERE), torch.as_tensor(source.test.labels), [classifier])
+    found = accuracies(features(tuned, source.test, HERE), [classifier])
     assert found["semi"].value > 0.6  # by chance .1
     assert torch.equal(network.layer.weight, before)
     assert not torch.equal(tuned.get_parameter("layer.weight"), before)

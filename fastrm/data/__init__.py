@@ -6,23 +6,22 @@ from pathlib import Path
 from typing import Any, get_args
 
 import torch
-from torch import Tensor
-from torch.utils.data import DataLoader
 
 from fastrm.config import MethodName, check_choice, check_range
 from fastrm.data.augmentation import SUPERVISED, Augmentation, View, augmentation
 from fastrm.data.dali_loader import DaliLoader, dali_problem
+from fastrm.data.eval_loader import EvalLoader
 from fastrm.data.loader import Loader
 from fastrm.data.memory_loader import MemoryLoader
 from fastrm.data.opening import open_source
 from fastrm.data.sources import ArrayImages, FileImages, Images, Source
-from fastrm.data.torch_loader import EvalImages, TorchLoader
+from fastrm.data.torch_loader import TorchLoader
 from fastrm.errors import UsageError
-from fastrm.signals import leave_to_the_trainer
 
 __all__ = [
     "SUPERVISED",
     "Augmentation",
+    "EvalLoader",
     "Loader",
     "Source",
     "View",
@@ -147,14 +146,10 @@ def _device(device: str | torch.device) -> torch.device:
         raise UsageError(f"device {device!r:.80} is unknown; it must be cpu, cuda, or one GPU such as cuda:0") from None
 
 
-def eval_loader(images: Images, *, image_size: int, batch_size: int, workers: int) -> DataLoader[Tensor]:
-    """Return the images in order, as the evaluation sees them: float32 [B, 3, H, W]."""
-    views = EvalImages(images, image_size)
-    # A generator of its own, so that an evaluation leaves the run's random numbers as they are.
-    return DataLoader(
-        views,
-        batch_size=batch_size,
-        num_workers=workers,
-        generator=torch.Generator(),
-        worker_init_fn=leave_to_the_trainer,
-    )
+def eval_loader(images: Images, *, image_size: int, batch_size: int, workers: int) -> EvalLoader:
+    """Return the images in order, as the evaluation sees them: float32 [B, 3, H, W].
+
+    An image that cannot be read is left out with a warning. The loader's ``indices`` say which images the last batch
+    holds, and ``broken`` which files are left out and why; more than a tenth of them is a :class:`UsageError`.
+    """
+    return EvalLoader(images, image_size=image_size, batch_size=batch_size, workers=workers)

@@ -20,10 +20,11 @@ from torch import Tensor
 
 from fastrm.data import batched
 from fastrm.data.augmentation import Augmentation, View
+from fastrm.data.decode import decode, inspect
 from fastrm.data.draws import Batch, Draws, blur_radius, draw_views
 from fastrm.data.loader import Loader
 from fastrm.data.scan import report
-from fastrm.data.sources import FileImages, decode, inspect
+from fastrm.data.sources import FileImages
 
 _AHEAD = 2  # batches that are read and cropped while one is in use
 
@@ -52,12 +53,12 @@ class Encoded(NamedTuple):
 
 
 def encoded(content: bytes) -> Encoded:
-    """Pass a file's bytes on; what DALI might show otherwise than :func:`fastrm.data.sources.decode`, or not at all,
-    is decoded here and passed on as an uncompressed picture.
+    """Pass a file's bytes on; what DALI might show otherwise than :func:`fastrm.data.decode.decode`, or not at all, is
+    decoded here and passed on as an uncompressed picture.
 
     Raises:
-        OSError, ValueError, SyntaxError, Image.DecompressionBombError: it is no picture, or a broken one.
-    """  # fmt: skip
+        BrokenImage: it is no picture, or a broken one.
+    """
     header = inspect(content)
     return Encoded(np.frombuffer(content, dtype=np.uint8), header.size) if header.plain else uncompressed(content)
 

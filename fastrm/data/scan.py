@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import io
 import json
 import os
 import warnings
@@ -12,11 +11,15 @@ from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
-from PIL import Image
+import PIL
+from PIL import features
 
-from fastrm.data.sources import BROKEN, FileImages, Images, Source, reason
+from fastrm.data import decode as rules
+from fastrm.data.decode import BrokenImage, decode, reason, several
+from fastrm.data.sources import FileImages, Images, Source
 from fastrm.errors import UsageError
 from fastrm.files import cache_root, write_text
 
@@ -25,14 +28,23 @@ MOST = 0.1  # share of broken files with which a run goes on
 
 
 def fault(content: bytes) -> str | None:
-    """Why a file cannot be read as a picture; None where it can. JPEGs are decoded at an eighth of their size."""
+    """Why bytes cannot be read as a picture; None where they can. They are decoded as for training."""
     try:
-        with Image.open(io.BytesIO(content)) as image:
-            image.draft(None, (max(1, image.width // 8), max(1, image.height // 8)))
-            image.load()
-    except BROKEN as error:
-        return reason(error)
+        decode(content, reduced=True)
+    except BrokenImage as error:
+        return str(error)
     return None
+
+
+class _Found(NamedTuple):
+    """What a look at a file gave."""
+
+    why: str | None = None
+    """What is wrong with it."""
+    passing: bool = False
+    """Whether the disk failed, which may be over the next time."""
+    several: bool = False
+    """Whether it holds more pictures than the one that is read."""
 
 
 def scan(source: Source, *, workers: int) -> tuple[Source, dict[Path, str]]:
@@ -45,14 +57,18 @@ def scan(source: Source, *, workers: int) -> tuple[Source, dict[Path, str]]:
     """
     broken: dict[Path, str] = {}
     looked: set[Path] = set()
+    further = 0
     sound: dict[int, Images] = {}
 
     def without_broken(images: Images | None) -> Images | None:
+        nonlocal further
         if not isinstance(images, FileImages):
             return images
         if id(images) not in sound:  # the images for kNN may be those for training, or a part of them
             if not looked.issuperset(images.paths):
-                faults = _faults(images, workers)
+                found = _looked_at(images, workers)
+                faults = {path: look.why for path, look in zip(images.paths, found, strict=True) if look.why}
+                further += sum(look.several for look in found)
                 check_share(len(faults), images, faults)
                 broken.update(faults)
                 looked.update(images.paths)
@@ -62,36 +78,58 @@ def scan(source: Source, *, workers: int) -> tuple[Source, dict[Path, str]]:
 
     train = without_broken(source.train)
     assert train is not None
-    return replace(source, train=train, bank=without_broken(source.bank), test=without_broken(source.test)), broken
+    kept = replace(source, train=train, bank=without_broken(source.bank), test=without_broken(source.test))
+    if further:
+        kept = replace(kept, about=f"{kept.about}; {further:,} files hold several pictures, of which the first is read")
+    return kept, broken
 
 
-def _faults(images: FileImages, workers: int) -> dict[Path, str]:
+def _looked_at(images: FileImages, workers: int) -> list[_Found]:
     from rich.progress import track
 
-    digest = hashlib.sha256()
-    for path in images.stored_in():
-        state = path.stat()
-        digest.update(f"{path.resolve()}\0{state.st_size}\0{state.st_mtime_ns}\0".encode(errors="surrogateescape"))
-    for path in images.paths:
-        digest.update(os.fsencode(path))
-    kept = cache_root() / "scans" / f"{digest.hexdigest()[:32]}.json"
-    with contextlib.suppress(OSError, ValueError, AttributeError):
-        return {Path(path): str(why) for path, why in json.loads(kept.read_text(encoding="utf-8")).items()}
+    found: dict[int, _Found] = {}
+    kept = cache_root() / "scans" / f"{_state(images)}.json"
+    with contextlib.suppress(OSError, ValueError, TypeError, AttributeError):
+        read = {int(index): _Found(*look) for index, look in json.loads(kept.read_text(encoding="utf-8")).items()}
+        found = {index: read.get(index, _Found()) for index in range(len(images))}
+    left = [index for index in range(len(images)) if index not in found or found[index].passing]
 
-    def look(index: int) -> str | None:
+    def look(index: int) -> _Found:
         try:
-            return fault(images.content(index))
+            content = images.content(index)
         except OSError as error:
-            return str(error)
+            return _Found(reason(error), passing=True)
+        except BrokenImage as error:
+            return _Found(str(error))
+        why = fault(content)
+        return _Found(why, several=why is None and several(content))
 
-    with ThreadPoolExecutor(max(1, workers)) as threads:  # Pillow decodes without holding the interpreter
-        found: Iterable[str | None] = threads.map(look, range(len(images)))
-        whys = list(track(found, "looking for broken files", total=len(images), transient=True))
-    faults = {path: why for path, why in zip(images.paths, whys, strict=True) if why is not None}
-    with contextlib.suppress(OSError, ValueError):  # where it cannot be kept, the next run looks again
-        kept.parent.mkdir(parents=True, exist_ok=True)
-        write_text(kept, json.dumps({str(path): why for path, why in faults.items()}))
-    return faults
+    if left:
+        with ThreadPoolExecutor(max(1, workers)) as threads:  # Pillow decodes without holding the interpreter
+            looks: Iterable[_Found] = threads.map(look, left)
+            shown = track(looks, "looking for broken files", total=len(left), transient=True)
+            found |= zip(left, shown, strict=True)
+        told = {index: look for index, look in found.items() if look != _Found()}
+        with contextlib.suppress(OSError, ValueError):  # where it cannot be kept, the next run looks again
+            kept.parent.mkdir(parents=True, exist_ok=True)
+            write_text(kept, json.dumps(told))
+    return [found[index] for index in range(len(images))]
+
+
+def _state(images: FileImages) -> str:
+    """A digest of the files, of what they are read with and of the rules; when it changes they are looked at again."""
+    digest = hashlib.sha256(f"{PIL.__version__}\0{sorted(features.get_supported())}\0".encode())
+    digest.update(Path(rules.__file__).read_bytes())
+    for path in images.stored_in():
+        try:
+            state = path.stat()
+            about = f"{path.resolve()}\0{state.st_size}\0{state.st_mtime_ns}\0"
+        except (OSError, RuntimeError) as error:  # a link that leads nowhere, or round in a circle
+            about = f"{path}\0{reason(error)}\0"
+        digest.update(about.encode(errors="surrogateescape"))
+    for path in images.paths:
+        digest.update(os.fsencode(path) + b"\0")
+    return digest.hexdigest()[:32]
 
 
 def report(broken: dict[Path, str], images: FileImages, faults: Mapping[int, str]) -> None:
@@ -108,6 +146,12 @@ def report(broken: dict[Path, str], images: FileImages, faults: Mapping[int, str
     check_share(len(broken), images, broken)
 
 
+def unreadable(source: Source) -> dict[Path, str]:
+    """What could not be read of any of a source's images since the scan, in this process."""
+    every = (images for images in (source.train, source.bank, source.test) if isinstance(images, FileImages))
+    return {images.paths[index]: why for images in every for index, why in images.unreadable.items()}
+
+
 def check_share(count: int, images: FileImages, broken: Mapping[Path, str]) -> None:
     """Raise a UsageError if more than a tenth of the files are broken."""
     if count > MOST * len(images):
@@ -116,6 +160,13 @@ def check_share(count: int, images: FileImages, broken: Mapping[Path, str]) -> N
             f"--data: {count} of {len(images)} files are broken, more than a tenth; "
             f"the first is {first} ({why}); repair or remove them"
         )
+
+
+def list_further(out: Path, broken: dict[Path, str], met: Mapping[Path, str]) -> None:
+    """Add what was met while reading to ``broken``, and to the list of it under ``out``."""
+    if not met.keys() <= broken.keys():
+        broken.update(met)
+        write_skipped(out, broken)
 
 
 def write_skipped(out: Path, broken: Mapping[Path, str]) -> None:

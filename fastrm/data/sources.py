@@ -1,8 +1,7 @@
-"""Images that are trained on, in memory or in files, and how a file becomes a picture."""
+"""Images that are trained on, in memory or in files."""
 
 from __future__ import annotations
 
-import io
 import itertools
 import os
 import re
@@ -10,26 +9,20 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple, TypeVar
+from typing import TypeVar
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image, ImageOps, features
+from PIL import Image, features
 from torch import Tensor
 
+from fastrm.data.decode import BROKEN, NOT_DECODED, BrokenImage, decode, reason
 from fastrm.errors import UsageError
 
 T = TypeVar("T")
 _KINDS_TOLD = 8
 _AT_ONCE = 1024
-BROKEN = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)
-"""What Pillow raises for a file that is no picture, or a broken one."""
-
-
-def reason(error: Exception) -> str:
-    """What an error says, or its kind if it says nothing."""
-    return str(error) or type(error).__name__
 
 
 class ArrayImages:
@@ -85,11 +78,18 @@ class FileImages:
         return len(self.paths)
 
     def __getitem__(self, index: int) -> Image.Image:
-        return self.read(index, decode)[1]
+        return decode(self.content(index))
 
     def content(self, index: int) -> bytes:
-        """The bytes of a file."""
-        return self.paths[index].read_bytes()
+        """The bytes of a file.
+
+        Raises:
+            OSError, BrokenImage: it cannot be read, or is no file; reading a pipe would wait for ever.
+        """
+        path = self.paths[index]
+        if not path.is_file() and path.exists():
+            raise BrokenImage("it is not a regular file")
+        return path.read_bytes()
 
     def identities(self) -> Iterator[bytes]:
         """What tells each image from others: its path from the root on, and its size in bytes."""
@@ -153,52 +153,6 @@ class Source:
     """One line for the person who starts the run."""
 
 
-def decode(content: bytes) -> Image.Image:
-    """Read a picture as RGB, upright as its EXIF orientation says, 16-bit gray scaled to 8."""
-    with Image.open(io.BytesIO(content)) as opened:
-        image = ImageOps.exif_transpose(opened)
-        if image.mode.startswith("I"):  # 16 bits; a plain conversion would clip everything above 255
-            return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
-        return image.convert("RGB")
-
-
-_ORIENTATION = 0x0112
-# How a file ends that was not cut off: some decoders make up the rest, others stop without naming the file.
-_ENDS = {"JPEG": b"\xff\xd9", "PNG": b"IEND\xaeB`\x82"}
-
-
-class Header(NamedTuple):
-    """What is known of a picture before it is decoded."""
-
-    size: tuple[int, int]
-    """Height and width, upright."""
-    plain: str | None
-    """``"JPEG"`` or ``"PNG"`` where any decoder shows it as :func:`decode` does."""
-
-
-def inspect(content: bytes) -> Header:
-    """Read a picture's header.
-
-    Raises:
-        OSError, ValueError, SyntaxError, Image.DecompressionBombError: it is no picture.
-    """
-    with Image.open(io.BytesIO(content)) as image:
-        orientation = image.getexif().get(_ORIENTATION, 1)
-        plain = (
-            image.format in _ENDS
-            and image.mode in ("RGB", "L")
-            and content.endswith(_ENDS[image.format])
-            and "transparency" not in image.info
-            and orientation == 1
-        )
-        width, height = image.size
-        return Header(
-            (width, height) if orientation in (5, 6, 7, 8) else (height, width), image.format if plain else None
-        )
-
-
-# What Pillow opens and does not decode by itself, or what holds no picture.
-_NOT_DECODED = frozenset({"BUFR", "EPS", "GRIB", "HDF5", "IPTC", "MPEG", "WMF"})
 _FEATURES = {"AVIF": "avif", "JPEG": "jpg", "JPEG2000": "jpg_2000", "WEBP": "webp"}
 
 LOOKED_FOR = "what Pillow reads here, such as .jpg, .png and .webp"
@@ -208,7 +162,7 @@ def endings() -> frozenset[str]:
     """How the names of pictures end that Pillow, as it is installed and extended here, decodes: ``.jpg`` and so on."""
     Image.init()
     absent = {kind for kind, feature in _FEATURES.items() if not features.check(feature)}
-    decoded = Image.OPEN.keys() - _NOT_DECODED - absent
+    decoded = Image.OPEN.keys() - NOT_DECODED - absent
     return frozenset(ending for ending, kind in Image.registered_extensions().items() if kind in decoded)
 
 

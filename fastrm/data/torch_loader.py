@@ -10,14 +10,14 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
-from torchvision.transforms import v2
 
 from fastrm.data import batched
-from fastrm.data.augmentation import IMAGENET_MEAN, IMAGENET_STD, Augmentation
+from fastrm.data.augmentation import Augmentation
+from fastrm.data.decode import BROKEN, BrokenImage, Header, decode, inspect, reason
 from fastrm.data.draws import Batch, BatchSampler, blur_radius, draw_views
 from fastrm.data.loader import Loader
 from fastrm.data.scan import report
-from fastrm.data.sources import BROKEN, ArrayImages, FileImages, Header, Images, decode, inspect, reason
+from fastrm.data.sources import ArrayImages, FileImages, Images
 from fastrm.signals import leave_to_the_trainer
 
 try:  # a third faster than Pillow, but torchvision 0.29 announces that it will go
@@ -59,8 +59,13 @@ class _Views(Dataset[_Loaded]):
         try:
             if header.plain == "JPEG" and decode_jpeg is not None:
                 with contextlib.suppress(RuntimeError):  # Pillow says what is wrong, or reads it nevertheless
-                    return decode_jpeg(torch.frombuffer(bytearray(content), dtype=torch.uint8), ImageReadMode.RGB)
-            return torch.from_numpy(np.array(decode(content))).permute(2, 0, 1)
+                    pixels = decode_jpeg(torch.frombuffer(bytearray(content), dtype=torch.uint8), ImageReadMode.RGB)
+                    if pixels.shape[1:] == header.size:
+                        return pixels
+            pixels = torch.from_numpy(np.array(decode(content))).permute(2, 0, 1)
+            if pixels.shape[1:] != header.size:  # which the crop was drawn for
+                raise BrokenImage("it has another size than its header says")
+            return pixels
         except BROKEN as error:
             images.unreadable[index] = reason(error)
             raise _Broken from None
@@ -123,28 +128,3 @@ class TorchLoader(Loader):
         views = views.to(self._device, non_blocking=True)
         out = batched.empty_views(len(views), views.shape[-1], self._dtype, self._device)
         return batched.normalise(views, self._augmentation.mean, self._augmentation.std, out=out)
-
-
-def eval_transform(image_size: int) -> v2.Compose:
-    """The customary evaluation view: shorter side to 256/224 of the size and the centre; small pictures whole."""
-    if image_size <= 64:
-        resize = [v2.Resize((image_size, image_size), antialias=True)]
-    else:
-        resize = [v2.Resize(round(image_size * 256 / 224), antialias=True), v2.CenterCrop(image_size)]
-    normalise = v2.Normalize(mean=list(IMAGENET_MEAN), std=list(IMAGENET_STD))
-    return v2.Compose([*resize, v2.ToImage(), v2.ToDtype(torch.float32, scale=True), normalise])
-
-
-class EvalImages(Dataset[Tensor]):
-    """Images as the evaluation sees them, in order."""
-
-    def __init__(self, images: Images, image_size: int) -> None:
-        self.images = images
-        self.transform = eval_transform(image_size)
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def __getitem__(self, index: int) -> Tensor:
-        view: Tensor = self.transform(self.images[index])
-        return view

@@ -53,19 +53,20 @@ def evaluating(network: nn.Module) -> Iterator[None]:
         network.train(was_training)
 
 
-def batches(images: Images, setting: Setting) -> Iterator[Tensor]:
-    """All images in order, as the evaluation sees them, float32 [B, 3, H, W] a batch."""
+def batches(images: Images, setting: Setting) -> Iterator[tuple[Tensor, list[int]]]:
+    """All images that can be read in order, as the evaluation sees them, float32 [B, 3, H, W], and their indices."""
     loader = eval_loader(images, image_size=setting.image_size, batch_size=BATCH, workers=setting.workers)
     for batch in loader:
-        yield batch.to(setting.device, non_blocking=True)
+        yield batch.to(setting.device, non_blocking=True), loader.indices
 
 
-def features(backbone: nn.Module, images: Images, setting: Setting) -> Iterator[Tensor]:
-    """Pooled features of all images in order, float32 [B, C] a batch."""
-    for batch in batches(images, setting):
+def features(backbone: nn.Module, images: Images, setting: Setting) -> Iterator[tuple[Tensor, Tensor]]:
+    """Pooled features float32 [B, C] and labels int64 [B] of all labelled images that can be read, in order."""
+    labels = labels_of(images, setting.device)
+    for batch, indices in batches(images, setting):
         with evaluating(backbone):
             pooled: Tensor = backbone(batch)[0].float()
-        yield pooled
+        yield pooled, labels[indices]
 
 
 def labels_of(images: Images, device: torch.device) -> Tensor:

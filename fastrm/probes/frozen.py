@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from fastrm.data import Source
-from fastrm.probes.features import Setting, features, labels_of
+from fastrm.probes.features import Setting, features
 from fastrm.probes.knn import KNN
 from fastrm.probes.linear import fitted_heads
 from fastrm.probes.scores import Classifier, Estimate, accuracies
@@ -38,12 +38,11 @@ def frozen_scores(
     assert source.test is not None
     classifiers = list(others)
     if knn or linear:
-        bank, labels = torch.cat(list(features(network, source.bank, setting))), labels_of(source.bank, setting.device)
+        bank, labels = map(torch.cat, zip(*features(network, source.bank, setting), strict=True))
         if knn:
             classifiers.append(KNN(bank, labels))
         if linear:
             classifiers.append(fitted_heads(bank, labels))
     if not classifiers:
         return {}
-    truth = labels_of(source.test, setting.device)
-    return accuracies(features(network, source.test, setting), truth, classifiers)
+    return accuracies(features(network, source.test, setting), classifiers)

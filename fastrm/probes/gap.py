@@ -45,8 +45,10 @@ def gap(method: Method[Any], images: Images, setting: Setting) -> dict[str, Esti
         then ``backbone`` (pooled), ``projector`` and ``output``, the places of ``--residual-at``.
     """
     sums: dict[str, tuple[float, float]] = {}
+    count = 0
     with evaluating(method), stages_of(method.student.backbone) as ours, stages_of(method.teacher.backbone) as theirs:
-        for views in batches(images, setting):
+        for views, _ in batches(images, setting):
+            count += len(views)
             student, teacher = method.encode_student(views), method.teacher(views)
             pairs = {name: (ours[name], theirs[name]) for name in ours}
             pairs |= {n: (getattr(student, n), getattr(teacher, n)) for n in ("backbone", "projector", "output")}
@@ -54,4 +56,4 @@ def gap(method: Method[Any], images: Images, setting: Setting) -> dict[str, Esti
                 each = 1 - nn.functional.cosine_similarity(a.flatten(1).double(), b.flatten(1).double())
                 total, squares = sums.get(name, (0.0, 0.0))
                 sums[name] = total + float(each.sum()), squares + float(each.square().sum())
-    return {name: Estimate.of_mean(*pair, len(images)) for name, pair in sums.items()}
+    return {name: Estimate.of_mean(*pair, count) for name, pair in sums.items()}

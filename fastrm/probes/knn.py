@@ -60,5 +60,5 @@ def knn_accuracy(
 ) -> dict[int, float]:
     """Accuracy from 0 to 1 by k of features [M, C] and labels [M], the arguments otherwise as in :class:`KNN`."""
     classifier = KNN(bank, bank_labels, neighbours=neighbours, temperature=temperature)
-    found = accuracies(test.split(1024), test_labels, [classifier])
+    found = accuracies(zip(test.split(1024), test_labels.split(1024), strict=True), [classifier])
     return {k: found[f"knn{k}"].value for k in neighbours}

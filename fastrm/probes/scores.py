@@ -48,20 +48,18 @@ class Estimate(NamedTuple):
 
 
 @torch.no_grad()
-def accuracies(batches: Iterable[Tensor], labels: Tensor, classifiers: Sequence[Classifier]) -> dict[str, Estimate]:
+def accuracies(batches: Iterable[tuple[Tensor, Tensor]], classifiers: Sequence[Classifier]) -> dict[str, Estimate]:
     """Accuracy of several classifiers in one pass over the features; memory is constant in the number of images.
 
     Args:
-        batches: features [B, C], in the order of ``labels``.
-        labels: int64 [M], on the features' device.
+        batches: features [B, C] and labels int64 [B], on the same device.
         classifiers: what is tried; their scores' names must differ.
     """
     correct: dict[str, Tensor] = {}
-    start = 0
-    for batch in batches:
-        truth = labels[start : start + len(batch)]
-        start += len(batch)
+    count = 0
+    for batch, truth in batches:
+        count += len(batch)
         for classifier in classifiers:
             for name, predicted in classifier(batch).items():
                 correct[name] = correct.get(name, 0) + (predicted == truth).sum()
-    return {name: Estimate.of_share(int(count), start) for name, count in correct.items()}
+    return {name: Estimate.of_share(int(right), count) for name, right in correct.items()}

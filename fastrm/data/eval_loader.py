@@ -1,0 +1,130 @@
+"""Images as an evaluation sees them: in order, without augmentation, and without those that cannot be read."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+from torchvision.transforms.v2 import functional
+
+from fastrm.data.augmentation import IMAGENET_MEAN, IMAGENET_STD
+from fastrm.data.decode import BROKEN, reason
+from fastrm.data.scan import report
+from fastrm.data.sources import FileImages, Images
+from fastrm.signals import leave_to_the_trainer
+
+_View = tuple[int, Tensor | str]
+"""An image's index, and its view, or why it cannot be read."""
+_Views = tuple[list[int], Tensor | None, dict[int, str]]
+"""Indices and views of a batch's images, and what is wrong with those that are left out."""
+
+
+_LONG = 16  # times the shorter side: what is resized whole; of longer pictures just the part that is seen
+
+
+def eval_view(picture: Image.Image, image_size: int) -> Tensor:
+    """The customary evaluation view: shorter side to 256/224 of the size and the centre; small pictures whole.
+
+    Args:
+        picture: RGB, of any shape; memory is bounded by the picture and the view.
+        image_size: S; up to 64, the whole picture is seen, in a square.
+
+    Returns:
+        float32 [3, S, S], normalised by ImageNet's mean and standard deviation.
+    """
+    if image_size <= 64:
+        seen = _squared(picture, image_size)
+    else:
+        seen = _centre(picture, round(image_size * 256 / 224), image_size)
+    return functional.normalize(
+        functional.to_dtype(functional.to_image(seen), torch.float32, scale=True),
+        list(IMAGENET_MEAN),
+        list(IMAGENET_STD),
+    )
+
+
+def _squared(picture: Image.Image, size: int) -> Image.Image:
+    if picture.height > _LONG * picture.width:  # rows last would make a picture of all rows of this width
+        picture = picture.resize((picture.width, size), Image.Resampling.BILINEAR)
+    return picture.resize((size, size), Image.Resampling.BILINEAR)
+
+
+def _centre(picture: Image.Image, short: int, size: int) -> Image.Image:
+    """Resize so that the shorter side is ``short``, and take ``size`` squared from the centre, as torchvision does."""
+    width, height = picture.size
+    if max(width, height) <= _LONG * min(width, height):
+        return functional.center_crop(functional.resize(picture, [short], antialias=True), [size])
+    # The same pixels, without those around them: 256 times the length of a picture that is one pixel wide.
+    wide, high = (int(short * side / min(width, height)) for side in (width, height))
+    left, top = (round((side - size) / 2) for side in (wide, high))
+    x, y = width / wide, height / high
+    box = (left * x, top * y, (left + size) * x, (top + size) * y)
+    return picture.resize((size, size), Image.Resampling.BILINEAR, box=box)
+
+
+class EvalLoader:
+    """Batches of images in order, float32 [B, 3, H, W]; one that cannot be read is left out, with a warning.
+
+    Attributes:
+        broken: files that were left out, and what is wrong with them.
+        indices: which of the images are in the batch that was yielded last.
+    """
+
+    def __init__(self, images: Images, *, image_size: int, batch_size: int, workers: int) -> None:
+        known = {images.paths[i]: why for i, why in images.unreadable.items()} if isinstance(images, FileImages) else {}
+        self.broken: dict[Path, str] = known
+        self.indices: list[int] = []
+        self._images = images
+        # A generator of its own, so that an evaluation leaves the run's random numbers as they are.
+        self._loader = DataLoader(
+            _EvalImages(images, image_size),
+            batch_size=batch_size,
+            num_workers=workers,
+            collate_fn=_together,
+            generator=torch.Generator(),
+            worker_init_fn=leave_to_the_trainer,
+        )
+
+    def __len__(self) -> int:
+        """Batches."""
+        return len(self._loader)
+
+    def __iter__(self) -> Iterator[Tensor]:
+        """Yield all images once.
+
+        Raises:
+            UsageError: more than a tenth of the files cannot be read.
+        """
+        for indices, views, faults in self._loader:
+            if isinstance(self._images, FileImages):
+                self._images.unreadable.update(faults)  # nor does the next pass read them: all score the same images
+                report(self.broken, self._images, faults)
+            if views is not None:
+                self.indices = indices
+                yield views
+
+
+class _EvalImages(Dataset[_View]):
+    def __init__(self, images: Images, image_size: int) -> None:
+        self.images, self.image_size = images, image_size
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> _View:
+        if isinstance(self.images, FileImages) and index in self.images.unreadable:
+            return index, self.images.unreadable[index]
+        try:
+            return index, eval_view(self.images[index], self.image_size)
+        except BROKEN as error:
+            return index, reason(error)
+
+
+def _together(batch: list[_View]) -> _Views:
+    seen = {index: view for index, view in batch if isinstance(view, Tensor)}
+    faults = {index: why for index, why in batch if isinstance(why, str)}
+    return list(seen), torch.stack(list(seen.values())) if seen else None, faults

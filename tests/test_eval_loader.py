@@ -1,0 +1,263 @@
+"""What an evaluation sees: a picture that cannot be read is left out, and is never scored with another's pixels."""
+
+from __future__ import annotations
+
+import json
+import os
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor, nn
+from torchvision.transforms import v2
+
+from fastrm import train
+from fastrm.config import Config, build
+from fastrm.data import Source, eval_loader, make_loader, open_source
+from fastrm.data.eval_loader import eval_view
+from fastrm.data.scan import scan
+from fastrm.data.sources import FileImages
+from fastrm.errors import UsageError
+from fastrm.evaluate import EvaluateConfig, evaluate
+from fastrm.methods import build_method
+from fastrm.probes import Estimate, accuracies, features, frozen_scores, gap
+from fastrm.probes.features import Setting
+from fastrm.probes.linear import Protocol, published_linear
+
+HERE = Setting(16, torch.device("cpu"), 0)
+MEAN, STD = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
+
+
+class Colour(nn.Module):
+    """The mean colour from 0 to 255: which file a picture is of."""
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        colours = 255 * (images.mean(dim=(2, 3)) * STD + MEAN)
+        return colours, images
+
+
+def gray(index: int) -> int:
+    return 12 * (index + 1)
+
+
+def write(folder: Path, count: int, classes: int = 4) -> None:
+    """Pictures of one gray each, whose neighbours are of other classes."""
+    for index in range(count):
+        path = folder / f"class{index % classes}" / f"{index:02d}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (16, 16), (gray(index),) * 3).save(path)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """20 pictures to learn from and 20 equal ones to be tried on."""
+    for part in ("train", "val"):
+        write(tmp_path / "pictures" / part, 20)
+    return tmp_path / "pictures"
+
+
+def harm(images: FileImages) -> list[int]:
+    """Break two of the files, in two ways, and return which."""
+    images.paths[3].unlink()
+    images.paths[10].write_bytes(images.paths[10].read_bytes()[:50])
+    return [3, 10]
+
+
+def opened(folder: Path) -> tuple[Source, FileImages, FileImages]:
+    source = open_source(str(folder))
+    assert isinstance(source.bank, FileImages)
+    assert isinstance(source.test, FileImages)
+    return source, source.bank, source.test
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_what_cannot_be_read_is_left_out_and_the_rest_keeps_its_labels(folder: Path, workers: int) -> None:
+    _, _, test = opened(folder)
+    lost = harm(test)
+    want = [index for index in range(20) if index not in lost]
+    setting = HERE._replace(workers=workers)
+    for _ in range(2):  # the second pass knows
+        loader = eval_loader(test, image_size=16, batch_size=3, workers=workers)
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            seen = [(loader.indices, Colour()(views)[0]) for views in loader]
+        assert [index for indices, _ in seen for index in indices] == want
+        found = torch.cat([colour for _, colour in seen])[:, 0].round().int().tolist()
+        assert found == [int(test.paths[index].stem) * 12 + 12 for index in want]
+        assert {path.name for path in loader.broken} == {test.paths[index].name for index in lost}
+    assert not said
+    assert test.labels is not None
+    assert torch.cat([labels for _, labels in features(Colour(), test, setting)]).tolist() == test.labels[want].tolist()
+
+
+def test_a_whole_batch_of_lost_files_is_passed_over(folder: Path) -> None:
+    _, _, test = opened(folder)
+    test.paths[0].unlink()
+    loader = eval_loader(test, image_size=16, batch_size=1, workers=0)
+    with pytest.warns(UserWarning, match=r"left out, since it cannot be read: .*No such file"):
+        views = list(loader)
+    assert len(views) == 19
+
+
+def test_kneighbours_quick_linear_and_gap_count_what_was_seen(folder: Path) -> None:
+    source, bank, test = opened(folder)
+    for images in (bank, test):
+        harm(images)
+    with pytest.warns(UserWarning, match="left out"):
+        scores = frozen_scores(Colour(), source, HERE, knn=True, linear=True)
+    method = build_method(build(data="digits", arch="test_resnet", image_size=32, method="mocov2", queue_size=8))
+    apart = gap(method, test, HERE._replace(image_size=32))
+    # Wilson's interval says how many there were.
+    assert scores["knn20"] == Estimate.of_share(round(18 * scores["knn20"].value), 18)
+    assert set(scores) == {"knn10", "knn20", "knn100", "knn200", "linear_quick"}
+    assert all(abs(found.value) < 1e-6 for found in apart.values())
+
+
+def test_no_picture_is_scored_under_the_label_of_a_lost_one(folder: Path) -> None:
+    """A classifier that is always right about the pixels is always right: of a neighbour it would be wrong."""
+    _, _, test = opened(folder)
+    harm(test)
+
+    def by_colour(colours: Tensor) -> dict[str, Tensor]:
+        return {"right": ((colours[:, 0] / 12).round().long() - 1) % 4}
+
+    with pytest.warns(UserWarning, match="left out"):
+        found = accuracies(features(Colour(), test, HERE), [by_colour])
+    assert found["right"] == Estimate.of_share(18, 18)
+
+
+def test_training_a_classifier_takes_the_label_of_the_picture_that_was_read(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, bank, _ = opened(folder)
+    harm(bank)
+    pairs: list[tuple[int, int]] = []
+
+    class Heads:
+        def __init__(self, *_: object, **__: object) -> None: ...
+
+        def step(self, colours: Tensor, truth: Tensor, _: float) -> None:
+            pairs.extend(zip((colours[:, 0] / 12).round().int().tolist(), truth.tolist(), strict=True))
+
+    monkeypatch.setattr("fastrm.probes.linear.LinearHeads", Heads)
+    with pytest.warns(UserWarning, match="left out"):
+        published_linear({"it": Colour()}, source, HERE, Protocol(lr=0.1, batch_size=8, epochs=3))
+    assert len(pairs) == 48
+    assert all(label == (number - 1) % 4 for number, label in pairs)
+
+
+def test_more_than_a_tenth_is_refused(folder: Path) -> None:
+    _, _, test = opened(folder)
+    harm(test)
+    test.paths[5].write_bytes(b"")
+    with pytest.warns(UserWarning, match="left out"), pytest.raises(UsageError, match="3 of 20 files are broken"):
+        list(features(Colour(), test, HERE))
+
+
+def test_a_run_and_its_evaluation_say_what_was_lost_after_the_scan(
+    folder: Path, small: Callable[..., Config], tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    lost = folder / "val" / "class3" / "03.png"
+
+    def then_lost(source: Source, *, workers: int):
+        found = scan(source, workers=workers)
+        lost.unlink(missing_ok=True)
+        return found
+
+    monkeypatch.setattr(train, "scan", then_lost)
+    with pytest.warns(UserWarning, match=r"left out, since it cannot be read: .*03\.png \(No such file"):
+        train.train(small(data=str(folder), batch_size=8, max_steps=2, epochs=1, eval_every=1))
+    assert str(lost) in (tmp_path / "run" / "skipped.txt").read_text()
+    Image.new("RGB", (16, 16)).save(lost)
+    os.truncate(folder / "val" / "class0" / "04.png", 60)
+    monkeypatch.setattr("fastrm.evaluate.scan", then_lost)
+    with pytest.warns(UserWarning, match=r"03\.png"):
+        found = evaluate(EvaluateConfig(checkpoint=tmp_path / "run", knn=True, semi=0.5, device="cpu", workers=0))
+    assert found["pictures"]["left_out"] == 2
+    assert "left out   1 broken files; the first is" in capsys.readouterr().out
+    assert json.loads((tmp_path / "run" / "evaluation.json").read_text())["sets"]["pictures"]["left_out"] == 2
+    scores = found["pictures"]["scores"]["student"]
+    assert scores["knn20"] == Estimate.of_share(round(18 * scores["knn20"].value), 18)
+    assert scores["semi_0.5"] == Estimate.of_share(round(18 * scores["semi_0.5"].value), 18)
+
+
+def noise(width: int, height: int) -> Image.Image:
+    rng = np.random.default_rng(0)
+    return Image.fromarray(rng.integers(0, 256, (height, width, 3), dtype=np.uint8))
+
+
+def torchvisions(picture: Image.Image, image_size: int) -> Tensor:
+    """The view as published: all of it resized, then cropped."""
+    if image_size <= 64:
+        resized = [v2.Resize((image_size, image_size), antialias=True)]
+    else:
+        resized = [v2.Resize(round(image_size * 256 / 224), antialias=True), v2.CenterCrop(image_size)]
+    normalised = [v2.ToImage(), v2.ToDtype(torch.float32, scale=True), v2.Normalize(MEAN.tolist(), STD.tolist())]
+    return v2.Compose([*resized, *normalised])(picture)
+
+
+@pytest.mark.parametrize("size", [(260, 300), (500, 375), (99, 160), (20, 300), (7, 100), (3, 2), (1, 1), (224, 224)])
+@pytest.mark.parametrize("image_size", [32, 65, 224])
+def test_the_view_is_torchvisions_to_the_bit(size: tuple[int, int], image_size: int) -> None:
+    assert torch.equal(eval_view(noise(*size), image_size), torchvisions(noise(*size), image_size))
+
+
+@pytest.mark.parametrize("size", [(1, 30), (30, 1), (200, 5), (5, 201), (2000, 100), (100, 2001)])
+@pytest.mark.parametrize("image_size", [32, 96, 224])
+def test_the_view_of_a_long_picture_is_torchvisions(size: tuple[int, int], image_size: int) -> None:
+    off = (
+        (eval_view(noise(*size), image_size) - torchvisions(noise(*size), image_size)).abs() * STD[:, None, None] * 255
+    )
+    assert off.max() < 2.1  # of 255: Pillow rounds after rows or after columns, whichever come first
+    assert off.mean() < 0.4
+
+
+LONG = [(1, 30_000), (30_000, 1), (65_500, 20), (20, 65_500), (1, 1)]
+
+
+@pytest.mark.parametrize("image_size", [32, 224])
+def test_memory_is_bounded_whatever_the_shape(image_size: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In evaluation and in training: no picture on the way is larger than the view and the file together."""
+    for number in range(8):
+        Image.new("RGB", LONG[number % len(LONG)], (200, 100, 50)).save(tmp_path / f"{number}.png")
+    made: list[int] = []
+    plain_resize, plain_interpolate = Image.Image.resize, nn.functional.interpolate
+
+    def resize(picture: Image.Image, size: tuple[int, int], *args: Any, **options: Any) -> Image.Image:
+        # The rows first, then the columns: what lies between has the new width and as many old rows as are needed.
+        box = options.get("box") or (0, 0, *picture.size)
+        made.append(max(size[0] * min(picture.height, int(box[3] - box[1]) + 3), size[0] * size[1]))
+        return plain_resize(picture, size, *args, **options)
+
+    def interpolate(*args: Any, **options: Any) -> Tensor:
+        out = plain_interpolate(*args, **options)
+        made.append(out[0, 0].numel())
+        return out
+
+    monkeypatch.setattr(Image.Image, "resize", resize)
+    monkeypatch.setattr(nn.functional, "interpolate", interpolate)
+    source = open_source(str(tmp_path))
+    (views,) = eval_loader(source.train, image_size=image_size, batch_size=8, workers=0)
+    colours = (views * STD[:, None, None] + MEAN[:, None, None]) * 255
+    want = torch.tensor([200.0, 100.0, 50.0])[:, None, None].expand_as(colours)
+    torch.testing.assert_close(colours, want, atol=1.01, rtol=0)
+    for method in ("mocov2", "byol"):
+        training = make_loader(
+            source, method=method, image_size=image_size, batch_size=8, device="cpu", workers=0, seed=0, loader="torch"
+        )
+        assert all(views.isfinite().all() for views in next(iter(training)))
+    assert len(made) >= 8 + 2 * 16
+    assert max(made) <= 65_500 * 20 * 2
+
+
+def test_above_pillows_limit_a_picture_is_refused(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    Image.new("1", (4000, 3000)).save(folder / "val" / "class0" / "00.png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 5_000_000)
+    with pytest.warns(UserWarning, match=r"00\.png \(Image size \(12000000 pixels\) exceeds limit"):
+        list(eval_loader(opened(folder)[2], image_size=32, batch_size=4, workers=0))
