@@ -269,6 +269,14 @@ def test_a_folder_with_the_name_of_a_set_is_said(tmp_path: Path, monkeypatch: py
     assert len(open_source("./digits").train) == 1
 
 
+def test_parts_further_down(tmp_path: Path) -> None:
+    """As ILSVRC is unpacked."""
+    fill(tmp_path, "Data/CLS-LOC/train/a/0.png", "Data/CLS-LOC/val/1.png", "Annotations/0.xml")
+    with pytest.raises(UsageError, match=r"for validation in .*/Data/CLS-LOC; give that"):
+        open_source(str(tmp_path))
+    assert "CLS-LOC holds images for validation, which are trained on too" in read(Path(fill(tmp_path, "b/0.png")))[2]
+
+
 # Shards in folders
 
 

@@ -76,7 +76,7 @@ def test_keys_are_paths_and_endings_have_no_case(tmp_path: Path) -> None:
         (samples("img.v1.0001"), "img.v1.0001.jpg has the ending .v1.0001.jpg, since a key ends at the first dot"),
         (samples("0") + samples("0", ending="png")[:1], "0.jpg and 0.png have one key"),
         ([("0.rgb.jpg", picture()), ("0.cls", b"1")], "0.rgb.jpg has the ending .rgb.jpg"),
-        ([*samples("0"), ("0.jpg", picture(3))], "0.jpg and 0.jpg have one key"),
+        ([*samples("0"), ("0.jpg", picture(3))], "0.jpg is in it twice; keep one"),
         ([*samples("0"), ("0.CLS", b"1")], "0.cls and 0.CLS are two labels of one key"),
         ([*samples("0"), ("1.jpg", b""), ("1.cls", b"cat")], "the label in 1.cls is b'cat'; it must be a whole"),
         ([("1.jpg", picture()), ("1.cls", b"1" + b" " * 40)], "the label in 1.cls"),

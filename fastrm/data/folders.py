@@ -41,6 +41,7 @@ def open_folder(path: Path) -> Source:
     if len(images) == 0:
         said = passed_over(root.all_passed())
         raise UsageError(f"--data {path} holds no image{said}; looked below {train.path} for {LOOKED_FOR}")
+    notes += _parts_below(root) if train is root else []
     about = "; ".join([f"{len(images):,} images in {train.path}", *notes, *layout.notes])
     passed = train.all_passed() + (root.passed if train is not root else Counter())
     if count := sum(len(folder.shards) for folder in root):
@@ -100,6 +101,24 @@ def _layout(root: Folder) -> _Layout:
     if root.images:
         notes.append(f"{len(root.images):,} images beside {train[0].name}/ are not used")
     return _Layout(train[0], aside[0] if aside else None, notes)
+
+
+def _parts_below(root: Folder) -> list[str]:
+    """Say that folders deeper down hold images for validation, which are trained on with the others.
+
+    Raises:
+        UsageError: one of them holds all the images.
+    """
+
+    def has(folder: Folder, names: Sequence[str]) -> bool:
+        return any(_part(inner) in names and inner.holds_images for inner in folder.folders)
+
+    found = [folder for folder in root if folder is not root and has(folder, _TRAIN) and has(folder, _VALIDATION)]
+    if len(found) == 1 and len(found[0].below()) == len(root.below()):
+        raise UsageError(
+            f"--data {root.path} holds images to train on and for validation in {found[0].path}; give that"
+        )
+    return [f"{folder.path} holds images for validation, which are trained on too" for folder in found[:3]]
 
 
 def _taken_for_classes(folders: Sequence[Folder]) -> list[str]:

@@ -103,7 +103,10 @@ def _image(parts: list[_Part], passed: Counter[str]) -> _Part:
     if len(plain) == 1:
         passed.update("." + part.ending for part in parts if part is not plain[0])
         return plain[0]
-    names = " and ".join(part.name for part in (plain or parts)[:2])
+    first, *more = plain or parts
+    if more and more[0].name == first.name:
+        raise ValueError(f"{first.name} is in it twice; keep one")
+    names = " and ".join(part.name for part in (first, *more[:1]))
     if plain or len(parts) > 1:
         raise ValueError(
             f"{names} have one key, which ends at the first dot of the name; give each image a key of its own"
