@@ -13,6 +13,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch.utils.tensorboard import SummaryWriter
 
 from fastrm.files import write_text
+from fastrm.own import EVENTS
 from fastrm.shell import screen
 
 METRICS = "metrics.jsonl"
@@ -35,7 +36,7 @@ class Recorder:
         if out is not None:
             self._keep_until(out / METRICS, start)
             self._file = open(out / METRICS, "a", encoding="utf-8")  # noqa: SIM115 (open as long as the run)
-            self._board = SummaryWriter(str(out / TENSORBOARD), purge_step=start + 1)
+            self._board = SummaryWriter(str(out / TENSORBOARD), purge_step=start + 1, filename_suffix=EVENTS)
         self._console = Console(file=screen(), highlight=False, soft_wrap=True, quiet=out is None)
         self._progress = Progress(
             TextColumn("training"),

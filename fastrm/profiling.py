@@ -9,6 +9,9 @@ from pathlib import Path
 import torch
 from torch.profiler import ProfilerActivity, profile, schedule
 
+from fastrm.own import MARK
+from fastrm.version import __version__
+
 TRACE = "trace.json"
 PARTS = ("data", "student", "teacher", "loss", "backward", "optimizer and teacher update", "queue")
 """Names of the ranges that loader, method and step record with ``record_function``."""
@@ -36,6 +39,7 @@ def profiled(steps: int, out: Path, say: Callable[[str], None], *, ahead: int) -
         return
 
     def finish(profiler: profile) -> None:
+        profiler.add_metadata(MARK, __version__)
         profiler.export_chrome_trace(str(out / TRACE))
         say(f"profile    {steps} steps, in {out / TRACE}\n{table(profiler, steps)}")
 

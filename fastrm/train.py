@@ -8,12 +8,11 @@ Read :func:`train` from top to bottom: what can be wrong is found first, then th
 from __future__ import annotations
 
 import argparse
-import shutil
 import sys
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence
-from contextlib import closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import replace
 from itertools import islice, zip_longest
 from pathlib import Path
@@ -24,7 +23,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.profiler import record_function
 
-from fastrm import _cli, checkpoint
+from fastrm import _cli, checkpoint, folder
 from fastrm.config import Config, defaults, resolved, validate
 from fastrm.data import Loader, make_loader, open_source
 from fastrm.data.inventory import inventory
@@ -47,12 +46,12 @@ from fastrm.distributed import (
     synchronise_norms,
 )
 from fastrm.errors import Stopped, TrainingError, UsageError
-from fastrm.files import as_utf8, read_json, write_json, writing
+from fastrm.files import as_utf8, read_json
 from fastrm.graph import GraphedStep
 from fastrm.methods import StepOutput, build_method
 from fastrm.methods.unused import counted
-from fastrm.metrics import METRICS, TENSORBOARD, Recorder, recorded
-from fastrm.models.weights import BACKBONE, load_weights, read_weights
+from fastrm.metrics import Recorder, recorded
+from fastrm.models.weights import load_weights, read_weights
 from fastrm.optim import Schedule, build_optimizer
 from fastrm.profiling import profiled
 from fastrm.results import SUMMARY, Results, complete
@@ -71,11 +70,11 @@ def train(config: Config) -> dict[str, Any]:
     """
     validate(config)
     device = own_device(choose_device(config.device.device))
-    with processes(device) as world:
-        return _train(config, device, world)
+    with processes(device) as world, ExitStack() as stack:
+        return _train(config, device, world, stack)
 
 
-def _train(config: Config, device: torch.device, world: World) -> dict[str, Any]:
+def _train(config: Config, device: torch.device, world: World, stack: ExitStack) -> dict[str, Any]:
     precision = choose_precision(config.device.precision, device)
     backend = choose_kernels(config.device.kernels, device)
     config = resolved(config, world.size).replace(
@@ -139,14 +138,14 @@ def _train(config: Config, device: torch.device, world: World) -> dict[str, Any]
         parts["online"] = online
 
     out = config.run.out or Path("runs", f"{as_utf8(source.name)}-{config.method.method}-{config.model.arch}")
-    if as_utf8(str(out)) != str(out):
-        raise UsageError(f"--out {as_utf8(str(out))} is no UTF-8, which TensorBoard and the profiler ask of a path")
+    lock = stack.enter_context(folder.held(out))
     begun = checkpoint.resume(config, out, images, **parts)
     start, schedule = begun.step, replace(schedule, shift=begun.images.shift)
     method.refresh_low_precision_teacher()
     ended = start >= schedule.total
     known = recorded(checkpoint.origin(config, out), start) if start else {}
-    scored, finished, moved = "knn_student" in known, ended and complete(out, start), ended and not checkpoint.own(out)
+    scored, finished = "knn_student" in known, ended and complete(out, start)
+    moved = start > 0 and not checkpoint.own(out)
     # All have looked at what is in the folder.
     if len(everyone := set(gather_objects((start, scored, finished, moved)))) > 1:
         steps = sorted(step for step, *_ in everyone)
@@ -157,7 +156,7 @@ def _train(config: Config, device: torch.device, world: World) -> dict[str, Any]
         print(f"{out} holds this run, complete after {start} steps")
         return read_json(out / SUMMARY)
     if world.rank == 0:
-        _open_folder(config, out, fresh=start == 0)
+        folder.prepare(config, out, fresh=start == 0 or moved)
     recorder = Recorder(out if world.rank == 0 else None, start=start, total=schedule.total)
     recorder.note(f"data       {source.about}")
     if begun.note:
@@ -189,7 +188,7 @@ def _train(config: Config, device: torch.device, world: World) -> dict[str, Any]
         Signals() as signals,
         profiled(profile, out, recorder.note, ahead=schedule.total - start) as stepped,
     ):
-        if moved:
+        if moved and ended:
             checkpoints.save(start)
             checkpoints.wait()
         if start and evaluations.due(start) and not scored:  # the run before was cut off there
@@ -234,6 +233,7 @@ def _train(config: Config, device: torch.device, world: World) -> dict[str, Any]
             with clock.paused():
                 scoring = evaluations.due(done)
                 save, ending = signals.asked()
+                lock.check()
                 every = config.run.checkpoint_every
                 due = end or (done % every == 0 if every else schedule.ends_epoch(done))
                 if due or save or scoring:
@@ -334,19 +334,6 @@ class _Clock:
         begin = time.perf_counter()
         yield
         self._start += time.perf_counter() - begin
-
-
-def _open_folder(config: Config, out: Path, *, fresh: bool) -> None:
-    """Make the run folder with its ``config.json``; a fresh run takes the place of an older one."""
-    with writing(out):
-        out.mkdir(parents=True, exist_ok=True)
-        write_json(out / "config.json", config.flat())
-        if fresh:
-            for name in (METRICS, checkpoint.NAME, BACKBONE, SUMMARY, SKIPPED):
-                (out / name).unlink(missing_ok=True)
-            for _, path in checkpoint.older(out):
-                path.unlink()
-            shutil.rmtree(out / TENSORBOARD, ignore_errors=True)
 
 
 def _described(config: Config, device: torch.device, precision: str, world: World) -> str:

@@ -1,0 +1,63 @@
+"""The run folder: no file of others is touched, one run at a time has it, and a fresh run clears its own away."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from fastrm import own
+from fastrm.config import Config
+from fastrm.distributed import gather_objects, world
+from fastrm.errors import UsageError
+from fastrm.files import as_utf8, write_json, writing
+from fastrm.lock import Lock
+
+
+@contextmanager
+def held(out: Path) -> Iterator[Lock]:
+    """Have a run folder to oneself; to be entered in all processes, of which the first holds the lock.
+
+    Raises:
+        UsageError: the folder holds what fastrm would write over and did not write, another run has it, or it cannot
+            be made. It is raised in all processes, and nothing was written.
+    """
+    lock, problem = Lock(out), None
+    if world().rank == 0:
+        try:
+            claim(out)
+            with writing(out):
+                lock.acquire()
+        except UsageError as error:
+            problem = str(error)
+    try:
+        if (problem := gather_objects(problem)[0]) is not None:
+            raise UsageError(problem)
+        yield lock
+    finally:
+        lock.release()
+
+
+def claim(out: Path) -> None:
+    """Raise a UsageError if ``out`` has a file or folder of a name that fastrm writes and that it did not write."""
+    if as_utf8(str(out)) != str(out):
+        raise UsageError(f"--out {as_utf8(str(out))} is no UTF-8, which TensorBoard and the profiler ask of a path")
+    with writing(out):
+        if out.exists():
+            for path, wrote in own.names(out):
+                own.require("--out", out, wrote, holds=path)
+
+
+def prepare(config: Config, out: Path, *, fresh: bool) -> None:
+    """Write ``config.json`` into a folder that is held; a fresh run takes the place of an older one."""
+    with writing(out):
+        if fresh:
+            board = out / "tensorboard"
+            old = [path for path, _ in own.names(out) if not path.is_dir()]
+            old += [path for path in board.iterdir() if own.events(path)] if board.is_dir() else []
+            for path in old:
+                path.unlink()
+            with contextlib.suppress(OSError):  # where something else is in it, it stays
+                board.rmdir()
+        write_json(out / "config.json", config.flat())

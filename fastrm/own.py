@@ -1,0 +1,227 @@
+"""Whether fastrm wrote a file, by what is in it: nothing else is ever written over or removed.
+
+Files say it themselves. Those of runs that were written before they did are known by their content too; where that is
+no proof, in that their folder is a run's.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import zipfile
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+from fastrm.errors import UsageError
+from fastrm.files import as_utf8, read_json
+
+MARK = "fastrm"
+"""What a file says of who wrote it: the name of a field, whose value is the version, or of the software."""
+_HEAD = 2**16  # bytes in which a file says what it is
+
+
+def require(flag: str, out: Path, wrote: Callable[[Path], bool], *, holds: Path | None = None) -> None:
+    """Raise a UsageError that names the file if there is one that fastrm did not write.
+
+    Args:
+        flag: the setting that the path was given by.
+        out: its value.
+        wrote: whether fastrm wrote the file, which exists.
+        holds: the file in question, where it lies in ``out``.
+    """
+    path = holds or out
+    if path.is_symlink() and not path.exists():
+        why = "is a link to nowhere"
+    elif not path.exists() or _safely(wrote, path):
+        return
+    else:
+        why = "was not written by fastrm for this"
+    which = f"{flag} {out}" if holds is None else f"{flag} {out} holds {as_utf8(str(holds.relative_to(out)))}, which"
+    raise UsageError(as_utf8(f"{which} {why}; move it away, or give another {flag}"))
+
+
+def _safely(wrote: Callable[[Path], bool], path: Path) -> bool:
+    """A file that cannot be read, or is of another format, is none of fastrm's."""
+    try:
+        return wrote(path)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return False
+
+
+def head(path: Path) -> bytes:
+    """The first 64 KiB of a file."""
+    with open(path, "rb") as file:
+        return file.read(_HEAD)
+
+
+def _json(path: Path, *names: str) -> dict[str, Any] | None:
+    """The object in a JSON file that has these names; None where it is another one."""
+    found = read_json(path)
+    return found if isinstance(found, dict) and found.keys() >= set(names) else None
+
+
+def config(path: Path) -> bool:
+    """``config.json``: a run's settings."""
+    return _json(path, "data", "arch", "method", "residual_weight", "teacher_momentum", "resume") is not None
+
+
+def run(folder: Path) -> bool:
+    """Whether a folder is a run's."""
+    return (folder / "config.json").is_file() and _safely(config, folder / "config.json")
+
+
+def metrics(path: Path) -> bool:
+    """``metrics.jsonl``: records of a run. Where not even the first was finished, its folder decides."""
+    first, end, _ = head(path).partition(b"\n")
+    if not end:
+        return run(path.parent)
+    names = json.loads(first).keys()
+    return {"step", "epoch"} <= names and any(n in names for n in ("contrastive", "knn_student", "verify_loss"))
+
+
+def checkpoint(path: Path) -> bool:
+    """``checkpoint.pt`` and those before it; also one that was cut off: the settings are at its beginning."""
+    start = head(path)
+    return start.startswith(b"PK") and all(name in start for name in (b"format", b"method", b"residual_weight"))
+
+
+def weights(path: Path) -> bool:
+    """Safetensors with a backbone, of a run or exported."""
+    import safetensors
+
+    try:
+        with safetensors.safe_open(path, framework="pt") as file:
+            return (file.metadata() or {}).keys() >= {MARK, "which", "arch"}
+    except safetensors.SafetensorError:
+        return False
+
+
+def summary(path: Path) -> bool:
+    """``summary.json``: what a complete run ended with."""
+    return _json(path, MARK, "step", "residual_weight") is not None
+
+
+def evaluation(path: Path) -> bool:
+    """``evaluation.json``, whatever its name."""
+    found = _json(path, MARK, "sets")
+    return found is not None and isinstance(found["sets"], dict)
+
+
+def skipped(path: Path) -> bool:
+    """``skipped.txt``: a broken file and what is wrong with it a line, in a run's folder."""
+    lines = path.read_text(encoding="utf-8", errors="surrogateescape").splitlines()
+    return run(path.parent) and all("\t" in line for line in lines)
+
+
+def trace(path: Path) -> bool:
+    """``trace.json``: a run's profile. Those of old runs do not say it, but that the run had one."""
+    start = head(path)
+    said = f'"{MARK}":'.encode() in start
+    old = b'"schemaVersion"' in start and run(path.parent) and read_json(path.parent / "config.json")["profile"] > 0
+    return said or old
+
+
+EVENTS = f".{MARK}"
+"""How the name of a TensorBoard file ends."""
+
+
+def events(path: Path) -> bool:
+    """A file below ``tensorboard/``. Those of old runs end otherwise, and begin with what a run records, or nothing."""
+    if not path.is_file() or not path.name.startswith("events.out.tfevents."):
+        return False
+    start = head(path)
+    known = any(name in start for name in (b"contrastive", b"knn_student", b"verify_loss")) or len(start) < 200
+    return path.name.endswith(EVENTS) or (known and run(path.parent.parent))
+
+
+def board(path: Path) -> bool:
+    """``tensorboard/``: it is empty, or holds events of a run; whatever else is in it is not touched."""
+    there = list(path.iterdir())
+    return not there or run(path.parent) or any(_safely(events, file) for file in there)
+
+
+def page(path: Path) -> bool:
+    """The report's page."""
+    start = head(path)
+    old = b"<!doctype html>\n<html lang='en'><head><meta charset='utf-8'><meta name='viewport' "
+    return f"<meta name='generator' content='{MARK} ".encode() in start or start.startswith(old)
+
+
+def pages(path: Path) -> bool:
+    """``report/`` in a run's folder: it holds no page, or fastrm's."""
+    return path.is_dir() and (not (path / "index.html").exists() or page(path / "index.html"))
+
+
+def picture(path: Path) -> bool:
+    """A picture that says that fastrm drew it."""
+    from PIL import ExifTags, Image
+
+    with Image.open(path) as image:
+        return MARK in (image.info.get("Software"), image.getexif().get(ExifTags.Base.Software))
+
+
+def plot(path: Path) -> bool:
+    """A picture of the report. Those of old ones do not say it, but lie beside the page."""
+    return picture(path) or ((path.parent / "index.html").is_file() and page(path.parent / "index.html"))
+
+
+def card(path: Path) -> bool:
+    """A model card."""
+    start = head(path).decode("utf-8", "replace")
+    front = re.match(r"---\n(.*?)\n---\n", start, re.DOTALL)
+    old = "\nPre-trained without labels by fastrm " in start
+    return front is not None and (f"\ngenerator: {MARK} " in front[0] or old)
+
+
+def onnx(path: Path) -> bool:
+    """An exported graph: its metadata are at its end."""
+    with open(path, "rb") as file:
+        file.seek(0, 2)
+        file.seek(max(0, file.tell() - _HEAD))
+        end = file.read()
+    return f"\x0a{chr(len(MARK))}{MARK}".encode() in end and b"image_size" in end
+
+
+def state(path: Path) -> bool:
+    """A ``.pth`` with weights, which says so; or old ones that do not, by the card beside them that names them."""
+    beside = path.with_suffix(".md")
+    if beside.is_file() and card(beside) and f'"{path.name}"' in beside.read_text(encoding="utf-8"):
+        return True
+    try:
+        with zipfile.ZipFile(path) as archive:
+            (name,) = (name for name in archive.namelist() if name.endswith("/data.pkl"))
+            return f"{MARK}_export".encode() in archive.read(name)
+    except zipfile.BadZipFile:
+        return False
+
+
+def timm_config(path: Path) -> bool:
+    """The ``config.json`` of an export for timm; old ones do not say it, but lie beside its weights."""
+    if _json(path, MARK, "architecture"):
+        return True
+    neighbour = path.with_name("model.safetensors")
+    return _json(path, "architecture", "pretrained_cfg") is not None and neighbour.is_file() and weights(neighbour)
+
+
+RUN: dict[str, Callable[[Path], bool]] = {
+    "config.json": config,
+    "metrics.jsonl": metrics,
+    "tensorboard": board,
+    "checkpoint.pt": checkpoint,
+    "backbone.safetensors": weights,
+    "summary.json": summary,
+    "skipped.txt": skipped,
+    "trace.json": trace,
+    "evaluation.json": evaluation,
+    "report": pages,
+}
+"""What fastrm writes into a run's folder; besides them ``checkpoint-STEP.pt``."""
+
+
+def names(folder: Path) -> Iterable[tuple[Path, Callable[[Path], bool]]]:
+    """What in a folder has a name that fastrm writes there, and how to tell that it did."""
+    for path in sorted(folder.iterdir()):
+        known = checkpoint if re.fullmatch(r"checkpoint-\d+\.pt", path.name) else RUN.get(path.name)
+        if known is not None:
+            yield path, known
