@@ -122,13 +122,26 @@ def no_autocast(device: torch.device) -> contextlib.AbstractContextManager[None]
     return torch.autocast(device_type=device.type, enabled=False)
 
 
-def check_strided(op: str, name: str, tensor: Tensor) -> None:
-    """Raise unless ``tensor`` is a tensor whose elements lie in memory as they are: not a sparse one, say."""
+def check_strided(op: str, name: str, tensor: Tensor, *, waiting: bool = False) -> None:
+    """Raise unless ``tensor`` is a tensor whose elements lie in memory as they are: not a sparse one, say.
+
+    ``waiting`` also allows the result of a functional collective, for operators, which wait for it.
+    """
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{op}: {name} is a {type(tensor).__name__}; it must be a tensor")
     if tensor.layout != torch.strided:
         raise TypeError(f"{op}: {name} has layout {tensor.layout}; it must be a dense tensor")
-    if not torch.compiler.is_compiling() and tensor.is_neg():  # a question that torch.compile cannot trace
+    if torch.compiler.is_compiling():  # which cannot trace the questions that follow
+        return
+    if tensor.is_nested or tensor.is_quantized:
+        raise TypeError(f"{op}: {name} is {'nested' if tensor.is_nested else 'quantized'}; it must be a dense tensor")
+    kind = type(tensor)
+    if kind.__torch_dispatch__ is not Tensor.__torch_dispatch__:
+        known = {"FakeTensor", "FunctionalTensor", *(("AsyncCollectiveTensor",) if waiting else ())}
+        if kind.__name__ not in known:
+            hint = "; pass its to_local() or full_tensor()" if kind.__name__ == "DTensor" else ""
+            raise TypeError(f"{op}: {name} is a {kind.__name__}; it must be a plain tensor{hint}")
+    if tensor.is_neg():
         raise ValueError(f"{op}: {name} is a view of a complex conjugate, negated when read; pass {name}.resolve_neg()")
 
 
@@ -152,7 +165,7 @@ def check_rows(
     op: str, name: str, tensor: Tensor, *, dim: int | None = None, device: torch.device | None = None
 ) -> None:
     """Raise unless ``tensor`` is a floating [rows, dim] matrix, on ``device`` if one is given."""
-    check_strided(op, name, tensor)
+    check_strided(op, name, tensor, waiting=True)
     shape = tuple(tensor.shape)
     if tensor.ndim != 2 or (dim is not None and shape[1] != dim):
         raise ValueError(f"{op}: {name} has shape {shape}; it must be [rows, {'D' if dim is None else dim}]")

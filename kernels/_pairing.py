@@ -9,23 +9,49 @@ import numpy as np
 from torch import Tensor, nn
 
 from ._dispatch import check_strided, check_writable
+from ._local import is_fake
 
 Tensors = Iterable[Tensor] | nn.Module
 
-_WRAPPERS = frozenset({"module", "_orig_mod"})  # DistributedDataParallel's and torch.compile's
+# Name parts that wrappers add: torch.compile, FullyShardedDataParallel, activation checkpointing and Fabric have their
+# own; that of DistributedDataParallel and others may be a network's own part too.
+_WRAPPERS = frozenset({"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_forward_module"})
+_OUTER = "module"
 
 
-def _plain_names(op: str, argument: str, module: nn.Module) -> dict[str, Tensor]:
-    """Parameters by name, without the name parts that wrappers add."""
+def _plain_names(op: str, argument: str, module: nn.Module, dropped: frozenset[str]) -> dict[str, Tensor]:
+    """Parameters by name, without the name parts ``dropped``."""
     named: dict[str, Tensor] = {}
     for name, parameter in module.named_parameters():
         plain = name
-        if any(wrapper in name for wrapper in _WRAPPERS):
-            plain = ".".join(part for part in name.split(".") if part not in _WRAPPERS)
+        if any(wrapper in name for wrapper in dropped):
+            plain = ".".join(part for part in name.split(".") if part not in dropped)
         if plain in named:
             raise ValueError(f"{op}: {argument} has two parameters named {plain!r} once wrappers are ignored")
         named[plain] = parameter
     return named
+
+
+def _outermost(named: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Parameters by name, without the ``module.`` in front that all of them have."""
+    start = f"{_OUTER}."
+    while named and all(name.startswith(start) for name in named):
+        named = {name[len(start) :]: parameter for name, parameter in named.items()}
+    return named
+
+
+def _matched(op: str, teacher: nn.Module, student: nn.Module) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Parameters of both by name, without as little of the names as makes them the same."""
+    ours, theirs = (
+        _outermost(_plain_names(op, name, module, _WRAPPERS))
+        for name, module in (("teacher", teacher), ("student", student))
+    )
+    if ours.keys() != theirs.keys():
+        everything = _WRAPPERS | {_OUTER}
+        ours, theirs = (
+            _plain_names(op, name, module, everything) for name, module in (("teacher", teacher), ("student", student))
+        )
+    return ours, theirs
 
 
 def listed(op: str, argument: str, tensors: Iterable[Any] | nn.Module) -> list[Any]:
@@ -38,7 +64,7 @@ def listed(op: str, argument: str, tensors: Iterable[Any] | nn.Module) -> list[A
 def pair(op: str, teacher: Tensors, student: Tensors) -> tuple[list[Tensor], list[Tensor]]:
     """Both as lists, index for index; modules are matched by parameter name."""
     if isinstance(teacher, nn.Module) and isinstance(student, nn.Module):
-        ours, theirs = _plain_names(op, "teacher", teacher), _plain_names(op, "student", student)
+        ours, theirs = _matched(op, teacher, student)
         if ours.keys() != theirs.keys():
             only = {
                 name: sorted(left)[:5]
@@ -52,7 +78,7 @@ def pair(op: str, teacher: Tensors, student: Tensors) -> tuple[list[Tensor], lis
 
 def _place(tensor: Tensor) -> tuple[object, ...]:
     """The elements that ``tensor`` stands for: a state_dict lists a tied parameter as two tensors in one place."""
-    if tensor.numel() == 0:
+    if is_fake(tensor) or tensor.numel() == 0:
         return (id(tensor),)
     return tensor.device, tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride()
 
@@ -106,7 +132,7 @@ def _check_apart(op: str, kept: Sequence[int], lists: dict[str, Sequence[Tensor]
     for name, tensors in lists.items():
         for i in kept:
             tensor = tensors[i]
-            if tensor.numel() and tensor.device.type != "meta":
+            if not is_fake(tensor) and tensor.numel() and tensor.device.type != "meta":
                 last = sum(stride * (size - 1) for stride, size in zip(tensor.stride(), tensor.shape, strict=True))
                 start = tensor.data_ptr()
                 spans.append((str(tensor.device), start, start + (last + 1) * tensor.element_size(), name, i))

@@ -12,6 +12,7 @@ from torch import Tensor
 from . import _pairing, reference
 from ._dispatch import check_backend, check_once, check_scalar, choose, compute_dtype
 from ._ema_kernel import OnTriton
+from ._local import all_plain, is_fake, localised
 from ._multi_tensor import capturing, flat, in_order
 from ._pairing import Tensors, taken
 
@@ -139,6 +140,10 @@ class EMA:
         self._prepare()
 
     def _prepare(self) -> None:
+        self._plain = all_plain([*self.teacher, *self.student, *(self.shadow or ())])
+        if not self._plain:
+            _pairing.check("fused_ema_", *localised("fused_ema_", self.teacher, self.student, self.shadow))
+            return
         plan = _Plan(self.backend, self.teacher, self.student, self.shadow)
         self.teacher, self.student, self.shadow = plan.take(self.teacher, self.student, self.shadow)
         self._update = plan.update
@@ -147,7 +152,7 @@ class EMA:
 
     def update_(self, momentum: float | Tensor) -> None:
         """Update the teacher (and its shadow) in place; ``momentum`` as in :func:`fused_ema_`."""
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or not self._plain:
             return fused_ema_(self.teacher, self.student, momentum, shadow=self.shadow, backend=self.backend)
         check_once("fused_ema_")
         check_scalar("fused_ema_", "momentum", momentum, low=0, high=1)
@@ -163,6 +168,10 @@ def _place(tensors: list[Tensor]) -> list[Any]:
     return [*map(Tensor.data_ptr, tensors), *map(Tensor.stride, tensors), *map(Tensor.numel, tensors)]
 
 
+def _typed_place(tensors: list[Tensor]) -> list[Any]:
+    return [*_place(tensors), *(tensor.dtype for tensor in tensors)]
+
+
 class _Average:
     """What :func:`ema_avg_fn` returns."""
 
@@ -173,13 +182,15 @@ class _Average:
         self._prepared: dict[tuple[Any, ...], tuple[list[Any], EMA]] = {}
 
     def __call__(self, averaged: Sequence[Tensor], current: Sequence[Tensor], num_averaged: object = None) -> None:
+        if not all_plain([*averaged, *current]):
+            return fused_ema_(averaged, current, self.momentum, backend=self.backend)
         # AveragedModel passes new aliases of the same memory each time: a group is known by where it lies.
         tensors = [*averaged, *current]
         group = (len(averaged), *((averaged[0].device, averaged[0].dtype) if averaged else ()))
-        place = [*_place(tensors), *(tensor.dtype for tensor in tensors)]
         known = self._prepared.get(group)
-        if known is None or known[0] != place:
-            known = self._prepared[group] = place, EMA(averaged, current, backend=self.backend)
+        if known is None or known[0] != _typed_place(tensors):
+            made = EMA(averaged, current, backend=self.backend)  # first, since it says what no tensor with a place is
+            known = self._prepared[group] = _typed_place(tensors), made
         known[1].update_(self.momentum)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -264,9 +275,10 @@ def fused_ema_(
 
     Args:
         teacher: iterable of tensors, or a module: its parameters are matched with those of a student module by
-            name, where the name parts ``module`` and ``_orig_mod`` that wrappers add are ignored. Integer tensors
-            are copied. Buffers take part only if you pass them. A tensor that is listed twice is updated once.
-        student: like ``teacher``, tensor for tensor of the same shape and device; never changed.
+            name, where the name parts that wrappers add (``module``, ``_orig_mod``, ``_fsdp_wrapped_module``,
+            ``_checkpoint_wrapped_module``) are ignored. Integer tensors are copied. Buffers take part only if you pass
+            them. A tensor that is listed twice is updated once. Of DTensors (FSDP2) each process updates its part.
+        student: like ``teacher``, tensor for tensor of the same shape, device and placements; never changed.
         momentum: number from 0 to 1, or a 0-d tensor (whose value is not checked).
         shadow: iterable of low-precision copies of the teacher, which get the new values in the same pass.
         backend: ``None``, ``"triton"``, ``"cpu"`` or ``"reference"``.
@@ -281,12 +293,21 @@ def fused_ema_(
     teachers, students = _pairing.pair("fused_ema_", teacher, student)
     shadows = None if shadow is None else _pairing.listed("fused_ema_", "shadow", shadow)
     with torch.no_grad():
-        if torch.compiler.is_compiling():
+        fake = False
+        if not torch.compiler.is_compiling():
+            check_scalar("fused_ema_", "momentum", momentum, low=0, high=1)
+            if not all_plain([*teachers, *students, *(shadows or ())]):
+                teachers, students, shadows = localised("fused_ema_", teachers, students, shadows)
+                fake = any(map(is_fake, [*teachers, *students]))
+        if fake:  # nothing to prepare, and no memory to prepare it for
+            _pairing.check("fused_ema_", teachers, students, shadows)
+            check_backend("fused_ema_", backend)
+        if fake or torch.compiler.is_compiling():
             if not isinstance(momentum, Tensor):
                 # An addition keeps a changing number out of the graph; a constructor would bake it in and recompile.
-                momentum = torch.zeros((), dtype=torch.float64) + momentum
+                zero = teachers[0].new_zeros((), dtype=torch.float64, device="cpu") if teachers else torch.zeros(())
+                momentum = zero + momentum
             return _ema_op(teachers, students, momentum, shadows or [], shadows is not None, backend)
-        check_scalar("fused_ema_", "momentum", momentum, low=0, high=1)
         plan = _remembered(backend, teachers, students, shadows)
         teachers, students, shadows = plan.take(teachers, students, shadows)
         plan.update(teachers, students, momentum, shadows)

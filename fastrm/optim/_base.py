@@ -10,7 +10,8 @@ from torch import Tensor
 
 from fastrm.kernels import fused_ema_
 from fastrm.kernels import optim as launches
-from fastrm.kernels._dispatch import check_once, check_scalar, choose
+from fastrm.kernels._dispatch import check_once, check_scalar, check_strided, choose
+from fastrm.kernels._local import all_plain, check_alike, is_sharded, local, localised
 from fastrm.kernels._multi_tensor import capturing, flat, in_order, launchable
 from fastrm.kernels._pairing import check as check_pairs
 from fastrm.kernels._pairing import listed
@@ -54,6 +55,7 @@ class TeacherOptimizer(torch.optim.Optimizer):
         self._shadow: dict[Tensor, Tensor] = {}
         self._backend = backend
         self._plan: list[Any] | None = None
+        self._way: tuple[torch.device, Callable[..., None]] | None = None
         self._of_graphs: list[Any] = []
         super().__init__(params, {**defaults, "ema_momentum": ema_momentum})
         self._choose()
@@ -75,7 +77,8 @@ class TeacherOptimizer(torch.optim.Optimizer):
                 )
         led = [i for i, tensor in enumerate(columns[0]) if tensor is not None]
         students, teachers, *shadows = ([column[i] for i in led] for column in (params, *columns))
-        if len(check_pairs(self._name, teachers, students, shadows[0] if shadows else None)) != len(students):
+        parts = localised(self._name, teachers, students, shadows[0] if shadows else None)
+        if len(check_pairs(self._name, *parts)) != len(students):
             raise ValueError(f"{self._name}: teacher holds a tensor twice; each parameter needs its own")
         self._teacher = dict(zip(students, teachers, strict=True))
         self._shadow = dict(zip(students, shadows[0], strict=True)) if shadows else {}
@@ -112,10 +115,11 @@ class TeacherOptimizer(torch.optim.Optimizer):
         if group["ema_momentum"] is not None:
             check_scalar(self._name, "ema_momentum", group["ema_momentum"], low=0, high=1)
         for param in group["params"]:
+            check_strided(self._name, "a parameter", local(param))
             if not param.is_floating_point():
                 raise TypeError(f"{self._name}: a parameter is {param.dtype}; it must be a floating dtype")
         self._check(group)
-        self._plan = None
+        self._plan = self._way = None
 
     def _check(self, group: dict[str, Any]) -> None:
         """Raise if a group's options are out of range."""
@@ -131,7 +135,7 @@ class TeacherOptimizer(torch.optim.Optimizer):
             self._check_loaded(**state)
         super().__setstate__(state)
         self._of_graphs = getattr(self, "_of_graphs", [])
-        self._plan = None  # load_state_dict comes here too: the state is in other tensors now
+        self._plan = self._way = None  # load_state_dict comes here too: the state is in other tensors now
         for group in self.param_groups:
             for name in self.defaults.keys() - {"differentiable"}:  # torch adds that one to the defaults by itself
                 group.setdefault(name, self.defaults[name])
@@ -166,10 +170,18 @@ class TeacherOptimizer(torch.optim.Optimizer):
         return [param for group in self.param_groups for param in group["params"]]
 
     def _choose(self) -> Callable[..., None]:
-        ways = {"triton": self._step_launched, "cpu": self._step_plainly, "reference": self._step_plainly}
-        devices = {param.device.type: param.device for param in self._params()} or {"": torch.device("cpu")}
-        chosen = [choose(self._name, self._backend, ways, device) for device in devices.values()]
-        return chosen[0] if len(chosen) == 1 else self._step_plainly
+        """How to step, which is looked for again when a group was added or the parameters have moved."""
+        first = next((param.device for group in self.param_groups for param in group["params"]), torch.device("cpu"))
+        if self._way is None or self._way[0] != first:
+            ways = {"triton": self._step_launched, "cpu": self._step_plainly, "reference": self._step_plainly}
+            params = self._params()
+            devices = {param.device.type: param.device for param in params} or {"": first}
+            chosen = [choose(self._name, self._backend, ways, device) for device in devices.values()]
+            plain = all_plain(params)
+            if self._backend == "triton" and not plain:
+                raise ValueError(f"{self._name}: backend='triton' cannot step DTensors or fake tensors; leave it out")
+            self._way = first, chosen[0] if plain and len(chosen) == 1 else self._step_plainly
+        return self._way[1]
 
     def _step_plainly(self, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
         if found_inf is not None and found_inf.item():
@@ -177,7 +189,7 @@ class TeacherOptimizer(torch.optim.Optimizer):
         for group in self.param_groups:
             params = [p for p in group["params"] if p.grad is not None]
             if params:
-                grads = _dense(self._name, params)
+                grads = [local(grad) for grad in _dense(self._name, params)]
                 if grad_scale is not None:
                     grads = list(torch._foreach_div(grads, grad_scale.to(grads[0].device)))
                 self._plainly(group, params, grads)
@@ -238,6 +250,9 @@ def _dense(name: str, params: Sequence[Tensor]) -> list[Tensor]:
     grads = [param.grad for param in params]
     if any(grad is not None and grad.is_sparse for grad in grads):
         raise TypeError(f"{name}: a gradient is sparse; only dense gradients are supported")
+    for param, grad in zip(params, grads, strict=True):
+        if is_sharded(param) or is_sharded(grad):
+            check_alike(name, parameter=param, gradient=grad)
     return grads  # type: ignore[return-value]
 
 
@@ -246,8 +261,9 @@ def fastest(*columns: Sequence[Any]) -> tuple[list[list[Any]], dict[str, Any]]:
 
     On the CPU one pass over everything ("fused"), which reads all tensors of a row as flat, whatever their strides, and
     copies those that are not in the order of their dimensions: so it gets them flat. Where the strides of a row differ,
-    and elsewhere than on the CPU, a list at a time ("foreach").
+    and elsewhere than on the CPU, a list at a time ("foreach"). Of DTensors, on the parts that this process holds.
     """
+    columns = tuple([local(x) for x in column] for column in columns)
     rows = [[x for x in row if x is not None] for row in zip(*columns, strict=True)]
     fused = all(
         row[0].device.type == "cpu" and flat(*row) and all(x.dtype == row[0].dtype for x in row) for row in rows

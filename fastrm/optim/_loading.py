@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from fastrm.kernels._dispatch import check_strided
+from fastrm.kernels._local import check_alike, local
 
 # Options of torch's optimizers that change what a step computes, with the value that these optimizers stand for.
 FIXED = {"maximize": False, "amsgrad": False, "differentiable": False}
@@ -60,9 +61,10 @@ def check_state(op: str, state: Mapping[Any, Any], names: frozenset[str], option
                 if not isinstance(value, (int, float)) and not (isinstance(value, Tensor) and value.numel() == 1):
                     raise ValueError(f"{op}: state[{i}]['step'] is {value!r}; it must be a number")
             elif not (value is None and optional):
-                check_strided(op, f"state[{i}][{name!r}]", value)
+                check_strided(op, f"state[{i}][{name!r}]", local(value))
                 if value.shape != param.shape:
                     raise ValueError(
                         f"{op}: state[{i}][{name!r}] has shape {tuple(value.shape)}; the parameter has "
                         f"{tuple(param.shape)}"
                     )
+                check_alike(op, parameter=param, **{name: value})

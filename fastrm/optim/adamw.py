@@ -11,6 +11,7 @@ from torch.optim.adamw import adamw
 
 from fastrm.kernels import optim as launches
 from fastrm.kernels._dispatch import check_scalar
+from fastrm.kernels._local import is_fake
 from fastrm.optim._base import TeacherOptimizer, fastest
 
 
@@ -70,6 +71,8 @@ class AdamW(TeacherOptimizer):
         states = [self._state(group, p, g) for p, g in zip(params, grads, strict=True)]
         first, second, steps = (list(column) for column in zip(*states, strict=True))
         (values, slopes, first, second), way = fastest(params, grads, first, second)
+        if is_fake(values[0]):  # the other way reads the step count
+            way = {"fused": True, "foreach": False}
         adamw(
             values, slopes, first, second, [], steps, **way,
             capturable=steps[0].is_cuda, amsgrad=False,

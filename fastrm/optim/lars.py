@@ -10,6 +10,7 @@ from torch import Tensor
 
 from fastrm.kernels import optim as launches
 from fastrm.kernels._dispatch import check_scalar
+from fastrm.kernels._local import is_sharded, local, rebuilt
 from fastrm.optim._base import TeacherOptimizer
 
 
@@ -89,12 +90,17 @@ class LARS(TeacherOptimizer):
     def _plainly(self, group: dict[str, Any], params: list[Tensor], grads: list[Tensor]) -> None:
         # Tensor by tensor, not operation by operation over the list: what one writes the next finds in the cache.
         for param, grad in zip(params, grads, strict=True):
-            buffer = self._state(group, param, grad)[0].mul_(group["momentum"])
+            part, buffer = local(param), local(self._state(group, param, grad)[0]).mul_(group["momentum"])
             if param.ndim > 1:
-                update = grad.add(param, alpha=group["weight_decay"])
-                norms = param.norm(), update.norm()
+                update = grad.add(part, alpha=group["weight_decay"])
+                norms = _norm(param), _norm(rebuilt(update, param))
                 trust = group["trust_coefficient"] * norms[0] / norms[1]
                 buffer.addcmul_(update, torch.where((norms[0] > 0) & (norms[1] > 0), trust, 1.0))
             else:
                 buffer.add_(grad)
-            param.add_(buffer, alpha=-float(group["lr"]))
+            part.add_(buffer, alpha=-float(group["lr"]))
+
+
+def _norm(tensor: Any) -> Tensor:
+    """The length of the whole tensor, also where each process holds a part of it."""
+    return tensor.norm().full_tensor() if is_sharded(tensor) else tensor.norm()

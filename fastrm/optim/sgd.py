@@ -11,6 +11,7 @@ from torch.optim.sgd import sgd
 
 from fastrm.kernels import optim as launches
 from fastrm.kernels._dispatch import check_scalar
+from fastrm.kernels._local import local, rebuilt
 from fastrm.optim._base import TeacherOptimizer, fastest
 
 
@@ -99,6 +100,6 @@ class SGD(TeacherOptimizer):
         if group["momentum"]:
             for p, buffer, new in zip(params, buffers, velocities, strict=True):
                 if buffer is None:  # torch made it, like the gradient that it got
-                    self.state[p]["momentum_buffer"] = (
-                        new if new.shape == p.shape else new.as_strided(p.shape, p.stride())
-                    )
+                    part = local(p)
+                    new = new if new.shape == part.shape else new.as_strided(part.shape, part.stride())
+                    self.state[p]["momentum_buffer"] = rebuilt(new, p)
