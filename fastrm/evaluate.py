@@ -6,8 +6,7 @@ python -m fastrm.evaluate --checkpoint runs/digits-mocov3-test_resnet --data dig
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -36,6 +35,7 @@ from fastrm.probes import (
 )
 from fastrm.probes.features import Setting
 from fastrm.probes.linear import MOCO_V2, MOCO_V3
+from fastrm.progress import bar
 from fastrm.version import __version__
 
 EVALUATION = "evaluation.json"
@@ -184,19 +184,24 @@ def _scores(options: EvaluateConfig, trained: Pretrained, source: Source, settin
     networks: dict[str, nn.Module] = {**trained.networks, "random": _untrained(trained, setting)}
     scores: Scores = {}
     for name, network in {**networks, "pixels": Pixels()}.items():
-        scores[name] = frozen_scores(network, source, setting, knn=options.knn, linear=options.linear_quick)
+        scores[name] = frozen_scores(
+            network, source, setting, knn=options.knn, linear=options.linear_quick, name=f"{name} on {source.name}"
+        )
     assert source.test is not None
     if options.linear:
         classifiers = _linear(options, trained, networks, source, setting)
         for name, classifier in classifiers.items():
-            scores[name] |= accuracies(features(networks[name], source.test, setting), [classifier])
+            with bar(f"test of the linear classifier, {name}", len(source.test)) as task:
+                found = features(networks[name], source.test, setting, task.advance)
+                scores[name] |= accuracies(found, [classifier])
     if options.semi is not None:
         for name, network in networks.items():
             assert isinstance(network, Backbone)
-            with _bar(f"fine-tuning {name}") as progress:
-                tuned, classifier = fine_tuned(network, source, setting, options.semi, progress=progress)
-            found = accuracies(features(tuned, source.test, setting), [classifier])
-            scores[name][f"semi_{options.semi:g}"] = found["semi"]
+            with bar(f"fine-tuning of the {name}") as task:
+                tuned, classifier = fine_tuned(network, source, setting, options.semi, progress=task.reach)
+            with bar(f"test after fine-tuning, {name}", len(source.test)) as task:
+                tested = accuracies(features(tuned, source.test, setting, task.advance), [classifier])
+            scores[name][f"semi_{options.semi:g}"] = tested["semi"]
     return {name: found for name, found in scores.items() if found}
 
 
@@ -210,8 +215,8 @@ def _linear(
     """Linear classifiers of all networks by the protocol that was published with the method."""
     protocol = MOCO_V2 if trained.about.get("method") in ("mocov2", "densecl") else MOCO_V3
     protocol = replace(protocol, epochs=options.linear_epochs or protocol.epochs)
-    with _bar("linear") as progress:
-        return published_linear(networks, source, setting, protocol, progress=progress)
+    with bar(f"linear classifiers, {protocol.epochs} epochs") as task:
+        return published_linear(networks, source, setting, protocol, progress=task.reach)
 
 
 def _untrained(trained: Pretrained, setting: Setting) -> Backbone:
@@ -219,17 +224,6 @@ def _untrained(trained: Pretrained, setting: Setting) -> Backbone:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         return trained.untrained().to(setting.device)
-
-
-@contextmanager
-def _bar(text: str) -> Iterator[Callable[[float], None]]:
-    from rich.console import Console
-    from rich.progress import Progress
-
-    console = Console(stderr=True)
-    with Progress(console=console, transient=True, disable=not console.is_terminal) as shown:
-        task = shown.add_task(text, total=1.0)
-        yield lambda done: shown.update(task, completed=done)
 
 
 def _table(results: dict[str, Any]) -> str:

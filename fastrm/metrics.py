@@ -5,15 +5,16 @@ from __future__ import annotations
 import json
 import math
 import os
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, TextIO
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch.utils.tensorboard import SummaryWriter
 
 from fastrm.files import write_text
 from fastrm.own import EVENTS
+from fastrm.progress import Display
 from fastrm.shell import screen
 
 METRICS = "metrics.jsonl"
@@ -38,18 +39,9 @@ class Recorder:
             self._file = open(out / METRICS, "a", encoding="utf-8")  # noqa: SIM115 (open as long as the run)
             self._board = SummaryWriter(str(out / TENSORBOARD), purge_step=start + 1, filename_suffix=EVENTS)
         self._console = Console(file=screen(), highlight=False, soft_wrap=True, quiet=out is None)
-        self._progress = Progress(
-            TextColumn("training"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[shown]}"),
-            TimeRemainingColumn(),
-            console=self._console,
-            transient=True,
-            disable=out is None or not self._console.is_terminal,
-        )
-        self._task = self._progress.add_task("training", total=total, completed=start, shown="")
-        self._progress.start()
+        self._shown = ExitStack()
+        self._display = self._shown.enter_context(Display(self._console))
+        self._task = self._shown.enter_context(self._display.task("training", total, start=start, lines=False))
 
     def _keep_until(self, path: Path, step: int) -> None:
         if path.exists():
@@ -62,7 +54,7 @@ class Recorder:
 
     def advance(self, step: int) -> None:
         """Move the progress bar."""
-        self._progress.update(self._task, completed=step)
+        self._task.reach(step)
 
     def record(self, values: dict[str, Any]) -> None:
         """Append one object; ``step`` and ``epoch`` are among its values. Numbers that are not finite become null."""
@@ -76,8 +68,9 @@ class Recorder:
             if name not in ("step", "epoch"):
                 self._board.add_scalar(name, value, values["step"])
         shown = "  ".join(f"{name} {_short(value)}" for name, value in values.items() if name not in ("step", "epoch"))
-        if "loss" in values and self._console.is_terminal:
-            self._progress.update(self._task, shown=f"loss {values['loss']:.3f}  gap {values['gap']:.3f}")
+        if "loss" in values and self._display.live:
+            step, loss, gap = values["step"], values["loss"], values["gap"]
+            self._task.reach(step, f"{step}/{self._task.total:.0f}  loss {loss:.3f}  gap {gap:.3f}")
         else:
             self.note(f"step {values['step']:>6}  epoch {values['epoch']:6.2f}  {shown}")
 
@@ -89,7 +82,7 @@ class Recorder:
 
     def close(self) -> None:
         """End the display and close the files."""
-        self._progress.stop()
+        self._shown.close()
         if self._file is not None:
             self._file.close()
             self._board.close()

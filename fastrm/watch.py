@@ -89,7 +89,8 @@ def evaluated(method: Method[Any], source: Source, setting: Setting, online: Onl
     scores: dict[str, float] = {}
     for name in ("student", "teacher"):
         others = [online] if online is not None and name == "student" else []
-        found = frozen_scores(getattr(method, name).backbone, source, setting, knn=True, others=others)
+        backbone, about = getattr(method, name).backbone, f"evaluation of the {name}"
+        found = frozen_scores(backbone, source, setting, knn=True, others=others, name=about)
         scores |= {f"knn_{name}": found["knn20"].value, f"knn200_{name}": found["knn200"].value}
         if others:
             scores[f"linear_{name}"] = found["online"].value

@@ -22,6 +22,7 @@ from fastrm.data.decode import BrokenImage, decode, reason, several
 from fastrm.data.sources import FileImages, Images, Source
 from fastrm.errors import UsageError
 from fastrm.files import cache_root, write_text
+from fastrm.progress import tracked
 
 SKIPPED = "skipped.txt"
 MOST = 0.1  # share of broken files with which a run goes on
@@ -85,8 +86,6 @@ def scan(source: Source, *, workers: int) -> tuple[Source, dict[Path, str]]:
 
 
 def _looked_at(images: FileImages, workers: int) -> list[_Found]:
-    from rich.progress import track
-
     found: dict[int, _Found] = {}
     kept = cache_root() / "scans" / f"{_state(images)}.json"
     with contextlib.suppress(OSError, ValueError, TypeError, AttributeError):
@@ -107,7 +106,7 @@ def _looked_at(images: FileImages, workers: int) -> list[_Found]:
     if left:
         with ThreadPoolExecutor(max(1, workers)) as threads:  # Pillow decodes without holding the interpreter
             looks: Iterable[_Found] = threads.map(look, left)
-            shown = track(looks, "looking for broken files", total=len(left), transient=True)
+            shown = tracked(looks, f"search for broken files among {len(left):,}", len(left))
             found |= zip(left, shown, strict=True)
         told = {index: look for index, look in found.items() if look != _Found()}
         with contextlib.suppress(OSError, ValueError):  # where it cannot be kept, the next run looks again

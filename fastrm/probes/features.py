@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import NamedTuple
 
@@ -60,13 +60,19 @@ def batches(images: Images, setting: Setting) -> Iterator[tuple[Tensor, list[int
         yield batch.to(setting.device, non_blocking=True), loader.indices
 
 
-def features(backbone: nn.Module, images: Images, setting: Setting) -> Iterator[tuple[Tensor, Tensor]]:
-    """Pooled features float32 [B, C] and labels int64 [B] of all labelled images that can be read, in order."""
+def features(
+    backbone: nn.Module, images: Images, setting: Setting, done: Callable[[int], None] = lambda count: None
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Pooled features float32 [B, C] and labels int64 [B] of all labelled images that can be read, in order.
+
+    ``done`` gets the size of each batch that was used.
+    """
     labels = labels_of(images, setting.device)
     for batch, indices in batches(images, setting):
         with evaluating(backbone):
             pooled: Tensor = backbone(batch)[0].float()
         yield pooled, labels[indices]
+        done(len(batch))
 
 
 def labels_of(images: Images, device: torch.device) -> Tensor:

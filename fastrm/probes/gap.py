@@ -13,6 +13,7 @@ from fastrm.methods import Method
 from fastrm.models import Backbone
 from fastrm.probes.features import Setting, batches, evaluating
 from fastrm.probes.scores import Estimate
+from fastrm.progress import bar
 
 
 @contextmanager
@@ -46,7 +47,12 @@ def gap(method: Method[Any], images: Images, setting: Setting) -> dict[str, Esti
     """
     sums: dict[str, tuple[float, float]] = {}
     count = 0
-    with evaluating(method), stages_of(method.student.backbone) as ours, stages_of(method.teacher.backbone) as theirs:
+    with (
+        evaluating(method),
+        stages_of(method.student.backbone) as ours,
+        stages_of(method.teacher.backbone) as theirs,
+        bar(f"gap, {len(images):,} images", len(images)) as task,
+    ):
         for views, _ in batches(images, setting):
             count += len(views)
             student, teacher = method.encode_student(views), method.teacher(views)
@@ -56,4 +62,5 @@ def gap(method: Method[Any], images: Images, setting: Setting) -> dict[str, Esti
                 each = 1 - nn.functional.cosine_similarity(a.flatten(1).double(), b.flatten(1).double())
                 total, squares = sums.get(name, (0.0, 0.0))
                 sums[name] = total + float(each.sum()), squares + float(each.square().sum())
+            task.advance(len(views))
     return {name: Estimate.of_mean(*pair, count) for name, pair in sums.items()}

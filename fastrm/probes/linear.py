@@ -125,6 +125,7 @@ def fitted_heads(
     weight_decay: float = 1e-4,
     epochs: int = 50,
     batch_size: int = 1024,
+    progress: Callable[[float], None] = lambda done: None,
 ) -> Callable[[Tensor], dict[str, Tensor]]:
     """Fit a linear classifier on features that are kept, without augmentation, and all learning rates in one pass.
 
@@ -138,6 +139,7 @@ def fitted_heads(
         weight_decay: λ in mean cross-entropy + λ/2 ‖weights‖².
         epochs: passes over the features; the rates follow a cosine to 0.
         batch_size: at most; a small set is one batch.
+        progress: called with the share of the run that is done.
 
     Returns:
         The classifier, whose score is named ``linear_quick``.
@@ -157,6 +159,7 @@ def fitted_heads(
             seen = torch.cat([~held[index].expand_as(ours), ours])
             heads.step((features[index] - centre) / scale, labels[index], cosine(done / steps), seen=seen)
             done += 1
+            progress(done / steps)
 
     @torch.no_grad()
     def predictions(batch: Tensor) -> Tensor:

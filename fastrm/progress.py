@@ -1,0 +1,129 @@
+"""What is under way: bars with the time left on a terminal, and elsewhere a line at the start and now and then."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
+from time import monotonic
+from typing import Any, ClassVar, TypeVar
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+
+from fastrm.distributed import world
+
+T = TypeVar("T")
+EVERY = 30.0
+"""Seconds between two lines where there is no terminal."""
+
+
+class Task:
+    """Something that takes a while: how much of ``total`` is done."""
+
+    def __init__(self, total: float, shown: Callable[[float, str | None], None]) -> None:
+        self.total, self.done = total, 0.0
+        self._shown = shown
+
+    def reach(self, done: float, note: str | None = None) -> None:
+        """Say that this much is done; ``note`` is shown beside a bar."""
+        self.done = done
+        self._shown(done, note)
+
+    def advance(self, amount: float) -> None:
+        """Say that this much more is done."""
+        self.reach(self.done + amount)
+
+
+class Display:
+    """All bars of one console, below each other: a terminal takes one live display at a time.
+
+    While one is entered, what is opened by :func:`bar` joins it.
+
+    Attributes:
+        live: whether the console can draw bars.
+    """
+
+    current: ClassVar[Display | None] = None
+
+    def __init__(self, console: Console) -> None:
+        self.console = console
+        self.live = console.is_terminal and not console.is_dumb_terminal and not console.quiet
+        self._bars = Progress(
+            TextColumn("{task.description}", markup=False),
+            BarColumn(),
+            TaskProgressColumn(),
+            TextColumn("{task.fields[note]}", markup=False),
+            TimeRemainingColumn(elapsed_when_finished=True),
+            console=console,
+            transient=True,
+            disable=not self.live,
+        )
+
+    def __enter__(self) -> Display:
+        self._before, Display.current = Display.current, self
+        self._bars.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        Display.current = self._before
+        self._bars.stop()
+
+    @contextmanager
+    def task(self, text: str, total: float, *, start: float = 0.0, lines: bool = True) -> Iterator[Task]:
+        """Show a task while this is entered; with ``lines`` also where there is no terminal."""
+        if self.live:
+            bar = self._bars.add_task(text, total=total, note="")
+            self._bars.update(bar, completed=start)
+
+            def show(done: float, note: str | None) -> None:
+                changed: dict[str, Any] = {} if note is None else {"note": note}
+                self._bars.update(bar, completed=done, **changed)
+
+            try:
+                yield Task(total, show)
+            finally:
+                self._bars.remove_task(bar)
+        else:
+            yield Task(total, self._lines(text, total) if lines else lambda done, note: None)
+
+    def _lines(self, text: str, total: float) -> Callable[[float, str | None], None]:
+        begin = said = monotonic()
+        self._say(f"{text} begins")
+
+        def show(done: float, note: str | None) -> None:
+            nonlocal said
+            now = monotonic()
+            if now - said >= EVERY and 0 < done < total:
+                said = now
+                left = (now - begin) * (total - done) / done
+                self._say(f"{text}: {done / total:.0%} done, about {_spelled(left)} left")
+
+        return show
+
+    def _say(self, line: str) -> None:
+        with suppress(OSError):  # nothing ends because nobody can read how far it is
+            self.console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+@contextmanager
+def bar(text: str, total: float = 1.0) -> Iterator[Task]:
+    """Show a task on the display that is there, or on one of its own on standard error; only in the first process."""
+    if Display.current is not None:
+        with Display.current.task(text, total) as task:
+            yield task
+    else:
+        with Display(Console(stderr=True, quiet=world().rank > 0)) as display, display.task(text, total) as task:
+            yield task
+
+
+def tracked(items: Iterable[T], text: str, total: float) -> Iterator[T]:
+    """Yield the items, of which there are ``total``, and show how many are done."""
+    with bar(text, total) as task:
+        for item in items:
+            yield item
+            task.advance(1)
+
+
+def _spelled(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02}:{rest:02} h" if minutes >= 60 else f"{minutes}:{rest:02} min"

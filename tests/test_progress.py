@@ -1,0 +1,95 @@
+"""Progress: bars on a terminal, a few lines elsewhere, and never two displays at once."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from fastrm import progress, train
+from fastrm.config import Config
+from fastrm.evaluate import EvaluateConfig, evaluate
+from fastrm.metrics import Recorder
+from fastrm.progress import Display, bar, tracked
+from tests.conftest import run_of_one_step
+
+Small = Callable[..., Config]
+
+
+def test_without_a_terminal_there_is_a_line_at_the_start_and_one_in_half_a_minute(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = 0.0
+    monkeypatch.setattr(progress, "monotonic", lambda: now)
+    for _ in tracked(range(10_000), "looking", 10_000):
+        now += 0.02
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0] == "looking begins"
+    assert lines[1] == "looking: 15% done, about 2:50 min left"
+    assert len(lines) == 7  # 200 s
+
+
+@pytest.fixture
+def terminal(monkeypatch: pytest.MonkeyPatch) -> io.StringIO:
+    """What a run writes to a terminal."""
+    shown = io.StringIO()
+    plain = Console
+
+    def console(**options: object) -> Console:
+        return plain(**{**options, "file": shown, "force_terminal": True, "width": 120})  # type: ignore[arg-type]
+
+    monkeypatch.setenv("TERM", "xterm-256color")
+    monkeypatch.setattr("fastrm.metrics.Console", console)
+    monkeypatch.setattr("fastrm.progress.Console", console)
+    return shown
+
+
+def test_a_bar_joins_the_one_of_the_run(terminal: io.StringIO, tmp_path: Path) -> None:
+    recorder = Recorder(tmp_path, start=2, total=10)
+    recorder.advance(3)
+    with bar("evaluation of the student", 7) as task:
+        task.advance(1)
+        recorder.note("a note in between")
+    recorder.close()
+    said = terminal.getvalue()
+    assert "a note in between\n" in said
+    assert "training" in said
+    assert "evaluation of the student" in said
+    assert "30%" in said
+    assert "-:--:--" in said  # the time left
+    assert Display.current is None
+    with bar("alone"):
+        assert Display.current is not None
+    assert Display.current is None
+
+
+def test_the_evaluations_of_a_run_show_how_far_they_are(
+    small: Small, pictures: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    train.train(small(data=str(pictures / "split"), eval_every=1, max_steps=1))
+    said = capsys.readouterr().out
+    for name in ("student", "teacher"):
+        assert said.count(f"evaluation of the {name}, 96 images begins\n") == 1
+
+
+def test_every_score_shows_how_far_it_is(pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = run_of_one_step("test_resnet", 16, tmp_path / "run")
+    capsys.readouterr()
+    evaluate(
+        EvaluateConfig(
+            checkpoint=run, data=str(pictures / "split"), knn=True, linear=True, linear_epochs=1, linear_quick=True,
+            semi=0.1, transfer=str(pictures / "classes"), gap=True, device="cpu", workers=0,
+        )
+    )  # fmt: skip
+    captured = capsys.readouterr()
+    assert "begins" not in captured.out
+    said = [line.removesuffix(" begins") for line in captured.err.splitlines() if line.endswith(" begins")]
+    for network in ("student", "teacher", "random", "pixels"):
+        assert {f"{network} on split, 96 images", f"{network} on classes, 96 images"} <= set(said)
+    for network in ("student", "teacher", "random"):
+        parts = (f"test of the linear classifier, {network}", f"fine-tuning of the {network}")
+        assert {*parts, f"test after fine-tuning, {network}"} <= set(said)
+    assert {"gap, 12 images", "linear classifiers, 1 epochs"} <= set(said)
