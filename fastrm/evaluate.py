@@ -14,7 +14,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from fastrm import _cli
+from fastrm import _cli, own
 from fastrm.config import check_path, check_range
 from fastrm.data import Source, open_source
 from fastrm.data.scan import scan, unreadable
@@ -90,7 +90,7 @@ def evaluate(options: EvaluateConfig) -> dict[str, Any]:
     device = choose_device(options.device)
     trained = open_pretrained(options.checkpoint, device)
     out = options.out or trained.folder / EVALUATION
-    found = _earlier(out)
+    _earlier(out)  # so that what is in the way is found at once
     setting = Setting(trained.image_size, device, options.workers)
     root = options.data_root or (trained.config.input.data_root if trained.config else None)
     wanted = [options.data or trained.about.get("data", "")]
@@ -123,6 +123,7 @@ def evaluate(options: EvaluateConfig) -> dict[str, Any]:
         if source.name in results:
             results[source.name]["left_out"] = len(broken | unreadable(source))
     made_by = {"fastrm": __version__, "torch": torch.__version__, "step": trained.step}
+    found = _earlier(out)
     _merge(found, {**made_by, "sets": _plain(results)})
     with writing(out):
         write_json(out, found)
@@ -148,15 +149,8 @@ def _earlier(out: Path) -> dict[str, Any]:
     """What earlier evaluations wrote; of another score or set it stays. What cannot be written is said beforehand."""
     if not os.access(out.parent, os.W_OK):
         raise UsageError(f"--out {out} cannot be written: there is no folder {out.parent}, or it is not yours to write")
-    if not out.exists():
-        return {}
-    try:
-        found = read_json(out)
-    except (OSError, ValueError):
-        found = None
-    if not isinstance(found, dict) or not isinstance(found.get("sets", {}), dict):
-        raise UsageError(f"--out {out} is there and not an evaluation; move it away or give another --out")
-    return found
+    own.require("--out", out, own.evaluation, what="an evaluation")
+    return read_json(out) if out.exists() else {}
 
 
 def _merge(into: dict[str, Any], new: Mapping[str, Any]) -> None:

@@ -8,6 +8,7 @@ Beside the weights lies a model card: what they are, what images they expect, ho
 from __future__ import annotations
 
 import json
+from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +17,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
-from fastrm import _cli
+from fastrm import _cli, own
 from fastrm.config import check_choice, check_path
 from fastrm.errors import UsageError
 from fastrm.evaluate import EVALUATION
@@ -24,6 +25,7 @@ from fastrm.files import as_utf8, read_json, write_json, write_text, write_whole
 from fastrm.models import Backbone
 from fastrm.models.weights import misfit, plain_state, write_backbone
 from fastrm.pretrained import Pretrained, open_pretrained
+from fastrm.version import __version__
 
 Format = Literal["timm", "torchvision", "safetensors", "onnx"]
 FORMATS = get_args(Format)
@@ -62,6 +64,7 @@ def export(options: ExportConfig) -> Path:
         raise UsageError(f"--out {options.out} must end in {wanted} for --format {options.format}")
     for name in ("checkpoint", "out"):
         check_path(name, getattr(options, name))
+    card = _claim(options.out)
     trained = open_pretrained(options.checkpoint, CPU)
     if options.which not in trained.networks:
         raise UsageError(f"--which {options.which}: {options.checkpoint} holds the {', '.join(trained.networks)} only")
@@ -73,11 +76,23 @@ def export(options: ExportConfig) -> Path:
         "safetensors": _state,
         "onnx": _onnx,
     }
-    card = options.out / "README.md" if ending == "" else options.out.with_suffix(".md")
     with writing(options.out):
         write[options.format](backbone, about, options.out)
         write_text(card, model_card(trained, options, about, backbone.dim))
     return card
+
+
+def _claim(out: Path) -> Path:
+    """The card's path. Raise a UsageError if it, or what else is written, would take the place of another's file."""
+    if out.suffix:
+        card = out.with_name(f"{out.name}.md")  # with the ending, so that two formats beside each other have their own
+        wrote = {".safetensors": own.exported, ".pth": own.state, ".onnx": own.onnx}[out.suffix]
+        own.require("--out", out, wrote, what="an export")
+        own.require("--out", card, own.card, what="a model card")
+        return card
+    for name, wrote in (("README.md", own.card), ("config.json", own.timm_config), ("model.safetensors", own.exported)):
+        own.require("--out", out, wrote, holds=out / name)
+    return out / "README.md"
 
 
 def _plain(trained: Pretrained, which: str) -> Backbone:
@@ -91,7 +106,8 @@ def _state(backbone: Backbone, about: dict[str, str], out: Path) -> None:
     """Weights by name, as the ending of the file says."""
     out.parent.mkdir(parents=True, exist_ok=True)
     if out.suffix == ".pth":
-        state = plain_state(backbone)
+        state = OrderedDict(plain_state(backbone))
+        setattr(state, own.EXPORT, about)  # which no loader looks at
         write_whole(out, lambda partial: torch.save(state, partial))
     else:
         write_backbone(out, backbone, about)
@@ -102,7 +118,7 @@ def _timm(backbone: Backbone, about: dict[str, str], out: Path) -> None:
     import timm
 
     size = int(about["image_size"])
-    own = backbone.net.pretrained_cfg
+    timms = backbone.net.pretrained_cfg
     fixed = backbone.options
     _check(backbone, timm.create_model(about["arch"], num_classes=0, **fixed), about, "timm's")
     if out.suffix:
@@ -119,10 +135,10 @@ def _timm(backbone: Backbone, about: dict[str, str], out: Path) -> None:
         "std": std,
         "num_classes": 0,
         # What timm gives up when a number of classes or channels of one's own is asked for.
-        **{name: own[name] for name in ("classifier", "first_conv") if name in own},
+        **{name: timms[name] for name in ("classifier", "first_conv") if name in timms},
     }
     config = {"architecture": about["arch"], "num_classes": 0, "num_features": backbone.dim, "model_args": fixed}
-    write_json(out / "config.json", config | {"pretrained_cfg": preprocessing})
+    write_json(out / "config.json", {own.MARK: __version__, **config, "pretrained_cfg": preprocessing})
 
 
 def _torchvision(backbone: Backbone, about: dict[str, str], out: Path) -> None:
@@ -199,7 +215,8 @@ def model_card(trained: Pretrained, options: ExportConfig, about: dict[str, str]
         "safetensors": f'fastrm.models.read_backbone(pathlib.Path("{options.out.name}"))',
         "onnx": f'onnxruntime.InferenceSession("{options.out.name}").run(["features"], {{"images": images}})',
     }
-    front = f"---\nlibrary_name: {options.format}\ntags: [image-feature-extraction, self-supervised, {arch}]\n---\n"
+    front = f"---\nlibrary_name: {options.format}\ngenerator: {own.MARK} {__version__}\n"
+    front += f"tags: [image-feature-extraction, self-supervised, {arch}]\n---\n"
     lines = [
         front,
         f"# {arch}, {about['which']} of {about['method']} with residual momentum",

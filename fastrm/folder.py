@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+from torch import nn
 
 from fastrm import own
 from fastrm.config import Config
@@ -60,4 +63,20 @@ def prepare(config: Config, out: Path, *, fresh: bool) -> None:
                 path.unlink()
             with contextlib.suppress(OSError):  # where something else is in it, it stays
                 board.rmdir()
+        for name in ("checkpoint.pt", "backbone.safetensors", "summary.json", "metrics.jsonl", "skipped.txt"):
+            (out / f".{name}.partial").unlink(missing_ok=True)  # which a run that was killed left half written
         write_json(out / "config.json", config.flat())
+
+
+def short_of_space(out: Path, method: nn.Module, keep: int) -> str | None:
+    """What to tell the person at the start if the checkpoints that are kept will hardly fit on the disk.
+
+    One more is written before the oldest goes. The optimizer's part is taken for one copy of the trained weights.
+    """
+    size = sum(value.numel() * value.element_size() for value in method.state_dict().values())
+    size += sum(weight.numel() * weight.element_size() for weight in method.parameters() if weight.requires_grad)
+    there = sum(path.name.startswith("checkpoint") for path, _ in own.names(out))
+    needed, free = size * max(1, keep + 1 - there), shutil.disk_usage(out).free
+    if needed <= free:
+        return None
+    return f"--out {out} has {free / 1e6:,.0f} MB left, and its checkpoints need about {needed / 1e6:,.0f} MB more"

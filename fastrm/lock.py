@@ -88,7 +88,8 @@ class Lock:
         since = datetime.datetime.now(datetime.timezone.utc).isoformat(sep=" ", timespec="seconds")
         self._text = json.dumps({**own, "since": since})
         os.ftruncate(self._descriptor, 0)
-        os.pwrite(self._descriptor, self._text.encode(), 0)
+        os.lseek(self._descriptor, 0, os.SEEK_SET)
+        os.write(self._descriptor, self._text.encode())
         os.fsync(self._descriptor)
         if not self._guarded:
             time.sleep(SETTLE)

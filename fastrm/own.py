@@ -18,27 +18,34 @@ from fastrm.files import as_utf8, read_json
 
 MARK = "fastrm"
 """What a file says of who wrote it: the name of a field, whose value is the version, or of the software."""
+EXPORT = "fastrm_export"
+"""The attribute of an exported ``.pth``'s state dict that says the same."""
 _HEAD = 2**16  # bytes in which a file says what it is
 
 
-def require(flag: str, out: Path, wrote: Callable[[Path], bool], *, holds: Path | None = None) -> None:
+def require(
+    flag: str, out: Path, wrote: Callable[[Path], bool], *, what: str = "a file", holds: Path | None = None
+) -> None:
     """Raise a UsageError that names the file if there is one that fastrm did not write.
 
     Args:
         flag: the setting that the path was given by.
         out: its value.
         wrote: whether fastrm wrote the file, which exists.
+        what: of which kind it is to be.
         holds: the file in question, where it lies in ``out``.
     """
     path = holds or out
-    if path.is_symlink() and not path.exists():
-        why = "is a link to nowhere"
-    elif not path.exists() or _safely(wrote, path):
+    dangling = path.is_symlink() and not path.exists()
+    if not dangling and (not path.exists() or _safely(wrote, path)):
         return
+    if holds is None:
+        why = f"{out} is " + ("a link to nowhere" if dangling else f"there and not {what} that fastrm wrote")
     else:
-        why = "was not written by fastrm for this"
-    which = f"{flag} {out}" if holds is None else f"{flag} {out} holds {as_utf8(str(holds.relative_to(out)))}, which"
-    raise UsageError(as_utf8(f"{which} {why}; move it away, or give another {flag}"))
+        why = f"{out} holds {holds.relative_to(out)}, which " + (
+            "is a link to nowhere" if dangling else "fastrm did not write"
+        )
+    raise UsageError(as_utf8(f"{flag} {why}; give another {flag}, or move it away"))
 
 
 def _safely(wrote: Callable[[Path], bool], path: Path) -> bool:
@@ -153,17 +160,19 @@ def pages(path: Path) -> bool:
     return path.is_dir() and (not (path / "index.html").exists() or page(path / "index.html"))
 
 
-def picture(path: Path) -> bool:
-    """A picture that says that fastrm drew it."""
-    from PIL import ExifTags, Image
+SHEET = b"contact sheet of fastrm"
+"""What such a picture says of itself, in a comment."""
 
-    with Image.open(path) as image:
-        return MARK in (image.info.get("Software"), image.getexif().get(ExifTags.Base.Software))
+
+def sheet(path: Path) -> bool:
+    """A contact sheet of ``fastrm.data``."""
+    return SHEET in head(path)[:512]
 
 
 def plot(path: Path) -> bool:
-    """A picture of the report. Those of old ones do not say it, but lie beside the page."""
-    return picture(path) or ((path.parent / "index.html").is_file() and page(path.parent / "index.html"))
+    """A PNG of the report. Those of old ones do not say it, but lie beside the page."""
+    page_there = (path.parent / "index.html").is_file() and page(path.parent / "index.html")
+    return f"Software\0{MARK} ".encode() in head(path) or page_there
 
 
 def card(path: Path) -> bool:
@@ -172,6 +181,11 @@ def card(path: Path) -> bool:
     front = re.match(r"---\n(.*?)\n---\n", start, re.DOTALL)
     old = "\nPre-trained without labels by fastrm " in start
     return front is not None and (f"\ngenerator: {MARK} " in front[0] or old)
+
+
+def exported(path: Path) -> bool:
+    """Safetensors that were exported: not what a run left in its folder."""
+    return weights(path) and not (path.name == "backbone.safetensors" and run(path.parent))
 
 
 def onnx(path: Path) -> bool:
@@ -191,7 +205,7 @@ def state(path: Path) -> bool:
     try:
         with zipfile.ZipFile(path) as archive:
             (name,) = (name for name in archive.namelist() if name.endswith("/data.pkl"))
-            return f"{MARK}_export".encode() in archive.read(name)
+            return EXPORT.encode() in archive.read(name)
     except zipfile.BadZipFile:
         return False
 

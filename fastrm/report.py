@@ -21,11 +21,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from tyro.conf import Positional
 
-from fastrm import _cli
-from fastrm.checkpoint import NAME as CHECKPOINT
+from fastrm import _cli, own
 from fastrm.errors import UsageError
 from fastrm.files import read_json, write_text, write_whole, writing
 from fastrm.metrics import METRICS
+from fastrm.version import __version__
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -147,7 +147,16 @@ def read_run(folder: Path) -> Run:
         raise UsageError(f"{folder / METRICS} holds other lines than a run records")
     if not any("loss" in record for record in records):
         raise UsageError(f"{folder} has recorded nothing yet")
-    return Run(folder.resolve().name, settings, records, (folder / "summary.json").is_file())
+    return Run(folder.resolve().name, settings, records, _complete(folder, records[-1].get("step", 0)))
+
+
+def _complete(folder: Path, step: int) -> bool:
+    """Whether the run's summary is of its last step: it may have gone on since."""
+    path = folder / "summary.json"
+    try:
+        return path.is_file() and bool(read_json(path).get("step", step) >= step)
+    except (ValueError, TypeError, AttributeError):
+        raise UsageError(f"{path} is no summary that fastrm wrote; move it away") from None
 
 
 def differing(runs: Sequence[Run]) -> list[str]:
@@ -255,6 +264,7 @@ def page(runs: Sequence[Run], figures: Sequence[tuple[Plot, Figure]]) -> str:
     title = html.escape(", ".join(run.name for run in runs))
     return (
         "<!doctype html>\n<html lang='en'><head><meta charset='utf-8'>"
+        f"<meta name='generator' content='{own.MARK} {__version__}'>"
         "<meta name='viewport' content='width=device-width, initial-scale=1'><link rel='icon' href='data:,'>"
         f"<title>{title}</title><style>{_STYLE}</style></head><body><h1>{title}</h1>"
         f"<div class='wide'>{_table(runs)}</div>{''.join(drawn)}{''.join(settings)}</body></html>\n"
@@ -271,14 +281,19 @@ def report(options: ReportConfig) -> Path:
         raise UsageError("name a run folder, or several: python -m fastrm.report RUN [RUN ...]")
     runs = [read_run(folder) for folder in options.runs]
     out = options.out or (options.runs[0] / "report" if len(runs) == 1 else Path("report"))
-    if (out / CHECKPOINT).exists():
+    if own.run(out):
         raise UsageError(f"--out {out} is a run folder itself; give another")
+    with writing(out):
+        own.require("--out", out, own.page, holds=out / PAGE)
+        for plot in PLOTS:
+            own.require("--out", out, own.plot, holds=out / f"{plot.name}.png")
     figures = [(plot, figure) for plot in PLOTS if (figure := draw(plot, runs)) is not None]
     content = page(runs, figures)
+    mark = {"Software": f"{own.MARK} {__version__}"}
     with writing(out):
         out.mkdir(parents=True, exist_ok=True)
         for plot, figure in figures:
-            write_whole(out / f"{plot.name}.png", partial(figure.savefig, format="png", dpi=150))
+            write_whole(out / f"{plot.name}.png", partial(figure.savefig, format="png", dpi=150, metadata=mark))
         write_text(out / PAGE, content)
     return out / PAGE
 

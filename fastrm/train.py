@@ -165,6 +165,8 @@ def _train(config: Config, device: torch.device, world: World, stack: ExitStack)
     recorder.note(f"folder     {out}" + (f", continued after step {start}" if start else ""))
     for note in method.notes:
         recorder.note(f"network    {note}")
+    if world.rank == 0 and (problem := folder.short_of_space(out, method, config.run.keep)) is not None:
+        recorder.note(f"warning    {problem}")
     if broken and world.rank == 0:
         write_skipped(out, broken)
         recorder.note(f"left out   {len(broken)} broken files, listed in {out / SKIPPED}")

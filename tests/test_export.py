@@ -116,7 +116,7 @@ def test_round_trips(arch: str, kind: str, name: str, which: str, runs: dict[str
         assert about["which"] == which
         assert int(about["image_size"]) == size
         assert json.loads(about["std"]) == [0.229, 0.224, 0.225]
-    card = (out / "README.md" if out.is_dir() else out.with_suffix(".md")).read_text()
+    card = (out / "README.md" if out.is_dir() else out.with_name(f"{out.name}.md")).read_text()
     assert f"# {arch}, {which} of mocov3" in card
     assert "| lr | 0.6 |" in card
 
@@ -125,7 +125,7 @@ def test_a_card_has_the_scores(runs: dict[str, Path], tmp_path: Path) -> None:
     out = write(runs["test_resnet"], "safetensors", "teacher", tmp_path / "it.safetensors")
     found = json.loads((runs["test_resnet"] / "evaluation.json").read_text())["sets"]["digits"]["scores"]
     row = [100 * found[network]["linear_quick"]["value"] for network in ("teacher", "random")]
-    assert f"| digits | linear_quick | {row[0]:.2f} | {row[1]:.2f} |" in out.with_suffix(".md").read_text()
+    assert f"| digits | linear_quick | {row[0]:.2f} | {row[1]:.2f} |" in out.with_name(f"{out.name}.md").read_text()
 
 
 def test_an_exported_backbone_is_scored_as_its_run(runs: dict[str, Path], tmp_path: Path) -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -21,11 +23,13 @@ from PIL import Image
 from safetensors.torch import save_file
 from torch.utils.tensorboard import SummaryWriter
 
-from fastrm import checkpoint, folder, lock, own, train
+from fastrm import checkpoint, evaluate, export, folder, lock, own, report, train
 from fastrm.config import Config
+from fastrm.data.__main__ import main as contact_sheet
 from fastrm.errors import TrainingError, UsageError
 from fastrm.lock import Lock
 from tests.conftest import run_of_one_step
+from tests.test_cli import fails
 from tests.test_run_folder import no_steps
 from tests.test_train import records
 
@@ -124,8 +128,10 @@ def test_only_what_fastrm_wrote_is_removed_by_a_fresh_run(small: Small, tmp_path
     writer.close()
     (out / "evaluation.json").write_text('{"fastrm": "0.1.0", "sets": {}}')
     (out / "skipped.txt").write_text("a.jpg\tbroken\n")
+    (out / ".checkpoint.pt.partial").write_bytes(b"half")
+    (out / ".mine.partial").write_text("mine")
     mine = {name: text for name, text in content(out).items() if name not in written}
-    del mine["evaluation.json"], mine["skipped.txt"]
+    del mine["evaluation.json"], mine["skipped.txt"], mine[".checkpoint.pt.partial"]
     train.train(small(**tiny, max_steps=1))
     after = content(out)
     assert mine.items() <= after.items()
@@ -161,6 +167,20 @@ def test_the_records_of_another_run_are_not_gone_on_with(small: Small, tmp_path:
     (tmp_path / "run" / checkpoint.NAME).unlink()
     train.train(small(**tiny, max_steps=3, resume=str(tmp_path / "first")))
     assert [record["step"] for record in records(tmp_path / "run")] == [3]
+
+
+def test_a_disk_that_is_too_small_for_the_checkpoints_is_said_at_the_start(
+    small: Small, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tiny = {"batch_size": 8, "hidden_dim": 8, "output_dim": 8, "predictor_hidden_dim": 8, "max_steps": 1}
+    train.train(small(**tiny))
+    assert "MB left" not in capsys.readouterr().out
+    size = (tmp_path / "run" / checkpoint.NAME).stat().st_size
+    for share, said in ((3.1, False), (2.5, True)):  # two are kept, and one is written beside them
+        disk = lambda _, free=share * size: shutil._ntuple_diskusage(0, 0, free)  # type: ignore[attr-defined]  # noqa: E731
+        monkeypatch.setattr(shutil, "disk_usage", disk)
+        train.train(small(**tiny, out=tmp_path / f"{share}"))
+        assert ("MB left, and its checkpoints need about" in capsys.readouterr().out) == said
 
 
 HOLD = """
@@ -348,7 +368,128 @@ def test_after_sigkill_the_same_command_goes_on_at_once(tmp_path: Path, pictures
 def test_photographs_are_never_taken_for_fastrms(number: int, tmp_path: Path) -> None:
     path = tmp_path / "photo.png"
     Image.new("RGB", (8, 8), (number, 0, 0)).save(path)
-    assert not own.picture(path)
-    for wrote in {*own.RUN.values(), own.card, own.onnx, own.state, own.timm_config, own.page, own.plot}:
+    for wrote in {*own.RUN.values(), own.card, own.onnx, own.state, own.timm_config, own.page, own.plot, own.sheet}:
         with pytest.raises(UsageError, match="move it away"):
             own.require("--out", path, wrote)
+
+
+PHOTOGRAPH = Image.radial_gradient("L").resize((64, 48)).convert("RGB")
+EXPORTS = [("safetensors", "it.safetensors"), ("onnx", "it.onnx"), ("timm", "folder"), ("timm", "it.pth")]
+
+
+@pytest.fixture(scope="module")
+def a_resnet(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return run_of_one_step("resnet10t", 96, tmp_path_factory.mktemp("own") / "run")
+
+
+def write(run: Path, kind: str, out: Path, which: str = "student") -> dict[str, bytes | None]:
+    export.main(["--checkpoint", str(run), "--format", kind, "--which", which, "--out", str(out)])
+    return content(out.parent)
+
+
+@pytest.mark.parametrize(("kind", "name"), EXPORTS)
+def test_an_export_takes_the_place_of_an_export_only(kind: str, name: str, a_resnet: Path, tmp_path: Path) -> None:
+    out = tmp_path / "new" / name
+    first = write(a_resnet, kind, out)
+    assert write(a_resnet, kind, out, "teacher").keys() == first.keys()
+    files = [path for path in out.parent.rglob("*") if path.is_file()]
+    assert len(files) == (3 if name == "folder" else 2)
+    for path in files:
+        kept = path.read_bytes()
+        path.write_text("---\ntitle: mine\n---\n")
+        before = content(tmp_path)
+        with pytest.raises(UsageError, match=r"fastrm did not write|that fastrm wrote") as caught:
+            write(a_resnet, kind, out)
+        assert path.name in str(caught.value)
+        assert content(tmp_path) == before
+        path.write_bytes(kept)
+
+
+def test_exports_beside_each_other_have_cards_of_their_own(a_resnet: Path, tmp_path: Path) -> None:
+    for kind, name, which in (
+        ("timm", "it.safetensors", "teacher"), ("timm", "it.pth", "student"), ("onnx", "it.onnx", "teacher")
+    ):  # fmt: skip
+        write(a_resnet, kind, tmp_path / name, which)
+    cards = {path.name: path.read_text() for path in tmp_path.glob("*.md")}
+    assert {name: ", teacher of" in text for name, text in cards.items()} == {
+        "it.safetensors.md": True, "it.pth.md": False, "it.onnx.md": True,
+    }  # fmt: skip
+
+
+def test_an_export_into_a_project_or_onto_a_run_is_refused(a_resnet: Path, tmp_path: Path) -> None:
+    (tmp_path / "README.md").write_text("# My project\n")
+    (tmp_path / "model.safetensors").write_bytes(b"")
+    before = content(tmp_path)
+    with pytest.raises(UsageError, match=r"holds README\.md, which fastrm did not write"):
+        write(a_resnet, "timm", tmp_path)
+    assert content(tmp_path) == before
+    before = content(a_resnet)
+    for kind, name in (("timm", "."), ("safetensors", "backbone.safetensors")):
+        with pytest.raises(UsageError, match=r"config\.json|backbone\.safetensors"):
+            write(a_resnet, kind, a_resnet / name)
+    assert content(a_resnet) == before
+
+
+def test_exports_from_before_they_said_whose_they_are(a_resnet: Path, tmp_path: Path) -> None:
+    """The card beside a ``.pth`` was named without its ending; a folder's config.json did not name fastrm."""
+    out = tmp_path / "it.pth"
+    write(a_resnet, "timm", out)
+    card = tmp_path / "it.pth.md"
+    old = re.sub("generator: .*\n", "", card.read_text())
+    card.unlink()
+    torch.save(dict(torch.load(out, weights_only=True)), out)
+    with pytest.raises(UsageError, match=r"it\.pth is there and not an export"):
+        write(a_resnet, "timm", out)
+    (tmp_path / "it.md").write_text(old)
+    write(a_resnet, "timm", out)
+    assert (tmp_path / "it.md").read_text() == old
+    write(a_resnet, "timm", tmp_path / "folder")
+    config = tmp_path / "folder" / "config.json"
+    config.write_text(json.dumps({k: v for k, v in json.loads(config.read_text()).items() if k != "fastrm"}))
+    write(a_resnet, "timm", tmp_path / "folder")
+    assert "fastrm" in json.loads(config.read_text())
+
+
+@pytest.mark.parametrize("name", ["photo.png", "photo.jpg", "views.png"])
+def test_a_contact_sheet_never_takes_the_place_of_a_photograph(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / name
+    flags = ["--data", "digits", "--image-size", "16", "--images", "2", "--out", str(out)]
+    contact_sheet(flags)
+    contact_sheet(flags)  # its own
+    PHOTOGRAPH.save(out)
+    before = out.read_bytes()
+    assert "is there and not a contact sheet that fastrm wrote" in fails(contact_sheet, flags, capsys)
+    assert out.read_bytes() == before
+    assert "no folder" in fails(contact_sheet, [*flags[:-1], str(tmp_path / "none" / name)], capsys)
+    assert list(tmp_path.iterdir()) == [out]
+
+
+@pytest.mark.parametrize("name", ["config.json", "summary.json", "backbone.safetensors", "metrics.jsonl"])
+def test_an_evaluation_takes_the_place_of_an_evaluation_only(
+    name: str, a_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = content(a_run)
+    flags = ["--checkpoint", str(a_run), "--gap", "--out", str(a_run / name)]
+    assert "is there and not an evaluation" in fails(evaluate.main, flags, capsys)
+    (tmp_path / "mine.json").write_text('{"sets": {"a": 1}}')
+    assert "not an evaluation" in fails(evaluate.main, [*flags[:-1], str(tmp_path / "mine.json")], capsys)
+    assert content(a_run) == before
+
+
+@pytest.mark.parametrize("name", ["index.html", "loss.png", "knn.png"])
+def test_a_report_takes_the_place_of_a_report_only(
+    name: str, a_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "pages"
+    report.main([str(a_run), "--out", str(out)])
+    report.main([str(a_run), "--out", str(out)])
+    assert own.plot(out / "loss.png")
+    (out / "index.html").unlink()
+    PHOTOGRAPH.save(out / name, format="png")
+    (out / "mine.txt").write_text("mine")
+    before = content(out)
+    assert f"holds {name}, which fastrm did not write" in fails(report.main, [str(a_run), "--out", str(out)], capsys)
+    assert content(out) == before
+    assert "is a run folder itself" in fails(report.main, [str(a_run), "--out", str(a_run)], capsys)

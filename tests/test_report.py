@@ -72,6 +72,10 @@ def test_a_run_that_goes_on(tmp_path: Path) -> None:
     shown = report.report(report.ReportConfig(runs=(tmp_path / "run",)))
     assert shown == tmp_path / "run" / "report" / "index.html"
     assert "not complete" in shown.read_text()
+    (tmp_path / "run" / "summary.json").write_text('{"step": 6}')  # it was complete, and then went on
+    assert not report.read_run(tmp_path / "run").complete
+    (tmp_path / "run" / "summary.json").write_text('{"step": 12}')
+    assert report.read_run(tmp_path / "run").complete
     again = report.report(report.ReportConfig(runs=(tmp_path / "run",)))
     assert again == shown
 

@@ -11,13 +11,13 @@ from pathlib import Path
 
 from fastrm.data.sources import endings
 from fastrm.errors import UsageError
+from fastrm.own import SHEET
 
 _SYSTEM = frozenset(
     {"__MACOSX", "@eaDir", "#recycle", "$RECYCLE.BIN", "System Volume Information", "lost+found", "__pycache__"}
     | {"Thumbs.db", "desktop.ini"}
 )
 RUN = frozenset({"config.json", "metrics.jsonl"})
-SHEET = b"contact sheet of fastrm"
 """Stands in each that is written, so that none is taken for an image."""
 
 
