@@ -4,8 +4,9 @@ Every operation takes ``backend=None`` (choose by device), ``"triton"``, ``"cpu"
 is asked for and cannot be had raises and says why.
 """
 
+from .averaged import ema_avg_fn
 from .contrastive import info_nce, residual_info_nce, residual_loss
-from .ema import EMA, ema_avg_fn, fused_ema_
+from .ema import EMA, fused_ema_
 from .queue import FeatureQueue, enqueue_
 
 __all__ = [

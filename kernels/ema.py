@@ -164,55 +164,9 @@ class EMA:
             self._update(self.teacher, self.student, momentum, self.shadow)
 
 
-def _place(tensors: list[Tensor]) -> list[Any]:
+def places(tensors: list[Tensor]) -> list[Any]:
+    """Where tensors lie, to see whether they have moved."""
     return [*map(Tensor.data_ptr, tensors), *map(Tensor.stride, tensors), *map(Tensor.numel, tensors)]
-
-
-def _typed_place(tensors: list[Tensor]) -> list[Any]:
-    return [*_place(tensors), *(tensor.dtype for tensor in tensors)]
-
-
-class _Average:
-    """What :func:`ema_avg_fn` returns."""
-
-    def __init__(self, momentum: float | Tensor, backend: str | None) -> None:
-        check_scalar("ema_avg_fn", "momentum", momentum, low=0, high=1)
-        check_backend("ema_avg_fn", backend)
-        self.momentum, self.backend = momentum, backend
-        self._prepared: dict[tuple[Any, ...], tuple[list[Any], EMA]] = {}
-
-    def __call__(self, averaged: Sequence[Tensor], current: Sequence[Tensor], num_averaged: object = None) -> None:
-        if not all_plain([*averaged, *current]):
-            return fused_ema_(averaged, current, self.momentum, backend=self.backend)
-        # AveragedModel passes new aliases of the same memory each time: a group is known by where it lies.
-        tensors = [*averaged, *current]
-        group = (len(averaged), *((averaged[0].device, averaged[0].dtype) if averaged else ()))
-        known = self._prepared.get(group)
-        if known is None or known[0] != _typed_place(tensors):
-            made = EMA(averaged, current, backend=self.backend)  # first, since it says what no tensor with a place is
-            known = self._prepared[group] = _typed_place(tensors), made
-        known[1].update_(self.momentum)
-
-    def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_prepared": {}}  # a copy of the model is made without a second copy of its weights
-
-
-def ema_avg_fn(momentum: float | Tensor, *, backend: str | None = None) -> Callable[..., None]:
-    """Return a ``multi_avg_fn`` for :class:`torch.optim.swa_utils.AveragedModel` that averages in one pass.
-
-        averaged = AveragedModel(model, multi_avg_fn=ema_avg_fn(0.999))
-
-    It differs from torch's ``get_ema_multi_avg_fn`` for integers, which take part with ``use_buffers=True``: they are
-    copied, not averaged and cut off.
-
-    Args:
-        momentum: number from 0 to 1, or a 0-d tensor, whose value may change between updates and is not checked.
-        backend: ``None``, ``"triton"``, ``"cpu"`` or ``"reference"``.
-
-    Raises:
-        ValueError, TypeError: as in :func:`fused_ema_`.
-    """
-    return _Average(momentum, backend)
 
 
 # Plans that CUDA graphs were captured with: a graph reads their tables, and does not say when it goes.
@@ -230,7 +184,7 @@ def _remembered(
     tensors = [*teacher, *student, *(shadow or ())]
     key = (backend, len(teacher), len(student), shadow is None, *map(id, tensors))
     known = _PLANS.get(key)
-    plan = known[1] if known is not None and known[0] == _place(tensors) else None
+    plan = known[1] if known is not None and known[0] == places(tensors) else None
     if capturing():
         _OF_GRAPHS.append(plan or _Plan(backend, teacher, student, shadow))
         return _OF_GRAPHS[-1]  # what is made in a capture is the graph's alone: nothing of it is there before a replay
@@ -238,7 +192,7 @@ def _remembered(
         return plan
     plan = _Plan(backend, teacher, student, shadow)
     refs = [weakref.ref(tensor, lambda _: _PLANS.pop(key, None)) for tensor in tensors]
-    _PLANS[key] = _place(tensors), plan, refs
+    _PLANS[key] = places(tensors), plan, refs
     return plan
 
 

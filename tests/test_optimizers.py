@@ -244,6 +244,18 @@ def test_a_step_that_the_scaler_skips_moves_nothing(name: str, backend: str) -> 
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+def test_a_parameter_without_gradient_or_teacher_under_a_scaler(backend: str) -> None:
+    moved, still = (nn.Parameter(torch.ones(3, device=device_of(backend))) for _ in "12")
+    optimizer = SGD([moved, still], 0.5, backend=backend)
+    moved.grad = torch.ones_like(moved)
+    for found, want in ((1.0, 1.0), (0.0, 0.5)):
+        optimizer.found_inf = torch.tensor([found], device=moved.device)
+        optimizer.step()
+        assert moved.tolist() == [want] * 3
+    assert still.tolist() == [1] * 3
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_options_as_tensors_are_read_at_each_step(backend: str) -> None:
     device = device_of(backend)
     params, plain = parameters(device), parameters(device)
@@ -355,8 +367,8 @@ def test_launches_of_a_whole_model(backend: str, monkeypatch: pytest.MonkeyPatch
     ):  # fmt: skip
         params = parameters(device)
         teacher = [p.detach().clone() for p in params]
-        optimizer = kind(groups(params, {"lr": 0.2}), lr=0.1, teacher=grouped(teacher), ema_momentum=0.5)  # type: ignore[operator]
-        optimizer._backend = backend
+        options: dict[str, Any] = {"lr": 0.1, "teacher": grouped(teacher), "ema_momentum": 0.5, "backend": backend}
+        optimizer = kind(groups(params, {"lr": 0.2}), **options)  # type: ignore[operator]
         for step in range(2):
             set_gradients(params, step)
             counted.clear()

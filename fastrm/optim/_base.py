@@ -218,7 +218,7 @@ class TeacherOptimizer(torch.optim.Optimizer):
         for step, members in steps:
             step(_dense(self._name, members), options, grad_scale, found_inf)
         for group, rest in zip(self.param_groups, resting, strict=True):
-            if rest:
+            if rest and self._teacher:
                 self._average(rest, _unless(found_inf, group["ema_momentum"], rest[0].device))
 
     def _prepare(self, grad_scale: Tensor | None, found_inf: Tensor | None) -> tuple[list[Any], list[list[Tensor]]]:

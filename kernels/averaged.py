@@ -1,0 +1,59 @@
+"""The update of torch's AveragedModel in one pass."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from ._dispatch import check_backend, check_scalar
+from ._local import all_plain
+from .ema import EMA, fused_ema_, places
+
+
+def _known_by(tensors: list[Tensor]) -> list[Any]:
+    return [*places(tensors), *(tensor.dtype for tensor in tensors)]
+
+
+class _Average:
+    """What :func:`ema_avg_fn` returns."""
+
+    def __init__(self, momentum: float | Tensor, backend: str | None) -> None:
+        check_scalar("ema_avg_fn", "momentum", momentum, low=0, high=1)
+        check_backend("ema_avg_fn", backend)
+        self.momentum, self.backend = momentum, backend
+        self._prepared: dict[tuple[Any, ...], tuple[list[Any], EMA]] = {}
+
+    def __call__(self, averaged: Sequence[Tensor], current: Sequence[Tensor], num_averaged: object = None) -> None:
+        if not all_plain([*averaged, *current]):
+            return fused_ema_(averaged, current, self.momentum, backend=self.backend)
+        # AveragedModel passes new aliases of the same memory each time: a group is known by where it lies.
+        tensors = [*averaged, *current]
+        group = (len(averaged), *((averaged[0].device, averaged[0].dtype) if averaged else ()))
+        known = self._prepared.get(group)
+        if known is None or known[0] != _known_by(tensors):
+            made = EMA(averaged, current, backend=self.backend)  # first, since it says what no tensor with a place is
+            known = self._prepared[group] = _known_by(tensors), made
+        known[1].update_(self.momentum)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_prepared": {}}  # a copy of the model is made without a second copy of its weights
+
+
+def ema_avg_fn(momentum: float | Tensor, *, backend: str | None = None) -> Callable[..., None]:
+    """Return a ``multi_avg_fn`` for :class:`torch.optim.swa_utils.AveragedModel` that averages in one pass.
+
+        averaged = AveragedModel(model, multi_avg_fn=ema_avg_fn(0.999))
+
+    It differs from torch's ``get_ema_multi_avg_fn`` for integers, which take part with ``use_buffers=True``: they are
+    copied, not averaged and cut off.
+
+    Args:
+        momentum: number from 0 to 1, or a 0-d tensor, whose value may change between updates and is not checked.
+        backend: ``None``, ``"triton"``, ``"cpu"`` or ``"reference"``.
+
+    Raises:
+        ValueError, TypeError: as in :func:`fused_ema_`.
+    """
+    return _Average(momentum, backend)
