@@ -44,7 +44,8 @@ class InputConfig:
     auto: memory, the whole set on the device, for named sets; for files dali on a GPU where it is
     installed, and else torch, worker processes."""
     scan: bool = True
-    """Before the run, look for broken files in a folder, leave them out and list them in skipped.txt."""
+    """Before the run, look for broken files in a folder, leave them out and list them in skipped.txt. Without it, what
+    cannot be read is left out when it is met, and DALI shows some damaged JPEGs that are left out otherwise."""
     workers: int | None = None
     """Loader processes a training process, 0 for none; unset: as many as cores, at most 8."""
 

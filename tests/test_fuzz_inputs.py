@@ -26,12 +26,19 @@ from PIL import Image, features
 
 from fastrm import checkpoint, pretrained
 from fastrm.config import Config, build, from_flat
-from fastrm.data.decode import BROKEN, decode, inspect
+from fastrm.data.augmentation import SUPERVISED
+from fastrm.data.dali_loader import encoded, uncompressed
+from fastrm.data.decode import BROKEN, BrokenImage, decode, inspect
+from fastrm.data.draws import Batch, BatchSampler
+from fastrm.data.eval_loader import _EvalImages
 from fastrm.data.inventory import Inventory
 from fastrm.data.named import open_named
 from fastrm.data.scan import fault
 from fastrm.data.shards import ShardImages, open_shards
+from fastrm.data.sources import FileImages
+from fastrm.data.torch_loader import _Views
 from fastrm.errors import UsageError
+from tests.conftest import natural_pictures
 
 
 @st.composite
@@ -171,30 +178,61 @@ def test_settings_of_any_kind(changes: dict[str, Any]) -> None:
 
 @cache
 def picture(kind: str) -> bytes:
-    image = Image.effect_noise((23, 17), 60)
-    image = image if kind == "TIFF" else image.convert("RGB")
+    image = Image.fromarray(natural_pictures(1, 36, 48)[0].permute(1, 2, 0).numpy())
     exif = Image.Exif()
-    exif[0x0112], exif[0x010E] = 6, "a description"
+    exif[0x0112], exif[0x010E], exif[0x011A] = 6, "a description", 72.5
     written = io.BytesIO()
-    image.save(written, kind, exif=exif)
+    options = {"progressive JPEG": {"progressive": True}, "LZW TIFF": {"compression": "tiff_lzw"}}.get(kind, {})
+    image.save(written, kind.split()[-1], exif=exif, **options)
     return written.getvalue()
 
 
-KINDS = ["JPEG", "PNG", "TIFF", "BMP", "PPM", *(["WEBP"] if features.check("webp") else [])]
+KINDS = ["JPEG", "progressive JPEG", "PNG", "TIFF", "LZW TIFF", "BMP", "PPM", "GIF"]
+KINDS += [kind for kind in ("WEBP", "AVIF") if features.check(kind.lower())]
+
+
+class Held(FileImages):
+    """Files that lie in memory."""
+
+    def __init__(self, contents: list[bytes]) -> None:
+        super().__init__([Path(f"{number}.jpg") for number in range(len(contents))], None)
+        self.contents = contents
+
+    def content(self, index: int) -> bytes:
+        return self.contents[index]
 
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("kind", KINDS)
 @given(data=st.data())
-def test_pictures_of_any_bytes(kind: str, data: st.DataObject) -> None:
+def test_pictures_of_any_bytes_are_the_same_to_the_scan_to_training_and_to_evaluation(
+    kind: str, data: st.DataObject
+) -> None:
     content = data.draw(mutations(picture(kind), head=120) | mutations(picture(kind)))
-    for read in (decode, inspect, fault):
+    why = fault(content)
+    held = Held([content, picture("PNG")])
+    training = _Views(held, SUPERVISED, 8, BatchSampler(2, 1, 0, 0, 1))
+    indices, (views,), _ = training[Batch(0, 0, [0])]
+    assert views.shape == (1, 3, 8, 8)
+    passed_on: dict[str, str | None] = {}
+    _, seen = _EvalImages(Held([content]), 8)[0]
+    passed_on["evaluation"] = seen if isinstance(seen, str) else None
+    for name, read in (("DALI", encoded), ("DALI, again", uncompressed), ("decode", decode)):
         try:
-            found: Any = read(content)
-        except BROKEN:
-            continue
-        if read is decode:
-            assert found.mode == "RGB"
+            read(content)
+        except BrokenImage as error:
+            passed_on[name] = str(error)
+        else:
+            passed_on[name] = None
+    # DALI is given a plain picture as it is, and where it cannot decode it, asks again.
+    if passed_on["DALI"] is None:
+        passed_on["DALI"] = passed_on["DALI, again"]
+    assert {said is None for said in passed_on.values()} == {why is None}, (why, passed_on)
+    assert indices == [0 if why is None else 1]
+    for said in (why, *passed_on.values(), *held.unreadable.values()):
+        assert said is None or ("\n" not in said and " at 0x" not in said and len(said) <= 200)
+    if why is None:
+        assert inspect(content).size == decode(content).size[::-1]
 
 
 # Shards
