@@ -29,7 +29,7 @@ class InputConfig:
     data: str = ""
     """digits, fashion-mnist, cifar10, cifar100, stl10, synthetic, or a folder:
     train/CLASS/… with optional val/CLASS/…, CLASS/…, or images at any depth without labels;
-    or WebDataset shards, quoted: '/shards/train-{0000..0146}.tar' or '/shards/train-*.tar'."""
+    or WebDataset shards: a folder of tar files, or quoted: '/shards/train-{0000..0146}.tar'."""
     data_root: Path | None = None
     """Where a named set lies or is downloaded to; unset: ~/.cache/fastrm.
     For fashion-mnist a folder with the four IDX files, plain or gzip, serves."""
