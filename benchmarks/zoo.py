@@ -35,6 +35,7 @@ from fastrm.step import Step
 METHODS = ("mocov3", "mocov2", "byol", "densecl")
 ROUND = "file"
 """The column of what is not a method: weights written, read, started from, exported to timm."""
+BEGUN = "crash: the process ended"
 LARGEST = 30_000_000
 SIZES = (32, 64, 96, 128, 160, 192, 224, 256, 288, 320, 384, 448, 512)
 BATCH = 4
@@ -53,7 +54,7 @@ def counted(arch: str) -> Model:
     """A model's class and size, without memory for its weights."""
     with torch.device("meta"):
         net = timm.create_model(arch, pretrained=False)
-    module = net.__class__.__module__.rpartition(".")[2]
+    module = timm.model_entrypoint(arch).__module__.rpartition(".")[2]
     return Model(arch, module, type(net).__name__, sum(p.numel() for p in net.parameters()))
 
 
@@ -187,6 +188,7 @@ def tried(
             if column == ROUND
             else (lambda column=column: two_steps(settings(model.arch, column, size)))
         )
+        yield {**model._asdict(), "column": column, "size": size, "outcome": BEGUN}
         yield {**model._asdict(), "column": column, "size": size, "outcome": outcome(ask)}
 
 
@@ -267,6 +269,8 @@ def main() -> None:
             continue
         for answer in tried(model, tuple(options.only), known):
             _append(options.out / f"answers-{number}.jsonl", answer)
+            if answer["outcome"] == BEGUN:  # what stays if the process does not live to say more
+                continue
             crashes += answer["outcome"].startswith("crash")
             print(f"{answer['column']:8} {model.arch:40} {answer['size']} {answer['outcome']}", flush=True)
     raise SystemExit(crashes > 0)

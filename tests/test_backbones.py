@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import math
 import re
+import subprocess
+import sys
 from typing import Any
 
 import numpy as np
@@ -16,7 +18,7 @@ from torch import nn
 from fastrm.errors import UsageError
 from fastrm.models import build_backbone
 from fastrm.models.backbone import sincos_positions
-from fastrm.models.layout import small_maps_contiguous
+from fastrm.models.layout import guard_thin_convolutions, small_maps_contiguous
 from fastrm.models.vit import is_vit, prepare_moco_vit
 
 
@@ -229,3 +231,32 @@ def test_convolutions_of_small_maps_are_contiguous_and_give_the_same() -> None:
     for mine, other in zip(mixed(images), plain(images), strict=True):
         torch.testing.assert_close(mine, other, rtol=1e-4, atol=1e-5)
     assert not mixed.training
+
+
+def test_convolutions_that_would_damage_memory_are_contiguous() -> None:
+    """In input and weight, also of a copy, and after the format of the whole was changed."""
+    net = nn.Sequential(nn.Conv2d(3, 16, 1, 2), nn.Conv2d(16, 4, 1, 2), nn.Conv2d(4, 8, 3, 2), nn.Conv2d(8, 8, 1, 1))
+    guard_thin_convolutions(net)
+    net = copy.deepcopy(net).to(memory_format=torch.channels_last)
+    guard_thin_convolutions(net)
+    assert [len(layer._forward_pre_hooks) for layer in net] == [1, 0, 0, 0]
+    assert net[0].weight.stride() == (3, 1, 1, 1)
+    seen = []
+    net[0].register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].is_contiguous()))
+    net(torch.randn(2, 3, 32, 32).contiguous(memory_format=torch.channels_last))
+    assert seen == [True]
+
+
+def test_a_network_with_such_a_convolution_is_trained() -> None:
+    """In a process of its own, which damaged memory would end."""
+    program = """
+import torch
+from fastrm.config import build
+from fastrm.methods import build_method
+small = {"hidden_dim": 16, "output_dim": 16, "queue_size": 32, "image_size": 32, "batch_size": 4}
+for _ in range(2):
+    build_method(build(data="digits", arch="fastvit_t8", method="mocov2", **small))
+print("sound")
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert done.stdout == "sound\n", done.stderr

@@ -18,7 +18,7 @@ from fastrm.methods.mocov2 import MoCoV2
 from fastrm.methods.mocov3 import MoCoV3
 from fastrm.methods.unused import counted, freeze_unused
 from fastrm.models import build_backbone
-from fastrm.models.layout import small_maps_contiguous
+from fastrm.models.layout import guard_thin_convolutions, small_maps_contiguous
 
 __all__ = ["METHODS", "Method", "StepOutput", "build_method"]
 
@@ -51,6 +51,7 @@ def build_method(
     if config.device.channels_last:
         layout = torch.channels_last
         method = method.to(memory_format=layout)
+        guard_thin_convolutions(method)
         if device.type == "cpu" and choose_precision(config.device.precision, device) == "fp32":
             for network in (method.student.backbone, method.teacher.backbone):
                 small_maps_contiguous(network, size)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from fastrm.config import check_choice
 from fastrm.errors import UsageError, first_line
+from fastrm.models.layout import guard_thin_convolutions
 from fastrm.models.vit import is_vit, prepare_moco_vit, sincos_positions
 
 __all__ = ["Backbone", "build_backbone", "sincos_positions"]
@@ -71,6 +72,7 @@ def build_backbone(arch: str, *, image_size: int, stem: str = "auto", moco_vit: 
         raise UsageError(f"--stem small is for ResNets; --arch {arch} has no such stem")
     if _is_resnet(net) and (stem == "small" or (stem == "auto" and image_size <= 64)):
         _shrink_stem(net)
+    guard_thin_convolutions(net)
     left_out: list[str] = []
     if moco_vit and is_vit(net):
         with _refusing(arch, "cannot be prepared as MoCo-v3 prepares ViTs"):
