@@ -27,7 +27,7 @@ class InputConfig:
     """The images and how they are read."""
 
     data: str = ""
-    """digits, fashion-mnist, cifar10, cifar100, stl10, synthetic, or a folder:
+    """digits, fashion-mnist, cifar10, cifar100, stl10, photo-patches (of scikit-image), synthetic, or a folder:
     train/CLASS/… with optional val/CLASS/…, CLASS/…, or images at any depth without labels;
     or WebDataset shards: a folder of tar files, or quoted: '/shards/train-{0000..0146}.tar'."""
     data_root: Path | None = None

@@ -14,7 +14,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from fastrm import _cli, own
+from fastrm import _cli, own, sheets
 from fastrm.config import check_path, check_range
 from fastrm.data import Source, open_source
 from fastrm.data.scan import scan, unreadable
@@ -31,6 +31,8 @@ from fastrm.probes import (
     fine_tuned,
     frozen_scores,
     gap,
+    nearest,
+    picture,
     published_linear,
 )
 from fastrm.probes.features import Setting
@@ -68,6 +70,9 @@ class EvaluateConfig:
     """Another set of images to fit and score the quick linear classifier on."""
     gap: bool = False
     """1 - mean cosine between student and teacher on the same picture, layer by layer."""
+    neighbours: Path | None = None
+    """A picture to draw: test images in a column, beside each the five images of the bank that the student finds
+    nearest; those of its class are framed in green."""
     out: Path | None = None
     """JSON file that the scores are added to; unset: evaluation.json beside the checkpoint."""
     device: Literal["auto", "cuda", "cpu"] = "auto"
@@ -98,9 +103,9 @@ def evaluate(options: EvaluateConfig) -> dict[str, Any]:
         raise UsageError("--data is missing; give the images to score on")
     sources = [open_source(name, root) for name in (*wanted, *([options.transfer] if options.transfer else []))]
     scoring = options.knn or options.linear or options.linear_quick or options.semi is not None
-    for source in sources[0 if scoring else 1 :]:
+    for source in sources[0 if scoring or options.neighbours else 1 :]:
         if source.bank is None or source.test is None:
-            raise UsageError(f"{source.name} has no labels, which every score but --gap needs")
+            raise UsageError(f"{source.name} has no labels, which everything but --gap needs")
     scanned = [scan(source, workers=options.workers) for source in sources]
     sources = [source for source, _ in scanned]
     for source, broken in scanned:
@@ -122,6 +127,10 @@ def evaluate(options: EvaluateConfig) -> dict[str, Any]:
     for source, broken in scanned:
         if source.name in results:
             results[source.name]["left_out"] = len(broken | unreadable(source))
+    if options.neighbours is not None:
+        student = next(iter(trained.networks.values()))
+        drawn = picture(nearest(student, sources[0], setting), sources[0])
+        sheets.save("--neighbours", options.neighbours, drawn)
     made_by = {"fastrm": __version__, "torch": torch.__version__, "step": trained.step}
     found = _earlier(out)
     _merge(found, {**made_by, "sets": _plain(results)})
@@ -132,13 +141,17 @@ def evaluate(options: EvaluateConfig) -> dict[str, Any]:
 
 def _check(options: EvaluateConfig) -> None:
     asked = (options.knn, options.linear, options.linear_quick, options.semi is not None, options.gap, options.transfer)
-    if not any(asked):
-        raise UsageError("say what to score: --knn, --linear, --linear-quick, --semi .01, --transfer DATA, --gap")
+    if not any(asked) and options.neighbours is None:
+        raise UsageError(
+            "say what to score: --knn, --linear, --linear-quick, --semi .01, --transfer DATA, --gap, --neighbours X.png"
+        )
     if options.semi is not None and not 0 < options.semi <= 1:
         raise UsageError(f"--semi {options.semi} is out of range; it must be above 0 and at most 1")
     if options.linear_epochs is not None and options.linear_epochs < 1:
         raise UsageError(f"--linear-epochs {options.linear_epochs} is out of range; it must be at least 1")
     check_range("workers", options.workers)
+    if options.neighbours is not None:
+        sheets.check("--neighbours", options.neighbours)
     for name in ("checkpoint", "data_root", "out"):
         check_path(name, getattr(options, name))
     if options.gap and options.checkpoint.suffix == ".safetensors":
@@ -240,7 +253,11 @@ def _table(results: dict[str, Any]) -> str:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Entry point."""
-    print(_table(evaluate(_cli.parse(EvaluateConfig, argv, prog="python -m fastrm.evaluate"))))
+    options = _cli.parse(EvaluateConfig, argv, prog="python -m fastrm.evaluate")
+    table = _table(evaluate(options))
+    print(table, end="\n" if table else "")
+    if options.neighbours is not None:
+        print(f"{options.neighbours}: test images, and beside each what the student finds nearest")
 
 
 if __name__ == "__main__":

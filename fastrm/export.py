@@ -181,7 +181,7 @@ def _onnx(backbone: Backbone, about: dict[str, str], out: Path) -> None:
         import onnx
         import onnxscript  # noqa: F401 (torch's exporter needs it)
     except ImportError as error:
-        raise UsageError(f"--format onnx needs {error.name}; pip install 'fastrm[onnx]'") from None
+        raise UsageError(f"--format onnx needs {error.name}; pip install '.[onnx]' in fastrm's folder") from None
     size = int(about["image_size"])
     program = torch.onnx.export(
         _Features(backbone).eval(),

@@ -36,12 +36,12 @@ def write_whole(path: Path, write: Callable[[Path], object], *, before: Callable
 
 
 @contextmanager
-def writing(out: Path) -> Iterator[None]:
-    """Say in one line why what ``--out`` names cannot be written."""
+def writing(out: Path, flag: str = "--out") -> Iterator[None]:
+    """Say in one line why what ``--out``, or another flag, names cannot be written."""
     try:
         yield
     except OSError as error:
-        raise UsageError(f"--out {out} cannot be written: {error.strerror or error}") from None
+        raise UsageError(f"{flag} {out} cannot be written: {error.strerror or error}") from None
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:

@@ -5,23 +5,17 @@ python -m fastrm.data --data digits --image-size 32 --out views.png
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from fastrm import _cli
-from fastrm.config import MethodName, check_path, check_range
+from fastrm import _cli, sheets
+from fastrm.config import MethodName, check_range
 from fastrm.data import make_loader, open_source
 from fastrm.data.augmentation import IMAGENET_MEAN, IMAGENET_STD
 from fastrm.errors import UsageError
-from fastrm.files import write_whole, writing
-from fastrm.own import SHEET, require, sheet
-
-FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG"}
-"""By ending: those that can say what they are, so that they are neither trained on nor taken for a photograph."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,14 +47,13 @@ def contact_sheet(options: Options) -> None:
         UsageError: the data cannot be opened, or the picture cannot be written.
     """
     from PIL import Image
-    from PIL.PngImagePlugin import PngInfo
     from torchvision.utils import make_grid
 
     check_range("image_size", options.image_size)
     check_range("seed", options.seed)
     if options.images < 1:
         raise UsageError(f"--images {options.images} is out of range; it must be at least 1")
-    _check_out(options.out)
+    sheets.check("--out", options.out)
     source = open_source(options.data, options.data_root)
     count = min(options.images, len(source.train))
     loader = make_loader(
@@ -76,23 +69,9 @@ def contact_sheet(options: Options) -> None:
     views = torch.cat(next(iter(loader)))
     mean, std = (torch.tensor(values).view(1, 3, 1, 1) for values in (IMAGENET_MEAN, IMAGENET_STD))
     grid = make_grid((views * std + mean).clamp(0, 1), nrow=count).mul(255).round().byte().permute(1, 2, 0)
-    mark = PngInfo()
-    mark.add_text("Comment", SHEET.decode())
-    picture, kind = Image.fromarray(grid.numpy()), FORMATS[options.out.suffix.lower()]
-    with writing(options.out):
-        write_whole(options.out, lambda partial: picture.save(partial, format=kind, pnginfo=mark, comment=SHEET))
+    sheets.save("--out", options.out, Image.fromarray(grid.numpy()))
     print(f"data       {source.about}")
     print(f"{options.out}: {count} images of {source.name}, first views above second ones")
-
-
-def _check_out(out: Path) -> None:
-    """Raise a UsageError if the sheet could not be written there, or would take the place of another picture."""
-    if out.suffix.lower() not in FORMATS:
-        raise UsageError(f"--out {out} cannot be written: it must end in {', '.join(FORMATS)}; give views.png, say")
-    check_path("out", out)
-    if not os.access(out.parent, os.W_OK):
-        raise UsageError(f"--out {out} cannot be written: there is no folder {out.parent}, or it is not yours to write")
-    require("--out", out, sheet, what="a contact sheet")
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -12,10 +12,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastrm.config import check_choice
+from fastrm.data.patches import photo_patches
 from fastrm.data.sources import ArrayImages, Source
 from fastrm.errors import UsageError
 
-NAMED = ("digits", "fashion-mnist", "cifar10", "cifar100", "stl10", "synthetic")
+NAMED = ("digits", "fashion-mnist", "cifar10", "cifar100", "stl10", "photo-patches", "synthetic")
 
 
 def open_named(name: str, root: Path) -> Source:
@@ -27,6 +28,7 @@ def open_named(name: str, root: Path) -> Source:
     openers: dict[str, Callable[[], Source]] = {
         "digits": _digits,
         "synthetic": _synthetic,
+        "photo-patches": lambda: _arrays("photo-patches", *photo_patches()),
         "fashion-mnist": lambda: _fashion_mnist(root),
         "cifar10": lambda: _cifar("CIFAR10", root),
         "cifar100": lambda: _cifar("CIFAR100", root),

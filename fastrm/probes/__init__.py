@@ -7,6 +7,7 @@ from fastrm.probes.frozen import frozen_scores
 from fastrm.probes.gap import gap
 from fastrm.probes.knn import KNN, knn_accuracy
 from fastrm.probes.linear import LinearHeads, fitted_heads, published_linear
+from fastrm.probes.neighbours import nearest, picture
 from fastrm.probes.online import OnlineLinear
 from fastrm.probes.scores import Estimate, accuracies
 
@@ -26,5 +27,7 @@ __all__ = [
     "frozen_scores",
     "gap",
     "knn_accuracy",
+    "nearest",
+    "picture",
     "published_linear",
 ]

@@ -1,0 +1,89 @@
+"""The nearest neighbours of some images, as a picture."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor, nn
+
+from fastrm.data import Source
+from fastrm.data.sources import Images
+from fastrm.probes.features import Setting, batches, evaluating
+from fastrm.progress import bar
+from fastrm.sheets import GREEN, draw
+
+
+class Neighbours(NamedTuple):
+    """Images and what is nearest to them by cosine."""
+
+    test: list[int]
+    """N indices of test images."""
+    bank: Tensor
+    """int64 [N, K]: indices of images in the bank, the nearest first."""
+
+
+def spread(images: Images, count: int) -> NDArray[np.int64]:
+    """Indices of ``count`` labelled images, or of all if they are fewer, from all classes alike; the same each time."""
+    assert images.labels is not None
+    order = np.argsort(images.labels, kind="stable")
+    return order[((np.arange(min(count, len(order))) + 0.5) * len(order) / min(count, len(order))).astype(np.int64)]
+
+
+def nearest(network: nn.Module, source: Source, setting: Setting, *, count: int = 16, k: int = 5) -> Neighbours:
+    """Look the ``k`` nearest of ``source.bank`` up for test images from all classes; memory is constant in the bank.
+
+    Args:
+        network: images to (pooled features, map).
+        source: with labels.
+        setting: how images reach the network.
+        count: of test images, at most.
+        k: of neighbours, at most; fewer in a smaller bank.
+    """
+    assert source.bank is not None
+    assert source.test is not None
+    chosen = spread(source.test, count)
+    few = source.test.subset(chosen)
+    queries, asked = _directions(network, few, setting)
+    best = queries.new_zeros(len(queries), 0)
+    index = torch.zeros(len(queries), 0, dtype=torch.int64, device=queries.device)
+    with bar(f"nearest neighbours, {len(source.bank):,} images", len(source.bank)) as task:
+        for batch, own in batches(source.bank, setting):
+            with evaluating(network):
+                rows = nn.functional.normalize(network(batch)[0].float(), dim=1)
+            numbers = torch.as_tensor(own, device=rows.device).expand(len(queries), -1)
+            both, numbers = torch.cat([best, queries @ rows.T], dim=1), torch.cat([index, numbers], dim=1)
+            best, order = both.topk(min(k, both.shape[1]), dim=1)
+            index = numbers.gather(1, order)
+            task.advance(len(batch))
+    return Neighbours([int(chosen[i]) for i in asked], index.cpu())
+
+
+def _directions(network: nn.Module, images: Images, setting: Setting) -> tuple[Tensor, list[int]]:
+    """Normalised features [N, C] of the images that can be read, and their indices."""
+    rows, indices = [], []
+    for batch, own in batches(images, setting):
+        with evaluating(network):
+            rows.append(nn.functional.normalize(network(batch)[0].float(), dim=1))
+        indices += own
+    return torch.cat(rows), indices
+
+
+def picture(found: Neighbours, source: Source, *, side: int = 64) -> Image.Image:
+    """A row for each test image, its neighbours beside it; those of its class are framed in green."""
+    assert source.bank is not None
+    assert source.test is not None
+    ours, theirs = source.test.labels, source.bank.labels
+    assert ours is not None
+    assert theirs is not None
+    rows = [
+        [
+            (source.test[i], None),
+            *((source.bank[j], GREEN if theirs[j] == ours[i] else None) for j in row),
+        ]
+        for i, row in zip(found.test, found.bank.tolist(), strict=True)
+    ]
+    return draw(rows, side=side)
