@@ -37,7 +37,7 @@ def require(
     """
     path = holds or out
     dangling = path.is_symlink() and not path.exists()
-    if not dangling and (not path.exists() or _safely(wrote, path)):
+    if not dangling and (not path.exists() or safely(wrote, path)):
         return
     if holds is None:
         why = f"{out} is " + ("a link to nowhere" if dangling else f"there and not {what} that fastrm wrote")
@@ -48,7 +48,7 @@ def require(
     raise UsageError(as_utf8(f"{flag} {why}; give another {flag}, or move it away"))
 
 
-def _safely(wrote: Callable[[Path], bool], path: Path) -> bool:
+def safely(wrote: Callable[[Path], bool], path: Path) -> bool:
     """A file that cannot be read, or is of another format, is none of fastrm's."""
     try:
         return wrote(path)
@@ -75,7 +75,7 @@ def config(path: Path) -> bool:
 
 def run(folder: Path) -> bool:
     """Whether a folder is a run's."""
-    return (folder / "config.json").is_file() and _safely(config, folder / "config.json")
+    return (folder / "config.json").is_file() and safely(config, folder / "config.json")
 
 
 def metrics(path: Path) -> bool:
@@ -145,7 +145,7 @@ def events(path: Path) -> bool:
 def board(path: Path) -> bool:
     """``tensorboard/``: it is empty, or holds events of a run; whatever else is in it is not touched."""
     there = list(path.iterdir())
-    return not there or run(path.parent) or any(_safely(events, file) for file in there)
+    return not there or run(path.parent) or any(safely(events, file) for file in there)
 
 
 def page(path: Path) -> bool:

@@ -10,10 +10,12 @@ from pathlib import Path
 import pytest
 from PIL import Image, features
 
+from fastrm.config import build
 from fastrm.data import Source, open_source
 from fastrm.data.__main__ import main
 from fastrm.data.sources import FileImages, endings
 from fastrm.errors import UsageError
+from fastrm.files import write_json
 
 
 def fill(root: Path, *names: str) -> str:
@@ -133,9 +135,11 @@ def test_a_folder_of_other_files_says_which(tmp_path: Path) -> None:
 def test_runs_and_contact_sheets_are_no_data(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    fill(tmp_path, "a/0.png", "b/1.png", "runs/one/config.json", "runs/one/metrics.jsonl", "runs/one/plot.png",
-         "runs/compared.png", "mine/config.json", "mine/metrics.jsonl", "mine/plot.png", "env/pyvenv.cfg",
-         "env/x.png")  # fmt: skip
+    fill(tmp_path, "a/0.png", "b/1.png", "c/2.png", "c/config.json", "c/index.html", "runs/one/plot.png",
+         "runs/compared.png", "mine/plot.png", "page/plot.png", "env/pyvenv.cfg", "env/x.png")  # fmt: skip
+    for name in ("runs/one", "mine"):
+        write_json(tmp_path / name / "config.json", build(data="digits").flat())
+    (tmp_path / "page" / "index.html").write_text("<meta name='generator' content='fastrm 0.1'>")
     monkeypatch.chdir(tmp_path)
     for out in ("views.png", "sheet.jpg", "other.png"):
         main(["--data", ".", "--image-size", "16", "--images", "2", "--out", out, "--loader", "torch"])
@@ -143,9 +147,10 @@ def test_runs_and_contact_sheets_are_no_data(
     (tmp_path / "views.png").write_bytes((tmp_path / "a" / "0.png").read_bytes())  # as before sheets were marked
     source = open_source(".")
     assert isinstance(source.train, FileImages)
-    assert [str(path) for path in source.train.paths] == ["a/0.png", "b/1.png"]
-    assert "passed over: 3 contact sheets of fastrm, 2 runs of fastrm, 1 Python environments" in source.about
-    assert "data       2 images in ." in capsys.readouterr().out
+    assert [str(path) for path in source.train.paths] == ["a/0.png", "b/1.png", "c/2.png"]
+    said = "3 contact sheets of fastrm, 2 runs of fastrm, 1 .html, 1 .json, 1 Python environments, 1 reports of fastrm"
+    assert f"passed over: {said}" in source.about
+    assert "data       3 images in ." in capsys.readouterr().out
 
 
 # Layouts

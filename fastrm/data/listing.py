@@ -9,16 +9,15 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from fastrm import own
 from fastrm.data.sources import endings
 from fastrm.errors import UsageError
-from fastrm.own import SHEET
 
 _SYSTEM = frozenset(
     {"__MACOSX", "@eaDir", "#recycle", "$RECYCLE.BIN", "System Volume Information", "lost+found", "__pycache__"}
     | {"Thumbs.db", "desktop.ini"}
 )
-RUN = frozenset({"config.json", "metrics.jsonl"})
-"""Stands in each that is written, so that none is taken for an image."""
+_SHEETS = (".png", ".jpg", ".jpeg")
 
 
 @dataclass(eq=False)
@@ -32,6 +31,7 @@ class Folder:
     passed: Counter[str] = field(default_factory=Counter)
     """What is passed over, by kind."""
     is_run: bool = False
+    is_report: bool = False
 
     @property
     def name(self) -> str:
@@ -69,7 +69,7 @@ def listed(root: Path) -> Folder:
     Raises:
         UsageError: a folder cannot be read.
     """
-    top, own = Folder(root), os.path.realpath(root)
+    top, real = Folder(root), os.path.realpath(root)
     seen = {_identity(root)}
     links: deque[tuple[Folder, Path]] = deque()
     reading = _Reading(links, seen)
@@ -77,7 +77,7 @@ def listed(root: Path) -> Folder:
     while links:
         parent, path = links.popleft()
         target = os.path.realpath(path)
-        if own.startswith(target.rstrip(os.sep) + os.sep) or _identity(path) in seen:
+        if real.startswith(target.rstrip(os.sep) + os.sep) or _identity(path) in seen:
             parent.passed["links to folders that are in it already"] += 1
             continue
         seen.add(_identity(path))
@@ -102,7 +102,8 @@ class _Reading:
                 with os.scandir(folder.path) as entries:
                     found = sorted(entries, key=lambda entry: entry.name)
                 names = {entry.name for entry in found}
-                folder.is_run = names >= RUN
+                folder.is_run = "config.json" in names and own.run(folder.path)
+                folder.is_report = "index.html" in names and own.safely(own.page, folder.path / "index.html")
                 if "pyvenv.cfg" in names:
                     folder.passed["Python environments"] += 1
                     continue
@@ -147,13 +148,16 @@ def _identity(path: Path) -> tuple[int, int]:
 
 
 def _leave_out_runs(top: Folder) -> None:
-    """Take out runs of fastrm, with the folder ``runs`` that they lie in, and contact sheets: they are no data."""
+    """Take out runs of fastrm, with the folder ``runs`` that they lie in, reports and contact sheets: no data."""
     for folder in top:
         for inner in list(folder.folders):
             runs = [below for below in inner if below.is_run] if inner.name == "runs" else []
             if inner.is_run or runs:
                 folder.folders.remove(inner)
                 folder.passed["runs of fastrm"] += max(1, len(runs))
+            elif inner.is_report:
+                folder.folders.remove(inner)
+                folder.passed["reports of fastrm"] += 1
     for sheet in [path for path in top.images if is_sheet(path)]:
         top.images.remove(sheet)
         top.passed["contact sheets of fastrm"] += 1
@@ -161,10 +165,4 @@ def _leave_out_runs(top: Folder) -> None:
 
 def is_sheet(path: Path) -> bool:
     """Whether a picture is a contact sheet of fastrm.data; before they were marked, it was called views.png."""
-    if path.suffix.lower() not in (".png", ".jpg", ".jpeg"):
-        return False
-    try:
-        with open(path, "rb") as file:
-            return path.name == "views.png" or SHEET in file.read(512)
-    except OSError:  # the scan says what is wrong
-        return False
+    return path.name == "views.png" or (path.suffix.lower() in _SHEETS and own.safely(own.sheet, path))
