@@ -86,16 +86,20 @@ def choose_derivable(
 
 
 def check_once(op: str) -> None:
-    """Raise where the caller's code may run more or less often than it is written, so that changes in place go wrong.
+    """Raise where the caller's code may run more or less often than it is written, so that changes go wrong."""
+    if torch._C._are_functorch_transforms_active():
+        raise RuntimeError(f"{op}: tensors are changed in place, which torch.func does not follow; call it outside")
+    if not torch.compiler.is_compiling():  # else the operator asks, compiled and run
+        check_not_recomputed(op)
+
+
+def check_not_recomputed(op: str) -> None:
+    """The part of :func:`check_once` that operators ask, and their fakes, which see what the compiler makes of them.
 
     A function under torch.utils.checkpoint is run again in a node of the backward pass; the same functions of other
     libraries are seen then. Hooks on a parameter's gradient, which may step an optimizer, are in the node that
     accumulates it.
     """
-    if torch._C._are_functorch_transforms_active():
-        raise RuntimeError(f"{op}: tensors are changed in place, which torch.func does not follow; call it outside")
-    if torch.compiler.is_compiling():
-        return  # the operator that is compiled asks again
     node = torch._C._current_autograd_node()
     again = node is not None and node.name() != "torch::autograd::AccumulateGrad"
     frame = None if again else sys._getframe()

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from . import _blocked, _sweep
-from ._dispatch import check_once, compute_dtype
+from ._dispatch import check_not_recomputed, compute_dtype
 
 BACKENDS: dict[str, Callable[..., tuple[Tensor, Tensor]]] = {
     "cpu": _blocked.losses,
@@ -36,7 +36,7 @@ def _compute(
     push: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     if pointer is not None:
-        check_once("residual_info_nce")  # again, for a compiled caller
+        check_not_recomputed("residual_info_nce")
     values = [number if tensor is None else tensor for number, tensor in zip(numbers, tensors, strict=True)]
     return BACKENDS[backend](query, key, same, queue, values, key_offset, reduction, gradient, pointer, push)
 
@@ -51,8 +51,11 @@ def _shapes(
     key_offset: int,
     reduction: str,
     gradient: bool,
-    *_: Any,
+    backend: str,
+    *ring: Tensor,
 ) -> tuple[Tensor, Tensor]:
+    if ring:
+        check_not_recomputed("residual_info_nce")
     dtype = compute_dtype(query, key, same, queue)
     losses = query.new_empty(query.shape[0] if reduction == "none" else 3, dtype=dtype)
     return losses, query.new_empty(query.shape if gradient else (0,), dtype=dtype)

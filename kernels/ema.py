@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from . import _pairing, reference
-from ._dispatch import check_backend, check_once, check_scalar, choose, compute_dtype
+from ._dispatch import check_backend, check_not_recomputed, check_once, check_scalar, choose, compute_dtype
 from ._ema_kernel import OnTriton
 from ._local import all_plain, is_fake, localised
 from ._multi_tensor import capturing, flat, in_order
@@ -207,6 +207,11 @@ def _ema_op(
 ) -> None:
     value = momentum.item() if momentum.device.type == "cpu" else momentum
     fused_ema_(teacher, student, value, shadow=shadow if has_shadow else None, backend=backend)
+
+
+@_ema_op.register_fake
+def _ema_fake(*_: Any) -> None:
+    check_not_recomputed("fused_ema_")
 
 
 def fused_ema_(

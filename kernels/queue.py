@@ -8,29 +8,38 @@ import torch
 from torch import Tensor, nn
 
 from . import _push, reference
-from ._dispatch import check_no_grad, check_once, check_rows, check_strided, check_writable, choose
+from ._dispatch import (
+    check_no_grad,
+    check_not_recomputed,
+    check_once,
+    check_rows,
+    check_strided,
+    check_writable,
+    choose,
+)
 
 
 @torch.library.custom_op("fastrm::enqueue_", mutates_args=("queue", "pointer"))
 def _enqueue(queue: Tensor, pointer: Tensor, keys: Tensor, skip: Tensor | None, backend: str) -> None:
-    check_once("enqueue_")  # again, for a compiled caller
+    check_not_recomputed("enqueue_")
     _BACKENDS[backend](queue, pointer, keys, skip)
 
 
 @_enqueue.register_fake
 def _enqueue_fake(queue: Tensor, pointer: Tensor, keys: Tensor, skip: Tensor | None, backend: str) -> None:
-    pass
+    check_not_recomputed("enqueue_")
 
 
 @torch.library.custom_op("fastrm::as_scored", mutates_args=())
 def as_scored(queue: Tensor) -> Tensor:
     """A copy of the queue for a backward pass: an operator, because a copy of the compiler's may be made too late."""
-    check_once("residual_info_nce")
+    check_not_recomputed("residual_info_nce")
     return queue.clone()
 
 
 @as_scored.register_fake
 def _as_scored_fake(queue: Tensor) -> Tensor:
+    check_not_recomputed("residual_info_nce")
     return torch.empty_like(queue)
 
 
