@@ -14,9 +14,14 @@ $(VENV)/installed: pyproject.toml
 	touch $@
 
 demo: install
-	$(BIN)/python -m fastrm.train --data digits --arch test_resnet --image-size 32 --batch-size 128 \
-		--epochs 20 --teacher-momentum 0.9 --eval-every 5 --log-every 20 --resume never --out runs/demo
-	$(BIN)/python -m fastrm.evaluate --checkpoint runs/demo --knn --gap
+	$(BIN)/python -m fastrm.train --data photo-patches --arch test_resnet --stem imagenet --image-size 32 \
+		--batch-size 128 --epochs 6 --optimizer adamw --lr 0.004 --weight-decay 0.0001 --temperature 0.2 \
+		--hidden-dim 512 --predictor-hidden-dim 512 --teacher-momentum 0.9 --eval-every 3 --log-every 10 \
+		--resume never --out runs/demo
+	$(BIN)/python -m fastrm.evaluate --checkpoint runs/demo --knn --gap --neighbours runs/demo/neighbours.png
+	@$(BIN)/python -m fastrm.report runs/demo
+	@echo "The pictures above are the nearest neighbours and the curves. Try --residual-weight 0 or 1, or your own"
+	@echo "pictures: .venv/bin/python -m fastrm.train --arch resnet18 --image-size 64 --data FOLDER"
 
 # One process of tests per core, each with one thread: pytest-xdist deals out the tests. Threads wait asleep, since those
 # that spin made some tests twenty times slower where other work has the cores.
