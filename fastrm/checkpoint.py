@@ -23,6 +23,7 @@ from fastrm.data.inventory import Inventory
 from fastrm.distributed import gather_objects, world
 from fastrm.errors import TrainingError, UsageError
 from fastrm.files import load_tensors, write_whole
+from fastrm.memory import exhausted
 
 NAME = "checkpoint.pt"
 FORMAT = 3
@@ -32,7 +33,7 @@ CONTENT = {"config": dict, "step": int, "random": list, "method": dict}
 FREE_ON_RESUME = frozenset(
     {"max_steps", "log_every", "profile", "eval_every", "checkpoint_every", "keep", "keep_every", "verify_every"}
     | {"out", "resume", "recipe", "device", "compile", "cuda_graph", "channels_last", "kernels", "loader", "scan"}
-    | {"workers", "data", "data_root", "allow_changed_data"}  # of the images their inventory is compared
+    | {"workers", "data", "data_root", "allow_changed_data", "dry_run"}  # of the images their inventory is compared
 )
 
 
@@ -96,6 +97,8 @@ def fitting(path: Path) -> Iterator[None]:
     try:
         yield
     except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
+        if exhausted(error):
+            raise
         raise UsageError(f"{path} does not fit its own settings: {str(error).splitlines()[0]}") from None
 
 

@@ -175,6 +175,8 @@ class RunConfig:
     resume: str = "auto"
     """auto: continue the run that is in --out. never: start anew, in its place.
     Or a checkpoint or run folder to continue from."""
+    dry_run: bool = False
+    """Make a few steps, say what memory and time they and an epoch take, and end; nothing is written."""
     allow_changed_data: bool = False
     """Continue a run whose images have changed: from the next whole epoch on, with the new ones."""
 

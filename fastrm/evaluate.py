@@ -21,6 +21,7 @@ from fastrm.data.scan import scan, unreadable
 from fastrm.device import choose_device
 from fastrm.errors import UsageError
 from fastrm.files import read_json, write_json, writing
+from fastrm.memory import enough
 from fastrm.models import Backbone
 from fastrm.pretrained import Pretrained, open_pretrained
 from fastrm.probes import (
@@ -35,7 +36,7 @@ from fastrm.probes import (
     picture,
     published_linear,
 )
-from fastrm.probes.features import Setting
+from fastrm.probes.features import BATCH, Setting
 from fastrm.probes.linear import MOCO_V2, MOCO_V3
 from fastrm.progress import bar
 from fastrm.version import __version__
@@ -93,6 +94,17 @@ def evaluate(options: EvaluateConfig) -> dict[str, Any]:
     """
     _check(options)
     device = choose_device(options.device)
+
+    def asked() -> str:
+        linear = f"; --linear takes {MOCO_V3.batch_size}" if options.linear else ""
+        return f"an evaluation of {options.checkpoint}, {BATCH} images at a time{linear}"
+
+    lower = "Lower --workers, or score on fewer images" + ("; or give --device cpu" if device.type == "cuda" else "")
+    with enough(device, asked, f"{lower}. Nothing was written"):
+        return _evaluate(options, device)
+
+
+def _evaluate(options: EvaluateConfig, device: torch.device) -> dict[str, Any]:
     trained = open_pretrained(options.checkpoint, device)
     out = options.out or trained.folder / EVALUATION
     _earlier(out)  # so that what is in the way is found at once

@@ -22,6 +22,7 @@ from fastrm.config import check_choice, check_path
 from fastrm.errors import UsageError
 from fastrm.evaluate import EVALUATION
 from fastrm.files import as_utf8, read_json, write_json, write_text, write_whole, writing
+from fastrm.memory import enough
 from fastrm.models import Backbone
 from fastrm.models.weights import misfit, plain_state, write_backbone
 from fastrm.pretrained import Pretrained, open_pretrained
@@ -267,7 +268,8 @@ def _scored(trained: Pretrained, which: str) -> list[str]:
 def main(argv: Sequence[str] | None = None) -> None:
     """Entry point."""
     options = _cli.parse(ExportConfig, argv, prog="python -m fastrm.export")
-    card = export(options)
+    with enough(CPU, lambda: f"an export of {options.checkpoint}", "Free some, and give the same command again"):
+        card = export(options)
     print(f"{options.out}, and what it is in {card}")
 
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from fastrm.errors import UsageError
+from fastrm.memory import exhausted
 
 T = TypeVar("T")
 
@@ -68,8 +69,12 @@ def load_tensors(path: Path) -> Any:
             warnings.simplefilter("ignore")
             return torch.load(path, map_location="cpu", weights_only=True)
     except OSError as error:
+        if exhausted(error):
+            raise
         why = error.strerror or str(error)
     except Exception as error:  # damaged bytes lead the reader of pickles to errors of every kind
+        if exhausted(error):
+            raise
         # Torch's own words for them advise to let the file run its code.
         foreign = re.search(r"nsupported (?:global: )?GLOBAL (\S+)", str(error))
         why = f"it holds {foreign[1]}, and only plain data is read" if foreign else "it is of another kind, or damaged"

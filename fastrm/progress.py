@@ -96,7 +96,7 @@ class Display:
             if now - said >= EVERY and 0 < done < total:
                 said = now
                 left = (now - begin) * (total - done) / done
-                self._say(f"{text}: {done / total:.0%} done, about {_spelled(left)} left")
+                self._say(f"{text}: {done / total:.0%} done, about {spelled(left)} left")
 
         return show
 
@@ -124,6 +124,9 @@ def tracked(items: Iterable[T], text: str, total: float) -> Iterator[T]:
             task.advance(1)
 
 
-def _spelled(seconds: float) -> str:
+def spelled(seconds: float) -> str:
+    """A duration in seconds, minutes or hours."""
     minutes, rest = divmod(round(seconds), 60)
+    if minutes == 0:
+        return f"{rest} s"
     return f"{minutes // 60}:{minutes % 60:02}:{rest:02} h" if minutes >= 60 else f"{minutes}:{rest:02} min"

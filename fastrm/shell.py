@@ -12,6 +12,7 @@ from typing import Any, NoReturn
 
 from fastrm.errors import Stopped, TrainingError, UsageError
 from fastrm.files import home, temporary
+from fastrm.memory import exhausted, shortage
 
 _ASCII = {"±": "+-", "…": "..."}
 _CLOSED = 128 + 13  # as a shell shows SIGPIPE
@@ -48,6 +49,10 @@ def _status(main: Callable[[], object]) -> Any:
         return _complain(str(stop), stop.status)
     except TrainingError as error:
         return _complain(f"error: {error}", 1)
+    except (MemoryError, RuntimeError, OSError) as error:
+        if not exhausted(error):
+            raise
+        return _complain(f"error: {shortage(error)}", 1)
     except KeyboardInterrupt:
         return _complain("interrupted", 130)
     return 0

@@ -45,9 +45,11 @@ from fastrm.distributed import (
     processes,
     synchronise_norms,
 )
+from fastrm.dry_run import dry_run
 from fastrm.errors import Stopped, TrainingError, UsageError
 from fastrm.files import as_utf8, read_json
 from fastrm.graph import GraphedStep
+from fastrm.memory import enough, exhausted
 from fastrm.methods import StepOutput, build_method
 from fastrm.methods.unused import counted
 from fastrm.metrics import Recorder, recorded
@@ -59,6 +61,11 @@ from fastrm.signals import Signals
 from fastrm.step import AUTOCAST, Step
 from fastrm.verify import warning as verification_warning
 from fastrm.watch import Evaluations, online_linear, watched
+
+LOWER = (
+    "Lower --batch-size, or raise --accumulate, which takes fewer images at a time, or lower --image-size; on the host "
+    "--workers too. What was saved before stays"
+)
 
 
 def train(config: Config) -> dict[str, Any]:
@@ -83,10 +90,11 @@ def _train(config: Config, device: torch.device, world: World, stack: ExitStack)
     if config.device.cuda_graph:
         check_cuda_graph(config, device, precision, world.size)
     batch, accumulate, workers = _sizes(config)
+    stack.enter_context(enough(device, lambda: _asked(config, world), LOWER))
     broken: dict[Path, str] = {}
     with first_alone():  # it may download the images, and leaves the others what its scan found
         source = open_source(config.input.data, config.input.data_root)
-        if config.input.scan:
+        if config.input.scan and not config.run.dry_run:  # what the search finds is kept, and a dry run writes nothing
             source, broken = scan(source, workers=workers)
     loader = make_loader(
         source,
@@ -138,6 +146,15 @@ def _train(config: Config, device: torch.device, world: World, stack: ExitStack)
         parts["online"] = online
 
     out = config.run.out or Path("runs", f"{as_utf8(source.name)}-{config.method.method}-{config.model.arch}")
+    if config.run.dry_run:
+        folder.claim(out)
+        for title, text in (("data", source.about), ("settings", _described(config, device, precision, world))):
+            if world.rank == 0:
+                print(f"{title:11}{text}")
+        method.refresh_low_precision_teacher()
+        batches = _micro_batches(loader, 0, schedule, deque(maxlen=accumulate))
+        return dry_run(config, step_once, loader, batches, schedule, workers)
+
     lock = stack.enter_context(folder.held(out))
     begun = checkpoint.resume(config, out, images, **parts)
     start, schedule = begun.step, replace(schedule, shift=begun.images.shift)
@@ -265,11 +282,15 @@ def _faults(out: Path, world: World) -> Iterator[None]:
     except (ConnectionError, EOFError):  # of the pipe from a loader process: it can break before torch sees the death
         raise TrainingError(loader_ended) from None
     except OSError as error:
+        if exhausted(error):
+            raise
         raise TrainingError(f"{error.filename or out}: {error.strerror or error}; {kept}") from None
     except RuntimeError as error:
+        if exhausted(error):
+            raise
         if world.size > 1 and (isinstance(error, dist.DistError) or "gloo" in str(error)):
             raise TrainingError(f"another process ended, or cannot be reached any more; {kept}") from None
-        if "DataLoader worker" in str(error):  # torch's signal handler raises it wherever the run happens to be
+        if "DataLoader worker (pid" in str(error):  # torch's signal handler raises it wherever the run happens to be
             raise TrainingError(loader_ended) from None
         raise
 
@@ -336,6 +357,17 @@ class _Clock:
         begin = time.perf_counter()
         yield
         self._start += time.perf_counter() - begin
+
+
+def _asked(config: Config, world: World) -> str:
+    """What a run asks of the memory."""
+    batch, accumulate, _ = _sizes(config)
+    images = batch // (world.size * accumulate)
+    return (
+        f"{config.method.method} with {config.model.arch} on {images} images of {config.input.image_size} pixels at a "
+        f"time per process (--batch-size {batch}, --accumulate {accumulate}"
+        + (f", {world.size} processes)" if world.size > 1 else ")")
+    )
 
 
 def _described(config: Config, device: torch.device, precision: str, world: World) -> str:

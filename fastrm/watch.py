@@ -11,11 +11,12 @@ from fastrm.config import Config
 from fastrm.data import Source
 from fastrm.distributed import barrier, world
 from fastrm.errors import UsageError
+from fastrm.memory import enough
 from fastrm.methods import Method
 from fastrm.metrics import Recorder
 from fastrm.optim import Schedule
 from fastrm.probes import OnlineLinear, collapsed, effective_rank, feature_std, frozen_scores
-from fastrm.probes.features import Setting
+from fastrm.probes.features import BATCH, Setting
 
 
 def online_linear(config: Config, source: Source, method: Method[Any], device: torch.device) -> OnlineLinear | None:
@@ -60,12 +61,21 @@ class Evaluations:
         device: torch.device,
         workers: int,
     ) -> None:
+        self._config, self._device = config, device
         self._parts = (method, source, Setting(config.input.image_size, device, workers), online)
         self._recorder, self._schedule = recorder, schedule
         self._every = config.run.eval_every
         if self._every and source.test is None:
             self._every = 0
             recorder.note("evaluation kNN is left out: the images have no labels")
+
+    def _asked(self) -> str:
+        method, source, setting, _ = self._parts
+        assert source.bank is not None
+        return (
+            f"an evaluation of {self._config.model.arch} on {BATCH} images of {setting.image_size} pixels at a time, "
+            f"which holds {len(source.bank):,} features of width {method.student.backbone.dim}"
+        )
 
     def due(self, step: int) -> bool:
         """Whether the state after this step is to be scored."""
@@ -78,7 +88,8 @@ class Evaluations:
         """
         scores: dict[str, float] = {}
         if world().rank == 0:
-            scores = evaluated(*self._parts)
+            with enough(self._device, self._asked, "The steps are saved; the same command with --eval-every 0 goes on"):
+                scores = evaluated(*self._parts)
             self._recorder.record({"step": step, "epoch": self._schedule.epoch(step), **scores})
         barrier()
         return scores

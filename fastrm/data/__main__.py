@@ -16,6 +16,7 @@ from fastrm.config import MethodName, check_range
 from fastrm.data import make_loader, open_source
 from fastrm.data.augmentation import IMAGENET_MEAN, IMAGENET_STD
 from fastrm.errors import UsageError
+from fastrm.memory import enough
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,7 +77,10 @@ def contact_sheet(options: Options) -> None:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Entry point."""
-    contact_sheet(_cli.parse(Options, argv, prog="python -m fastrm.data"))
+    options = _cli.parse(Options, argv, prog="python -m fastrm.data")
+    asked = f"both views of {options.images} images of {options.image_size} pixels"
+    with enough(torch.device("cpu"), lambda: asked, "Lower --images or --image-size"):
+        contact_sheet(options)
 
 
 if __name__ == "__main__":

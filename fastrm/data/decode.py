@@ -14,6 +14,8 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
+from fastrm.memory import exhausted
+
 _ORIENTATION = 0x0112
 _UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -125,7 +127,7 @@ def _opened(content: bytes) -> Iterator[Image.Image]:
             if (problem := _unknown_values(image)) is not None:
                 raise BrokenImage(problem)
             yield image
-    except (MemoryError, BrokenImage):  # a machine that is short of memory says nothing about the file
+    except BrokenImage:
         raise
     except UnidentifiedImageError as error:
         tiff = content.startswith((b"II*\0", b"MM\0*"))
@@ -133,6 +135,8 @@ def _opened(content: bytes) -> Iterator[Image.Image]:
             f"Pillow cannot read this TIFF; if it is whole, {_CONVERT}" if tiff else reason(error)
         ) from None
     except Exception as error:  # damaged bytes lead decoders to errors of every kind
+        if exhausted(error):  # a machine that is short of memory says nothing about the file
+            raise
         raise BrokenImage(reason(error)) from None
 
 

@@ -25,6 +25,8 @@ try:  # a third faster than Pillow, but torchvision 0.29 announces that it will 
 except ImportError:
     decode_jpeg = None  # type: ignore[assignment, unused-ignore]
 
+AHEAD = 2
+"""Batches that each loader process makes ready ahead."""
 _CPU = torch.device("cpu")
 _Loaded = tuple[list[int], tuple[Tensor, ...], dict[int, str]]
 
@@ -112,6 +114,7 @@ class TorchLoader(Loader):
             batch_size=None,  # the sampler's elements are batches already
             sampler=self._sampler,
             num_workers=workers,
+            prefetch_factor=AHEAD if workers > 0 else None,
             generator=torch.Generator(),  # it would draw from the global one, and shift a resumed run's numbers
             pin_memory=device.type == "cuda",
             persistent_workers=workers > 0,

@@ -11,6 +11,7 @@ from fastrm.config import Config, check_choice
 from fastrm.device import choose_precision
 from fastrm.distributed import world
 from fastrm.errors import UsageError, first_line
+from fastrm.memory import exhausted
 from fastrm.methods.base import Method, StepOutput
 from fastrm.methods.byol import BYOL
 from fastrm.methods.densecl import DenseCL
@@ -70,9 +71,9 @@ def _try(method: Method[Any], config: Config, layout: torch.memory_format) -> No
     together = world().size > 1 and not method.queues
     try:
         unused = freeze_unused(method, images=2 if together else max(1, min(2, batch)), image_size=size, layout=layout)
-    except (MemoryError, torch.OutOfMemoryError):
-        raise
     except Exception as error:  # whatever a family of timm's happens to raise
+        if exhausted(error):
+            raise
         raise UsageError(
             f"--arch {arch} cannot be trained with --method {name} at --image-size {size}, "
             f"{batch} images per process and micro-batch: {first_line(error)}"

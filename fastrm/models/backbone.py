@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from fastrm.config import check_choice
 from fastrm.errors import UsageError, first_line
+from fastrm.memory import exhausted
 from fastrm.models.layout import guard_thin_convolutions
 from fastrm.models.vit import is_vit, prepare_moco_vit, sincos_positions
 
@@ -115,9 +116,9 @@ def _refusing(arch: str, what: str) -> Iterator[None]:
     """Say in one line what a network cannot do, whatever kind of exception timm's families happen to raise."""
     try:
         yield
-    except (MemoryError, torch.OutOfMemoryError):
-        raise
     except Exception as error:
+        if exhausted(error):
+            raise
         published = _published(arch)
         size = "" if published is None else f"; timm's own size for it is {published.input_size[-1]}"
         raise UsageError(f"--arch {arch} {what}: {first_line(error)}{size}") from None

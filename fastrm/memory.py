@@ -1,0 +1,142 @@
+"""Memory: how much there is and was taken, and one line where it does not suffice."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import re
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+from fastrm.errors import Stopped, TrainingError, UsageError
+
+if TYPE_CHECKING:
+    import torch
+
+_SHARED = re.compile(r"unable to (open|allocate|mmap|resize|write).*(shared|/torch_|bytes from file)", re.I | re.S)
+_SHORT = re.compile(
+    r"out of memory|(can't|cannot|not|failed to|unable to) allocate|not enough memory|STATUS_\w*ALLOC\w*"
+    r"|\bbad[_ ]alloc|\w*MemoryError\b",
+    re.I,
+)
+_ON_DEVICE = re.compile(r"cuda|cudnn|cublas|cusolver|nccl|OutOfMemoryError", re.I)
+_WANTED = re.compile(r"tried to allocate ([\d.]+) ?([KMGT]iB|bytes)|Unable to allocate ([\d.]+) ([KMGT]iB)", re.I)
+
+
+def _chain(error: BaseException | None) -> Iterator[BaseException]:
+    """An error and those that led to it."""
+    seen: set[int] = set()
+    while error is not None and id(error) not in seen:
+        yield error
+        seen.add(id(error))
+        error = error.__cause__ or error.__context__
+
+
+def exhausted(error: BaseException) -> bool:
+    """Whether memory was short: an error of torch, CUDA and its libraries, NumPy or Python, or one that it led to."""
+    for each in _chain(error):
+        if isinstance(each, UsageError | TrainingError):
+            return False
+        if isinstance(each, MemoryError) or type(each).__name__ == "OutOfMemoryError":
+            return True
+        if isinstance(each, OSError) and each.errno == errno.ENOMEM:
+            return True
+        if isinstance(each, RuntimeError | OSError) and (_SHORT.search(str(each)) or _SHARED.search(str(each))):
+            return True
+    return False
+
+
+def shortage(error: BaseException, device: torch.device | None = None) -> str:
+    """Where memory was short, how much there is, and how much more was asked for, where the error says so."""
+    text = "\n".join(f"{type(each).__name__} {each}" for each in _chain(error))
+    if _SHARED.search(text):
+        return "the shared memory (/dev/shm) that loader processes use is full; give --workers 0, or make it larger"
+    on_device = device is not None and device.type == "cuda" and _ON_DEVICE.search(text) is not None
+    where = _named(device) if on_device and device else _host()
+    found = _WANTED.search(text)
+    wanted = "" if found is None else f" (for {_amount(found)} more)"
+    return f"{where} has not enough memory{wanted}"
+
+
+@contextmanager
+def enough(device: torch.device, asked: Callable[[], str], lower: str) -> Iterator[None]:
+    """Say in one line that memory does not suffice.
+
+    Args:
+        device: where it may be.
+        asked: what was asked for, in sizes.
+        lower: what to do about it.
+
+    Raises:
+        TrainingError: memory was short.
+    """
+    try:
+        yield
+    except Stopped:
+        raise
+    except Exception as error:
+        if not exhausted(error):
+            raise
+        raise TrainingError(f"{shortage(error, device)}: {asked()}. {lower}") from None
+
+
+def size(count: float) -> str:
+    """Bytes in the unit that suits them."""
+    for unit in ("bytes", "KiB", "MiB"):
+        if count < 1024:
+            return f"{count:.0f} {unit}"
+        count /= 1024
+    return f"{count:.2f} GiB"
+
+
+def peak(device: torch.device) -> int | None:
+    """Bytes that this process has had at most: of the device's memory on a GPU, else of the host's."""
+    if device.type == "cuda":
+        import torch
+
+        return torch.cuda.max_memory_reserved(device)
+    with contextlib.suppress(ImportError):  # Windows has none
+        import resource
+
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return None
+
+
+def capacity(device: torch.device) -> int | None:
+    """Bytes of memory of a GPU, or of the host or the container that this process is in."""
+    if device.type == "cuda":
+        import torch
+
+        return int(torch.cuda.get_device_properties(device).total_memory)
+    return _host_capacity()
+
+
+def _host_capacity() -> int | None:
+    found = []
+    with contextlib.suppress(ValueError, OSError, AttributeError):
+        found.append(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+    for path in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
+        with contextlib.suppress(OSError, ValueError), open(path, encoding="ascii") as file:
+            found.append(int(file.read()))
+    return min(found, default=None)
+
+
+def _host() -> str:
+    there = _host_capacity()
+    return "the host" if there is None else f"the host, with {size(there)},"
+
+
+def _named(device: torch.device) -> str:
+    import torch
+
+    with contextlib.suppress(RuntimeError):  # after some errors CUDA answers nothing
+        return f"{torch.cuda.get_device_name(device)}, with {size(capacity(device) or 0)},"
+    return str(device)
+
+
+def _amount(found: re.Match[str]) -> str:
+    number, unit = (found[1], found[2]) if found[1] else (found[3], found[4])
+    return size(float(number)) if unit == "bytes" else f"{float(number):g} {unit}"
