@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Callable
+from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor, nn
@@ -13,13 +17,13 @@ from torch import Tensor, nn
 from fastrm import train
 from fastrm.config import Config, build
 from fastrm.distributed import gather_rows, processes, replicate, shuffled, synchronise_norms, world
-from fastrm.methods import METHODS, Method
+from fastrm.methods import METHODS, Method, build_method
 from fastrm.methods.base import Encoding
 
 SMALL: dict[str, Any] = {
     "data": "digits", "arch": "test_resnet", "image_size": 32, "batch_size": 16, "epochs": 1, "workers": 0,
     "hidden_dim": 24, "output_dim": 12, "predictor_hidden_dim": 24, "queue_size": 96, "warmup_epochs": 0.0,
-    "log_every": 1, "eval_every": 1,
+    "log_every": 1, "eval_every": 1, "stem": "imagenet",
 }  # fmt: skip
 
 
@@ -97,8 +101,6 @@ def gradients(folder: Path) -> None:
 
 def whole_batch(method: Method[Any], views: Tensor, weight: Tensor) -> Tensor:
     """Loss of one process without the others: what the group does is taken away."""
-    from unittest import mock
-
     alone = {"gather_rows": lambda rows: (rows, 0), "world": lambda: (0, 1)}
     alone["world"] = lambda: mock.Mock(size=1, rank=0)
     with mock.patch.multiple("fastrm.methods.base", **alone):
@@ -107,7 +109,7 @@ def whole_batch(method: Method[Any], views: Tensor, weight: Tensor) -> Tensor:
     return output.loss.detach()
 
 
-def shuffle() -> None:
+def shuffle(folder: Path) -> None:
     """Rows come back in their order, and every batch that the network saw was a mixture."""
     rank, size = world()
     images = torch.arange(8.0 * rank, 8.0 * rank + 8)[:, None, None, None].expand(8, 3, 4, 4)
@@ -128,37 +130,51 @@ def shuffle() -> None:
         assert sorted(row.tolist()) == list(range(8 * size))
     foreign = sum(int(value) // 8 != rank for value in seen[0])
     assert 0 < foreign < 8
+    (folder / f"shuffled{rank}").touch()
 
 
-def trained(folder: Path, method: str, arch: str = "test_resnet") -> None:
+def resumed(out: Path, steps: int) -> Config:
+    """Settings of a run that is made in one part or in two."""
+    return build(**{**SMALL, "method": "mocov2", "epochs": 2, "eval_every": 0, "max_steps": steps, "out": out})
+
+
+def trained(folder: Path, method: str, arch: str) -> None:
     """Twenty steps of the trainer, and what each process holds afterwards."""
     built: list[Method[Any]] = []
-    build_method = train.build_method
+    ranks: list[int] = []
 
     def kept(*args: Any, **options: Any) -> Method[Any]:
         built.append(build_method(*args, **options))
-        if world().rank == 0:
-            torch.save(built[0].state_dict(), folder / "start.pt")
+        ranks.append(world().rank)
+        if ranks == [0]:
+            torch.save(built[0].state_dict(), folder / f"start {method} {arch}.pt")
         return built[0]
 
-    train.build_method = kept
-    rank = None
-    original = train._micro_batches
+    with mock.patch.object(train, "build_method", kept):
+        out = folder / f"{method} {arch}"
+        leaves = {"method": method, "arch": arch, "max_steps": 20, "eval_every": int(method == "mocov3"), "out": out}
+        train.train(build(**{**SMALL, **leaves}))
+    torch.save(built[0].state_dict(), folder / f"rank{ranks[0]} {method} {arch}.pt")
 
-    def remembered(*args: Any) -> Any:
-        nonlocal rank
-        rank = world().rank
-        return original(*args)
 
-    train._micro_batches = remembered
-    train.train(build(**{**SMALL, "method": method, "arch": arch, "max_steps": 20, "out": folder / "run"}))
-    torch.save(built[0].state_dict(), folder / f"rank{rank}.pt")
+# Behind the pooling of the last two are layers that DenseCL's loss does not reach.
+TRAINED = [*((m, "test_resnet") for m in METHODS), ("densecl", "test_convnext"), ("densecl", "mobilenetv3_small_050")]
+PARTS: dict[str, Callable[[Path], object]] = {
+    "gradients": gradients,
+    "shuffle": shuffle,
+    **{" ".join(pair): partial(trained, method=pair[0], arch=pair[1]) for pair in TRAINED},
+    "whole": lambda folder: train.train(resumed(folder / "whole", 6)),
+    "first half": lambda folder: train.train(resumed(folder / "parts", 3)),
+    "second half": lambda folder: train.train(resumed(folder / "parts", 6)),
+}
+
+
+def main(where: Path, *names: str) -> None:
+    """Parts by name, in one process group: leaving one and joining the next is a race."""
+    with processes(torch.device("cpu")) as here, mock.patch.object(train, "processes", return_value=nullcontext(here)):
+        for name in names:
+            PARTS[name](where)
 
 
 if __name__ == "__main__":
-    what, where = sys.argv[1], Path(sys.argv[2])
-    if what == "train":
-        trained(where, *sys.argv[3:])
-    else:
-        with processes(torch.device("cpu")):
-            gradients(where) if what == "gradients" else shuffle()
+    main(Path(sys.argv[1]), *sys.argv[2:])

@@ -417,6 +417,7 @@ def test_a_whole_step_compiles_without_graph_breaks(backend: str) -> None:
     compiled_as_eager("aot_eager", backend)
 
 
+@pytest.mark.slow
 @pytest.mark.xdist_group("compile")
 def test_a_whole_step_compiles_with_inductor() -> None:
     compiled_as_eager("inductor", "cpu")

@@ -31,6 +31,7 @@ ROOT = Path(__file__).parent.parent
 Small = Callable[..., Config]
 FLAGS = [
     "--data", "digits", "--arch", "test_resnet", "--image-size", "32", "--batch-size", "32", "--epochs", "8",
+    "--stem", "imagenet",
     "--hidden-dim", "32", "--output-dim", "16", "--predictor-hidden-dim", "32", "--log-every", "1", "--eval-every", "0",
 ]  # fmt: skip
 

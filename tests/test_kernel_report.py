@@ -26,7 +26,7 @@ IN_TRITON_3_5 = {
 CASES = {case.name: case for cases in kernel_report.CASES for case in cases()}
 
 
-@pytest.mark.parametrize("arch", [80, 90])
+@pytest.mark.parametrize("arch", [pytest.param(80, marks=pytest.mark.slow), 90])
 @pytest.mark.parametrize("name", CASES)
 def test_compiled_kernel(name: str, arch: int) -> None:
     case = CASES[name]

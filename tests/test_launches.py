@@ -121,8 +121,10 @@ def test_the_teacher(
     assert compiled == {"_ema_kernel"}
 
 
-@pytest.mark.parametrize("scaled", [False, True])
-@pytest.mark.parametrize("with_teacher", [False, True])
+@pytest.mark.parametrize(
+    ("with_teacher", "scaled"),
+    [(False, False), (True, True), *(pytest.param(t, not t, marks=pytest.mark.slow) for t in (False, True))],
+)
 @pytest.mark.parametrize(("kind", "dtype"), list(itertools.product([SGD, LARS, AdamW], [F32, BF16])))
 def test_optimizers(kind: Any, dtype: torch.dtype, with_teacher: bool, scaled: bool, compiled: set[str]) -> None:
     parameters = [torch.zeros(shape, dtype=dtype, requires_grad=True) for shape in ((50, 100), (7,))]

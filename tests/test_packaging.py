@@ -54,7 +54,9 @@ def imported(python: Path, cwd: Path) -> list[Path]:
 
 
 @pytest.mark.xdist_group("packaging")
-@pytest.mark.parametrize("how", ["folder", "editable", "wheel", "sdist"])
+@pytest.mark.parametrize(
+    "how", ["editable", "wheel", *(pytest.param(how, marks=pytest.mark.slow) for how in ("folder", "sdist"))]
+)
 def test_installed(how: str, sources: Path, built: Path, tmp_path: Path) -> None:
     """In an environment that has the dependencies but not fastrm."""
     environment = tmp_path / "environment"

@@ -30,7 +30,12 @@ METHODS = ["mocov3", "mocov2", "byol", "densecl"]
 @pytest.mark.xdist_group("compile")
 @pytest.mark.parametrize(
     ("method", "arch"),
-    [*((method, "test_resnet") for method in METHODS), ("mocov3", "test_vit"), ("byol", "test_convnext")],
+    [
+        ("densecl", "test_resnet"),
+        ("mocov3", "test_vit"),
+        ("byol", "test_convnext"),
+        *(pytest.param(method, "test_resnet", marks=pytest.mark.slow) for method in METHODS[:3]),
+    ],
 )
 def test_student_teacher_and_predictor_compile_without_graph_breaks(method: str, arch: str, small: Small) -> None:
     built = build_method(small(method=method, arch=arch, image_size=160 if arch == "test_vit" else 32))
