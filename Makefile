@@ -32,14 +32,19 @@ test: install
 	$(PYTEST) tests $(SPREAD)
 
 # The slow tests, and more cases of every fuzz test, new ones each time. A part that fails does not hide the others, and
-# each can be run alone: make nightly PARTS=fuzz.
-PARTS ?= slow fuzz
+# each can be run alone: make nightly PARTS=fuzz. The zoo takes hours, and can be split: SHARD=2/4.
+PARTS ?= slow fuzz zoo
 NIGHTLY_slow := tests -m slow
 NIGHTLY_fuzz := tests/test_fuzz_arguments.py tests/test_fuzz_flags.py tests/test_fuzz_inputs.py \
 	tests/test_fuzz_kernels.py --hypothesis-profile nightly
 
 nightly: install
 	@$(MAKE) --keep-going --no-print-directory $(PARTS:%=nightly-%)
+
+# The smallest model of each of timm's classes: docs/backbones.md. A stopped sweep of the same commit goes on.
+nightly-zoo: install
+	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive $(BIN)/python -m benchmarks.zoo \
+		--out build/zoo/$(shell git describe --always --dirty) $(if $(SHARD),--shard $(SHARD))
 
 nightly-%: install
 	$(PYTEST) $(NIGHTLY_$*) $(SPREAD)

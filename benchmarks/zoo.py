@@ -1,8 +1,8 @@
 """Train the smallest model of each of timm's classes two steps with each method, and take it to a file and back.
 
-python -m benchmarks.zoo --out build/zoo --shard 1/4
+python -m benchmarks.zoo --out build/zoo/latest --shard 1/4
 
-Each answer is a line in ``build/zoo``, and is not asked for again: a stopped sweep goes on, and shards may run side by
+Each answer is a line in ``--out``, and is not asked for again: a stopped sweep goes on, and shards may run side by
 side. ``--table docs/backbones.md`` writes what is there into the page. The command ends with status 1 if something
 crashed: each model is to be trained, or refused with a reason.
 """
@@ -16,7 +16,7 @@ import re
 import tempfile
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -30,6 +30,7 @@ from fastrm.methods import Method, build_method
 from fastrm.models import build_backbone, read_backbone
 from fastrm.models.weights import load_weights, metadata, read_weights, write_backbone
 from fastrm.optim import build_optimizer
+from fastrm.probes.gap import stages_of
 from fastrm.step import Step
 
 METHODS = ("mocov3", "mocov2", "byol", "densecl")
@@ -67,8 +68,8 @@ def smallest(found: list[Model]) -> list[Model]:
 
 
 def census(out: Path, archs: list[str]) -> list[Model]:
-    """Every model's class and size; what is known is read, and the rest counted and added."""
-    path = out / f"census-timm-{timm.__version__}.jsonl"
+    """Every model's class and size, kept beside ``out``; what is known is read, and the rest counted and added."""
+    path = out.parent / f"census-timm-{timm.__version__}.jsonl"
     known = {row[0]: Model(*row) for row in _lines(path)}
     for arch in archs:
         if arch not in known:
@@ -142,7 +143,10 @@ def there_and_back(arch: str, image_size: int) -> None:
         write_backbone(path, method.student.backbone, metadata(config, "student"))
         want = method.student.backbone.eval()(images)[0]
         again, _ = read_backbone(path)
-        torch.testing.assert_close(again.eval()(images)[0], want, rtol=1e-4, atol=1e-5)
+        with stages_of(again.eval()) as caught:
+            torch.testing.assert_close(again(images)[0], want, rtol=1e-4, atol=1e-5)
+        if not all(len(stage.flatten(1)) == 2 for stage in caught.values()):
+            raise AssertionError("a stage has no row per image")
         other = build_method(config)
         if left_out := load_weights(other.student.backbone, read_weights(path)[0], source="--init-from"):
             raise AssertionError(f"{left_out} were taken for a classifier")
@@ -238,15 +242,15 @@ def _append(path: Path, answer: Any) -> None:
         file.write(json.dumps(answer) + "\n")
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path("build/zoo"), help="folder of the answers")
+    parser.add_argument("--out", type=Path, default=Path("build/zoo/latest"), help="folder of the answers")
     parser.add_argument("--shard", default="1/1", help="which part of the classes, such as 2/4")
     parser.add_argument("--only", nargs="+", choices=(*METHODS, ROUND), default=(*METHODS, ROUND))
     parser.add_argument("--models", nargs="+", help="these, whatever their class and size")
     parser.add_argument("--table", type=Path, help="page whose table is made anew; nothing is trained")
     parser.add_argument("--again", action="store_true", help="forget answers that are crashes")
-    options = parser.parse_args()
+    options = parser.parse_args(argv)
     warnings.filterwarnings("ignore")
     options.out.mkdir(parents=True, exist_ok=True)
     number, _, parts = options.shard.partition("/")
@@ -263,7 +267,7 @@ def main() -> None:
         return
     if options.models:
         models = [model for model in census(options.out, []) if model.arch in options.models]
-    crashes = 0
+    crashes = sum(row["outcome"].startswith("crash") for row in known.values())
     for model in models[int(number) - 1 :: int(parts)]:
         if model.params > LARGEST and not options.models:
             continue

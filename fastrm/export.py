@@ -19,7 +19,7 @@ from torch import Tensor
 
 from fastrm import _cli, own
 from fastrm.config import check_choice, check_path
-from fastrm.errors import UsageError
+from fastrm.errors import UsageError, first_line
 from fastrm.evaluate import EVALUATION
 from fastrm.files import as_utf8, read_json, write_json, write_text, write_whole, writing
 from fastrm.memory import enough
@@ -184,15 +184,20 @@ def _onnx(backbone: Backbone, about: dict[str, str], out: Path) -> None:
     except ImportError as error:
         raise UsageError(f"--format onnx needs {error.name}; pip install '.[onnx]' in fastrm's folder") from None
     size = int(about["image_size"])
-    program = torch.onnx.export(
-        _Features(backbone).eval(),
-        (torch.zeros(2, 3, size, size),),
-        dynamo=True,
-        input_names=["images"],
-        output_names=["features"],
-        dynamic_shapes=({0: torch.export.Dim("batch")},),
-        verbose=False,
-    )
+    try:
+        program = torch.onnx.export(
+            _Features(backbone).eval(),
+            (torch.zeros(2, 3, size, size),),
+            dynamo=True,
+            input_names=["images"],
+            output_names=["features"],
+            dynamic_shapes=({0: torch.export.Dim("batch")},),
+            verbose=False,
+        )
+    except (MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # torch's exporter raises what the network's own code leads it to
+        raise UsageError(f"--format onnx cannot hold {about['arch']}: {first_line(error)}") from None
     assert program is not None
     model = program.model_proto
     onnx.helper.set_model_props(model, {name: as_utf8(text) for name, text in about.items()})

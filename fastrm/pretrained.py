@@ -56,7 +56,7 @@ def open_pretrained(path: Path, device: torch.device) -> Pretrained:
     Raises:
         UsageError: it is missing, damaged, or of another layout.
     """
-    if path.suffix == ".safetensors":
+    if path.suffix == ".safetensors" and not path.is_dir():
         backbone, about = read_backbone(path)
         return Pretrained(path=path, networks={about["which"]: backbone.to(device)}, about=about)
     state = checkpoint.load(path)

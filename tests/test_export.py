@@ -275,6 +275,15 @@ def test_a_classifier_is_what_the_backbone_does_not_have(arch: str, classifier: 
         load_weights(backbone, {**state, "norm_of_another.weight": torch.zeros(2)}, source="it")
 
 
+def test_what_onnx_cannot_hold_is_said(runs: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*_: object, **__: object) -> None:
+        raise NotImplementedError("no such operator\nand a page more")
+
+    monkeypatch.setattr(torch.onnx, "export", fails)
+    with pytest.raises(UsageError, match=r"--format onnx cannot hold test_resnet: no such operator$"):
+        write(runs["test_resnet"], "onnx", "student", tmp_path / "it.onnx")
+
+
 def test_weights_that_do_not_fit_are_said_and_nothing_is_written(
     runs: dict[str, Path], small: Small, tmp_path: Path
 ) -> None:

@@ -15,7 +15,7 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.neighbors import KNeighborsClassifier
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
-from torch import nn
+from torch import Tensor, nn
 
 from benchmarks._timing import extra_memory
 from fastrm import train
@@ -23,7 +23,7 @@ from fastrm.config import Config, build
 from fastrm.data import open_source
 from fastrm.data.sources import ArrayImages
 from fastrm.methods import build_method
-from fastrm.models import build_backbone
+from fastrm.models import Backbone, build_backbone
 from fastrm.probes import (
     KNN,
     Estimate,
@@ -44,6 +44,7 @@ from fastrm.probes import (
 )
 from fastrm.probes.features import Setting
 from fastrm.probes.finetune import fraction_of
+from fastrm.probes.gap import stages_of
 from fastrm.probes.linear import MOCO_V2, MOCO_V3, Protocol
 from tests.conftest import FASHION_MNIST
 
@@ -295,3 +296,25 @@ def test_a_run_with_an_online_classifier_is_the_run_without(small: Small, tmp_pa
     assert 0 <= along["linear_student"] <= 1
     lines = [json.loads(line) for line in (tmp_path / "b" / "metrics.jsonl").read_text().splitlines()]
     assert all("online_accuracy" in line for line in lines if "loss" in line)
+
+
+def test_stages_that_are_no_single_tensor_are_left_out() -> None:
+    class Odd(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.one, self.two, self.windows = nn.Identity(), nn.Identity(), nn.Identity()
+            self.two.forward = lambda x: (x, x)  # type: ignore[method-assign]
+            self.windows.forward = lambda x: x.repeat(4, 1, 1, 1)  # type: ignore[method-assign]
+            self.feature_info = [{"module": name} for name in ("one", "two", "windows", "gone", "")] + [{"index": 0}]
+
+        def forward_features(self, x: Tensor) -> Tensor:
+            self.windows(x)
+            return self.two(self.one(x))[0]
+
+        def forward_head(self, x: Tensor, pre_logits: bool) -> Tensor:
+            return x.mean(dim=(2, 3))
+
+    backbone = Backbone(Odd(), 3, 3)
+    with stages_of(backbone) as caught:
+        backbone(torch.zeros(2, 3, 4, 4))
+    assert list(caught) == ["one"]

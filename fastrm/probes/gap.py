@@ -18,16 +18,29 @@ from fastrm.progress import bar
 
 @contextmanager
 def stages_of(backbone: Backbone) -> Iterator[dict[str, Tensor]]:
-    """Catch what the stages that timm names give, by name, while the backbone runs; without them, nothing."""
+    """Catch what the stages that timm names give, by name, while the backbone runs; without them, nothing.
+
+    Only what is one tensor with a row per image: some stages give several, and some names are of no module.
+    """
     caught: dict[str, Tensor] = {}
-    hooks = []
+    modules = dict(backbone.net.named_modules())
+    images = 0
+    hooks: list[Any] = []
+
+    def begin(_: nn.Module, inputs: tuple[Tensor]) -> None:
+        nonlocal images
+        images = len(inputs[0])
+
+    hooks.append(backbone.register_forward_pre_hook(begin))
     for info in getattr(backbone.net, "feature_info", None) or []:
-        module = str(info["module"])
+        name = info.get("module") if isinstance(info, dict) else None
 
-        def catch(_: nn.Module, __: Any, output: Any, module: str = module) -> None:
-            caught[module] = output
+        def catch(_: nn.Module, __: Any, output: Any, name: Any = name) -> None:
+            if isinstance(output, Tensor) and output.ndim > 1 and len(output) == images:
+                caught[name] = output
 
-        hooks.append(backbone.net.get_submodule(module).register_forward_hook(catch))
+        if name and name in modules:
+            hooks.append(modules[name].register_forward_hook(catch))
     try:
         yield caught
     finally:
