@@ -244,6 +244,7 @@ def _trained_how(trained: Pretrained) -> list[str]:
     if trained.config is None:
         return []
     flat = trained.config.flat()
+    flat["data"] = Path(flat["data"]).name  # where it lies is nobody else's business
     names = [
         *("data", "recipe", "method", "residual_weight", "residual_at", "residual_warmup_epochs", "teacher_momentum"),
         *("teacher_momentum_end", "temperature", "optimizer", "lr", "weight_decay", "batch_size", "epochs", "seed"),

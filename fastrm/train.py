@@ -25,7 +25,7 @@ from torch.profiler import record_function
 
 from fastrm import _cli, checkpoint, folder
 from fastrm.config import Config, defaults, resolved, validate
-from fastrm.data import Loader, make_loader, open_source
+from fastrm.data import Loader, located, make_loader, open_source
 from fastrm.data.inventory import inventory
 from fastrm.data.scan import SKIPPED, list_further, scan, unreadable, write_skipped
 from fastrm.device import (
@@ -85,7 +85,7 @@ def _train(config: Config, device: torch.device, world: World, stack: ExitStack)
     precision = choose_precision(config.device.precision, device)
     backend = choose_kernels(config.device.kernels, device)
     config = resolved(config, world.size).replace(
-        compile="on" if choose_compile(config.device.compile, device) else "off"
+        compile="on" if choose_compile(config.device.compile, device) else "off",
     )
     if config.device.cuda_graph:
         check_cuda_graph(config, device, precision, world.size)
@@ -96,6 +96,9 @@ def _train(config: Config, device: torch.device, world: World, stack: ExitStack)
         source = open_source(config.input.data, config.input.data_root)
         if config.input.scan and not config.run.dry_run:  # what the search finds is kept, and a dry run writes nothing
             source, broken = scan(source, workers=workers)
+    # A run is evaluated from other folders than it was started in.
+    root = config.input.data_root
+    config = config.replace(data=located(config.input.data), data_root=root and root.absolute())
     loader = make_loader(
         source,
         method=config.method.method,

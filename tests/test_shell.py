@@ -125,6 +125,21 @@ def test_the_home_folder_elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         data.open_source("~/none")
 
 
+def test_relative_data_are_found_from_every_folder(
+    small: Small, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(pictures)
+    train.train(small(data="classes", max_steps=1))
+    monkeypatch.chdir(tmp_path)
+    for checkpoint in ("run", "run/backbone.safetensors"):
+        evaluate.main(["--checkpoint", checkpoint, "--knn", "--workers", "0"])
+        assert "classes, % right" in capsys.readouterr().out
+    card = export.export(export.ExportConfig(checkpoint=Path("run"), format="safetensors", out=Path("x.safetensors")))
+    assert "| data | classes |" in card.read_text()
+    with pytest.raises(UsageError, match=f"--data classes does not exist in {tmp_path}; give"):
+        data.open_source("classes")
+
+
 def test_streams_without_the_characters(tmp_path: Path) -> None:
     score = "'71.00 ±1.50…', 'caf\\xe9', b'\\xff.jpg'.decode(errors='surrogateescape')"
     done = light(f"run(lambda: print({score}))", env={"PYTHONIOENCODING": "ascii", "LC_ALL": "C"})

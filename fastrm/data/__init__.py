@@ -13,7 +13,7 @@ from fastrm.data.dali_loader import DaliLoader, dali_problem
 from fastrm.data.eval_loader import EvalLoader
 from fastrm.data.loader import Loader
 from fastrm.data.memory_loader import MemoryLoader
-from fastrm.data.opening import open_source
+from fastrm.data.opening import located, open_source
 from fastrm.data.sources import ArrayImages, FileImages, Images, Source
 from fastrm.data.torch_loader import TorchLoader
 from fastrm.errors import UsageError
@@ -27,6 +27,7 @@ __all__ = [
     "View",
     "augmentation",
     "eval_loader",
+    "located",
     "make_loader",
     "open_source",
 ]

@@ -43,9 +43,19 @@ def open_source(data: str | Path, data_root: str | Path | None = None) -> Source
     check_path("data", data)
     if not folder.exists():
         raise UsageError(
-            f"--data {data} does not exist; give a folder of images, shards as in 'train-*.tar', or one of "
-            f"{', '.join(NAMED)}"
+            f"--data {data} does not exist{_below(folder)}; give a folder of images, shards as in "
+            f"'train-*.tar', or one of {', '.join(NAMED)}"
         )
     if not folder.is_dir():
         raise UsageError(f"--data {data} is a file; give the folder that holds the images, or shards that end in .tar")
     return open_folder(folder)
+
+
+def located(data: str) -> str:
+    """What ``--data`` names, as it is found from every other folder too: the name of a set, or an absolute path."""
+    return data if data in NAMED else os.path.abspath(at_home(data))
+
+
+def _below(path: Path) -> str:
+    """Which folder a path was looked for in, where the path does not say it."""
+    return "" if path.is_absolute() else f" in {os.getcwd()}"
