@@ -51,7 +51,7 @@ def command(line: str, run: bool) -> None:
     match words:
         case []:
             pass
-        case ["make", target]:
+        case ["make", target, *settings] if all("=" in setting for setting in settings):
             assert re.search(rf"^{target}:", (ROOT / "Makefile").read_text(), flags=re.MULTILINE), line
         case ["pip", "install", what]:
             extra = re.search(r"\[(\w+)\]", what)
