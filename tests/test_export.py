@@ -219,7 +219,7 @@ def test_a_run_starts_from_published_weights(layout: str, small: Small, tmp_path
 
 
 def test_a_run_starts_from_another(runs: dict[str, Path], small: Small, tmp_path: Path) -> None:
-    train.train(small(max_steps=1, lr=1e-30, init_from=runs["test_resnet"]))
+    train.train(small(max_steps=1, lr=1e-30, init_from=runs["test_resnet"], stem="small"))
     first, then = (open_pretrained(p, CPU).networks["student"].net for p in (runs["test_resnet"], tmp_path / "run"))
     torch.testing.assert_close(then.conv1.weight, first.conv1.weight, rtol=0, atol=1e-6)
 
