@@ -32,7 +32,7 @@ def _chain(error: BaseException | None) -> Iterator[BaseException]:
     while error is not None and id(error) not in seen:
         yield error
         seen.add(id(error))
-        error = error.__cause__ or error.__context__
+        error = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
 
 
 def exhausted(error: BaseException) -> bool:
@@ -42,9 +42,12 @@ def exhausted(error: BaseException) -> bool:
             return False
         if isinstance(each, MemoryError) or type(each).__name__ == "OutOfMemoryError":
             return True
-        if isinstance(each, OSError) and each.errno == errno.ENOMEM:
-            return True
-        if isinstance(each, RuntimeError | OSError) and (_SHORT.search(str(each)) or _SHARED.search(str(each))):
+        if (
+            isinstance(each, OSError) and each.errno is not None
+        ):  # its text has the name of a file, which may say anything
+            if each.errno == errno.ENOMEM:
+                return True
+        elif isinstance(each, RuntimeError | OSError) and (_SHORT.search(str(each)) or _SHARED.search(str(each))):
             return True
     return False
 

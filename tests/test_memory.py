@@ -85,7 +85,8 @@ def test_texts_of_memory_are_known(text: str) -> None:
     "error",
     [
         RuntimeError("CUDA error: device-side assert triggered"), RuntimeError("shape '[2]' is invalid for input"),
-        OSError(errno.ENOSPC, "No space left on device"), UsageError("out of memory"), ValueError("out of memory"),
+        OSError(errno.ENOSPC, "No space left on device"), FileNotFoundError(errno.ENOENT, "none", "out of memory.jpg"),
+        UsageError("out of memory"), ValueError("out of memory"),
         RuntimeError("out of resource: shared memory, Required: 300, Hardware limit: 200"),
     ],
     ids=repr,
