@@ -28,7 +28,7 @@ from fastrm import checkpoint, pretrained
 from fastrm.config import Config, build, from_flat
 from fastrm.data.augmentation import SUPERVISED
 from fastrm.data.dali_loader import encoded, uncompressed
-from fastrm.data.decode import BROKEN, BrokenImage, decode, inspect
+from fastrm.data.decode import BROKEN, BrokenImage, decode, inspect, several
 from fastrm.data.draws import Batch, BatchSampler
 from fastrm.data.eval_loader import _EvalImages
 from fastrm.data.inventory import Inventory
@@ -232,6 +232,7 @@ def test_pictures_of_any_bytes_are_the_same_to_the_scan_to_training_and_to_evalu
     for said in (why, *passed_on.values(), *held.unreadable.values()):
         assert said is None or ("\n" not in said and " at 0x" not in said and len(said) <= 200)
     if why is None:
+        assert several(content) in (True, False)
         assert inspect(content).size == decode(content).size[::-1]
 
 

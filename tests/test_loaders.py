@@ -251,6 +251,18 @@ def test_what_the_scan_did_not_see_is_listed_too(
     assert sorted(skipped(tmp_path / "run")) == ["cut.jpg", "empty.jpg", "header.png", "text.png"]
 
 
+@pytest.mark.filterwarnings("ignore:left out")
+@pytest.mark.parametrize("kind", [DALI, "torch"])
+def test_a_folder_that_is_gone_is_said_in_one_line(pictures: Path, kind: str, tmp_path: Path) -> None:
+    shutil.copytree(pictures / "flat", tmp_path / "data")
+    loader = made(tmp_path / "data", kind, workers=1)
+    shutil.rmtree(tmp_path / "data")
+    batches = iter(loader)
+    with pytest.raises(UsageError, match=r"192 .*files") as caught:
+        next(batches)
+    assert "\n" not in str(caught.value)
+
+
 def test_the_scan_covers_the_images_for_knn_and_is_remembered(pictures: Path, tmp_path: Path) -> None:
     shutil.copytree(pictures / "split", tmp_path / "data")
     some, other = sorted((tmp_path / "data" / "val").rglob("*.jpg"))[:2]

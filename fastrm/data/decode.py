@@ -113,8 +113,11 @@ def inspect(content: bytes) -> Header:
 
 def several(content: bytes) -> bool:
     """Whether a sound file holds more pictures than the one that is read; the aids in a phone's JPEG do not count."""
-    with _opened(content) as image:
-        return image.format != "MPO" and bool(getattr(image, "is_animated", False))
+    try:
+        with _opened(content) as image:
+            return image.format != "MPO" and bool(getattr(image, "is_animated", False))
+    except BrokenImage:  # the others are damaged, and are not read
+        return True
 
 
 @contextmanager

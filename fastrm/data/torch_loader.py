@@ -18,6 +18,7 @@ from fastrm.data.draws import Batch, BatchSampler, blur_radius, draw_views
 from fastrm.data.loader import Loader
 from fastrm.data.scan import report
 from fastrm.data.sources import ArrayImages, FileImages, Images
+from fastrm.errors import UsageError
 from fastrm.signals import leave_to_the_trainer
 
 try:  # a third faster than Pillow, but torchvision 0.29 announces that it will go
@@ -49,7 +50,10 @@ class _Views(Dataset[_Loaded]):
             return batch.images, self._views(batch, sizes, lambda i: pixels[batch.images[i]]), {}
         while True:
             # The sizes, which the crops are drawn for, come from the headers, so that one picture at a time is held.
-            files = [images.read(index, lambda content: (inspect(content), content)) for index in batch.images]
+            try:
+                files = [images.read(index, lambda content: (inspect(content), content)) for index in batch.images]
+            except UsageError:  # none is left: the process that trains says so, since torch would add a traceback
+                return [], (), dict(images.unreadable)
             sizes = [header.size for _, (header, _) in files]
             with contextlib.suppress(_Broken):  # it is left out in the next try
                 views = self._views(batch, sizes, partial(self._decoded, images, files))
