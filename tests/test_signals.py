@@ -36,7 +36,7 @@ if ending == "is killed":
 # Imports once, and then is many scripts. Each child goes on at the end of this file, and ends as a script ends.
 MANY = """\
 import os, runpy, sys, time
-import fastrm.data, torch.utils.data
+import fastrm.data, sklearn.datasets, torch.utils.data
 script, folder, limit, *cases = sys.argv[1:]
 for case in cases:
     child = os.fork()
