@@ -204,7 +204,7 @@ def test_a_damaged_newest_checkpoint_gives_way_to_the_one_before(
 
 
 def test_any_changed_byte_of_a_tensor_is_seen(small: Small, tmp_path: Path) -> None:
-    train.train(small(max_steps=1))
+    train.train(small(max_steps=1, stem="small"))
     state = checkpoint.load(tmp_path / "run")
     right = checkpoint.checksum(state)
     weight = state["method"]["student.backbone.net.conv1.weight"]
