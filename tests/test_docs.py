@@ -16,6 +16,7 @@ from urllib.parse import unquote, urldefrag, urlparse
 
 import numpy as np
 import pytest
+import timm
 
 from fastrm import _cli, doctor, evaluate, export, report
 from fastrm.config import RECIPES
@@ -113,8 +114,9 @@ def test_inline_commands_parse(page: Path) -> None:
 def test_tests_and_files_that_are_named_exist(page: Path) -> None:
     text = page.read_text(encoding="utf-8")
     tests = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "tests").glob("*.py"))
+    networks = timm.list_models("test_*")
     for name in re.findall(r"`(test_\w+)`", text):
-        assert f"def {name}(" in tests or name == "test_resnet", name
+        assert f"def {name}(" in tests or name in networks, name
     for name in re.findall(r"`((?:fastrm|kernels|benchmarks|tests|examples|docs)/[\w/.*]*)`", text):
         assert "NAME" in name or list(ROOT.glob(name.rstrip("/"))), name
 
