@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import shutil
 import tempfile
@@ -17,7 +18,9 @@ from PIL import Image
 
 from fastrm import train
 from fastrm.config import Config, build
+from fastrm.data import named as named_sets
 from fastrm.data import open_source
+from fastrm.data.sources import ArrayImages
 from tests.interpreted import INTERPRETED
 
 FASHION_MNIST = Path(os.environ.get("FASHION_MNIST", "/usr/share/datasets/fashion-mnist"))
@@ -92,6 +95,16 @@ def run_of_one_step(arch: str, image_size: int, out: Path) -> Path:
         )
     )  # fmt: skip
     return out
+
+
+@pytest.fixture
+def few_digits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The set of digits, with a few of them."""
+    every = named_sets._digits()
+    assert isinstance(every.train, ArrayImages)
+    assert isinstance(every.test, ArrayImages)
+    train, test = every.train.subset(np.arange(128)), every.test.subset(np.arange(32))
+    monkeypatch.setattr(named_sets, "_digits", lambda: dataclasses.replace(every, train=train, bank=train, test=test))
 
 
 @pytest.fixture

@@ -136,6 +136,7 @@ def test_a_picture_folder_from_the_shell(tmp_path: Path) -> None:
     assert "step      1" in done.stdout
 
 
+@pytest.mark.usefixtures("few_digits")
 @pytest.mark.parametrize("method", METHODS)
 def test_evaluate_scores_student_and_teacher(
     method: str, small: Callable[..., Config], tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -154,6 +155,7 @@ def test_evaluate_scores_student_and_teacher(
     assert low <= found["scores"]["teacher"]["knn20"]["value"] == summary["knn_teacher"] <= high
 
 
+@pytest.mark.usefixtures("few_digits")
 def test_an_evaluation_is_added_to_the_earlier_ones(
     small: Callable[..., Config], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -411,19 +411,16 @@ def compiled_as_eager(compiler: str, backend: str) -> None:
             torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.xdist_group("compile")
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_whole_step_compiles_without_graph_breaks(backend: str) -> None:
     compiled_as_eager("aot_eager", backend)
 
 
 @pytest.mark.slow
-@pytest.mark.xdist_group("compile")
 def test_a_whole_step_compiles_with_inductor() -> None:
     compiled_as_eager("inductor", "cpu")
 
 
-@pytest.mark.xdist_group("compile")
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_tensor_that_changes_does_not_recompile(backend: str) -> None:
     device = device_of(backend)

@@ -19,7 +19,6 @@ from tests.distributed_worker import PARTS, TRAINED, resumed
 
 ROOT = Path(__file__).parent.parent
 METHODS = ["mocov3", "mocov2", "byol", "densecl"]
-shared = pytest.mark.xdist_group("distributed")
 
 
 def torchrun(*arguments: str, processes: int = 2, timeout: int = 300) -> subprocess.CompletedProcess[str]:
@@ -39,7 +38,6 @@ def done(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@shared
 def test_loss_and_gradient_are_those_of_the_full_batch(done: Path) -> None:
     """Each method on a backbone with LayerNorm alone, and with BatchNorm over all processes; float64 and 1e-5."""
     results = json.loads((done / "gradients.json").read_text())
@@ -50,12 +48,10 @@ def test_loss_and_gradient_are_those_of_the_full_batch(done: Path) -> None:
         assert gradient < 1e-5, name
 
 
-@shared
 def test_shuffled_batches_give_every_image_its_own_encoding(done: Path) -> None:
     assert all((done / f"shuffled{rank}").exists() for rank in (0, 1))
 
 
-@shared
 @pytest.mark.parametrize(("method", "arch"), TRAINED)
 def test_teacher_and_queue_are_the_same_everywhere_after_20_steps(method: str, arch: str, done: Path) -> None:
     first, second = (torch.load(done / f"rank{rank} {method} {arch}.pt", weights_only=True) for rank in (0, 1))
@@ -74,7 +70,6 @@ def test_teacher_and_queue_are_the_same_everywhere_after_20_steps(method: str, a
     assert np.isfinite([line["loss"] for line in lines[:20]]).all()
 
 
-@shared
 def test_a_run_of_two_processes_goes_on_where_it_was(done: Path) -> None:
     """Bit for bit, and only with as many processes."""
     whole, parts = (torch.load(done / out / "checkpoint.pt", weights_only=True)["method"] for out in ("whole", "parts"))

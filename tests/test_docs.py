@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import importlib
 import importlib.util
 import re
@@ -14,15 +13,12 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urldefrag, urlparse
 
-import numpy as np
 import pytest
 import timm
 
 from fastrm import _cli, doctor, evaluate, export, report
 from fastrm.config import RECIPES
 from fastrm.data import __main__ as views
-from fastrm.data import named as named_sets
-from fastrm.data.sources import ArrayImages
 from fastrm.train import read_flags, train
 
 ROOT = Path(__file__).parent.parent
@@ -74,16 +70,6 @@ def command(line: str, run: bool) -> None:
             assert importlib.util.find_spec(module) is not None, line
         case _:
             pytest.fail(f"a command that nothing tests: {line}")
-
-
-@pytest.fixture
-def few_digits(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The set of digits, with a few of them."""
-    every = named_sets._digits()
-    assert isinstance(every.train, ArrayImages)
-    assert isinstance(every.test, ArrayImages)
-    train, test = every.train.subset(np.arange(128)), every.test.subset(np.arange(32))
-    monkeypatch.setattr(named_sets, "_digits", lambda: dataclasses.replace(every, train=train, bank=train, test=test))
 
 
 @named
@@ -144,7 +130,6 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return work / "html"
 
 
-@pytest.mark.xdist_group("browser")
 def test_the_site_says_what_the_code_is(site: Path) -> None:
     shown = {
         page: (site / f"{page}.html").read_text(encoding="utf-8") for page in ("api/kernels", "recipes", "drop-in")
@@ -156,7 +141,6 @@ def test_the_site_says_what_the_code_is(site: Path) -> None:
     assert ":func:" not in shown["api/kernels"]
 
 
-@pytest.mark.xdist_group("browser")
 def test_no_dead_link_inside_the_site(site: Path, browser: Any) -> None:
     """A browser loads every page that it can reach from the first, with its pictures, styles and scripts."""
     waiting, seen, targets = [(site / "index.html").as_uri()], set(), set()

@@ -325,7 +325,6 @@ def test_random_lists(backend: str) -> None:
     holds()
 
 
-@pytest.mark.xdist_group("compile")
 @pytest.mark.parametrize("backend", ["reference", "cpu"])
 def test_compiled_whole_and_not_again_for_another_momentum(backend: str) -> None:
     counter = importlib.import_module("torch._dynamo.testing").CompileCounterWithBackend("aot_eager")
@@ -351,7 +350,6 @@ def test_compiled_whole_and_not_again_for_another_momentum(backend: str) -> None
         compiled(2.0)
 
 
-@pytest.mark.xdist_group("compile")
 def test_compiled_by_inductor_with_parameters_and_shadow() -> None:
     teacher, student = nn.Linear(4, 4), nn.Linear(4, 4)
     shadow = [p.detach().bfloat16() for p in teacher.parameters()]

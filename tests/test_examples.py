@@ -40,14 +40,12 @@ def test_quickstart(tmp_path: Path) -> None:
     assert (tmp_path / "runs" / "quickstart" / "evaluation.json").is_file()
 
 
-@pytest.mark.xdist_group("examples")
 def test_fine_tuning_with_timm(resnet18: Path, pictures: Path, tmp_path: Path) -> None:
     export.main(["--checkpoint", str(resnet18), "--format", "timm", "--out", str(tmp_path / "mine")])
     data = ["--data", pictures / "split", "--epochs", "1", "--workers", "0"]
     assert "% of val right" in run("finetune_timm.py", "--backbone", "mine", *data, cwd=tmp_path)
 
 
-@pytest.mark.xdist_group("examples")
 @pytest.mark.skipif(importlib.util.find_spec("pycocotools") is None, reason="needs pycocotools")
 def test_detection_with_torchvision(resnet18: Path, tmp_path: Path) -> None:
     export.main(["--checkpoint", str(resnet18), "--format", "torchvision", "--out", str(tmp_path / "mine.safetensors")])

@@ -28,7 +28,6 @@ from tests.test_cli import fails
 
 Small = Callable[..., Config]
 CPU = torch.device("cpu")
-pytestmark = pytest.mark.xdist_group("export")  # which trains its runs once
 
 
 @pytest.fixture(scope="module")

@@ -53,7 +53,6 @@ def imported(python: Path, cwd: Path) -> list[Path]:
     return [Path(line) for line in run(python, "-c", CHECK, cwd=cwd).splitlines()[-2:]]
 
 
-@pytest.mark.xdist_group("packaging")
 @pytest.mark.parametrize(
     "how", ["editable", "wheel", *(pytest.param(how, marks=pytest.mark.slow) for how in ("folder", "sdist"))]
 )
@@ -85,7 +84,6 @@ def test_installed(how: str, sources: Path, built: Path, tmp_path: Path) -> None
     assert imported(python, sources) == [sources / "fastrm", sources / "kernels"]
 
 
-@pytest.mark.xdist_group("packaging")
 def test_uninstalled_from_the_root(sources: Path, tmp_path: Path) -> None:
     environment = tmp_path / "environment"
     venv.create(environment, with_pip=False, symlinks=True)

@@ -114,7 +114,6 @@ def test_a_module_goes_round_for_long(backend: str) -> None:
     assert module.pointer.item() == at == 12 * 7 % 23
 
 
-@pytest.mark.xdist_group("compile")
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_push_compiles_without_graph_breaks(backend: str) -> None:
     module = FeatureQueue(10, 4).to(device_of(backend))

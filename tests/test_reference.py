@@ -189,7 +189,6 @@ def test_autocast_does_not_lower_the_precision() -> None:
     np.testing.assert_allclose(loss.item(), oracle.info_nce(query, key, None, 0.1).mean(), rtol=1e-5)
 
 
-@pytest.mark.xdist_group("compile")
 def test_losses_and_ema_compile_without_graph_breaks() -> None:
     queue = FeatureQueue(9, 4)
 

@@ -106,7 +106,6 @@ def test_wrong_use_is_one_line_and_writes_nothing(
     assert sorted(tmp_path.rglob("*")) == before
 
 
-@pytest.mark.xdist_group("browser")
 def test_a_browser_shows_every_plot(tmp_path: Path, browser: Any) -> None:
     runs = tuple(record(tmp_path / name, residual_weight=w) for name, w in (("<b>w0 & é", 0.0), ("w1", 1.0)))
     shown = report.report(report.ReportConfig(runs=runs, out=tmp_path / "page"))

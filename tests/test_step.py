@@ -27,7 +27,6 @@ Small = Callable[..., Config]
 METHODS = ["mocov3", "mocov2", "byol", "densecl"]
 
 
-@pytest.mark.xdist_group("compile")
 @pytest.mark.parametrize(
     ("method", "arch"),
     [

@@ -299,7 +299,6 @@ def test_an_unlabelled_folder_skips_knn_with_one_notice(
     assert all("knn_student" not in record for record in records(tmp_path / "run"))
 
 
-@pytest.mark.xdist_group("compile")
 @pytest.mark.parametrize("backend", ["eager", pytest.param("inductor", marks=pytest.mark.slow)])
 def test_compile_and_bf16_run(backend: str, small: Small, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Minutes of a C++ compiler by night; what torch.compile captures and how it wraps, without them."""
