@@ -27,7 +27,7 @@ from fastrm.data.augmentation import IMAGENET_MEAN, IMAGENET_STD, Augmentation, 
 from fastrm.data.dali_loader import dali_problem
 from fastrm.data.sources import FileImages, Images
 from fastrm.data.torch_loader import TorchLoader
-from fastrm.device import available_cores
+from fastrm.machine.device import available_cores
 
 SIZE, BATCH, COUNT = 224, 32, 512
 WORKERS = min(available_cores(), 8)

@@ -27,14 +27,14 @@ from torchvision.transforms import v2
 
 from benchmarks._timing import DEVICE
 from fastrm import train
-from fastrm.config import Config, build
 from fastrm.data import Source, augmentation, open_source
 from fastrm.data.augmentation import IMAGENET_MEAN, IMAGENET_STD, View
-from fastrm.device import available_cores
-from fastrm.graph import GraphedStep
+from fastrm.machine.device import available_cores
 from fastrm.methods import build_method
 from fastrm.optim import build_optimizer
-from fastrm.step import AUTOCAST, Step
+from fastrm.run.graph import GraphedStep
+from fastrm.run.step import AUTOCAST, Step
+from fastrm.settings.config import Config, build
 
 SIZE, ROUNDS = 64, 3
 # Batch and steps by stem: that for ImageNet leaves a fourteenth of the work.

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 
-from fastrm.device import available_cores
+from fastrm.machine.device import available_cores
 
 PYTEST = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
 

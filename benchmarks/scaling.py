@@ -14,10 +14,10 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks._timing import NETWORKS, tensors
-from fastrm.config import build
 from fastrm.kernels import info_nce
 from fastrm.methods import Method, build_method
 from fastrm.optim import SGD
+from fastrm.settings.config import build
 
 
 @dataclass(frozen=True)

@@ -31,19 +31,19 @@ from matplotlib import rcParams
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 
-from fastrm import _cli
-from fastrm.config import MethodName, ResidualPlace, build
 from fastrm.data import open_source
 from fastrm.data.sources import ArrayImages
-from fastrm.device import available_cores, choose_device
 from fastrm.errors import Stopped
 from fastrm.files import cache_root, read_json, write_json, write_text, write_whole
 from fastrm.kernels import info_nce
+from fastrm.machine.device import available_cores, choose_device
 from fastrm.methods import base
 from fastrm.pretrained import open_pretrained
 from fastrm.probes import Pixels, frozen_scores
 from fastrm.probes.features import Setting
 from fastrm.report import COLOURS
+from fastrm.settings import command_line
+from fastrm.settings.config import MethodName, ResidualPlace, build
 from fastrm.train import train
 
 Results = dict[str, list[dict[str, float]]]
@@ -352,4 +352,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    _cli.run(main)
+    command_line.run(main)

@@ -22,8 +22,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from fastrm import checkpoint
 from fastrm.data import open_source
+from fastrm.run import checkpoint
 
 STEPS = 110
 FLAGS = [

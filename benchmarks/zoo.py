@@ -23,7 +23,6 @@ from typing import Any, NamedTuple
 import timm
 import torch
 
-from fastrm.config import Config, build
 from fastrm.errors import UsageError, first_line
 from fastrm.export import ExportConfig, export
 from fastrm.methods import Method, build_method
@@ -31,7 +30,8 @@ from fastrm.models import build_backbone, read_backbone
 from fastrm.models.weights import load_weights, metadata, read_weights, write_backbone
 from fastrm.optim import build_optimizer
 from fastrm.probes.gap import stages_of
-from fastrm.step import Step
+from fastrm.run.step import Step
+from fastrm.settings.config import Config, build
 
 METHODS = ("mocov3", "mocov2", "byol", "densecl")
 ROUND = "file"

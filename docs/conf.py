@@ -10,7 +10,7 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
 import fastrm  # noqa: E402 -- found by the line above
-from fastrm.recipes import RECIPES  # noqa: E402
+from fastrm.settings.recipes import RECIPES  # noqa: E402
 
 project = "fastrm"
 copyright = "fastrm's developers, MIT licence"

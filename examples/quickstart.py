@@ -10,9 +10,9 @@ from pathlib import Path
 
 import torch
 
-from fastrm.config import build
 from fastrm.evaluate import EvaluateConfig, evaluate
 from fastrm.models import read_backbone
+from fastrm.settings.config import build
 from fastrm.train import train
 
 

@@ -13,10 +13,10 @@ from collections.abc import Callable
 
 import torch
 
-from fastrm import _cli
 from fastrm.data.dali_loader import dali_problem
-from fastrm.device import available_cores, choose_compile, choose_device, choose_precision, why_no_gpu
+from fastrm.machine.device import available_cores, choose_compile, choose_device, choose_precision, why_no_gpu
 from fastrm.optim import apex_problem
+from fastrm.settings import command_line
 from fastrm.version import __version__
 
 
@@ -119,4 +119,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    _cli.run(main)
+    command_line.run(main)

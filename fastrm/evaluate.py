@@ -14,14 +14,13 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from fastrm import _cli, own, sheets
-from fastrm.config import check_path, check_range
-from fastrm.data import Source, open_source
+from fastrm import own
+from fastrm.data import Source, open_source, sheets
 from fastrm.data.scan import scan, unreadable
-from fastrm.device import choose_device
 from fastrm.errors import UsageError
 from fastrm.files import read_json, write_json, writing
-from fastrm.memory import enough
+from fastrm.machine.device import choose_device
+from fastrm.machine.memory import enough
 from fastrm.models import Backbone
 from fastrm.pretrained import Pretrained, open_pretrained
 from fastrm.probes import (
@@ -38,7 +37,9 @@ from fastrm.probes import (
 )
 from fastrm.probes.features import BATCH, Setting
 from fastrm.probes.linear import MOCO_V2, MOCO_V3
-from fastrm.progress import bar
+from fastrm.settings import command_line
+from fastrm.settings.config import check_path, check_range
+from fastrm.terminal.progress import bar
 from fastrm.version import __version__
 
 EVALUATION = "evaluation.json"
@@ -265,7 +266,7 @@ def _table(results: dict[str, Any]) -> str:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Entry point."""
-    options = _cli.parse(EvaluateConfig, argv, prog="python -m fastrm.evaluate")
+    options = command_line.parse(EvaluateConfig, argv, prog="python -m fastrm.evaluate")
     table = _table(evaluate(options))
     print(table, end="\n" if table else "")
     if options.neighbours is not None:
@@ -273,4 +274,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    _cli.run(main)
+    command_line.run(main)

@@ -17,15 +17,16 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
-from fastrm import _cli, own
-from fastrm.config import check_choice, check_path
+from fastrm import own
 from fastrm.errors import UsageError, first_line
 from fastrm.evaluate import EVALUATION
 from fastrm.files import as_utf8, read_json, write_json, write_text, write_whole, writing
-from fastrm.memory import enough
+from fastrm.machine.memory import enough
 from fastrm.models import Backbone
 from fastrm.models.weights import misfit, plain_state, write_backbone
 from fastrm.pretrained import Pretrained, open_pretrained
+from fastrm.settings import command_line
+from fastrm.settings.config import check_choice, check_path
 from fastrm.version import __version__
 
 Format = Literal["timm", "torchvision", "safetensors", "onnx"]
@@ -273,11 +274,11 @@ def _scored(trained: Pretrained, which: str) -> list[str]:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Entry point."""
-    options = _cli.parse(ExportConfig, argv, prog="python -m fastrm.export")
+    options = command_line.parse(ExportConfig, argv, prog="python -m fastrm.export")
     with enough(CPU, lambda: f"an export of {options.checkpoint}", "Free some, and give the same command again"):
         card = export(options)
     print(f"{options.out}, and what it is in {card}")
 
 
 if __name__ == "__main__":
-    _cli.run(main)
+    command_line.run(main)

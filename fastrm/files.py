@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from fastrm.errors import UsageError
-from fastrm.memory import exhausted
+from fastrm.machine.memory import exhausted
 
 T = TypeVar("T")
 

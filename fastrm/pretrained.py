@@ -8,11 +8,11 @@ from typing import Any
 
 import torch
 
-from fastrm import checkpoint
-from fastrm.config import Config, from_flat
 from fastrm.methods import Method, build_method
 from fastrm.models import Backbone, build_backbone
 from fastrm.models.weights import metadata, read_backbone
+from fastrm.run import checkpoint
+from fastrm.settings.config import Config, from_flat
 
 
 @dataclass(frozen=True, kw_only=True)

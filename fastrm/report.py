@@ -21,10 +21,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from tyro.conf import Positional
 
-from fastrm import _cli, own
+from fastrm import own
 from fastrm.errors import UsageError
 from fastrm.files import read_json, write_text, write_whole, writing
-from fastrm.metrics import METRICS
+from fastrm.hooks.metrics import METRICS
+from fastrm.settings import command_line
 from fastrm.version import __version__
 
 if TYPE_CHECKING:
@@ -300,8 +301,8 @@ def report(options: ReportConfig) -> Path:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Entry point."""
-    print(report(_cli.parse(ReportConfig, argv, prog="python -m fastrm.report")))
+    print(report(command_line.parse(ReportConfig, argv, prog="python -m fastrm.report")))
 
 
 if __name__ == "__main__":
-    _cli.run(main)
+    command_line.run(main)

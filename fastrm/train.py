@@ -23,12 +23,16 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.profiler import record_function
 
-from fastrm import _cli, checkpoint, folder
-from fastrm.config import Config, defaults, resolved, validate
 from fastrm.data import Loader, located, make_loader, open_source
 from fastrm.data.inventory import inventory
 from fastrm.data.scan import SKIPPED, list_further, scan, unreadable, write_skipped
-from fastrm.device import (
+from fastrm.errors import Stopped, TrainingError, UsageError
+from fastrm.files import as_utf8, read_json
+from fastrm.hooks.evaluation import Evaluations, online_linear, watched
+from fastrm.hooks.metrics import Recorder, recorded
+from fastrm.hooks.profile import profiled
+from fastrm.hooks.verification import warning as verification_warning
+from fastrm.machine.device import (
     available_cores,
     check_cuda_graph,
     choose_compile,
@@ -36,7 +40,7 @@ from fastrm.device import (
     choose_kernels,
     choose_precision,
 )
-from fastrm.distributed import (
+from fastrm.machine.distributed import (
     World,
     first_alone,
     gather_objects,
@@ -45,22 +49,19 @@ from fastrm.distributed import (
     processes,
     synchronise_norms,
 )
-from fastrm.dry_run import dry_run
-from fastrm.errors import Stopped, TrainingError, UsageError
-from fastrm.files import as_utf8, read_json
-from fastrm.graph import GraphedStep
-from fastrm.memory import enough, exhausted
+from fastrm.machine.memory import enough, exhausted
+from fastrm.machine.signals import Signals
 from fastrm.methods import StepOutput, build_method
 from fastrm.methods.unused import counted
-from fastrm.metrics import Recorder, recorded
 from fastrm.models.weights import load_weights, read_weights
 from fastrm.optim import Schedule, build_optimizer
-from fastrm.profiling import profiled
-from fastrm.results import SUMMARY, Results, complete
-from fastrm.signals import Signals
-from fastrm.step import AUTOCAST, Step
-from fastrm.verify import warning as verification_warning
-from fastrm.watch import Evaluations, online_linear, watched
+from fastrm.run import checkpoint, folder
+from fastrm.run.dry_run import dry_run
+from fastrm.run.graph import GraphedStep
+from fastrm.run.results import SUMMARY, Results, complete
+from fastrm.run.step import AUTOCAST, Step
+from fastrm.settings import command_line
+from fastrm.settings.config import Config, defaults, resolved, validate
 
 LOWER = (
     "Lower --batch-size, or raise --accumulate, which takes fewer images at a time, or lower --image-size; on the host "
@@ -401,7 +402,7 @@ def read_flags(argv: Sequence[str] | None) -> Config:
     except argparse.ArgumentError:
         chosen = {}
     given = list(_short_forms(sys.argv[1:] if argv is None else argv))
-    return _cli.parse(Config, given, prog="python -m fastrm.train", default=defaults(**chosen))
+    return command_line.parse(Config, given, prog="python -m fastrm.train", default=defaults(**chosen))
 
 
 def _short_forms(argv: Sequence[str]) -> Iterator[str]:
@@ -421,4 +422,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    _cli.run(main)
+    command_line.run(main)

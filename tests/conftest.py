@@ -17,10 +17,10 @@ from hypothesis import settings
 from PIL import Image
 
 from fastrm import train
-from fastrm.config import Config, build
 from fastrm.data import named as named_sets
 from fastrm.data import open_source
 from fastrm.data.sources import ArrayImages
+from fastrm.settings.config import Config, build
 from tests.interpreted import INTERPRETED
 
 FASHION_MNIST = Path(os.environ.get("FASHION_MNIST", "/usr/share/datasets/fashion-mnist"))

@@ -15,10 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from fastrm import train
-from fastrm.config import Config, build
-from fastrm.distributed import gather_rows, processes, replicate, shuffled, synchronise_norms, world
+from fastrm.machine.distributed import gather_rows, processes, replicate, shuffled, synchronise_norms, world
 from fastrm.methods import METHODS, Method, build_method
 from fastrm.methods.base import Encoding
+from fastrm.settings.config import Config, build
 
 SMALL: dict[str, Any] = {
     "data": "digits", "arch": "test_resnet", "image_size": 32, "batch_size": 16, "epochs": 1, "workers": 0,

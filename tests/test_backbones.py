@@ -251,7 +251,7 @@ def test_a_network_with_such_a_convolution_is_trained() -> None:
     """In a process of its own, which damaged memory would end."""
     program = """
 import torch
-from fastrm.config import build
+from fastrm.settings.config import build
 from fastrm.methods import build_method
 small = {"hidden_dim": 16, "output_dim": 16, "queue_size": 32, "image_size": 32, "batch_size": 4}
 for _ in range(2):

@@ -12,14 +12,15 @@ import numpy as np
 import pytest
 import torch
 
-from fastrm import checkpoint, train
-from fastrm.checkpoint import Checkpoints, Start
-from fastrm.config import Config, resolved
+from fastrm import train
 from fastrm.data import open_source
 from fastrm.data.inventory import Inventory, inventory
 from fastrm.data.scan import scan
 from fastrm.errors import UsageError
 from fastrm.optim import Schedule
+from fastrm.run import checkpoint
+from fastrm.run.checkpoint import Checkpoints, Start
+from fastrm.settings.config import Config, resolved
 from tests.test_train import assert_as_uninterrupted, records
 
 Small = Callable[..., Config]

@@ -12,8 +12,9 @@ import pytest
 import torch
 from PIL import Image
 
-from fastrm import _cli, doctor, evaluate, train
-from fastrm.config import Config
+from fastrm import doctor, evaluate, train
+from fastrm.settings import command_line
+from fastrm.settings.config import Config
 from tests.test_train import METHODS
 
 ROOT = Path(__file__).parent.parent
@@ -24,7 +25,7 @@ TINY += ["--predictor-hidden-dim", "16", "--workers", "0", "--batch-size", "16"]
 def fails(entry: Callable[[list[str]], None], flags: list[str], capsys: pytest.CaptureFixture[str]) -> str:
     """Run an entry point that must refuse its flags, and return what it says."""
     with pytest.raises(SystemExit) as stop:
-        _cli.run(lambda: entry(flags))
+        command_line.run(lambda: entry(flags))
     said = capsys.readouterr()
     assert stop.value.code == 2
     assert said.err.startswith("error: ")

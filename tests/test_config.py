@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from fastrm.config import RECIPES, Config, build, defaults, from_flat, resolved
 from fastrm.errors import UsageError
+from fastrm.settings.config import RECIPES, Config, build, defaults, from_flat, resolved
 from fastrm.train import read_flags
 
 # The published numbers, written out a second time, by hand, from the table of settings.

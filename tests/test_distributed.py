@@ -13,8 +13,8 @@ import pytest
 import torch
 
 from fastrm import train
-from fastrm.distributed import processes
 from fastrm.errors import UsageError
+from fastrm.machine.distributed import processes
 from tests.distributed_worker import PARTS, TRAINED, resumed
 
 ROOT = Path(__file__).parent.parent

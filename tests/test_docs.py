@@ -16,9 +16,10 @@ from urllib.parse import unquote, urldefrag, urlparse
 import pytest
 import timm
 
-from fastrm import _cli, doctor, evaluate, export, report
-from fastrm.config import RECIPES
+from fastrm import doctor, evaluate, export, report
 from fastrm.data import __main__ as views
+from fastrm.settings import command_line
+from fastrm.settings.config import RECIPES
 from fastrm.train import read_flags, train
 
 ROOT = Path(__file__).parent.parent
@@ -65,7 +66,7 @@ def command(line: str, run: bool) -> None:
             doctor.main()
         case ["python", "-m", module, *arguments] if module in COMMANDS:
             program, options = COMMANDS[module]
-            program.main(arguments) if run else _cli.parse(options, arguments, prog=module)
+            program.main(arguments) if run else command_line.parse(options, arguments, prog=module)
         case ["python", "-m", module, *_]:
             assert importlib.util.find_spec(module) is not None, line
         case _:

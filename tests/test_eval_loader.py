@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from torchvision.transforms import v2
 
 from fastrm import train
-from fastrm.config import Config, build
 from fastrm.data import Source, eval_loader, make_loader, open_source
 from fastrm.data.eval_loader import eval_view
 from fastrm.data.scan import scan
@@ -28,6 +27,7 @@ from fastrm.methods import build_method
 from fastrm.probes import Estimate, accuracies, features, frozen_scores, gap
 from fastrm.probes.features import Setting
 from fastrm.probes.linear import Protocol, published_linear
+from fastrm.settings.config import Config, build
 
 HERE = Setting(16, torch.device("cpu"), 0)
 MEAN, STD = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])

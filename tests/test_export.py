@@ -17,12 +17,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from benchmarks import zoo
-from fastrm import checkpoint, evaluate, export, train
-from fastrm.config import Config
+from fastrm import evaluate, export, train
 from fastrm.errors import UsageError
 from fastrm.models import build_backbone, read_backbone
 from fastrm.models.weights import load_weights
 from fastrm.pretrained import open_pretrained
+from fastrm.run import checkpoint
+from fastrm.settings.config import Config
 from tests.conftest import run_of_one_step
 from tests.test_cli import fails
 

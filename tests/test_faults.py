@@ -18,13 +18,14 @@ import numpy as np
 import pytest
 import torch
 
-from fastrm import checkpoint, train
-from fastrm.config import Config
+from fastrm import train
 from fastrm.errors import Stopped, TrainingError, UsageError
+from fastrm.hooks.verification import verify
+from fastrm.hooks.verification import warning as verification_warning
+from fastrm.machine.signals import Signals
 from fastrm.methods import build_method
-from fastrm.signals import Signals
-from fastrm.verify import verify
-from fastrm.verify import warning as verification_warning
+from fastrm.run import checkpoint
+from fastrm.settings.config import Config
 from tests.test_train import METHODS, assert_as_uninterrupted, records, same
 
 ROOT = Path(__file__).parent.parent
@@ -93,7 +94,7 @@ def test_sigusr1_saves_and_the_run_goes_on(small: Small, tmp_path: Path, stop_af
 
 def test_a_second_signal_ends_at_once() -> None:
     script = (
-        "import os, signal, time; from fastrm.signals import Signals\n"
+        "import os, signal, time; from fastrm.machine.signals import Signals\n"
         "with Signals() as signals:\n"
         "    os.kill(os.getpid(), signal.SIGTERM); assert signals.asked() == (True, 15)\n"
         "    os.kill(os.getpid(), signal.SIGTERM); time.sleep(60)\n"
@@ -132,7 +133,7 @@ def test_a_killed_run_ends_as_the_uninterrupted_one(
     with monkeypatch.context() as patch:
         saves = iter(range(100))
         if moment == "in a step":
-            from fastrm.step import Step
+            from fastrm.run.step import Step
 
             plain_check = Step.check
 

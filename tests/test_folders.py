@@ -10,12 +10,12 @@ from pathlib import Path
 import pytest
 from PIL import Image, features
 
-from fastrm.config import build
 from fastrm.data import Source, open_source
 from fastrm.data.__main__ import main
 from fastrm.data.sources import FileImages, endings
 from fastrm.errors import UsageError
 from fastrm.files import write_json
+from fastrm.settings.config import build
 
 
 def fill(root: Path, *names: str) -> str:

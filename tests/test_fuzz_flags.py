@@ -13,14 +13,15 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from fastrm import _cli, evaluate, export, train
-from fastrm.config import Config, build
+from fastrm import evaluate, export, train
 from fastrm.data import Source, open_source
 from fastrm.data import __main__ as sheet
 from fastrm.errors import UsageError
 from fastrm.methods import build_method
 from fastrm.models.weights import metadata
 from fastrm.pretrained import Pretrained
+from fastrm.settings import command_line
+from fastrm.settings.config import Config, build
 
 VALUES = [
     "", " ", "-1", "0", "9" * 19, "9" * 400, "1e400", "-1e-400", "nan", "inf", "-inf", "1_0", "٣", "💥", "a" * 10_000,
@@ -55,7 +56,7 @@ def run_of_digits() -> Pretrained:
 
 
 def flags(kind: type) -> list[str]:
-    return list(_cli._flags(kind))
+    return list(command_line._flags(kind))
 
 
 def words(flag: str, value: str, others: dict[str, Any]) -> list[str]:
@@ -141,7 +142,7 @@ def test_sheet(flag: str, value: str, refused_or_taken: Any) -> None:
 @pytest.mark.parametrize("value", ["a\nb", "a" * 10_000, "💥"])
 def test_the_message_is_short_and_can_be_printed(value: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
-        _cli.run(lambda: train.main(["--data", value]))
+        command_line.run(lambda: train.main(["--data", value]))
     said = capsys.readouterr().err
     assert said.startswith("error: --data")
     assert len(said.splitlines()) <= 2

@@ -24,8 +24,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from PIL import Image, features
 
-from fastrm import checkpoint, pretrained
-from fastrm.config import Config, build, from_flat
+from fastrm import pretrained
 from fastrm.data.augmentation import SUPERVISED
 from fastrm.data.dali_loader import encoded, uncompressed
 from fastrm.data.decode import BROKEN, BrokenImage, decode, inspect, several
@@ -38,6 +37,8 @@ from fastrm.data.shards import ShardImages, open_shards
 from fastrm.data.sources import FileImages
 from fastrm.data.torch_loader import _Views
 from fastrm.errors import UsageError
+from fastrm.run import checkpoint
+from fastrm.settings.config import Config, build, from_flat
 from tests.conftest import natural_pictures
 
 

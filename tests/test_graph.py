@@ -10,15 +10,15 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fastrm.config import Config
 from fastrm.errors import TrainingError
-from fastrm.graph import GraphedStep
 from fastrm.kernels import EMA, fused_ema_
 from fastrm.kernels._multi_tensor import Mirror, host_value
 from fastrm.methods import METHODS
 from fastrm.models import Backbone
 from fastrm.optim import LARS, SGD, AdamW, build_optimizer
-from fastrm.step import Step
+from fastrm.run.graph import GraphedStep
+from fastrm.run.step import Step
+from fastrm.settings.config import Config
 from tests.interpreted import TRITON, device_of, run_triton_cases
 from tests.recorded import Graph, cuda_graphs  # noqa: F401 (a fixture)
 

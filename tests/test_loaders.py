@@ -18,7 +18,6 @@ import torch
 from PIL import Image
 
 from fastrm import train
-from fastrm.config import Config
 from fastrm.data import augmentation, make_loader, open_source
 from fastrm.data.dali_loader import DaliLoader, dali_problem, encoded
 from fastrm.data.decode import decode
@@ -28,6 +27,7 @@ from fastrm.data.shards import expand
 from fastrm.data.sources import FileImages
 from fastrm.data.torch_loader import TorchLoader
 from fastrm.errors import UsageError
+from fastrm.settings.config import Config
 from tests.conftest import natural_pictures
 from tests.test_batched import composed
 

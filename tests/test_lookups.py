@@ -11,17 +11,17 @@ import pytest
 import torch
 from torchvision.transforms import v2
 
-from fastrm.config import Config, MethodConfig, OptimConfig, build, defaults
 from fastrm.data import Augmentation, View, augmentation, make_loader, open_source
 from fastrm.data.named import open_named
-from fastrm.device import choose_compile, choose_device, choose_kernels, choose_precision
 from fastrm.errors import UsageError
 from fastrm.evaluate import EvaluateConfig, evaluate
 from fastrm.export import ExportConfig, export
+from fastrm.machine.device import choose_compile, choose_device, choose_kernels, choose_precision
 from fastrm.methods import build_method
 from fastrm.models import build_backbone
 from fastrm.optim import build_optimizer
-from fastrm.step import Step
+from fastrm.run.step import Step
+from fastrm.settings.config import Config, MethodConfig, OptimConfig, build, defaults
 
 METHODS = "mocov3, mocov2, byol, densecl"
 TINY = build(data="digits", arch="test_resnet", image_size=32, hidden_dim=8, output_dim=4, predictor_hidden_dim=8)

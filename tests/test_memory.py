@@ -15,12 +15,14 @@ import numpy as np
 import pytest
 import torch
 
-from fastrm import checkpoint, evaluate, export, memory, train
-from fastrm.config import Config
+from fastrm import evaluate, export, train
 from fastrm.data import decode
 from fastrm.data.torch_loader import _Views
 from fastrm.errors import TrainingError, UsageError
-from fastrm.step import Step
+from fastrm.machine import memory
+from fastrm.run import checkpoint
+from fastrm.run.step import Step
+from fastrm.settings.config import Config
 from tests.conftest import run_of_one_step
 from tests.test_train import METHODS, assert_as_uninterrupted
 
@@ -122,7 +124,7 @@ def test_a_step_without_memory_ends_in_one_line_and_keeps_the_last_checkpoint(
 def test_an_evaluation_without_memory_says_how_the_run_goes_on(
     small: Small, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("fastrm.watch.frozen_scores", lambda *args, **options: numpy_has_none())
+    monkeypatch.setattr("fastrm.hooks.evaluation.frozen_scores", lambda *args, **options: numpy_has_none())
     with pytest.raises(TrainingError, match=r"evaluation of test_resnet .* 1,437 features.*--eval-every 0"):
         train.train(small(max_steps=1, eval_every=1))
     assert checkpoint.load(tmp_path / "run")["step"] == 1
@@ -174,7 +176,7 @@ def test_the_other_commands_say_it_too(
         export.main(["--checkpoint", str(run), "--format", "timm", "--out", str(tmp_path / "out.safetensors")])
     assert not (tmp_path / "out.safetensors").exists()
     assert not (run / "evaluation.json").exists()
-    from fastrm.shell import run as entry
+    from fastrm.terminal.shell import run as entry
 
     for short in SHORTAGES:
         capsys.readouterr()
@@ -189,9 +191,9 @@ def test_the_other_commands_say_it_too(
 @pytest.mark.skipif(sys.platform != "linux", reason="limits the address space, which Linux heeds")
 def test_a_run_that_is_too_large_for_its_process_ends_in_one_line(tmp_path: Path) -> None:
     script = (
-        "import resource, sys; from fastrm import _cli, train\n"
+        "import resource, sys; from fastrm import train; from fastrm.settings import command_line\n"
         "most = int(open('/proc/self/statm').read().split()[0]) * resource.getpagesize() + (2 << 30)\n"
-        "resource.setrlimit(resource.RLIMIT_AS, (most, most)); _cli.run(lambda: train.main(sys.argv[1:]))"
+        "resource.setrlimit(resource.RLIMIT_AS, (most, most)); command_line.run(lambda: train.main(sys.argv[1:]))"
     )
     flags = ["--data", "digits", "--arch", "test_resnet", "--image-size", "512", "--batch-size", "1024", "--workers",
              "0", "--hidden-dim", "16", "--out", str(tmp_path / "run"), "--device", "cpu"]  # fmt: skip

@@ -9,11 +9,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fastrm.config import Config, build
 from fastrm.errors import UsageError
 from fastrm.methods import Method, build_method
 from fastrm.methods.densecl import matched
 from fastrm.optim import build_optimizer
+from fastrm.settings.config import Config, build
 from tests import oracle
 
 METHODS = ["mocov3", "mocov2", "byol", "densecl"]

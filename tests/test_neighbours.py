@@ -13,15 +13,15 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from fastrm import evaluate, sheets, train
-from fastrm.config import Config
-from fastrm.data import Source, open_source
+from fastrm import evaluate, train
+from fastrm.data import Source, open_source, sheets
 from fastrm.data.patches import LARGEST, LEFT, PHOTOGRAPHS, SHORT, SMALLEST
 from fastrm.data.sources import ArrayImages, FileImages
 from fastrm.errors import UsageError
 from fastrm.own import sheet
 from fastrm.probes.features import Setting
 from fastrm.probes.neighbours import nearest, picture
+from fastrm.settings.config import Config
 from tests.test_cli import fails
 
 SETTING = Setting(8, torch.device("cpu"), 0)

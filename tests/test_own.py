@@ -23,11 +23,13 @@ from PIL import Image
 from safetensors.torch import save_file
 from torch.utils.tensorboard import SummaryWriter
 
-from fastrm import checkpoint, evaluate, export, folder, lock, own, report, train
-from fastrm.config import Config
+from fastrm import evaluate, export, own, report, train
 from fastrm.data.__main__ import main as contact_sheet
 from fastrm.errors import TrainingError, UsageError
-from fastrm.lock import Lock
+from fastrm.machine import lock
+from fastrm.machine.lock import Lock
+from fastrm.run import checkpoint, folder
+from fastrm.settings.config import Config
 from tests.conftest import run_of_one_step
 from tests.test_cli import fails
 from tests.test_run_folder import no_steps
@@ -54,7 +56,7 @@ def theirs(path: Path) -> None:
         "skipped.txt": lambda: path.write_text("a.jpg\nb.jpg\n"),
         "evaluation.json": lambda: path.write_text('{"sets": {}}'),
         "trace.json": lambda: path.write_text('{\n"schemaVersion": 1,\n"traceEvents": []}'),
-        ".fastrm.lock": lambda: path.write_text("mine"),
+        ".fastrm.machine.lock": lambda: path.write_text("mine"),
         "tensorboard/other/notes.txt": lambda: path.write_text("mine"),
         "report/index.html": lambda: path.write_text("<html>mine</html>"),
         "checkpoint.pt/notes.txt": lambda: path.write_text("mine"),
@@ -66,7 +68,7 @@ def theirs(path: Path) -> None:
 
 NAMES = [
     "config.json", "metrics.jsonl", "checkpoint.pt", "checkpoint-12.pt", "backbone.safetensors", "summary.json",
-    "skipped.txt", "evaluation.json", "trace.json", ".fastrm.lock", "tensorboard/other/notes.txt", "report/index.html",
+    "skipped.txt", "evaluation.json", "trace.json", ".fastrm.machine.lock", "tensorboard/other/notes.txt", "report/index.html",
     "checkpoint.pt/notes.txt",
 ]  # fmt: skip
 
@@ -185,8 +187,8 @@ def test_a_disk_that_is_too_small_for_the_checkpoints_is_said_at_the_start(
 
 HOLD = """
 import sys, time, pathlib, multiprocessing
-from fastrm import lock
-sys.modules["fastrm.lock"].BEAT = float(sys.argv[2])
+from fastrm.machine import lock
+sys.modules["fastrm.machine.lock"].BEAT = float(sys.argv[2])
 if sys.argv[3] == "unguarded":
     lock.fcntl = None
 held = lock.Lock(pathlib.Path(sys.argv[1]))

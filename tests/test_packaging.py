@@ -15,7 +15,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 CHECK = """
-import pathlib, fastrm, fastrm.kernels, fastrm.config, fastrm.methods, fastrm.data, fastrm.optim
+import pathlib, fastrm, fastrm.kernels, fastrm.settings.config, fastrm.methods, fastrm.data, fastrm.optim
 assert fastrm.kernels.fused_ema_ and fastrm.kernels.residual_info_nce
 print(pathlib.Path(fastrm.__file__).parent)
 print(pathlib.Path(fastrm.kernels.__file__).parent)

@@ -19,7 +19,6 @@ from torch import Tensor, nn
 
 from benchmarks._timing import extra_memory
 from fastrm import train
-from fastrm.config import Config, build
 from fastrm.data import open_source
 from fastrm.data.sources import ArrayImages
 from fastrm.methods import build_method
@@ -46,6 +45,7 @@ from fastrm.probes.features import Setting
 from fastrm.probes.finetune import fraction_of
 from fastrm.probes.gap import stages_of
 from fastrm.probes.linear import MOCO_V2, MOCO_V3, Protocol
+from fastrm.settings.config import Config, build
 from tests.conftest import FASHION_MNIST
 
 Small = Callable[..., Config]

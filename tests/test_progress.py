@@ -9,11 +9,12 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from fastrm import progress, train
-from fastrm.config import Config
+from fastrm import train
 from fastrm.evaluate import EvaluateConfig, evaluate
-from fastrm.metrics import Recorder
-from fastrm.progress import Display, bar, tracked
+from fastrm.hooks.metrics import Recorder
+from fastrm.settings.config import Config
+from fastrm.terminal import progress
+from fastrm.terminal.progress import Display, bar, tracked
 from tests.conftest import run_of_one_step
 
 Small = Callable[..., Config]
@@ -42,8 +43,8 @@ def terminal(monkeypatch: pytest.MonkeyPatch) -> io.StringIO:
         return plain(**{**options, "file": shown, "force_terminal": True, "width": 120})  # type: ignore[arg-type]
 
     monkeypatch.setenv("TERM", "xterm-256color")
-    monkeypatch.setattr("fastrm.metrics.Console", console)
-    monkeypatch.setattr("fastrm.progress.Console", console)
+    monkeypatch.setattr("fastrm.hooks.metrics.Console", console)
+    monkeypatch.setattr("fastrm.terminal.progress.Console", console)
     return shown
 
 

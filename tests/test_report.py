@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from fastrm import report
-from fastrm.config import build
+from fastrm.settings.config import build
 from tests.test_cli import fails
 
 

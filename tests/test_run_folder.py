@@ -16,10 +16,12 @@ from typing import Any
 import pytest
 from safetensors import safe_open
 
-from fastrm import checkpoint, train, version, watch
-from fastrm.config import Config
+from fastrm import train, version
 from fastrm.errors import Stopped, UsageError
 from fastrm.files import as_utf8
+from fastrm.hooks import evaluation as watch
+from fastrm.run import checkpoint
+from fastrm.settings.config import Config
 from tests.test_train import assert_as_uninterrupted, records
 
 ROOT = Path(__file__).parent.parent
@@ -42,7 +44,7 @@ def dies(*_: object, **__: object) -> Any:
 
 
 def no_steps(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fastrm.step.Step.__call__", dies)
+    monkeypatch.setattr("fastrm.run.step.Step.__call__", dies)
 
 
 def timeless(summary: dict[str, Any]) -> dict[str, Any]:
@@ -76,7 +78,7 @@ def test_results_that_are_missing_are_made_without_a_step_or_an_evaluation(
 ) -> None:
     out = tmp_path / "run"
     with monkeypatch.context() as patch:
-        patch.setattr("fastrm.results.write_backbone", dies)
+        patch.setattr("fastrm.run.results.write_backbone", dies)
         with pytest.raises(Died):
             train.train(quick(max_steps=2, eval_every=1, verify_every=2))
     assert checkpoint.load(out)["step"] == 2
@@ -113,7 +115,7 @@ def test_fewer_steps_than_are_done_give_the_results_of_what_is_done(
     out = tmp_path / "run"
     with monkeypatch.context() as patch:
         third = lambda _: (True, 15 if records(out)[-1]["step"] == 3 else 0)  # noqa: E731
-        patch.setattr("fastrm.signals.Signals.asked", third)
+        patch.setattr("fastrm.machine.signals.Signals.asked", third)
         with pytest.raises(Stopped, match="after step 3"):
             train.train(quick(max_steps=5))
     new = tmp_path / "new" if resumed else out
@@ -131,7 +133,7 @@ def test_a_summary_of_fewer_steps_is_no_sign_of_completion(
 ) -> None:
     train.train(quick(max_steps=1))
     with monkeypatch.context() as patch:
-        patch.setattr("fastrm.results.write_backbone", dies)
+        patch.setattr("fastrm.run.results.write_backbone", dies)
         with pytest.raises(Died):
             train.train(quick(max_steps=2))
     assert train.train(quick(max_steps=2))["step"] == 2

@@ -5,10 +5,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from fastrm.config import build, resolved
 from fastrm.errors import UsageError
 from fastrm.methods import build_method
 from fastrm.optim import Schedule, build_optimizer
+from fastrm.settings.config import build, resolved
 
 
 def schedule(**leaves: object) -> Schedule:

@@ -15,17 +15,19 @@ from typing import Any
 import pytest
 import torch
 
-from fastrm import _cli, data, evaluate, export, report, shell, train
-from fastrm.config import Config, build
+from fastrm import data, evaluate, export, report, train
 from fastrm.data import __main__ as sheet
-from fastrm.distributed import own_device, processes
 from fastrm.errors import UsageError
 from fastrm.files import load_tensors
-from fastrm.signals import Signals
+from fastrm.machine.distributed import own_device, processes
+from fastrm.machine.signals import Signals
+from fastrm.settings import command_line
+from fastrm.settings.config import Config, build
+from fastrm.terminal import shell
 from tests.test_cli import ROOT, TINY
 
 Small = Callable[..., Config]
-LIGHT = "from fastrm.shell import run; import sys\n"  # without torch a process starts in no time
+LIGHT = "from fastrm.terminal.shell import run; import sys\n"  # without torch a process starts in no time
 
 
 def light(code: str, *, env: dict[str, str] | None = None, before: tuple[str, ...] = (), **options: Any) -> Any:
@@ -109,16 +111,16 @@ def test_the_home_folder_in_a_flag(
     kind: type, flags: list[str], name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
-    parsed = _cli.parse(kind, [*flags, f"--{name}=~/x"], prog="command")
+    parsed = command_line.parse(kind, [*flags, f"--{name}=~/x"], prog="command")
     leaves = parsed.flat() if isinstance(parsed, Config) else vars(parsed)
     assert str(leaves[name.replace("-", "_")]) == f"{tmp_path}/x"
     with pytest.raises(UsageError, match="~nobody-here/x cannot be found: there is no such user"):
-        _cli.parse(kind, [*flags, f"--{name}=~nobody-here/x"], prog="command")
+        command_line.parse(kind, [*flags, f"--{name}=~nobody-here/x"], prog="command")
 
 
 def test_the_home_folder_elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
-    runs = _cli.parse(report.ReportConfig, ["~/a", "b/~"], prog="command").runs
+    runs = command_line.parse(report.ReportConfig, ["~/a", "b/~"], prog="command").runs
     assert runs == (tmp_path / "a", Path("b/~"))
     assert build(data="digits", out="~/x").run.out == tmp_path / "x"
     with pytest.raises(UsageError, match="--data ~/none does not exist"):

@@ -14,14 +14,15 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fastrm import checkpoint, train
-from fastrm.config import Config
-from fastrm.graph import GraphedStep
+from fastrm import train
+from fastrm.hooks.profile import PARTS
+from fastrm.hooks.verification import warning as verification_warning
 from fastrm.methods import Method, build_method
 from fastrm.optim import build_optimizer
-from fastrm.profiling import PARTS
-from fastrm.step import Step
-from fastrm.verify import warning as verification_warning
+from fastrm.run import checkpoint
+from fastrm.run.graph import GraphedStep
+from fastrm.run.step import Step
+from fastrm.settings.config import Config
 
 Small = Callable[..., Config]
 METHODS = ["mocov3", "mocov2", "byol", "densecl"]
@@ -123,7 +124,7 @@ def test_what_changes_may_lie_in_tensors(
     """All of a graphed step but the graph: on the CPU its steps stay eager, and give the same bits."""
     monkeypatch.setattr(torch.cuda, "Stream", lambda device: None)
     monkeypatch.setattr(GraphedStep, "_beside", lambda self, measure: Step._run(self, self.images, measure))
-    monkeypatch.setattr("fastrm.graph.EAGER", 100)
+    monkeypatch.setattr("fastrm.run.graph.EAGER", 100)
     config, cpu = small(method=method, optimizer=optimizer), torch.device("cpu")
     plain, graphed = states(Step, config, cpu), states(GraphedStep, config, cpu)
     assert all(torch.equal(value, graphed[name]) for name, value in plain.items())

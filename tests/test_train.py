@@ -18,9 +18,10 @@ from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor
 
-from fastrm import checkpoint, train
-from fastrm.config import Config
+from fastrm import train
 from fastrm.errors import TrainingError, UsageError
+from fastrm.run import checkpoint
+from fastrm.settings.config import Config
 from tests.conftest import FASHION_MNIST
 
 Small = Callable[..., Config]

@@ -7,7 +7,6 @@ from typing import Any, get_args
 
 import torch
 
-from fastrm.config import MethodName, check_choice, check_range
 from fastrm.data.augmentation import SUPERVISED, Augmentation, View, augmentation
 from fastrm.data.dali_loader import DaliLoader, dali_problem
 from fastrm.data.eval_loader import EvalLoader
@@ -17,6 +16,7 @@ from fastrm.data.opening import located, open_source
 from fastrm.data.sources import ArrayImages, FileImages, Images, Source
 from fastrm.data.torch_loader import TorchLoader
 from fastrm.errors import UsageError
+from fastrm.settings.config import MethodName, check_choice, check_range
 
 __all__ = [
     "SUPERVISED",

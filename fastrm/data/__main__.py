@@ -11,12 +11,12 @@ from pathlib import Path
 
 import torch
 
-from fastrm import _cli, sheets
-from fastrm.config import MethodName, check_range
-from fastrm.data import make_loader, open_source
+from fastrm.data import make_loader, open_source, sheets
 from fastrm.data.augmentation import IMAGENET_MEAN, IMAGENET_STD
 from fastrm.errors import UsageError
-from fastrm.memory import enough
+from fastrm.machine.memory import enough
+from fastrm.settings import command_line
+from fastrm.settings.config import MethodName, check_range
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,11 +77,11 @@ def contact_sheet(options: Options) -> None:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Entry point."""
-    options = _cli.parse(Options, argv, prog="python -m fastrm.data")
+    options = command_line.parse(Options, argv, prog="python -m fastrm.data")
     asked = f"both views of {options.images} images of {options.image_size} pixels"
     with enough(torch.device("cpu"), lambda: asked, "Lower --images or --image-size"):
         contact_sheet(options)
 
 
 if __name__ == "__main__":
-    _cli.run(main)
+    command_line.run(main)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from numbers import Real
 from typing import Literal, get_args
 
-from fastrm.config import MethodName, check_choice, check_kinds, check_range
+from fastrm.settings.config import MethodName, check_choice, check_kinds, check_range
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from fastrm.memory import exhausted
+from fastrm.machine.memory import exhausted
 
 _ORIENTATION = 0x0112
 _UPRIGHT = {

@@ -15,7 +15,7 @@ from fastrm.data.augmentation import IMAGENET_MEAN, IMAGENET_STD
 from fastrm.data.decode import BROKEN, reason
 from fastrm.data.scan import report
 from fastrm.data.sources import FileImages, Images
-from fastrm.signals import leave_to_the_trainer
+from fastrm.machine.signals import leave_to_the_trainer
 
 _View = tuple[int, Tensor | str]
 """An image's index, and its view, or why it cannot be read."""

@@ -11,10 +11,10 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from fastrm.config import check_choice
 from fastrm.data.patches import photo_patches
 from fastrm.data.sources import ArrayImages, Source
 from fastrm.errors import UsageError
+from fastrm.settings.config import check_choice
 
 NAMED = ("digits", "fashion-mnist", "cifar10", "cifar100", "stl10", "photo-patches", "synthetic")
 

@@ -6,13 +6,13 @@ import os
 from dataclasses import replace
 from pathlib import Path
 
-from fastrm.config import check_path, flag
 from fastrm.data.folders import open_folder
 from fastrm.data.named import NAMED, open_named
 from fastrm.data.shards import COMPRESSED, open_shards
 from fastrm.data.sources import Source
 from fastrm.errors import UsageError
 from fastrm.files import at_home, cache_root
+from fastrm.settings.config import check_path, flag
 
 
 def open_source(data: str | Path, data_root: str | Path | None = None) -> Source:

@@ -22,7 +22,7 @@ from fastrm.data.decode import BrokenImage, decode, reason, several
 from fastrm.data.sources import FileImages, Images, Source
 from fastrm.errors import UsageError
 from fastrm.files import cache_root, write_text
-from fastrm.progress import tracked
+from fastrm.terminal.progress import tracked
 
 SKIPPED = "skipped.txt"
 MOST = 0.1  # share of broken files with which a run goes on

@@ -17,11 +17,11 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from fastrm.config import check_path
 from fastrm.data.sources import LOOKED_FOR, FileImages, Source, natural, passed_over, without_validation
 from fastrm.data.tar import Member, Shard, read_shard
 from fastrm.errors import UsageError
 from fastrm.files import at_home
+from fastrm.settings.config import check_path
 
 MOST = 1_000_000  # shards in one pattern
 COMPRESSED = re.compile(r"\.(tgz|tbz2?|txz|tzst|tar\.(gz|bz2|xz|zst|lz4|z))$", re.IGNORECASE)

@@ -19,7 +19,7 @@ from fastrm.data.loader import Loader
 from fastrm.data.scan import report
 from fastrm.data.sources import ArrayImages, FileImages, Images
 from fastrm.errors import UsageError
-from fastrm.signals import leave_to_the_trainer
+from fastrm.machine.signals import leave_to_the_trainer
 
 try:  # a third faster than Pillow, but torchvision 0.29 announces that it will go
     from torchvision.io import ImageReadMode, decode_jpeg

@@ -7,11 +7,10 @@ from typing import Any
 
 import torch
 
-from fastrm.config import Config, check_choice
-from fastrm.device import choose_precision
-from fastrm.distributed import world
 from fastrm.errors import UsageError, first_line
-from fastrm.memory import exhausted
+from fastrm.machine.device import choose_precision
+from fastrm.machine.distributed import world
+from fastrm.machine.memory import exhausted
 from fastrm.methods.base import Method, StepOutput
 from fastrm.methods.byol import BYOL
 from fastrm.methods.densecl import DenseCL
@@ -20,6 +19,7 @@ from fastrm.methods.mocov3 import MoCoV3
 from fastrm.methods.unused import counted, freeze_unused
 from fastrm.models import build_backbone
 from fastrm.models.layout import guard_thin_convolutions, small_maps_contiguous
+from fastrm.settings.config import Config, check_choice
 
 __all__ = ["METHODS", "Method", "StepOutput", "build_method"]
 

@@ -19,10 +19,10 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.profiler import record_function
 
-from fastrm.config import MethodConfig
-from fastrm.distributed import gather_rows, shuffled, world
 from fastrm.kernels import FeatureQueue, info_nce, residual_info_nce, residual_loss
+from fastrm.machine.distributed import gather_rows, shuffled, world
 from fastrm.models import Backbone
+from fastrm.settings.config import MethodConfig
 
 
 @dataclass(frozen=True)

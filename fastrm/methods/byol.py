@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from fastrm.config import MethodConfig
 from fastrm.kernels import residual_loss
 from fastrm.methods.base import Encoder, Encoding, Method
 from fastrm.models import Backbone, mlp
+from fastrm.settings.config import MethodConfig
 
 
 class BYOL(Method[Encoding]):

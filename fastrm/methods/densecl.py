@@ -7,11 +7,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from fastrm.config import MethodConfig
 from fastrm.errors import UsageError
 from fastrm.kernels import FeatureQueue, info_nce, residual_loss
 from fastrm.methods.base import Encoding, Method
 from fastrm.models import Backbone, mlp
+from fastrm.settings.config import MethodConfig
 
 
 @dataclass(frozen=True)

@@ -5,10 +5,10 @@
 
 from __future__ import annotations
 
-from fastrm.config import MethodConfig
 from fastrm.kernels import FeatureQueue
 from fastrm.methods.base import Encoder, Encoding, Method
 from fastrm.models import Backbone, mlp
+from fastrm.settings.config import MethodConfig
 
 
 class MoCoV2(Method[Encoding]):

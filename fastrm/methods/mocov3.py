@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from fastrm.config import MethodConfig
 from fastrm.methods.base import Encoder, Encoding, Method
 from fastrm.models import Backbone, mlp
+from fastrm.settings.config import MethodConfig
 
 
 class MoCoV3(Method[Encoding]):

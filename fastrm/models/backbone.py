@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastrm.config import check_choice
 from fastrm.errors import UsageError, first_line
-from fastrm.memory import exhausted
+from fastrm.machine.memory import exhausted
 from fastrm.models.layout import guard_thin_convolutions
 from fastrm.models.vit import is_vit, prepare_moco_vit, sincos_positions
+from fastrm.settings.config import check_choice
 
 __all__ = ["Backbone", "build_backbone", "sincos_positions"]
 

@@ -11,11 +11,11 @@ import safetensors
 import safetensors.torch
 from torch import Tensor
 
-from fastrm.config import Config
 from fastrm.data.augmentation import IMAGENET_MEAN, IMAGENET_STD
 from fastrm.errors import UsageError
 from fastrm.files import as_utf8, load_tensors, write_whole
 from fastrm.models.backbone import Backbone, build_backbone
+from fastrm.settings.config import Config
 from fastrm.version import __version__
 
 BACKBONE = "backbone.safetensors"

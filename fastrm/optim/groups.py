@@ -7,7 +7,6 @@ from typing import Any
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from fastrm.config import OptimConfig, check_choice
 from fastrm.errors import UsageError
 from fastrm.kernels import EMA
 from fastrm.methods import Method
@@ -15,6 +14,7 @@ from fastrm.optim.adamw import AdamW
 from fastrm.optim.lamb import fused_lamb
 from fastrm.optim.lars import LARS
 from fastrm.optim.sgd import SGD
+from fastrm.settings.config import OptimConfig, check_choice
 
 
 def build_optimizer(method: Method[Any], config: OptimConfig, *, backend: str | None = None) -> Optimizer:

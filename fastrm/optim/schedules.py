@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from fastrm.config import Config
+from fastrm.settings.config import Config
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from fastrm.probes.features import Setting, features
 from fastrm.probes.knn import KNN
 from fastrm.probes.linear import fitted_heads
 from fastrm.probes.scores import Classifier, Estimate, accuracies
-from fastrm.progress import bar
+from fastrm.terminal.progress import bar
 
 
 def frozen_scores(

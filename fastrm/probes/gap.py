@@ -13,7 +13,7 @@ from fastrm.methods import Method
 from fastrm.models import Backbone
 from fastrm.probes.features import Setting, batches, evaluating
 from fastrm.probes.scores import Estimate
-from fastrm.progress import bar
+from fastrm.terminal.progress import bar
 
 
 @contextmanager

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from fastrm.data import SUPERVISED, Loader, Source, make_loader
-from fastrm.distributed import mean, world
 from fastrm.errors import UsageError
+from fastrm.machine.distributed import mean, world
 from fastrm.probes.features import Setting, evaluating, labels_of
 
 MOMENTUM = 0.9

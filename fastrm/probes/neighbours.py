@@ -11,10 +11,10 @@ from PIL import Image
 from torch import Tensor, nn
 
 from fastrm.data import Source
+from fastrm.data.sheets import GREEN, draw
 from fastrm.data.sources import Images
 from fastrm.probes.features import Setting, batches, evaluating
-from fastrm.progress import bar
-from fastrm.sheets import GREEN, draw
+from fastrm.terminal.progress import bar
 
 
 class Neighbours(NamedTuple):

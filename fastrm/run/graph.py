@@ -9,14 +9,14 @@ import torch
 from torch import Tensor
 
 from fastrm.methods import StepOutput
-from fastrm.step import Step
+from fastrm.run.step import Step
 
 EAGER = 2
 """Steps of either kind, measured or not, before one is captured: they make the state and compile the kernels."""
 
 
 class GraphedStep(Step):
-    """A :class:`fastrm.step.Step` that is captured once and replayed: the same numbers, in one launch.
+    """A :class:`fastrm.run.step.Step` that is captured once and replayed: the same numbers, in one launch.
 
     What changes from step to step lies in tensors that stay where they are: the images, which are copied there, the
     learning rate, the teacher's momentum and the residual term's weight. A step that is measured is a graph of its own.

@@ -14,8 +14,8 @@ from torch.utils.tensorboard import SummaryWriter
 
 from fastrm.files import write_text
 from fastrm.own import EVENTS
-from fastrm.progress import Display
-from fastrm.shell import screen
+from fastrm.terminal.progress import Display
+from fastrm.terminal.shell import screen
 
 METRICS = "metrics.jsonl"
 TENSORBOARD = "tensorboard"

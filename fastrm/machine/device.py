@@ -6,9 +6,9 @@ import os
 
 import torch
 
-from fastrm.config import Config, check_choice
 from fastrm.errors import UsageError
 from fastrm.kernels._dispatch import triton_problem
+from fastrm.settings.config import Config, check_choice
 
 
 def choose_device(wanted: str) -> torch.device:

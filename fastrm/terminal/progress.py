@@ -10,7 +10,7 @@ from typing import Any, ClassVar, TypeVar
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
-from fastrm.distributed import world
+from fastrm.machine.distributed import world
 
 T = TypeVar("T")
 EVERY = 30.0

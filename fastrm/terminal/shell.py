@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 
 from fastrm.errors import Stopped, TrainingError, UsageError
 from fastrm.files import home, temporary
-from fastrm.memory import exhausted, shortage
+from fastrm.machine.memory import exhausted, shortage
 
 _ASCII = {"±": "+-", "…": "..."}
 _CLOSED = 128 + 13  # as a shell shows SIGPIPE

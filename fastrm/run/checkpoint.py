@@ -18,12 +18,12 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from fastrm.config import Config, flag
 from fastrm.data.inventory import Inventory
-from fastrm.distributed import gather_objects, world
 from fastrm.errors import TrainingError, UsageError
 from fastrm.files import load_tensors, write_whole
-from fastrm.memory import exhausted
+from fastrm.machine.distributed import gather_objects, world
+from fastrm.machine.memory import exhausted
+from fastrm.settings.config import Config, flag
 
 NAME = "checkpoint.pt"
 FORMAT = 3

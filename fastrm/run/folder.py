@@ -11,11 +11,11 @@ from pathlib import Path
 from torch import nn
 
 from fastrm import own
-from fastrm.config import Config
-from fastrm.distributed import gather_objects, world
 from fastrm.errors import UsageError
 from fastrm.files import as_utf8, write_json, writing
-from fastrm.lock import Lock
+from fastrm.machine.distributed import gather_objects, world
+from fastrm.machine.lock import Lock
+from fastrm.settings.config import Config
 
 
 @contextmanager

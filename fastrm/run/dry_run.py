@@ -11,15 +11,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastrm import memory
-from fastrm.config import Config
 from fastrm.data import Loader
 from fastrm.data.torch_loader import AHEAD, TorchLoader
-from fastrm.distributed import gather_objects, world
-from fastrm.graph import EAGER, GraphedStep
+from fastrm.machine import memory
+from fastrm.machine.distributed import gather_objects, world
 from fastrm.optim import Schedule
-from fastrm.progress import spelled
-from fastrm.step import Step
+from fastrm.run.graph import EAGER, GraphedStep
+from fastrm.run.step import Step
+from fastrm.settings.config import Config
+from fastrm.terminal.progress import spelled
 
 TIMED = 3
 LONGEST = 20.0

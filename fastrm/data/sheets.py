@@ -9,10 +9,10 @@ from pathlib import Path
 from PIL import Image, ImageOps
 from PIL.PngImagePlugin import PngInfo
 
-from fastrm.config import check_path
 from fastrm.errors import UsageError
 from fastrm.files import write_whole, writing
 from fastrm.own import SHEET, require, sheet
+from fastrm.settings.config import check_path
 
 FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG"}
 """By ending: those that can say what they are, so that they are neither trained on nor taken for a photograph."""

@@ -8,12 +8,12 @@ from typing import Any
 
 import torch
 
-from fastrm.config import Config
 from fastrm.data import Source
 from fastrm.errors import UsageError
 from fastrm.files import read_json, write_json
 from fastrm.methods import Method
 from fastrm.models.weights import BACKBONE, metadata, write_backbone
+from fastrm.settings.config import Config
 from fastrm.version import __version__
 
 SUMMARY = "summary.json"

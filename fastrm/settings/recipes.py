@@ -1,4 +1,4 @@
-"""Published settings by name: sets of defaults for the leaves of :class:`fastrm.config.Config`."""
+"""Published settings by name: sets of defaults for the leaves of :class:`fastrm.settings.config.Config`."""
 
 from __future__ import annotations
 

@@ -7,16 +7,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastrm.config import Config
 from fastrm.data import Source
-from fastrm.distributed import barrier, world
 from fastrm.errors import UsageError
-from fastrm.memory import enough
+from fastrm.hooks.metrics import Recorder
+from fastrm.machine.distributed import barrier, world
+from fastrm.machine.memory import enough
 from fastrm.methods import Method
-from fastrm.metrics import Recorder
 from fastrm.optim import Schedule
 from fastrm.probes import OnlineLinear, collapsed, effective_rank, feature_std, frozen_scores
 from fastrm.probes.features import BATCH, Setting
+from fastrm.settings.config import Config
 
 
 def online_linear(config: Config, source: Source, method: Method[Any], device: torch.device) -> OnlineLinear | None:

@@ -14,7 +14,7 @@ from typing import Any, TypeVar, cast, get_type_hints
 
 from fastrm.errors import UsageError
 from fastrm.files import at_home
-from fastrm.shell import run
+from fastrm.terminal.shell import run
 
 __all__ = ["parse", "run"]
 

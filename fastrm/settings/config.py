@@ -16,7 +16,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from fastrm.errors import UsageError
 from fastrm.files import at_home
-from fastrm.recipes import RECIPES
+from fastrm.settings.recipes import RECIPES
 
 MethodName = Literal["mocov3", "mocov2", "byol", "densecl"]
 ResidualPlace = Literal["output", "projector", "backbone"]
@@ -150,7 +150,7 @@ class RunConfig:
     """What is logged, kept and repeated."""
 
     recipe: str | None = None
-    """A named set of defaults, which flags override; RECIPES in fastrm/recipes.py lists them."""
+    """A named set of defaults, which flags override; RECIPES in fastrm/settings/recipes.py lists them."""
     seed: int = 0
     """Seed of everything random; on the CPU the same seed gives the same bits."""
     log_every: int = 50

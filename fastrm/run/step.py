@@ -10,12 +10,12 @@ import torch
 from torch import Tensor, nn
 from torch.profiler import record_function
 
-from fastrm.config import check_choice
-from fastrm.distributed import replicate, world
 from fastrm.errors import TrainingError
+from fastrm.hooks.verification import verify
+from fastrm.machine.distributed import replicate, world
 from fastrm.methods import Method, StepOutput
 from fastrm.optim import TeacherOptimizer
-from fastrm.verify import verify
+from fastrm.settings.config import check_choice
 
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 MOST_SKIPPED = 10
@@ -129,7 +129,7 @@ class Step:
         return skip
 
     def verify(self, views: tuple[Tensor, ...]) -> dict[str, float]:
-        """Compare the fused losses with the reference on a micro-batch; see :func:`fastrm.verify.verify`."""
+        """Compare the fused losses with the reference on a micro-batch; see :func:`fastrm.hooks.verification.verify`."""
         first, second = (view.contiguous(memory_format=self.layout) for view in views)
         with torch.autocast(self.device.type, self.autocast, enabled=self.autocast is not None):
             return verify(self.method, (first, second), self.residual_weight, scaled=self._scaled)

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 
-from fastrm.distributed import world
+from fastrm.machine.distributed import world
 
 # Windows has neither of the last two.
 HANGUP = getattr(signal, "SIGHUP", None)

@@ -1,0 +1,1 @@
+"""What happens in a run: the loop, the step, checkpoints, the folder."""
