@@ -56,7 +56,7 @@ def theirs(path: Path) -> None:
         "skipped.txt": lambda: path.write_text("a.jpg\nb.jpg\n"),
         "evaluation.json": lambda: path.write_text('{"sets": {}}'),
         "trace.json": lambda: path.write_text('{\n"schemaVersion": 1,\n"traceEvents": []}'),
-        ".fastrm.machine.lock": lambda: path.write_text("mine"),
+        ".fastrm.lock": lambda: path.write_text("mine"),
         "tensorboard/other/notes.txt": lambda: path.write_text("mine"),
         "report/index.html": lambda: path.write_text("<html>mine</html>"),
         "checkpoint.pt/notes.txt": lambda: path.write_text("mine"),
@@ -68,7 +68,7 @@ def theirs(path: Path) -> None:
 
 NAMES = [
     "config.json", "metrics.jsonl", "checkpoint.pt", "checkpoint-12.pt", "backbone.safetensors", "summary.json",
-    "skipped.txt", "evaluation.json", "trace.json", ".fastrm.machine.lock", "tensorboard/other/notes.txt", "report/index.html",
+    "skipped.txt", "evaluation.json", "trace.json", ".fastrm.lock", "tensorboard/other/notes.txt", "report/index.html",
     "checkpoint.pt/notes.txt",
 ]  # fmt: skip
 

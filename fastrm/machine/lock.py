@@ -25,7 +25,7 @@ try:
 except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment, unused-ignore]
 
-NAME = ".fastrm.machine.lock"
+NAME = ".fastrm.lock"
 BEAT = 10.0
 """Seconds between two signs of life."""
 STALE = 60.0

@@ -129,7 +129,7 @@ class Step:
         return skip
 
     def verify(self, views: tuple[Tensor, ...]) -> dict[str, float]:
-        """Compare the fused losses with the reference on a micro-batch; see :func:`fastrm.hooks.verification.verify`."""
+        """Compare the fused losses with the reference on a micro-batch: :func:`fastrm.hooks.verification.verify`."""
         first, second = (view.contiguous(memory_format=self.layout) for view in views)
         with torch.autocast(self.device.type, self.autocast, enabled=self.autocast is not None):
             return verify(self.method, (first, second), self.residual_weight, scaled=self._scaled)
