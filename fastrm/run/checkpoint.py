@@ -31,7 +31,8 @@ CONTENT = {"config": dict, "step": int, "random": list, "method": dict}
 
 # Settings that may differ between a run and its continuation, since they do not change what is learned.
 FREE_ON_RESUME = frozenset(
-    {"max_steps", "log_every", "profile", "eval_every", "checkpoint_every", "keep", "keep_every", "verify_every"}
+    {"max_steps", "log_every", "profile", "eval_every", "checkpoint_every", "keep", "keep_every", "keep_best"}
+    | {"verify_every", "log_to"}
     | {"out", "resume", "recipe", "device", "compile", "cuda_graph", "channels_last", "kernels", "loader", "scan"}
     | {"workers", "data", "data_root", "allow_changed_data", "dry_run"}  # of the images their inventory is compared
 )

@@ -153,6 +153,8 @@ class RunConfig:
     """A named set of defaults, which flags override; RECIPES in fastrm/settings/recipes.py lists them."""
     seed: int = 0
     """Seed of everything random; on the CPU the same seed gives the same bits."""
+    log_to: tuple[Literal["tensorboard", "wandb", "mlflow"], ...] = ("tensorboard",)
+    """What the metrics are sent to besides metrics.jsonl; --log-to alone: nothing."""
     log_every: int = 50
     """Steps between two logged ones; the first and the last are always logged."""
     eval_every: int = 10
@@ -165,6 +167,9 @@ class RunConfig:
     """Checkpoints that are kept, the newest among them."""
     keep_every: int | None = None
     """Keep besides all checkpoints whose step is a multiple of this."""
+    keep_best: bool = False
+    """Keep the checkpoint with the best kNN score of the student, or of the online linear classifier where one is
+    trained, as checkpoint-best.pt."""
     verify_every: int = 0
     """Steps between two comparisons of the fused losses and their gradient with the reference, on the batch at hand;
     0: never."""
@@ -196,7 +201,7 @@ class Config:
         """All leaves by name, with paths as text: what config.json holds."""
         groups = (getattr(self, group.name) for group in dataclasses.fields(self))
         leaves = {leaf.name: getattr(group, leaf.name) for group in groups for leaf in dataclasses.fields(group)}
-        return {name: str(value) if isinstance(value, Path) else value for name, value in leaves.items()}
+        return {name: _plain(value) for name, value in leaves.items()}
 
     def replace(self, **leaves: Any) -> Config:
         """Return a copy with some leaves changed, whatever group they are in.
@@ -212,6 +217,13 @@ class Config:
         if leaves:
             raise UsageError(f"unknown settings: {', '.join(sorted(leaves))}")
         return Config(**groups)
+
+
+def _plain(value: Any) -> Any:
+    """A setting as JSON has it."""
+    if isinstance(value, Path):
+        return str(value)
+    return list(value) if isinstance(value, tuple) else value
 
 
 _KINDS: Mapping[str, Any] = {
@@ -264,6 +276,8 @@ def build(**leaves: Any) -> Config:
 
 
 def _with_paths(leaves: Mapping[str, Any]) -> dict[str, Any]:
+    if isinstance(leaves.get("log_to"), list):
+        leaves = {**leaves, "log_to": tuple(leaves["log_to"])}
     paths = {
         name: Path(leaves[name]) for name in ("data_root", "init_from", "out") if isinstance(leaves.get(name), str)
     }
@@ -360,6 +374,8 @@ def _is_a(value: Any, kind: Any) -> bool:
     """Whether a setting's value is of the kind that it is declared as; the choices of a Literal are seen to later."""
     if get_origin(kind) is Literal:
         return isinstance(value, str)
+    if get_origin(kind) is tuple:
+        return isinstance(value, tuple) and all(item in get_args(get_args(kind)[0]) for item in value)
     if options := get_args(kind):
         return any(_is_a(value, option) for option in options)
     if kind in (int, float):
