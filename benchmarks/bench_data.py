@@ -119,14 +119,16 @@ def rate(loader: Iterable[Any]) -> float:
     batches = iter(loader)
     next(batches)
     begin = time.perf_counter()
-    count = sum(len(views[0]) for views in batches)
+    count = sum(len(getattr(batch, "views", batch)[0]) for batch in batches)
     return count / (time.perf_counter() - begin)
 
 
 def test_images_a_second(files: FileImages, benchmark: Any) -> None:
     loaders = contenders(files)
     if "fastrm dali" in loaders:  # the same draws: the same views, but for the rounding of decoding and resizing
-        for mine, other in zip(next(iter(loaders["fastrm torch"])), next(iter(loaders["fastrm dali"])), strict=True):
+        for mine, other in zip(
+            *(next(iter(loaders[f"fastrm {kind}"])).views for kind in ("torch", "dali")), strict=True
+        ):
             assert float((mine - other).abs().mean()) < 0.05
     loaders["floor: decode, two crops"] = floor(files)
     order = random.Random(0)

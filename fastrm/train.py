@@ -16,14 +16,14 @@ from contextlib import ExitStack, closing, contextmanager
 from dataclasses import replace
 from itertools import islice, zip_longest
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.profiler import record_function
 
-from fastrm.data import Loader, located, make_loader, open_source
+from fastrm.data import Batch, Loader, located, make_loader, open_source
 from fastrm.data.inventory import inventory
 from fastrm.data.scan import SKIPPED, list_further, scan, unreadable, write_skipped
 from fastrm.errors import Stopped, TrainingError, UsageError
@@ -197,7 +197,7 @@ def _train(config: Config, device: torch.device, world: World, stack: ExitStack)
     results = Results(out, config, source)
 
     method.train()
-    recent: deque[_Given] = deque(maxlen=accumulate)
+    recent: deque[Batch] = deque(maxlen=accumulate)
     batches = _micro_batches(loader, start, schedule, recent)
     clock = _Clock()
     last: dict[str, Any] = {"step": start, "epoch": schedule.epoch(start), **known} if ended else {}
@@ -306,17 +306,8 @@ def _sizes(config: Config) -> tuple[int, int, int]:
     return config.input.batch_size, config.optim.accumulate, workers
 
 
-class _Given(NamedTuple):
-    """A micro-batch that was trained on."""
-
-    indices: list[int]
-    views: tuple[Tensor, ...]
-
-
-def _micro_batches(
-    loader: Loader, step: int, schedule: Schedule, recent: deque[_Given]
-) -> Iterator[tuple[Tensor, ...]]:
-    """Pairs of views without end, from an optimizer step on, each of which is also appended to ``recent``.
+def _micro_batches(loader: Loader, step: int, schedule: Schedule, recent: deque[Batch]) -> Iterator[tuple[Tensor, ...]]:
+    """Views without end, from an optimizer step on, whose batches are also appended to ``recent``.
 
     Micro-batches at the end of an epoch that do not fill a step are left out.
     """
@@ -324,14 +315,14 @@ def _micro_batches(
     while True:
         epoch, done = schedule.place(step)
         loader.seek(epoch * len(loader) + done * accumulate)
-        views = islice(loader, (schedule.steps_per_epoch - done) * accumulate)
+        batches = islice(loader, (schedule.steps_per_epoch - done) * accumulate)
         while True:
             with record_function("data"):
-                pair = next(views, None)
-            if pair is None:
+                batch = next(batches, None)
+            if batch is None:
                 break
-            recent.append(_Given(loader.indices, pair))
-            yield pair
+            recent.append(batch)
+            yield batch.views
         step += schedule.steps_per_epoch - done
 
 

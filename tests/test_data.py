@@ -163,7 +163,7 @@ def test_ranks_share_an_epoch_between_them() -> None:
 def test_the_seed_decides_and_the_workers_do_not(kind: str) -> None:
     def views(**options: Any) -> list[torch.Tensor]:
         made = loader("digits", loader=kind, **options)
-        return [torch.stack(pair) for pair, _ in zip(made, range(3), strict=False)]
+        return [torch.stack(batch.views) for batch, _ in zip(made, range(3), strict=False)]
 
     alone, helped, other = views(), views(workers=2), views(seed=6)
     assert all(torch.equal(a, b) for a, b in zip(alone, helped, strict=True))
@@ -178,11 +178,11 @@ def test_each_pass_is_another_epoch_and_seek_goes_anywhere(kind: str) -> None:
     assert isinstance(digits, ArrayImages)
     few = Source(name="few", train=digits.subset(np.arange(40)), bank=None, test=None, about="")
     made = loader(few, batch_size=16, loader=kind)
-    every = [torch.stack(pair) for _ in range(2) for pair in made]
+    every = [torch.stack(batch.views) for _ in range(2) for batch in made]
     assert not torch.equal(every[0], every[len(made)])
     for batch in (0, 1, len(made) + 1):
         made.seek(batch)
-        assert torch.equal(torch.stack(next(iter(made))), every[batch])
+        assert torch.equal(torch.stack(next(iter(made)).views), every[batch])
 
 
 def test_drawing_views_leaves_the_global_generator_alone() -> None:
@@ -223,12 +223,12 @@ def test_evaluation_sees_the_centre_of_large_pictures_and_all_of_small_ones() ->
     rng = np.random.default_rng(0)
     pixels = rng.integers(0, 256, (3, 300, 260, 3), dtype=np.uint8)
     images = ArrayImages(pixels, None)
-    (batch,) = eval_loader(images, image_size=224, batch_size=4, workers=0)
+    (((batch,), _),) = eval_loader(images, image_size=224, batch_size=4, workers=0)
     want = v2.functional.center_crop(v2.functional.resize(images[1], 256, antialias=True), 224)
     mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
     pixels_back = batch[1].permute(1, 2, 0) * std + mean
     np.testing.assert_allclose(pixels_back.numpy(), np.asarray(want) / 255, atol=1e-6)
-    (small,) = eval_loader(images, image_size=32, batch_size=4, workers=0)
+    (((small,), _),) = eval_loader(images, image_size=32, batch_size=4, workers=0)
     assert small.shape == (3, 3, 32, 32)
 
 

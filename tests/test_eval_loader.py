@@ -85,7 +85,7 @@ def test_what_cannot_be_read_is_left_out_and_the_rest_keeps_its_labels(folder: P
         loader = eval_loader(test, image_size=16, batch_size=3, workers=workers)
         with warnings.catch_warnings(record=True) as said:
             warnings.simplefilter("always")
-            seen = [(loader.indices, Colour()(views)[0]) for views in loader]
+            seen = [(indices, Colour()(views)[0]) for (views,), indices in loader]
         assert [index for indices, _ in seen for index in indices] == want
         found = torch.cat([colour for _, colour in seen])[:, 0].round().int().tolist()
         assert found == [int(test.paths[index].stem) * 12 + 12 for index in want]
@@ -100,8 +100,8 @@ def test_a_whole_batch_of_lost_files_is_passed_over(folder: Path) -> None:
     test.paths[0].unlink()
     loader = eval_loader(test, image_size=16, batch_size=1, workers=0)
     with pytest.warns(UserWarning, match=r"left out, since it cannot be read: .*No such file"):
-        views = list(loader)
-    assert len(views) == 19
+        batches = list(loader)
+    assert len(batches) == 19
 
 
 def test_kneighbours_quick_linear_and_gap_count_what_was_seen(folder: Path) -> None:
@@ -243,7 +243,7 @@ def test_memory_is_bounded_whatever_the_shape(image_size: int, tmp_path: Path, m
     monkeypatch.setattr(Image.Image, "resize", resize)
     monkeypatch.setattr(nn.functional, "interpolate", interpolate)
     source = open_source(str(tmp_path))
-    (views,) = eval_loader(source.train, image_size=image_size, batch_size=8, workers=0)
+    (((views,), _),) = eval_loader(source.train, image_size=image_size, batch_size=8, workers=0)
     colours = (views * STD[:, None, None] + MEAN[:, None, None]) * 255
     want = torch.tensor([200.0, 100.0, 50.0])[:, None, None].expand_as(colours)
     torch.testing.assert_close(colours, want, atol=1.01, rtol=0)
@@ -251,7 +251,7 @@ def test_memory_is_bounded_whatever_the_shape(image_size: int, tmp_path: Path, m
         training = make_loader(
             source, method=method, image_size=image_size, batch_size=8, device="cpu", workers=0, seed=0, loader="torch"
         )
-        assert all(views.isfinite().all() for views in next(iter(training)))
+        assert all(views.isfinite().all() for views in next(iter(training)).views)
     assert len(made) >= 8 + 2 * 16
     assert max(made) <= 65_500 * 20 * 2
 

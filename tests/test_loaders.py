@@ -113,7 +113,7 @@ def test_views_of_odd_files_are_torchvisions(odd: Path, method: str, kind: str) 
     else:
         loader = DaliLoader(images, recipe, regions="regions" in kind, **common)
     (batch,) = loader._sampler
-    views = next(iter(loader))
+    views = next(iter(loader)).views
     pictures = [images[index] for index in batch.images]
     sizes = [(picture.height, picture.width) for picture in pictures]
     drawn = draw_views(recipe.views, sizes, 48, loader._sampler.generator(batch))
@@ -136,14 +136,14 @@ def test_a_file_is_passed_on_as_it_looks(odd: Path) -> None:
 @pytest.mark.parametrize("kind", [DALI, "torch"])
 def test_seek_and_resume_are_exact_and_workers_do_not_matter(pictures: Path, kind: str) -> None:
     loader = made(pictures / "classes", kind)
-    every = [torch.stack(pair) for _ in range(2) for pair in loader]
+    every = [torch.stack(batch.views) for _ in range(2) for batch in loader]
     assert len(loader) == 12
     assert len(every) == 24
     assert not torch.equal(every[0], every[12])
     other = made(pictures / "classes", kind, workers=1)
     for batch in (0, 5, 13):
         other.seek(batch)
-        assert torch.equal(torch.stack(next(iter(other))), every[batch])
+        assert torch.equal(torch.stack(next(iter(other)).views), every[batch])
     assert every[0].shape == (2, 8, 3, 24, 24)
     assert not torch.equal(every[0][0], every[0][1])
 
@@ -153,7 +153,7 @@ def test_ranks_share_an_epoch(pictures: Path, kind: str) -> None:
     loaders = [made(pictures / "classes", kind, workers=1, rank=rank, world_size=2) for rank in (0, 1)]
     shares = [[index for batch in loader._sampler for index in batch.images] for loader in loaders]
     assert sorted(shares[0] + shares[1]) == list(range(96))
-    first, second = (next(iter(loader))[0] for loader in loaders)
+    first, second = (next(iter(loader)).views[0] for loader in loaders)
     assert first.shape == (8, 3, 24, 24)
     assert not torch.equal(first, second)
 
@@ -162,7 +162,7 @@ def test_ranks_share_an_epoch(pictures: Path, kind: str) -> None:
 def test_odd_files_train_for_two_epochs(odd: Path, kind: str) -> None:
     loader = made(odd, kind, workers=1)
     for _ in range(2):
-        assert all(torch.isfinite(torch.stack(pair)).all() for pair in loader)
+        assert all(torch.isfinite(torch.stack(batch.views)).all() for batch in loader)
 
 
 @pytest.mark.parametrize("kind", [DALI, "torch"])
@@ -173,7 +173,7 @@ def test_broken_files_are_named_and_left_out(broken: Path, pictures: Path, kind:
     add_sound(pictures, broken, 30)
     loader = made(broken, kind, batch_size=27)
     with pytest.warns(UserWarning, match="left out") as seen:
-        views = [torch.stack(pair) for _ in range(2) for pair in loader]
+        views = [torch.stack(batch.views) for _ in range(2) for batch in loader]
     assert len(views) == 4
     assert all(torch.isfinite(pair).all() for pair in views)
     for name in ("cut.jpg", "empty.jpg", "text.png", "header.png"):
@@ -196,7 +196,7 @@ def test_a_file_that_is_damaged_inside_stops_nothing(pictures: Path, tmp_path: P
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # a decoder may well make something of it
         for _ in range(2):
-            assert sum(len(first) for first, _ in loader) == 24
+            assert sum(len(batch.indices) for batch in loader) == 24
 
 
 @pytest.mark.parametrize("kind", [DALI, "torch"])
@@ -310,7 +310,7 @@ def test_shards_give_what_the_files_give(shards: str, pictures: Path, kind: str)
     assert files.labels is not None
     assert images.labels.tolist() == [digits[label] for label in files.labels]
     for mine, other in zip(made(shards, kind), made(pictures / "classes", kind), strict=True):
-        assert torch.equal(torch.stack(mine), torch.stack(other))
+        assert torch.equal(torch.stack(mine.views), torch.stack(other.views))
 
 
 def test_a_run_on_shards(shards: str, small: Callable[..., Config]) -> None:

@@ -158,4 +158,4 @@ def test_an_augmentation_says_what_is_wrong_with_it(fields: dict[str, Any], mess
 def test_what_is_sound_stays_so() -> None:
     view = View(crop_scale=(1, 1), hue=0, brightness=0, blur_probability=1)
     made = loader(Path("digits"), method=Augmentation(views=(view,), mean=(-1.0, 0, 0.5)), device=CPU)
-    assert next(iter(made))[0].shape == (16, 3, 24, 24)
+    assert next(iter(made)).views[0].shape == (16, 3, 24, 24)

@@ -16,9 +16,9 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from torch import Tensor
 
 from fastrm import train
+from fastrm.data import Batch
 from fastrm.errors import TrainingError, UsageError
 from fastrm.run import checkpoint
 from fastrm.settings.config import Config
@@ -193,7 +193,6 @@ def poisoned_views(monkeypatch: pytest.MonkeyPatch, poisoned: Callable[[int], bo
     class Poisoned:
         def __init__(self, loader: Any) -> None:
             self.loader, self.number, self.broken = loader, 0, loader.broken
-            self.indices: list[int] = []
 
         def __len__(self) -> int:
             return len(self.loader)
@@ -202,9 +201,9 @@ def poisoned_views(monkeypatch: pytest.MonkeyPatch, poisoned: Callable[[int], bo
             self.number = batch
             self.loader.seek(batch)
 
-        def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-            for first, second in self.loader:
-                yield first * (float("nan") if poisoned(self.number) else 1), second
+        def __iter__(self) -> Iterator[Batch]:
+            for (first, second), indices in self.loader:
+                yield Batch((first * (float("nan") if poisoned(self.number) else 1), second), indices)
                 self.number += 1
 
     monkeypatch.setattr(train, "make_loader", lambda *args, **options: Poisoned(plain(*args, **options)))

@@ -10,7 +10,7 @@ import torch
 from fastrm.data.augmentation import SUPERVISED, Augmentation, View, augmentation
 from fastrm.data.dali_loader import DaliLoader, dali_problem
 from fastrm.data.eval_loader import EvalLoader
-from fastrm.data.loader import Loader
+from fastrm.data.loader import Batch, Loader
 from fastrm.data.memory_loader import MemoryLoader
 from fastrm.data.opening import located, open_source
 from fastrm.data.sources import ArrayImages, FileImages, Images, Source
@@ -21,6 +21,7 @@ from fastrm.settings.config import MethodName, check_choice, check_range
 __all__ = [
     "SUPERVISED",
     "Augmentation",
+    "Batch",
     "EvalLoader",
     "Loader",
     "Source",
@@ -69,9 +70,9 @@ def make_loader(
         rank, world_size: this process among all; together they see every image once an epoch.
 
     Returns:
-        A :class:`Loader`: iterate it for one epoch of (first, second), [B, 3, H, W] each (one view or as many as an
-        augmentation of your own has), channels last, normalised
-        by ImageNet's mean and standard deviation; ``len`` is the number of batches an epoch.
+        A :class:`Loader`: iterate it for one epoch of :class:`Batch`, whose ``views`` are (first, second), or as many
+        as an augmentation of your own has, [B, 3, H, W] each, channels last, normalised by ImageNet's mean and
+        standard deviation; ``len`` is the number of batches an epoch.
 
     Raises:
         UsageError: the data cannot be opened or holds less than a batch, or an argument is of the wrong kind or
@@ -148,9 +149,9 @@ def _device(device: str | torch.device) -> torch.device:
 
 
 def eval_loader(images: Images, *, image_size: int, batch_size: int, workers: int) -> EvalLoader:
-    """Return the images in order, as the evaluation sees them: float32 [B, 3, H, W].
+    """Return the images in order, as the evaluation sees them: batches of one view each, float32 [B, 3, H, W].
 
-    An image that cannot be read is left out with a warning. The loader's ``indices`` say which images the last batch
-    holds, and ``broken`` which files are left out and why; more than a tenth of them is a :class:`UsageError`.
+    An image that cannot be read is left out with a warning: the ``indices`` of a batch say which images it holds. The
+    loader's ``broken`` says which files are left out and why; more than a tenth of them is a :class:`UsageError`.
     """
     return EvalLoader(images, image_size=image_size, batch_size=batch_size, workers=workers)

@@ -67,7 +67,7 @@ def contact_sheet(options: Options) -> None:
         seed=options.seed,
         loader=options.loader,
     )
-    views = torch.cat(next(iter(loader)))
+    views = torch.cat(next(iter(loader)).views)
     mean, std = (torch.tensor(values).view(1, 3, 1, 1) for values in (IMAGENET_MEAN, IMAGENET_STD))
     grid = make_grid((views * std + mean).clamp(0, 1), nrow=count).mul(255).round().byte().permute(1, 2, 0)
     sheets.save("--out", options.out, Image.fromarray(grid.numpy()))

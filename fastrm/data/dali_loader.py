@@ -21,8 +21,8 @@ from torch import Tensor
 from fastrm.data import batched
 from fastrm.data.augmentation import Augmentation, View
 from fastrm.data.decode import decode, inspect
-from fastrm.data.draws import Batch, Draws, blur_radius, draw_views
-from fastrm.data.loader import Loader
+from fastrm.data.draws import Draws, Request, blur_radius, draw_views
+from fastrm.data.loader import Batch, Loader
 from fastrm.data.scan import report
 from fastrm.data.sources import FileImages
 
@@ -94,11 +94,11 @@ class DaliLoader(Loader):
         self._build = lambda: _pipeline(augmentation, image_size, batch_size, device, threads, regions=regions)
         self._pipeline = self._build()
 
-    def _batches(self) -> Iterator[tuple[list[int], tuple[Tensor, ...]]]:
+    def _batches(self) -> Iterator[Batch]:
         submitted: deque[Future[_Cropped]] = deque()
         try:
-            for batch in self._sampler:
-                submitted.append(self._reader.submit(self._crop, batch))
+            for request in self._sampler:
+                submitted.append(self._reader.submit(self._crop, request))
                 if len(submitted) > _AHEAD:
                     yield self._finish(submitted.popleft().result())
             while submitted:
@@ -107,21 +107,21 @@ class DaliLoader(Loader):
             for unused in submitted:  # left before the end
                 unused.cancel()
 
-    def _crop(self, batch: Batch) -> _Cropped:
+    def _crop(self, request: Request) -> _Cropped:
         """Read the files of a batch, draw its views, and let DALI crop them."""
         try:
-            return self._cropped(batch, encoded)
+            return self._cropped(request, encoded)
         except RuntimeError:
             # DALI does not say which file it could not decode, and is of no use afterwards. Pillow finds the file, if
             # it too thinks it broken, and decodes the others of this batch.
             self._pipeline = self._build()
-            return self._cropped(batch, uncompressed)
+            return self._cropped(request, uncompressed)
 
-    def _cropped(self, batch: Batch, encode: Any) -> _Cropped:
-        read = list(self._threads.map(lambda index: self._images.read(index, encode), batch.images))
+    def _cropped(self, request: Request, encode: Any) -> _Cropped:
+        read = list(self._threads.map(lambda index: self._images.read(index, encode), request.images))
         indices, files = [index for index, _ in read], [file for _, file in read]
         sizes = [file.size for file in files]
-        drawn = draw_views(self._augmentation.views, sizes, self._size, self._sampler.generator(batch))
+        drawn = draw_views(self._augmentation.views, sizes, self._size, self._sampler.generator(request))
         inputs: dict[str, Any] = {"encoded": [file.content for file in files]}
         for number, draws in enumerate(drawn):
             inputs |= {f"box{number}": draws.box.int().numpy(), f"flip{number}": draws.flip.int().numpy()}
@@ -138,12 +138,12 @@ class DaliLoader(Loader):
         feed_ndarray(output.as_tensor(), copy, cuda_stream=torch.cuda.current_stream(self._device))
         return copy
 
-    def _finish(self, cropped: _Cropped) -> tuple[list[int], tuple[Tensor, ...]]:
+    def _finish(self, cropped: _Cropped) -> Batch:
         """Carry out what follows the crop."""
         report(self.broken, self._images, dict(self._images.unreadable))
         indices, crops_of_views = cropped
         pairs = zip(crops_of_views, self._augmentation.views, strict=True)
-        return indices, tuple(self._recoloured(crops, draws, view) for (crops, draws), view in pairs)
+        return Batch(tuple(self._recoloured(crops, draws, view) for (crops, draws), view in pairs), indices)
 
     def _recoloured(self, crops: Tensor, draws: Draws, view: View) -> Tensor:
         images = crops.permute(0, 3, 1, 2).to(torch.float32, memory_format=torch.contiguous_format)

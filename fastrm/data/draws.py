@@ -13,8 +13,8 @@ from torch import Tensor
 from fastrm.data.augmentation import View
 
 
-class Batch(NamedTuple):
-    """What a batch's random numbers depend on, beside the seed and the rank, and the images in it."""
+class Request(NamedTuple):
+    """A batch that is asked for: what its random numbers depend on, beside the seed and the rank, and its images."""
 
     epoch: int
     number: int
@@ -36,11 +36,11 @@ class BatchSampler:
     def __len__(self) -> int:
         return self.length // (self.batch_size * self.world_size)
 
-    def __iter__(self) -> Iterator[Batch]:
+    def __iter__(self) -> Iterator[Request]:
         order = np.random.default_rng((self.seed, self.epoch)).permutation(self.length)
         for number in range(self.skip, len(self)):
             start = (number * self.world_size + self.rank) * self.batch_size
-            yield Batch(self.epoch, number, order[start : start + self.batch_size].tolist())
+            yield Request(self.epoch, number, order[start : start + self.batch_size].tolist())
 
     def seek(self, batch: int) -> None:
         """Go on from this batch, counted from the start of the run."""
@@ -50,9 +50,9 @@ class BatchSampler:
         """Go on from the start of the next epoch."""
         self.epoch, self.skip = self.epoch + 1, 0
 
-    def generator(self, batch: Batch) -> torch.Generator:
+    def generator(self, request: Request) -> torch.Generator:
         """The random numbers of a batch: the same wherever and whenever it is made."""
-        place = (self.seed, batch.epoch, batch.number, self.rank)
+        place = (self.seed, request.epoch, request.number, self.rank)
         state = np.random.SeedSequence(place).generate_state(1, np.uint64)[0]
         return torch.Generator().manual_seed(int(state))
 

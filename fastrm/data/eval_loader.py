@@ -13,6 +13,7 @@ from torchvision.transforms.v2 import functional
 
 from fastrm.data.augmentation import IMAGENET_MEAN, IMAGENET_STD
 from fastrm.data.decode import BROKEN, reason
+from fastrm.data.loader import Batch
 from fastrm.data.scan import report
 from fastrm.data.sources import FileImages, Images
 from fastrm.machine.signals import leave_to_the_trainer
@@ -67,17 +68,15 @@ def _centre(picture: Image.Image, short: int, size: int) -> Image.Image:
 
 
 class EvalLoader:
-    """Batches of images in order, float32 [B, 3, H, W]; one that cannot be read is left out, with a warning.
+    """Batches of images in order, of one view each; an image that cannot be read is left out, with a warning.
 
     Attributes:
         broken: files that were left out, and what is wrong with them.
-        indices: which of the images are in the batch that was yielded last.
     """
 
     def __init__(self, images: Images, *, image_size: int, batch_size: int, workers: int) -> None:
         known = {images.paths[i]: why for i, why in images.unreadable.items()} if isinstance(images, FileImages) else {}
         self.broken: dict[Path, str] = known
-        self.indices: list[int] = []
         self._images = images
         # A generator of its own, so that an evaluation leaves the run's random numbers as they are.
         self._loader = DataLoader(
@@ -93,8 +92,8 @@ class EvalLoader:
         """Batches."""
         return len(self._loader)
 
-    def __iter__(self) -> Iterator[Tensor]:
-        """Yield all images once.
+    def __iter__(self) -> Iterator[Batch]:
+        """Yield all images once, with one view each.
 
         Raises:
             UsageError: more than a tenth of the files cannot be read.
@@ -104,8 +103,7 @@ class EvalLoader:
                 self._images.unreadable.update(faults)  # nor does the next pass read them: all score the same images
                 report(self.broken, self._images, faults)
             if views is not None:
-                self.indices = indices
-                yield views
+                yield Batch((views,), indices)
 
 
 class _EvalImages(Dataset[_View]):

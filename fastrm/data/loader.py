@@ -5,11 +5,21 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 from torch import Tensor
 
 from fastrm.data.augmentation import Augmentation
 from fastrm.data.draws import BatchSampler
+
+
+class Batch(NamedTuple):
+    """Views, and the images that they are of."""
+
+    views: tuple[Tensor, ...]
+    """[B, C, H, W] each, in one order of the images."""
+    indices: list[int]
+    """B places in the data set."""
 
 
 class Loader(ABC):
@@ -19,7 +29,6 @@ class Loader(ABC):
 
     Attributes:
         broken: files that were left out while reading, and what is wrong with them.
-        indices: which of the images are in the batch that was yielded last.
     """
 
     def __init__(
@@ -28,7 +37,6 @@ class Loader(ABC):
         self._augmentation = augmentation
         self._sampler = BatchSampler(length, batch_size, seed, rank, world_size)
         self.broken: dict[Path, str] = {}
-        self.indices: list[int] = []
 
     def __len__(self) -> int:
         """Batches an epoch."""
@@ -38,13 +46,11 @@ class Loader(ABC):
         """Go on from this batch, counted from the start of the run."""
         self._sampler.seek(batch)
 
-    def __iter__(self) -> Iterator[tuple[Tensor, ...]]:
+    def __iter__(self) -> Iterator[Batch]:
         """Yield the views of the same images, [B, 3, H, W] each: two, or as many as the augmentation has."""
-        for indices, views in self._batches():
-            self.indices = indices
-            yield views
+        yield from self._batches()
         self._sampler.next_epoch()
 
     @abstractmethod
-    def _batches(self) -> Iterator[tuple[list[int], tuple[Tensor, ...]]]:
-        """What is left of the epoch: the images' indices, and their views."""
+    def _batches(self) -> Iterator[Batch]:
+        """What is left of the epoch."""

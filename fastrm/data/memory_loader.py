@@ -9,8 +9,8 @@ from torch import Tensor
 
 from fastrm.data import batched
 from fastrm.data.augmentation import Augmentation, View
-from fastrm.data.draws import Batch, Draws, blur_radius, draw_views
-from fastrm.data.loader import Loader
+from fastrm.data.draws import Draws, Request, blur_radius, draw_views
+from fastrm.data.loader import Batch, Loader
 from fastrm.data.sources import ArrayImages
 
 _TINY = 2**11  # values of a picture below which a call for each costs more than the wasted arithmetic of all together
@@ -33,32 +33,32 @@ class MemoryLoader(Loader):
         self._size, self._dtype = image_size, dtype
         self._pixels = images.tensor().to(device)
 
-    def _batches(self) -> Iterator[tuple[list[int], tuple[Tensor, ...]]]:
-        for batch in self._sampler:
-            yield batch.images, self._views(batch)
+    def _batches(self) -> Iterator[Batch]:
+        for request in self._sampler:
+            yield Batch(self._views(request), request.images)
 
-    def _views(self, batch: Batch) -> tuple[Tensor, ...]:
+    def _views(self, request: Request) -> tuple[Tensor, ...]:
         height, width = self._pixels.shape[2:]
-        sizes = [(height, width)] * len(batch.images)
-        drawn = draw_views(self._augmentation.views, sizes, self._size, self._sampler.generator(batch))
-        return tuple(self._view(batch, *pair) for pair in zip(self._augmentation.views, drawn, strict=True))
+        sizes = [(height, width)] * len(request.images)
+        drawn = draw_views(self._augmentation.views, sizes, self._size, self._sampler.generator(request))
+        return tuple(self._view(request, *pair) for pair in zip(self._augmentation.views, drawn, strict=True))
 
-    def _view(self, batch: Batch, view: View, draws: Draws) -> Tensor:
-        images = self._cropped(batch, draws, view.interpolation)
+    def _view(self, request: Request, view: View, draws: Draws) -> Tensor:
+        images = self._cropped(request, draws, view.interpolation)
         batched.recolour_(images, draws, blur_radius=blur_radius(view, self._size))
         out = batched.empty_views(len(images), self._size, self._dtype, images.device)
         return batched.normalise(images, self._augmentation.mean, self._augmentation.std, out=out)
 
-    def _cropped(self, batch: Batch, draws: Draws, interpolation: str) -> Tensor:
+    def _cropped(self, request: Request, draws: Draws, interpolation: str) -> Tensor:
         """float32 [B, C, S, S]: in one go on a GPU or where the pictures are tiny; else picture by picture in bytes."""
         if self._pixels.device.type == "cuda" or self._pixels[0].numel() < _TINY:
-            index = torch.tensor(batch.images).to(self._pixels.device, non_blocking=True)
+            index = torch.tensor(request.images).to(self._pixels.device, non_blocking=True)
             bicubic = interpolation == "bicubic"
             return batched.crop_resize(
                 self._pixels.index_select(0, index), draws.box, draws.flip, self._size, bicubic=bicubic
             )
-        out = torch.empty(len(batch.images), self._pixels.shape[1], self._size, self._size)
-        places = zip(batch.images, draws.box.tolist(), draws.flip.tolist(), strict=True)
+        out = torch.empty(len(request.images), self._pixels.shape[1], self._size, self._size)
+        places = zip(request.images, draws.box.tolist(), draws.flip.tolist(), strict=True)
         for row, (at, box, flip) in zip(out, places, strict=True):
             row.copy_(batched.crop(self._pixels[at], box, flip, self._size, interpolation)[0])
         return out

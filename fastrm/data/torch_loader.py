@@ -14,8 +14,8 @@ from torch.utils.data import DataLoader, Dataset
 from fastrm.data import batched
 from fastrm.data.augmentation import Augmentation
 from fastrm.data.decode import BROKEN, BrokenImage, Header, decode, inspect, reason
-from fastrm.data.draws import Batch, BatchSampler, blur_radius, draw_views
-from fastrm.data.loader import Loader
+from fastrm.data.draws import BatchSampler, Request, blur_radius, draw_views
+from fastrm.data.loader import Batch, Loader
 from fastrm.data.scan import report
 from fastrm.data.sources import ArrayImages, FileImages, Images
 from fastrm.errors import UsageError
@@ -42,21 +42,21 @@ class _Views(Dataset[_Loaded]):
     def __init__(self, images: Images, augmentation: Augmentation, image_size: int, sampler: BatchSampler) -> None:
         self.images, self.augmentation, self.image_size, self.sampler = images, augmentation, image_size, sampler
 
-    def __getitem__(self, batch: Batch) -> _Loaded:
+    def __getitem__(self, request: Request) -> _Loaded:
         images = self.images
         if isinstance(images, ArrayImages):
             pixels = images.tensor()
-            sizes = [(pixels.shape[2], pixels.shape[3])] * len(batch.images)
-            return batch.images, self._views(batch, sizes, lambda i: pixels[batch.images[i]]), {}
+            sizes = [(pixels.shape[2], pixels.shape[3])] * len(request.images)
+            return request.images, self._views(request, sizes, lambda i: pixels[request.images[i]]), {}
         while True:
             # The sizes, which the crops are drawn for, come from the headers, so that one picture at a time is held.
             try:
-                files = [images.read(index, lambda content: (inspect(content), content)) for index in batch.images]
+                files = [images.read(index, lambda content: (inspect(content), content)) for index in request.images]
             except UsageError:  # none is left: the process that trains says so, since torch would add a traceback
                 return [], (), dict(images.unreadable)
             sizes = [header.size for _, (header, _) in files]
             with contextlib.suppress(_Broken):  # it is left out in the next try
-                views = self._views(batch, sizes, partial(self._decoded, images, files))
+                views = self._views(request, sizes, partial(self._decoded, images, files))
                 return [index for index, _ in files], views, dict(images.unreadable)
 
     def _decoded(self, images: FileImages, files: list[tuple[int, tuple[Header, bytes]]], i: int) -> Tensor:
@@ -77,11 +77,11 @@ class _Views(Dataset[_Loaded]):
             raise _Broken from None
 
     def _views(
-        self, batch: Batch, sizes: Sequence[tuple[int, int]], pixels: Callable[[int], Tensor]
+        self, request: Request, sizes: Sequence[tuple[int, int]], pixels: Callable[[int], Tensor]
     ) -> tuple[Tensor, ...]:
         """uint8 [B, 3, S, S], channels last, of uint8 [C, H, W] pictures, for each view."""
         size, views = self.image_size, self.augmentation.views
-        drawn = draw_views(views, sizes, size, self.sampler.generator(batch))
+        drawn = draw_views(views, sizes, size, self.sampler.generator(request))
         boxes, flips = ([getattr(draws, name).tolist() for draws in drawn] for name in ("box", "flip"))
         outs = [batched.empty_views(len(sizes), size, torch.uint8, _CPU) for _ in views]
         for i in range(len(sizes)):
@@ -125,11 +125,11 @@ class TorchLoader(Loader):
             worker_init_fn=leave_to_the_trainer,
         )
 
-    def _batches(self) -> Iterator[tuple[list[int], tuple[Tensor, ...]]]:
+    def _batches(self) -> Iterator[Batch]:
         for indices, views, faults in self._loader:
             if isinstance(self._images, FileImages):
                 report(self.broken, self._images, faults)
-            yield indices, tuple(map(self._placed, views))
+            yield Batch(tuple(map(self._placed, views)), indices)
 
     def _placed(self, views: Tensor) -> Tensor:
         views = views.to(self._device, non_blocking=True)

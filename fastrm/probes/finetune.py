@@ -71,10 +71,10 @@ def fine_tuned(
     steps, done = epochs * len(loader), 0
     network.train()
     for _ in range(epochs):
-        for (views,) in loader:
+        for (views,), indices in loader:
             for group in optimizer.param_groups:
                 group["lr"] = rate * cosine(done / steps)
-            loss = nn.functional.cross_entropy(head(network(views)[0].float()), labels[loader.indices])
+            loss = nn.functional.cross_entropy(head(network(views)[0].float()), labels[indices])
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             optimizer.step()

@@ -199,8 +199,8 @@ def published_linear(
     steps = protocol.epochs * len(loader)
     done = 0
     for _ in range(protocol.epochs):
-        for (views,) in loader:
-            truth = labels[loader.indices]
+        for (views,), indices in loader:
+            truth = labels[indices]
             for name, network in networks.items():
                 with evaluating(network):
                     pooled = network(views)[0].float()
