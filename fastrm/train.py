@@ -7,14 +7,12 @@ Read :func:`train` from top to bottom: what can be wrong is found first, then th
 
 from __future__ import annotations
 
-import argparse
-import sys
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import replace
-from itertools import islice, zip_longest
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -61,7 +59,8 @@ from fastrm.run.graph import GraphedStep
 from fastrm.run.results import SUMMARY, Results, complete
 from fastrm.run.step import AUTOCAST, Step
 from fastrm.settings import command_line
-from fastrm.settings.config import Config, defaults, resolved, validate
+from fastrm.settings.config import Config, resolved, validate
+from fastrm.settings.flags import read_flags
 
 LOWER = (
     "Lower --batch-size, or raise --accumulate, which takes fewer images at a time, or lower --image-size; on the host "
@@ -380,31 +379,6 @@ def _described(config: Config, device: torch.device, precision: str, world: Worl
         *(extra for extra, chosen in extras.items() if chosen),
     ]
     return ", ".join(parts)
-
-
-def read_flags(argv: Sequence[str] | None) -> Config:
-    """Settings from the command line: the recipe's, then the flags'."""
-    # The flags that choose the defaults are looked at first; what is wrong with them is reported by the real parser.
-    peek = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
-    for name in ("--recipe", "--method", "--arch", "--epochs"):
-        peek.add_argument(name, nargs="?", type=int if name == "--epochs" else str)
-    try:
-        chosen = vars(peek.parse_known_args(argv)[0])
-    except argparse.ArgumentError:
-        chosen = {}
-    given = list(_short_forms(sys.argv[1:] if argv is None else argv))
-    return command_line.parse(Config, given, prog="python -m fastrm.train", default=defaults(**chosen))
-
-
-def _short_forms(argv: Sequence[str]) -> Iterator[str]:
-    """Spell ``--compile`` alone and ``--no-compile`` out."""
-    for word, following in zip_longest(argv, argv[1:], fillvalue="--"):
-        if word == "--no-compile":
-            yield from ("--compile", "off")
-        else:
-            yield word
-            if word == "--compile" and following.startswith("--"):
-                yield "on"
 
 
 def main(argv: Sequence[str] | None = None) -> None:

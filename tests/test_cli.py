@@ -15,6 +15,7 @@ from PIL import Image
 from fastrm import doctor, evaluate, train
 from fastrm.settings import command_line
 from fastrm.settings.config import Config
+from fastrm.settings.flags import read_flags
 from tests.test_train import METHODS
 
 ROOT = Path(__file__).parent.parent
@@ -120,7 +121,7 @@ def test_help_groups_the_flags(capsys: pytest.CaptureFixture[str]) -> None:
 )
 def test_compile_has_short_forms(given: str, meant: str) -> None:
     for argv in ([*given.split(), "--data", "digits"], ["--data", "digits", *given.split()]):
-        assert train.read_flags(argv).device.compile == meant
+        assert read_flags(argv).device.compile == meant
 
 
 def test_a_picture_folder_from_the_shell(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ import pytest
 
 from fastrm.errors import UsageError
 from fastrm.settings.config import RECIPES, Config, build, defaults, from_flat, resolved
-from fastrm.train import read_flags
+from fastrm.settings.flags import read_flags
 
 # The published numbers, written out a second time, by hand, from the table of settings.
 R50_MOCOV3 = {

@@ -20,7 +20,8 @@ from fastrm import doctor, evaluate, export, report
 from fastrm.data import __main__ as views
 from fastrm.settings import command_line
 from fastrm.settings.config import RECIPES
-from fastrm.train import read_flags, train
+from fastrm.settings.flags import read_flags
+from fastrm.train import train
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("[a-z]*.md"))]

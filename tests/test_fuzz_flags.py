@@ -21,7 +21,8 @@ from fastrm.methods import build_method
 from fastrm.models.weights import metadata
 from fastrm.pretrained import Pretrained
 from fastrm.settings import command_line
-from fastrm.settings.config import Config, build
+from fastrm.settings.config import build, flag
+from fastrm.settings.flags import Flags
 
 VALUES = [
     "", " ", "-1", "0", "9" * 19, "9" * 400, "1e400", "-1e-400", "nan", "inf", "-inf", "1_0", "٣", "💥", "a" * 10_000,
@@ -56,7 +57,7 @@ def run_of_digits() -> Pretrained:
 
 
 def flags(kind: type) -> list[str]:
-    return list(command_line._flags(kind))
+    return [flag(name) for name in command_line.flag_names(kind)]
 
 
 def words(flag: str, value: str, others: dict[str, Any]) -> list[str]:
@@ -97,7 +98,7 @@ def stop(*_: Any, **__: Any) -> None:
     raise Started
 
 
-@pytest.mark.parametrize("flag", flags(Config))
+@pytest.mark.parametrize("flag", flags(Flags))
 @FEW
 @given(value=st.sampled_from(VALUES))
 def test_train(flag: str, value: str, refused_or_taken: Any) -> None:

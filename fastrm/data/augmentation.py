@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from numbers import Real
 from typing import Literal, get_args
 
-from fastrm.settings.config import MethodName, check_choice, check_kinds, check_range
+from fastrm.settings.config import MethodName, check_choice, check_range
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -129,7 +129,6 @@ def augmentation(method: str, *, crop_min: float) -> Augmentation:
         UsageError: there is no such method, or the share is not above 0 and at most 1.
     """
     check_choice("method", method, get_args(MethodName))
-    check_kinds({"crop_min": crop_min})
     check_range("crop_min", crop_min)
     scale = (crop_min, 1.0)
     if method in ("mocov2", "densecl"):

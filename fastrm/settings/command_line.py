@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import difflib
 import io
 import re
 import sys
 from collections.abc import Iterator, Sequence
 from itertools import dropwhile, takewhile
-from typing import Any, TypeVar, cast, get_type_hints
+from typing import Any, TypeVar, cast, get_args, get_type_hints
 
 from fastrm.errors import UsageError
 from fastrm.files import at_home
+from fastrm.settings.kinds import flag
+from fastrm.settings.near import near
 from fastrm.terminal.shell import run
 
 __all__ = ["parse", "run"]
@@ -40,7 +41,7 @@ def parse(kind: type[T], argv: Sequence[str] | None, *, prog: str, default: T | 
     except SystemExit as stop:
         if stop.code in (None, 0):
             raise
-        raise UsageError(_reason(shown.getvalue(), list(_flags(kind)))) from None
+        raise UsageError(_reason(shown.getvalue(), list(flag_names(kind)))) from None
 
 
 def _at_home(options: T) -> T:
@@ -53,13 +54,13 @@ def _at_home(options: T) -> T:
 
 
 def _reason(message: str, known: list[str]) -> str:
-    """The sentence in tyro's message, which has a title and a frame, with the nearest flags for an unknown one."""
+    """The sentence in tyro's message, which has a title and a frame, with what an unknown flag probably meant."""
     body = [line.strip(" │") for line in message.splitlines()[1:] if line.strip()]
     sentence = " ".join(takewhile(_is_text, dropwhile(lambda line: not _is_text(line), body)))
     if sentence.startswith("Unrecognized options"):
         unknown = re.findall(r"--[\w-]+", sentence)
-        near = [match for flag in unknown for match in difflib.get_close_matches(flag, known, n=1)]
-        sentence += f"; did you mean {', '.join(near)}?" if near else "; --help lists what there is"
+        meant = [flag(name) for word in unknown if (name := near(word, known)) is not None]
+        sentence += f"; did you mean {', '.join(meant)}?" if meant else "; --help lists what there is"
     return sentence
 
 
@@ -67,10 +68,13 @@ def _is_text(line: str) -> bool:
     return bool(line.strip("─-"))
 
 
-def _flags(kind: type) -> Iterator[str]:
-    """Flags of a dataclass, or of the dataclasses that are its fields."""
-    for name, inner in get_type_hints(kind).items():
+def flag_names(kind: type) -> Iterator[str]:
+    """Names of the flags of a dataclass, or of the dataclasses that are its fields; what has no flag is left out."""
+    import tyro
+
+    positional: Any = tyro.conf.Positional
+    for name, inner in get_type_hints(kind, include_extras=True).items():
         if dataclasses.is_dataclass(inner):
-            yield from _flags(cast(type, inner))
-        else:
-            yield "--" + name.replace("_", "-")
+            yield from flag_names(cast(type, inner))
+        elif positional not in get_args(inner):
+            yield name

@@ -1,0 +1,61 @@
+"""Settings that are read from a file: a run's ``config.json``, or TOML with a line a setting."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from fastrm.errors import UsageError, first_line
+from fastrm.files import at_home
+from fastrm.settings.config import in_form
+from fastrm.settings.fields import KINDS
+from fastrm.settings.kinds import problem, refuse
+from fastrm.settings.near import near
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+_OF_THE_RUN = frozenset({"out", "resume"})
+"""What a run's ``config.json`` says of that run alone."""
+
+
+def read_settings(path: Path) -> dict[str, Any]:
+    """Read settings by name, checked each for itself; where the run of a ``config.json`` lies is left out.
+
+    Raises:
+        UsageError: names the file, and what in it is wrong.
+    """
+    try:
+        found = _read(path)
+        for name in found:
+            if name not in KINDS:
+                meant = near(name, KINDS)
+                raise UsageError(f"{name!r:.80} is no setting" + (f"; did you mean {meant}?" if meant else ""))
+        if path.suffix == ".json":
+            leaves = in_form({name: value for name, value in found.items() if name not in _OF_THE_RUN})
+        else:
+            leaves = in_form({name: at_home(value) for name, value in found.items()})
+        for name, value in leaves.items():
+            refuse(name, problem(value, KINDS[name]))
+    except UsageError as error:
+        raise UsageError(f"--config {str(path)[:200]}: {error}") from None
+    return leaves
+
+
+def _read(path: Path) -> dict[str, Any]:
+    if path.suffix not in (".json", ".toml"):
+        raise UsageError("it must end in .json, as a run's config.json does, or .toml")
+    try:
+        text = path.read_text(encoding="utf-8")
+        found = json.loads(text) if path.suffix == ".json" else tomllib.loads(text)
+    except OSError as error:
+        raise UsageError(f"it cannot be read: {error.strerror or error}") from None
+    except (ValueError, RecursionError) as error:
+        raise UsageError(f"it is no {path.suffix[1:].upper()}: {first_line(error)}") from None
+    if not isinstance(found, dict):
+        raise UsageError("it holds no settings by name")
+    return found

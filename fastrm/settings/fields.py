@@ -1,0 +1,240 @@
+"""Every setting of a run: one frozen dataclass tree, whose leaves are the command line's flags.
+
+A leaf's type says all that it may be. The leaves' names are unique across the groups, so that a recipe, a flag or a
+keyword of :func:`fastrm.settings.config.build` needs no group.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_type_hints
+
+from fastrm.errors import UsageError
+from fastrm.settings.kinds import Range
+from fastrm.settings.near import near
+
+MethodName = Literal["mocov3", "mocov2", "byol", "densecl"]
+ResidualPlace = Literal["output", "projector", "backbone"]
+
+ImageSize = Annotated[int, Range(at_least=8, at_most=4096)]
+Seed = Annotated[int, Range(at_least=0, at_most=2**63 - 1)]
+Share = Annotated[float, Range(at_least=0, at_most=1)]
+Width = Annotated[int, Range(at_least=1, at_most=2**16)]
+Workers = Annotated[int, Range(at_least=0, at_most=256)]
+
+
+@dataclass(frozen=True, kw_only=True)
+class InputConfig:
+    """The images and how they are read."""
+
+    data: str = ""
+    """digits, fashion-mnist, cifar10, cifar100, stl10, photo-patches (of scikit-image), synthetic, or a folder:
+    train/CLASS/… with optional val/CLASS/…, CLASS/…, or images at any depth without labels;
+    or WebDataset shards: a folder of tar files, or quoted: '/shards/train-{0000..0146}.tar'."""
+    data_root: Path | None = None
+    """Where a named set lies or is downloaded to; unset: ~/.cache/fastrm.
+    For fashion-mnist a folder with the four IDX files, plain or gzip, serves."""
+    image_size: ImageSize = 224
+    """Side of the square views, in pixels."""
+    crop_min: Annotated[float, Range(above=0, at_most=1)] = 0.2
+    """Smallest share of the picture's area that a random crop takes."""
+    batch_size: Annotated[int, Range(at_least=2)] | None = None
+    """Images an optimizer step, over all processes; unset: 256 a process."""
+    loader: Literal["auto", "dali", "torch", "memory"] = "auto"
+    """What reads and augments the images.
+    auto: memory, the whole set on the device, for named sets; for files dali on a GPU where it is
+    installed, and else torch, worker processes."""
+    scan: bool = True
+    """Before the run, look for broken files in a folder, leave them out and list them in skipped.txt. Without it, what
+    cannot be read is left out when it is met, and DALI shows some damaged JPEGs that are left out otherwise."""
+    workers: Workers | None = None
+    """Loader processes a training process, 0 for none; unset: as many as cores, at most 8."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """The backbone."""
+
+    arch: str = "resnet50"
+    """Any image backbone of timm, by name."""
+    stem: Literal["auto", "imagenet", "small"] = "auto"
+    """First layers of a ResNet: as published, or small (3x3 at stride 1, no max-pool).
+    auto: small at 64 pixels and below."""
+    init_from: Path | None = None
+    """Weights to start the backbone from: a run folder or its files, an official MoCo, MoCo-v2 or MoCo-v3 checkpoint,
+    or any state dict in timm's or, for ResNets, torchvision's names."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MethodConfig:
+    """The momentum method, its heads, and the residual term."""
+
+    method: MethodName = "mocov3"
+    """The method whose loss between two views is trained."""
+    residual_weight: Annotated[float, Range(at_least=0)] = 0.1
+    """Weight of the residual term, student to teacher on the same view; 0 is the plain method.
+    The default cost no method accuracy in docs/study.md; 1 helped some and harmed others there."""
+    residual_at: ResidualPlace = "output"
+    """Where the residual term is taken: at what the method's loss uses, behind the projector, or the backbone."""
+    residual_warmup_epochs: Annotated[float, Range(at_least=0)] = 0.0
+    """Epochs over which the residual weight grows linearly from 0."""
+    teacher_momentum: Share = 0.99
+    """Momentum of the teacher at the start; a cosine leads from it to --teacher-momentum-end."""
+    teacher_momentum_end: Share = 1.0
+    """Momentum of the teacher at the end of the run."""
+    temperature: Annotated[float, Range(above=0)] = 1.0
+    """Temperature of the contrastive loss, in methods with one."""
+    queue_size: Annotated[int, Range(at_least=1, at_most=2**24)] = 65536
+    """Keys held as negatives, in methods with a queue."""
+    symmetric: bool = False
+    """Score both directions, each against a queue of its own, and average, in methods that otherwise score one."""
+    dense_weight: Share = 0.5
+    """Share of the dense loss, in methods with one; the global loss gets the rest."""
+    hidden_dim: Width = 4096
+    """Hidden width of the projector."""
+    output_dim: Width = 256
+    """Width of the projector's and the predictor's output."""
+    predictor_hidden_dim: Width = 4096
+    """Hidden width of the predictor, in methods with one."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimConfig:
+    """The optimizer, its schedule, and the length of the run."""
+
+    epochs: Annotated[int, Range(at_least=1)] = 100
+    """Passes over the images; all schedules span them."""
+    max_steps: Annotated[int, Range(at_least=1)] | None = None
+    """Stop after this many optimizer steps; the schedules still span --epochs, so that a later resume goes on."""
+    optimizer: Literal["lars", "sgd", "adamw", "lamb"] = "lars"
+    """lars: tensors of one dimension or none get no decay and no scaling. adamw, lamb: they get no decay.
+    lamb is FusedLAMB of NVIDIA's apex, and needs it and a GPU."""
+    lr: Annotated[float, Range(above=0)] = 0.6
+    """Peak learning rate for a batch of 256; it is scaled by batch / 256. A cosine leads from it to 0."""
+    weight_decay: Annotated[float, Range(at_least=0)] = 1e-6
+    """Weight decay."""
+    trust_coefficient: Annotated[float, Range(above=0)] = 0.001
+    """lars: ratio of an update's norm to its weight's norm, before the learning rate."""
+    warmup_epochs: Annotated[float, Range(at_least=0)] = 10.0
+    """Epochs over which the learning rate grows linearly.
+    Where --epochs is less than the recipe's, the default is at most a tenth of it."""
+    warmup_start_lr: Annotated[float, Range(at_least=0)] = 0.0
+    """Learning rate (for a batch of 256) at which the warm-up starts."""
+    accumulate: Annotated[int, Range(at_least=1)] = 1
+    """Micro-batches an optimizer step; each has batch-size / accumulate images and is contrasted within itself."""
+    clip_norm: Annotated[float, Range(above=0)] | None = None
+    """Largest norm of the whole gradient, which is scaled down to it; unset: no limit."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DeviceConfig:
+    """What computes, and in which precision."""
+
+    device: Literal["auto", "cuda", "cpu"] = "auto"
+    """auto: the GPU if there is one."""
+    precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
+    """Precision of the networks' layers; weights, teacher and losses are in float32 always.
+    auto: bf16 on a GPU that has it, fp16 with loss scaling on one that has not, fp32 on the CPU."""
+    compile: Literal["auto", "on", "off"] = "auto"
+    """Compile the student and the teacher with torch.compile; --compile alone is on, --no-compile is off.
+    auto: on a GPU with Triton, where it pays in minutes; not on the CPU, where a ResNet-18 was no faster."""
+    cuda_graph: bool = False
+    """Capture the whole step as one CUDA graph: for small images and networks, where launches dominate."""
+    channels_last: bool = True
+    """Keep images and convolution weights in channels-last order."""
+    kernels: Literal["auto", "triton", "cpu", "reference"] = "auto"
+    """Backend of fastrm.kernels."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """What is logged, kept and repeated."""
+
+    recipe: str | None = None
+    """A named set of defaults, which flags override; RECIPES in fastrm/settings/recipes.py lists them."""
+    seed: Seed = 0
+    """Seed of everything random; on the CPU the same seed gives the same bits."""
+    log_to: tuple[Literal["tensorboard", "wandb", "mlflow"], ...] = ("tensorboard",)
+    """What the metrics are sent to besides metrics.jsonl; --log-to alone: nothing."""
+    log_every: Annotated[int, Range(at_least=1)] = 50
+    """Steps between two logged ones; the first and the last are always logged."""
+    eval_every: Annotated[int, Range(at_least=0)] = 10
+    """Epochs between two kNN evaluations, besides the one at the end; 0: never."""
+    online_linear: bool = False
+    """Train a linear classifier along with the student, on its detached features, and score it at each evaluation."""
+    checkpoint_every: Annotated[int, Range(at_least=1)] | None = None
+    """Steps between two checkpoints, besides the one at the end; unset: an epoch."""
+    keep: Annotated[int, Range(at_least=1)] = 2
+    """Checkpoints that are kept, the newest among them."""
+    keep_every: Annotated[int, Range(at_least=1)] | None = None
+    """Keep besides all checkpoints whose step is a multiple of this."""
+    keep_best: bool = False
+    """Keep the checkpoint with the best kNN score of the student, or of the online linear classifier where one is
+    trained, as checkpoint-best.pt."""
+    verify_every: Annotated[int, Range(at_least=0)] = 0
+    """Steps between two comparisons of the fused losses and their gradient with the reference, on the batch at hand;
+    0: never."""
+    profile: Annotated[int, Range(at_least=0, at_most=1000)] = 0
+    """Steps to profile, after the first two: a Chrome trace in the folder, and where the time goes on the screen."""
+    out: Path | None = None
+    """Folder that the run is written to; unset: runs/DATA-METHOD-ARCH."""
+    resume: str = "auto"
+    """auto: continue the run that is in --out. never: start anew, in its place.
+    Or a checkpoint or run folder to continue from."""
+    dry_run: bool = False
+    """Make a few steps, say what memory and time they and an epoch take, and end; nothing is written."""
+    allow_changed_data: bool = False
+    """Continue a run whose images have changed: from the next whole epoch on, with the new ones."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """All settings of a run."""
+
+    input: InputConfig = field(default_factory=InputConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    method: MethodConfig = field(default_factory=MethodConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    device: DeviceConfig = field(default_factory=DeviceConfig)
+    run: RunConfig = field(default_factory=RunConfig)
+
+    def flat(self) -> dict[str, Any]:
+        """All leaves by name, with paths as text: what config.json holds."""
+        groups = (getattr(self, group.name) for group in dataclasses.fields(self))
+        leaves = {leaf.name: getattr(group, leaf.name) for group in groups for leaf in dataclasses.fields(group)}
+        return {name: _plain(value) for name, value in leaves.items()}
+
+    def replace(self, **leaves: Any) -> Config:
+        """Return a copy with some leaves changed, whatever group they are in.
+
+        Raises:
+            UsageError: no leaf has that name.
+        """
+        groups = {}
+        for group in dataclasses.fields(self):
+            value = getattr(self, group.name)
+            own = {leaf.name: leaves.pop(leaf.name) for leaf in dataclasses.fields(value) if leaf.name in leaves}
+            groups[group.name] = dataclasses.replace(value, **own)
+        if leaves:
+            known = [leaf for group in dataclasses.fields(self) for leaf in vars(getattr(self, group.name))]
+            meant = [name + (f" (did you mean {found}?)" if (found := near(name, known)) else "") for name in leaves]
+            raise UsageError(f"unknown settings: {', '.join(meant)}")
+        return Config(**groups)
+
+
+def _plain(value: Any) -> Any:
+    """A setting as JSON has it."""
+    if isinstance(value, Path):
+        return str(value)
+    return list(value) if isinstance(value, tuple) else value
+
+
+KINDS: Mapping[str, Any] = {
+    name: kind
+    for group in get_type_hints(Config).values()
+    for name, kind in get_type_hints(group, include_extras=True).items()
+}
+"""The type of each leaf."""

@@ -1,0 +1,118 @@
+"""What a setting may be, as the type at its field says it, and the one line that refuses anything else."""
+
+from __future__ import annotations
+
+import math
+import os
+import sys
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from types import NoneType, UnionType
+from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
+
+from fastrm.errors import UsageError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Range:
+    """Which numbers a setting may be: ``Annotated[float, Range(above=0, at_most=1)]``; finite ones always."""
+
+    at_least: float = -math.inf
+    above: float = -math.inf
+    at_most: float = math.inf
+
+    def problem(self, value: float) -> str | None:
+        """What is wrong with a number; None for nothing."""
+        # Not math.isfinite, which raises for an int that no float can hold.
+        if value >= self.at_least and value > self.above and value <= min(self.at_most, sys.float_info.max):
+            return None
+        bounds = {"at least": self.at_least, "above": self.above, "at most": self.at_most}
+        wanted = " and ".join(f"{word} {bound:g}" for word, bound in bounds.items() if math.isfinite(bound))
+        return f"{str(value)[:80]} is out of range; it must be {wanted}"
+
+
+def problem(value: Any, kind: Any) -> str | None:
+    """What is wrong with a value by the type of its field, in words that begin with the value; None for nothing.
+
+    Nothing is converted, but an int serves as a float.
+    """
+    origin, inner = get_origin(kind), get_args(kind)
+    if origin in (Union, UnionType):
+        return None if value is None else problem(value, _set(kind))
+    if origin is Annotated:
+        found = problem(value, inner[0])
+        return found or next((limit.problem(value) for limit in inner[1:] if isinstance(limit, Range)), None)
+    if origin is Literal:
+        return unknown(value, inner)
+    if origin is tuple:
+        if not isinstance(value, tuple):
+            return _of_another_kind(value, "a list")
+        return next((found for item in value if (found := problem(item, inner[0])) is not None), None)
+    right = isinstance(value, (int, float) if kind is float else kind)
+    if not right or (isinstance(value, bool) and kind is not bool):
+        return _of_another_kind(value, kind.__name__)
+    return unusable(value) if kind is Path else None
+
+
+def _set(kind: Any) -> Any:
+    """The type of a setting that is set: of ``X | None`` the X."""
+    return next(option for option in get_args(kind) if option is not NoneType)
+
+
+def _of_another_kind(value: object, wanted: str) -> str:
+    return f"{value!r:.80} is a {type(value).__name__}; it must be {wanted}"
+
+
+def unknown(value: object, choices: Iterable[str]) -> str | None:
+    """What is wrong with a value that is none of ``choices``; None for nothing."""
+    known = list(choices)
+    if isinstance(value, str) and value in known:
+        return None
+    return f"{' '.join(str(value).split())[:80]} is unknown; choose one of {', '.join(known)}"
+
+
+def unusable(path: str | Path) -> str | None:
+    """What is wrong with a path that the system does not take: one that is too long, or has a zero byte in it."""
+    try:
+        os.stat(path)
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except (OSError, ValueError) as error:
+        why = error.strerror if isinstance(error, OSError) else error
+        return f"{str(path)[:80]!r} is no path that can be used: {why}"
+    return None
+
+
+def flag(name: str) -> str:
+    """Spell a leaf as its command-line flag."""
+    return "--" + name.replace("_", "-")
+
+
+def refuse(name: str, found: str | None) -> None:
+    """Raise a UsageError if something is wrong with the value of a setting."""
+    if found is not None:
+        raise UsageError(f"{flag(name)} {found}")
+
+
+def check_fields(settings: object) -> None:
+    """Raise a UsageError unless each value in a dataclass is what the type at its field says."""
+    for name, kind in get_type_hints(type(settings), include_extras=True).items():
+        refuse(name, problem(getattr(settings, name), kind))
+
+
+def taken(value: Any, kind: Any) -> Any:
+    """A value in the form that its field has: text for a path and a path for text, a list for a tuple, True for on.
+
+    What has no such form is left as it is, for :func:`problem` to find.
+    """
+    inner = _set(kind) if get_origin(kind) in (Union, UnionType) else kind
+    if inner is Path and isinstance(value, str):
+        return Path(value)
+    if inner is str and isinstance(value, Path):
+        return str(value)
+    if get_origin(inner) is tuple and isinstance(value, list):
+        return tuple(value)
+    if get_origin(inner) is Literal and isinstance(value, bool) and {"on", "off"} <= set(get_args(inner)):
+        return "on" if value else "off"
+    return value
