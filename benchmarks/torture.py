@@ -24,6 +24,7 @@ from typing import Any
 
 from fastrm.data import open_source
 from fastrm.run import checkpoint
+from fastrm.run.resume import FREE_ON_RESUME
 
 STEPS = 110
 FLAGS = [
@@ -83,7 +84,7 @@ def trial(method: str, data: str, kills: int, folder: Path, moment: random.Rando
     finish(start(method, data, cut))
     states = [checkpoint.load(out) for out in (whole, cut)]
     for state in states:
-        for free in checkpoint.FREE_ON_RESUME:
+        for free in FREE_ON_RESUME:
             state["config"].pop(free, None)
     if checkpoint.checksum(states[0]) != checkpoint.checksum(states[1]) or metrics(whole) != metrics(cut):
         raise SystemExit(f"{method} on {data}: the run that was killed {done} times ended otherwise")

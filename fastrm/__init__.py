@@ -1,9 +1,30 @@
 """fastrm: self-supervised image pre-training with residual momentum, and the fused operations under it."""
 
+from __future__ import annotations
+
+from importlib import import_module
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from fastrm.version import __version__ as __version__
 
 # The sources keep fastrm.kernels in kernels/ beside this folder; an installed package has it inside.
 if not (Path(__file__).parent / "kernels").is_dir():
     __path__.append(str(Path(__file__).parent.parent))
+
+if TYPE_CHECKING:
+    from fastrm.pretraining import pretrain as pretrain
+    from fastrm.run.trainer import Trainer as Trainer
+
+_HOME = {"pretrain": "fastrm.pretraining", "Trainer": "fastrm.run.trainer"}
+
+
+def __getattr__(name: str) -> Any:
+    """The Python API, imported when it is asked for: whoever borrows an operation needs none of the trainer."""
+    if name in _HOME:
+        return getattr(import_module(_HOME[name]), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_HOME})

@@ -218,11 +218,22 @@ def timm_config(path: Path) -> bool:
     return _json(path, "architecture", "pretrained_cfg") is not None and neighbour.is_file() and weights(neighbour)
 
 
+BEST, BEST_SCORE = "checkpoint-best.pt", "best.json"
+"""The checkpoint with the best score, and which score that is."""
+
+
+def best(path: Path) -> bool:
+    """``best.json``: which step scored best."""
+    return _json(path, MARK, "step", "score", "value") is not None
+
+
 RUN: dict[str, Callable[[Path], bool]] = {
     "config.json": config,
     "metrics.jsonl": metrics,
     "tensorboard": board,
     "checkpoint.pt": checkpoint,
+    BEST: checkpoint,
+    BEST_SCORE: best,
     "backbone.safetensors": weights,
     "summary.json": summary,
     "skipped.txt": skipped,

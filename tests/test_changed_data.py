@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import tarfile
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,8 @@ from fastrm.data.scan import scan
 from fastrm.errors import UsageError
 from fastrm.optim import Schedule
 from fastrm.run import checkpoint
-from fastrm.run.checkpoint import Checkpoints, Start
+from fastrm.run.resume import Start, resume
+from fastrm.run.saver import Saver
 from fastrm.settings.config import Config, resolved
 from tests.test_train import assert_as_uninterrupted, records
 
@@ -43,16 +45,17 @@ def saved(small: Small, data: Path, step: int) -> Path:
     config = small(data=str(data))
     assert config.run.out is not None
     config.run.out.mkdir()
-    checkpoints = Checkpoints(config.run.out, config, 0, method=torch.nn.Linear(1, 1), images=listed(data))
-    checkpoints.save(step)
-    checkpoints.wait()
+    saver = Saver(config.run.out, {"method": torch.nn.Linear(1, 1)}, keep=2, keep_every=None)
+    saver.goes_on(0, config.flat(), listed(data))
+    saver.save(step)
+    saver.wait()
     return config.run.out
 
 
 def resumed(small: Small, data: Path | str, **leaves: Any) -> Start:
     config = small(data=str(data), **leaves)
     assert config.run.out is not None
-    return checkpoint.resume(config, config.run.out, listed(data), method=torch.nn.Linear(1, 1))
+    return resume(config.flat(), config.run.out, listed(data), {"method": torch.nn.Linear(1, 1)})
 
 
 def test_a_run_goes_on_with_the_same_images_at_another_path(small: Small, images: Path, tmp_path: Path) -> None:
@@ -72,7 +75,7 @@ def test_spellings_of_one_path(small: Small, images: Path, tmp_path: Path, monke
     monkeypatch.chdir(tmp_path)
     for spelling in (f"{images}/", "link", "link/", "./images/../images", "images", "split", "split/train"):
         begun = resumed(small, spelling)
-        assert (begun.step, begun.note, begun.images.shift) == (3, "", 0), spelling
+        assert (begun.step, begun.notes, begun.images.shift) == (3, (), 0), spelling
     monkeypatch.chdir(images)
     assert resumed(small, ".").note == ""
 
@@ -109,7 +112,8 @@ def test_a_checkpoint_without_an_inventory_goes_on_with_a_notice(small: Small, i
         resumed(small, "digits")
     begun = resumed(small, f"{images}/")
     assert begun.step == 3
-    assert begun.note == "checkpoint.pt is of an older version: whether the images are the same is not known"
+    note = "checkpoint.pt is of an older version: whether the images are the same is not known"
+    assert begun.notes == (note,)
     assert resumed(small, "digits", allow_changed_data=True).step == 3
 
 
@@ -163,7 +167,8 @@ def test_what_tells_images_apart() -> None:
 def test_schedules_after_a_change(small: Small) -> None:
     """Shifted, every schedule is where the unshifted one is at the same epoch."""
     config = resolved(small(batch_size=24, warmup_epochs=1.0, residual_warmup_epochs=2.0, max_steps=None), 1)
-    plain, shifted = Schedule(config, 6), Schedule(config, 6, shift=6)
+    plain = Schedule(config.optim, config.method, 24, 6)
+    shifted = replace(plain, shift=6)
     for name in ("lr", "teacher_momentum", "residual_weight", "epoch", "place"):
         assert [getattr(shifted, name)(step) for step in range(18)] == [getattr(plain, name)(s) for s in range(6, 24)]
     assert (shifted.total, plain.total) == (18, 24)

@@ -170,7 +170,7 @@ def test_a_run_and_its_evaluation_say_what_was_lost_after_the_scan(
         lost.unlink(missing_ok=True)
         return found
 
-    monkeypatch.setattr(train, "scan", then_lost)
+    monkeypatch.setattr("fastrm.run.assemble.scan", then_lost)
     with pytest.warns(UserWarning, match=r"left out, since it cannot be read: .*03\.png \(No such file"):
         train.train(small(data=str(folder), batch_size=8, max_steps=2, epochs=1, eval_every=1))
     assert str(lost) in (tmp_path / "run" / "skipped.txt").read_text()

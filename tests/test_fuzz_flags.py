@@ -103,7 +103,7 @@ def stop(*_: Any, **__: Any) -> None:
 @given(value=st.sampled_from(VALUES))
 def test_train(flag: str, value: str, refused_or_taken: Any) -> None:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train, "Recorder", stop)  # it is made when all is checked and the folder is there
+        patch.setattr("fastrm.run.session.Results", stop)  # they are made when all is checked and the folder is there
         refused_or_taken(train.main, words(flag, value, SMALL))
 
 

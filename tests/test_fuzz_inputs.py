@@ -38,6 +38,7 @@ from fastrm.data.sources import FileImages
 from fastrm.data.torch_loader import _Views
 from fastrm.errors import UsageError
 from fastrm.run import checkpoint
+from fastrm.run.resume import resume
 from fastrm.settings.config import Config, build, from_flat
 from tests.conftest import natural_pictures
 
@@ -153,7 +154,7 @@ def test_checkpoints_of_other_contents(part: str, value: Any, absent: bool) -> N
             pretrained.open_pretrained(out, torch.device("cpu"))
         with contextlib.suppress(UsageError):
             images = Inventory(hashes=torch.zeros(2, dtype=torch.int64), left_out=0, steps_per_epoch=1)
-            assert checkpoint.resume(build(data="digits"), out, images, method=torch.nn.Linear(2, 2)).step >= 0
+            assert resume(build(data="digits").flat(), out, images, {"method": torch.nn.Linear(2, 2)}).step >= 0
         assert [path.name for path in out.iterdir()] == [checkpoint.NAME]
 
 

@@ -266,7 +266,7 @@ def test_a_run_warns_when_it_collapses(
         method.student.backbone.register_forward_hook(lambda _, __, given: (1 + 1e-4 * given[0], given[1]))
         return method
 
-    monkeypatch.setattr(train, "build_method", dead)
+    monkeypatch.setattr("fastrm.run.assemble.build_method", dead)
     train.train(small(max_steps=2, resume="never"))
     assert "collapsed" in capsys.readouterr().out
 

@@ -5,13 +5,14 @@ from __future__ import annotations
 import io
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from rich.console import Console
 
 from fastrm import train
 from fastrm.evaluate import EvaluateConfig, evaluate
-from fastrm.hooks.metrics import Recorder
+from fastrm.hooks import Progress
 from fastrm.settings.config import Config
 from fastrm.terminal import progress
 from fastrm.terminal.progress import Display, bar, tracked
@@ -43,18 +44,19 @@ def terminal(monkeypatch: pytest.MonkeyPatch) -> io.StringIO:
         return plain(**{**options, "file": shown, "force_terminal": True, "width": 120})  # type: ignore[arg-type]
 
     monkeypatch.setenv("TERM", "xterm-256color")
-    monkeypatch.setattr("fastrm.hooks.metrics.Console", console)
     monkeypatch.setattr("fastrm.terminal.progress.Console", console)
     return shown
 
 
 def test_a_bar_joins_the_one_of_the_run(terminal: io.StringIO, tmp_path: Path) -> None:
-    recorder = Recorder(tmp_path, start=2, total=10)
-    recorder.advance(3)
-    with bar("evaluation of the student", 7) as task:
-        task.advance(1)
-        recorder.note("a note in between")
-    recorder.close()
+    with progress.Display(progress.Console()) as display:
+        training = Progress(display)
+        training.on_start(SimpleNamespace(total_steps=10, step=2))
+        training.on_step(SimpleNamespace(), 3, [])
+        with bar("evaluation of the student", 7) as task:
+            task.advance(1)
+            display.console.print("a note in between")
+        training.close()
     said = terminal.getvalue()
     assert "a note in between\n" in said
     assert "training" in said

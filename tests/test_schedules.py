@@ -12,7 +12,8 @@ from fastrm.settings.config import build, resolved
 
 
 def schedule(**leaves: object) -> Schedule:
-    return Schedule(resolved(build(**{"data": "digits", "batch_size": 512, **leaves}), 1), steps_per_epoch=10)
+    config = resolved(build(**{"data": "digits", "batch_size": 512, **leaves}), 1)
+    return Schedule(config.optim, config.method, 512, steps_per_epoch=10)
 
 
 def test_learning_rate_warms_up_and_follows_a_half_cosine() -> None:

@@ -1,108 +1,101 @@
-"""What a run looks at while it trains: how its features spread, and what classifiers make of them."""
+"""kNN during the run and after it: how good the features are."""
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
+from torch import nn
 
 from fastrm.data import Source
-from fastrm.errors import UsageError
-from fastrm.hooks.metrics import Recorder
-from fastrm.machine.distributed import barrier, world
+from fastrm.hooks.base import Hook
+from fastrm.machine.distributed import gather_objects
 from fastrm.machine.memory import enough
-from fastrm.methods import Method
-from fastrm.optim import Schedule
-from fastrm.probes import OnlineLinear, collapsed, effective_rank, feature_std, frozen_scores
+from fastrm.models import Backbone
+from fastrm.probes import OnlineLinear, Pixels, frozen_scores
 from fastrm.probes.features import BATCH, Setting
-from fastrm.settings.config import Config
+
+if TYPE_CHECKING:
+    from fastrm.run.run import Run
 
 
-def online_linear(config: Config, source: Source, method: Method[Any], device: torch.device) -> OnlineLinear | None:
-    """The linear classifier that is trained along, if it is asked for."""
-    if not config.run.online_linear:
-        return None
-    if source.train.labels is None:
-        raise UsageError(f"--online-linear needs labels, and the images of {source.name} have none")
-    assert config.input.batch_size is not None
-    dim = method.student.backbone.dim
-    return OnlineLinear(dim, source.train.labels, batch_size=config.input.batch_size, device=device)
+class KNN(Hook):
+    """Scores student and teacher at the end of every so many epochs, and after the last step.
 
-
-def watched(features: Tensor, recorder: Recorder) -> dict[str, float]:
-    """How far the features of a batch differ, with a warning where they do not."""
-    std, rank = torch.stack([feature_std(features).double(), effective_rank(features)]).tolist()
-    if (warning := collapsed(std, rank, len(features))) is not None:
-        recorder.note(f"warning    {warning}")
-    return {"feature_std": std, "effective_rank": rank}
-
-
-class Evaluations:
-    """The evaluations of a run: at the end of every so many epochs, and after the last step.
+    After the last step the raw pixels and a network that has learned nothing are scored beside them.
 
     Args:
-        config: settings of the run, resolved.
-        method, source, online: what is scored.
-        recorder: gets the scores.
-        schedule: of the run.
-        workers: processes that read the images.
+        source: labelled images: the bank that neighbours are looked up in, and the test images.
+        setting: how images reach a network.
+        every: epochs between two evaluations.
+        online: the linear classifier that is trained along.
+        untrained: makes the network that has learned nothing.
     """
 
     def __init__(
         self,
-        config: Config,
-        method: Method[Any],
         source: Source,
-        online: OnlineLinear | None,
-        recorder: Recorder,
-        schedule: Schedule,
+        setting: Setting,
         *,
-        device: torch.device,
-        workers: int,
+        every: int,
+        online: OnlineLinear | None = None,
+        untrained: Callable[[], nn.Module] | None = None,
     ) -> None:
-        self._config, self._device = config, device
-        self._parts = (method, source, Setting(config.input.image_size, device, workers), online)
-        self._recorder, self._schedule = recorder, schedule
-        self._every = config.run.eval_every
-        if self._every and source.test is None:
-            self._every = 0
-            recorder.note("evaluation kNN is left out: the images have no labels")
+        self._source, self._setting, self._every = source, setting, every
+        self._online, self._untrained = online, untrained
 
-    def _asked(self) -> str:
-        method, source, setting, _ = self._parts
-        assert source.bank is not None
-        return (
-            f"an evaluation of {self._config.model.arch} on {BATCH} images of {setting.image_size} pixels at a time, "
-            f"which holds {len(source.bank):,} features of width {method.student.backbone.dim}"
-        )
+    def on_start(self, run: Run) -> None:
+        """Score what the run before was cut off at."""
+        if run.step and not run.scored:
+            self.on_step(run, run.step)
 
-    def due(self, step: int) -> bool:
-        """Whether the state after this step is to be scored."""
-        return self._every > 0 and (step >= self._schedule.total or self._schedule.ends_epoch(step, self._every))
-
-    def run(self, step: int) -> dict[str, float]:
-        """Score and record; to be called in all processes, of which the first does it and gets the scores.
-
-        What comes before it has been saved: whatever happens here, the same command goes on with the evaluation.
-        """
+    def on_step(self, run: Run, step: int, _: object = None) -> None:
+        """Score, if it is time. The steps before are saved first, so that nothing that happens here can lose them."""
+        end = step >= run.total_steps
+        if not (end or run.schedule.ends_epoch(step, self._every)):
+            return
+        if run.asked().end:  # the same command goes on with it
+            return
+        run.save(wait=True)
         scores: dict[str, float] = {}
-        if world().rank == 0:
-            with enough(self._device, self._asked, "The steps are saved; the same command with --eval-every 0 goes on"):
-                scores = evaluated(*self._parts)
-            self._recorder.record({"step": step, "epoch": self._schedule.epoch(step), **scores})
-        barrier()
+        if run.rank == 0:
+            with enough(
+                self._setting.device,
+                lambda: self._asked(run),
+                "The steps are saved; the same command with --eval-every 0 goes on",
+            ):
+                scores = self._both(run) | (self._beside() if end else {})
+        run.evaluated(gather_objects(scores)[0])
+
+    def _both(self, run: Run) -> dict[str, float]:
+        """kNN accuracy of both backbones for k = 20 and 200, and of the classifier that is trained along."""
+        scores: dict[str, float] = {}
+        for name, backbone in (("student", run.student), ("teacher", run.teacher)):
+            others = [self._online] if self._online is not None and name == "student" else []
+            found = frozen_scores(
+                backbone, self._source, self._setting, knn=True, others=others, name=f"evaluation of the {name}"
+            )
+            scores |= {f"knn_{name}": found["knn20"].value, f"knn200_{name}": found["knn200"].value}
+            if others:
+                scores[f"linear_{name}"] = found["online"].value
         return scores
 
+    def _beside(self) -> dict[str, float]:
+        """kNN accuracy, k = 20, of what has learned nothing."""
+        networks: dict[str, nn.Module] = {"pixels": Pixels()}
+        if self._untrained is not None:
+            with torch.random.fork_rng():
+                networks["random"] = self._untrained().to(self._setting.device)
+        return {
+            f"knn_{name}": frozen_scores(network, self._source, self._setting, knn=True, name=name)["knn20"].value
+            for name, network in networks.items()
+        }
 
-def evaluated(method: Method[Any], source: Source, setting: Setting, online: OnlineLinear | None) -> dict[str, float]:
-    """kNN accuracy of both backbones for k = 20 and 200, and of the classifier that is trained along."""
-    scores: dict[str, float] = {}
-    for name in ("student", "teacher"):
-        others = [online] if online is not None and name == "student" else []
-        backbone, about = getattr(method, name).backbone, f"evaluation of the {name}"
-        found = frozen_scores(backbone, source, setting, knn=True, others=others, name=about)
-        scores |= {f"knn_{name}": found["knn20"].value, f"knn200_{name}": found["knn200"].value}
-        if others:
-            scores[f"linear_{name}"] = found["online"].value
-    return scores
+    def _asked(self, run: Run) -> str:
+        assert self._source.bank is not None
+        student: Backbone = run.student
+        return (
+            f"an evaluation of {run.config.model.arch} on {BATCH} images of {self._setting.image_size} pixels at a "
+            f"time, which holds {len(self._source.bank):,} features of width {student.dim}"
+        )

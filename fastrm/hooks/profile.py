@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from pathlib import Path
+from contextlib import ExitStack
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.profiler import ProfilerActivity, profile, schedule
 
+from fastrm.hooks.base import Hook
 from fastrm.own import MARK
 from fastrm.version import __version__
+
+if TYPE_CHECKING:
+    from fastrm.run.run import Run
 
 TRACE = "trace.json"
 PARTS = ("data", "student", "teacher", "loss", "backward", "optimizer and teacher update", "queue")
@@ -18,37 +22,50 @@ PARTS = ("data", "student", "teacher", "loss", "backward", "optimizer and teache
 WARM_UP = 2  # steps before the profiled ones: the first allocate, and compile where asked to
 
 
-@contextmanager
-def profiled(steps: int, out: Path, say: Callable[[str], None], *, ahead: int) -> Iterator[Callable[[], None]]:
-    """Profile ``steps`` steps of a run after the first two; 0 profiles none.
+class Profile(Hook):
+    """Profiles some steps after the first two: a Chrome trace in the folder, and a table on the screen.
 
     Args:
         steps: how many.
-        out: folder that gets ``trace.json``, for chrome://tracing or Perfetto.
-        say: gets the table.
-        ahead: steps that the run still makes; where they are too few, that is said and none is profiled.
-
-    Yields:
-        What is to be called after each step.
     """
-    if steps and ahead < WARM_UP + steps:
-        say(f"profile    is left out: {steps} steps after the first {WARM_UP} are more than the {ahead} to come")
-        steps = 0
-    if steps == 0:
-        yield lambda: None
-        return
 
-    def finish(profiler: profile) -> None:
+    def __init__(self, steps: int) -> None:
+        self._steps = steps
+        self._opened = ExitStack()
+        self._profiler: Any = None
+
+    def on_start(self, run: Run) -> None:
+        """Begin, unless the run makes too few steps."""
+        if run.rank:
+            return
+        ahead = run.total_steps - run.step
+        if ahead < WARM_UP + self._steps:
+            run.say(
+                f"profile    is left out: {self._steps} steps after the first {WARM_UP} are more than the {ahead} to "
+                "come"
+            )
+            return
+        activities = [ProfilerActivity.CPU]
+        if torch.cuda.is_available():
+            activities.append(ProfilerActivity.CUDA)
+        plan = schedule(wait=0, warmup=WARM_UP, active=self._steps, repeat=1)
+        ready = partial(self._finish, run)
+        profiler = profile(activities=activities, schedule=plan, on_trace_ready=ready, acc_events=True)
+        self._profiler = self._opened.enter_context(profiler)
+
+    def on_step(self, *_: object) -> None:
+        """Go on to the next step."""
+        if self._profiler is not None:
+            self._profiler.step()
+
+    def _finish(self, run: Run, profiler: profile) -> None:
         profiler.add_metadata(MARK, __version__)
-        profiler.export_chrome_trace(str(out / TRACE))
-        say(f"profile    {steps} steps, in {out / TRACE}\n{table(profiler, steps)}")
+        profiler.export_chrome_trace(str(run.out / TRACE))
+        run.say(f"profile    {self._steps} steps, in {run.out / TRACE}\n{table(profiler, self._steps)}")
 
-    activities = [ProfilerActivity.CPU]
-    if torch.cuda.is_available():
-        activities.append(ProfilerActivity.CUDA)
-    plan = schedule(wait=0, warmup=WARM_UP, active=steps, repeat=1)
-    with profile(activities=activities, schedule=plan, on_trace_ready=finish, acc_events=True) as profiler:
-        yield profiler.step
+    def close(self) -> None:
+        """End."""
+        self._opened.close()
 
 
 def table(profiler: profile, steps: int) -> str:

@@ -21,12 +21,16 @@ ENDING = (signal.SIGINT, signal.SIGTERM, HANGUP)
 
 
 class Asked(NamedTuple):
-    """What signals have asked for."""
+    """What signals and hooks have asked for."""
 
     save: bool
     """Save now."""
     end: int
     """And end for this signal; 0 is not."""
+    stop: bool
+    """End, as a hook asked for."""
+    failed: bool
+    """A hook failed."""
 
 
 class Signals:
@@ -57,14 +61,13 @@ class Signals:
                 os.kill(os.getpid(), number)
             self._end = number
 
-    def asked(self) -> Asked:
-        """What came since this was last asked, to any process; to be called in all of them."""
+    def asked(self, *, stop: bool = False, failed: bool = False) -> Asked:
+        """What came since this was last asked, to any process, and what its hooks want; to be called in all of them."""
         save, self._save = self._save, False
-        if self._group is None:
-            return Asked(save, self._end)
-        together = torch.tensor([int(save), self._end])  # over gloo, so that no device is waited for
-        dist.all_reduce(together, dist.ReduceOp.MAX, group=self._group)
-        return Asked(bool(together[0]), int(together[1]))
+        together = torch.tensor([int(save), self._end, int(stop), int(failed)])
+        if self._group is not None:  # over gloo, so that no device is waited for
+            dist.all_reduce(together, dist.ReduceOp.MAX, group=self._group)
+        return Asked(bool(together[0]), int(together[1]), bool(together[2]), bool(together[3]))
 
 
 def _numbers() -> list[int]:

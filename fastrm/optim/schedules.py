@@ -4,8 +4,18 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import NamedTuple
 
-from fastrm.settings.config import Config
+from fastrm.settings.config import MethodConfig, OptimConfig
+
+
+class Rates(NamedTuple):
+    """What a step is made with."""
+
+    lr: float
+    residual_weight: float
+    teacher_momentum: float
+    """Of the teacher update that ends the step."""
 
 
 @dataclass(frozen=True)
@@ -13,26 +23,34 @@ class Schedule:
     """The schedules of one run, as functions of the optimizer step (0 is the first).
 
     Args:
-        config: settings, with the batch size resolved.
-        steps_per_epoch: optimizer steps an epoch.
+        optim, method: settings.
+        batch_size: images per step, over all processes.
+        steps_per_epoch: optimizer steps per epoch.
         shift: steps by which the place in the epochs is ahead of the steps that were made, which differ in a run whose
             images have changed on the way.
     """
 
-    config: Config
+    optim: OptimConfig
+    method: MethodConfig
+    batch_size: int
     steps_per_epoch: int
     shift: int = 0
 
     @property
     def span(self) -> int:
         """Steps that the schedules span, as if all epochs had been as long as these."""
-        return self.config.optim.epochs * self.steps_per_epoch
+        return self.optim.epochs * self.steps_per_epoch
 
     @property
     def total(self) -> int:
         """Steps that are trained."""
-        limit, total = self.config.optim.max_steps, self.span - self.shift
+        limit, total = self.optim.max_steps, self.span - self.shift
         return total if limit is None else min(limit, total)
+
+    @property
+    def accumulate(self) -> int:
+        """Micro-batches per step."""
+        return self.optim.accumulate
 
     def place(self, step: int) -> tuple[int, int]:
         """The epoch that a step is in, and its number in that."""
@@ -46,16 +64,19 @@ class Schedule:
         """Whether an epoch, or one whose number is a multiple of ``every``, ends with the step before ``done``."""
         return (done + self.shift) % (every * self.steps_per_epoch) == 0
 
+    def at(self, step: int) -> Rates:
+        """What a step is made with; the teacher update that ends it is that of the step after it."""
+        return Rates(self.lr(step), self.residual_weight(step), self.teacher_momentum(step + 1))
+
     def lr(self, step: int) -> float:
         """Linear warm-up, then a half cosine to 0; peak ``--lr`` × batch / 256 (Goyal et al., arXiv 1706.02677)."""
-        optim, batch = self.config.optim, self.config.input.batch_size
-        assert batch is not None
+        optim = self.optim
         warmup, step = optim.warmup_epochs * self.steps_per_epoch, step + self.shift
         if step < warmup:
             rate = optim.warmup_start_lr + (optim.lr - optim.warmup_start_lr) * step / warmup
         else:
             rate = optim.lr * _half_cosine((step - warmup) / (self.span - warmup))
-        return rate * batch / 256
+        return rate * self.batch_size / 256
 
     def teacher_momentum(self, step: int) -> float:
         """Momentum of the teacher update that precedes this step: 1 - (1 - start) × half cosine, to its end value.
@@ -63,12 +84,12 @@ class Schedule:
         MoCo-v3 and BYOL update the teacher before they compute a step's keys; the update after step t is that of
         step t + 1.
         """
-        start, end = self.config.method.teacher_momentum, self.config.method.teacher_momentum_end
+        start, end = self.method.teacher_momentum, self.method.teacher_momentum_end
         return end - (end - start) * _half_cosine((step + self.shift) / self.span)
 
     def residual_weight(self, step: int) -> float:
         """Weight of the residual term, growing linearly over its warm-up."""
-        method = self.config.method
+        method = self.method
         warmup = method.residual_warmup_epochs * self.steps_per_epoch
         return method.residual_weight * (min(1.0, (step + self.shift) / warmup) if warmup else 1.0)
 

@@ -4,21 +4,18 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator
 from itertools import count, islice
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from fastrm.data import Loader
 from fastrm.data.torch_loader import AHEAD, TorchLoader
 from fastrm.machine import memory
-from fastrm.machine.distributed import gather_objects, world
-from fastrm.optim import Schedule
+from fastrm.machine.distributed import gather_objects
+from fastrm.run import folder
+from fastrm.run.assemble import Parts
 from fastrm.run.graph import EAGER, GraphedStep
-from fastrm.run.step import Step
-from fastrm.settings.config import Config
+from fastrm.run.said import described
 from fastrm.terminal.progress import spelled
 
 TIMED = 3
@@ -26,42 +23,35 @@ LONGEST = 20.0
 """Seconds after which no further step is made, if one was timed."""
 
 
-def dry_run(
-    config: Config,
-    step_once: Step,
-    loader: Loader,
-    batches: Iterator[tuple[Tensor, ...]],
-    schedule: Schedule,
-    workers: int,
-) -> dict[str, Any]:
+def dry_run(parts: Parts) -> dict[str, Any]:
     """Make real steps, and say and return what memory and time they take; nothing is written.
 
     The first steps make what is made once. Loader processes work ahead, so that the batches that they had ready when
     a step began would hide what they take: the time is that of steps after those.
 
-    Args:
-        config: settings, resolved.
-        step_once: the step of the run.
-        loader, batches: the loader, and its micro-batches from the start on.
-        schedule: of the run.
-        workers: loader processes.
-
     Returns:
         In the first process ``peak_memory`` (bytes, of the process that took most), ``step_seconds``,
         ``first_step_seconds``, ``epoch_seconds``, ``run_seconds``, ``steps_per_epoch``, ``images_per_epoch``,
         ``images_per_second``, ``steps``; else nothing.
+
+    Raises:
+        UsageError: the output folder does not allow the run.
     """
-    assert config.input.batch_size is not None
-    ahead = math.ceil(AHEAD * workers / config.optim.accumulate) if isinstance(loader, TorchLoader) else 0
+    folder.claim(parts.out)
+    parts.say(f"data       {parts.source.about}")
+    parts.say(f"settings   {described(parts.config, parts.device, parts.precision, parts.world)}")
+    parts.method.refresh_low_precision_teacher()
+    schedule, step_once, loader = parts.schedule, parts.step, parts.loader
+    batches = parts.batches(schedule, 0)
+    workers = parts.workers
+    ahead = math.ceil(AHEAD * workers / schedule.accumulate) if isinstance(loader, TorchLoader) else 0
     once = EAGER + 1 if isinstance(step_once, GraphedStep) else 1
     first, times, began = 0.0, [], time.perf_counter()
     for step in count():
         begin = time.perf_counter()
         step_once(
-            islice(batches, config.optim.accumulate),
-            lr=schedule.lr(step),
-            residual_weight=schedule.residual_weight(step),
-            teacher_momentum=schedule.teacher_momentum(step + 1),
+            islice(batches, schedule.accumulate),
+            schedule.at(step),
             measure=False,
         )
         skipped = step_once.check(step + 1)  # which waits for the device
@@ -74,7 +64,7 @@ def dry_run(
             break
     steady = times[ahead:] or times
     everyone = gather_objects((memory.peak(step_once.device), sum(steady) / len(steady), first))
-    if world().rank:
+    if parts.world.rank:
         return {}
     peaks, means, firsts = zip(*everyone, strict=True)
     seconds = max(means)
@@ -84,8 +74,8 @@ def dry_run(
         "step_seconds": seconds,
         "epoch_seconds": seconds * schedule.steps_per_epoch,
         "run_seconds": seconds * schedule.total,
-        "images_per_second": config.input.batch_size / seconds,
-        "images_per_epoch": schedule.steps_per_epoch * config.input.batch_size,
+        "images_per_second": schedule.batch_size / seconds,
+        "images_per_epoch": schedule.steps_per_epoch * schedule.batch_size,
         "steps_per_epoch": schedule.steps_per_epoch,
         "steps": schedule.total,
     }

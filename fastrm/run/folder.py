@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from torch import nn
 
@@ -15,7 +16,6 @@ from fastrm.errors import UsageError
 from fastrm.files import as_utf8, write_json, writing
 from fastrm.machine.distributed import gather_objects, world
 from fastrm.machine.lock import Lock
-from fastrm.settings.config import Config
 
 
 @contextmanager
@@ -52,7 +52,7 @@ def claim(out: Path) -> None:
                 own.require("--out", out, wrote, holds=path)
 
 
-def prepare(config: Config, out: Path, *, fresh: bool) -> None:
+def prepare(out: Path, settings: dict[str, Any], *, fresh: bool) -> None:
     """Write ``config.json`` into a folder that is held; a fresh run takes the place of an older one."""
     with writing(out):
         if fresh:
@@ -65,7 +65,7 @@ def prepare(config: Config, out: Path, *, fresh: bool) -> None:
                 board.rmdir()
         for name in ("checkpoint.pt", "backbone.safetensors", "summary.json", "metrics.jsonl", "skipped.txt"):
             (out / f".{name}.partial").unlink(missing_ok=True)  # which a run that was killed left half written
-        write_json(out / "config.json", config.flat())
+        write_json(out / "config.json", settings)
 
 
 def short_of_space(out: Path, method: nn.Module, keep: int) -> str | None:

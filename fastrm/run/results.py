@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import torch
 from fastrm.data import Source
 from fastrm.errors import UsageError
 from fastrm.files import read_json, write_json
-from fastrm.methods import Method
+from fastrm.models import Backbone
 from fastrm.models.weights import BACKBONE, metadata, write_backbone
 from fastrm.settings.config import Config
 from fastrm.version import __version__
@@ -43,10 +44,15 @@ class Results:
             "python": platform.python_version(),
         }
 
-    def write(self, method: Method[Any], last: dict[str, Any]) -> None:
-        """Leave the student's backbone in timm's names, and the summary, which says that the run is complete."""
-        write_backbone(self.out / BACKBONE, method.student.backbone, self._weights)
-        write_json(self.out / SUMMARY, {**last, **self._about})
+    def write(self, student: Backbone, latest: Mapping[str, Any]) -> dict[str, Any]:
+        """Leave the student's backbone in timm's names, and the summary, which says which step the results are of.
+
+        Returns:
+            What the summary holds.
+        """
+        write_backbone(self.out / BACKBONE, student, self._weights)
+        write_json(self.out / SUMMARY, {**latest, **self._about})
+        return read_json(self.out / SUMMARY)
 
 
 def complete(out: Path, step: int) -> bool:

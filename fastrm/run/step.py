@@ -3,23 +3,44 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Iterable, Iterator
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.profiler import record_function
 
+from fastrm.data.loader import Batch
 from fastrm.errors import TrainingError
-from fastrm.hooks.verification import verify
 from fastrm.machine.distributed import replicate, world
 from fastrm.methods import Method, StepOutput
 from fastrm.optim import TeacherOptimizer
+from fastrm.optim.schedules import Rates
+from fastrm.run.verify import verify
 from fastrm.settings.config import check_choice
 
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 MOST_SKIPPED = 10
 """Steps in a row without a finite gradient, after which a run stops."""
+
+
+class Output(NamedTuple):
+    """What a micro-batch was, and what it gave; tensors are on their device."""
+
+    loss: Tensor
+    """0-d, detached, with all its factors."""
+    contrastive: Tensor
+    """0-d: the method's own loss."""
+    residual: Tensor | None
+    """0-d: the residual term, unweighted; None where it is neither trained nor measured."""
+    gap: Tensor | None
+    """0-d: 1 - mean cosine between student and teacher on the same view; None where it is not measured."""
+    features: Tensor
+    """[B, C]: the student's backbone on the first view."""
+    indices: list[int]
+    """Which of the images they are."""
+    views: tuple[Tensor, ...]
+    """Views of the images, [B, 3, H, W] each."""
 
 
 class Step:
@@ -64,17 +85,26 @@ class Step:
 
     def __call__(
         self,
-        batches: Iterable[tuple[Tensor, ...]],
+        batches: Iterable[Batch],
+        rates: Rates,
         *,
-        lr: float,
-        residual_weight: float,
-        teacher_momentum: float,
         measure: bool,
-    ) -> list[StepOutput]:
-        """Make a step on ``accumulate`` pairs of views, and return what the micro-batches gave."""
-        self.residual_weight.fill_(residual_weight)
-        self._set(lr, teacher_momentum)
-        return self._run(batches, measure)
+    ) -> list[Output]:
+        """Make a step on ``accumulate`` micro-batches; ``measure`` also gives what training does not need."""
+        self.residual_weight.fill_(rates.residual_weight)
+        self._set(rates.lr, rates.teacher_momentum)
+        taken: list[Batch] = []
+
+        def views() -> Iterator[tuple[Tensor, ...]]:
+            for batch in batches:
+                taken.append(batch)
+                yield batch.views
+
+        outputs = self._run(views(), measure)
+        return [
+            Output(*found[:4], features=found.features, indices=batch.indices, views=batch.views)
+            for found, batch in zip(outputs, taken, strict=True)
+        ]
 
     def _set(self, lr: float | Tensor, teacher_momentum: float | Tensor) -> None:
         for group in self.optimizer.param_groups:
@@ -129,7 +159,7 @@ class Step:
         return skip
 
     def verify(self, views: tuple[Tensor, ...]) -> dict[str, float]:
-        """Compare the fused losses with the reference on a micro-batch: :func:`fastrm.hooks.verification.verify`."""
+        """Compare the fused losses with the reference on a micro-batch: :func:`fastrm.run.verify.verify`."""
         first, second = (view.contiguous(memory_format=self.layout) for view in views)
         with torch.autocast(self.device.type, self.autocast, enabled=self.autocast is not None):
             return verify(self.method, (first, second), self.residual_weight, scaled=self._scaled)

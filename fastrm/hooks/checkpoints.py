@@ -1,0 +1,35 @@
+"""When checkpoints are saved, and which of them is the best."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING
+
+from fastrm.hooks.base import Hook
+
+if TYPE_CHECKING:
+    from fastrm.run.run import Run
+
+
+class Checkpoints(Hook):
+    """Saves every so many steps or at the end of each epoch, and after the last step.
+
+    Args:
+        every: steps between two checkpoints; None is an epoch.
+        keep_best: gets the score of the step that was saved last, with its value; None keeps no best one.
+    """
+
+    def __init__(self, every: int | None, keep_best: Callable[[int, str, float], None] | None = None) -> None:
+        self._every, self._keep_best = every, keep_best
+
+    def on_step(self, run: Run, step: int, _: object = None) -> None:
+        """Save, if it is time."""
+        due = step % self._every == 0 if self._every else run.schedule.ends_epoch(step)
+        if due or step == run.total_steps:
+            run.save()
+
+    def on_evaluate(self, run: Run, step: int, scores: Mapping[str, float]) -> None:
+        """Keep the checkpoint of this step if none scored better."""
+        name = "linear_student" if "linear_student" in scores else "knn_student"
+        if self._keep_best is not None and run.rank == 0 and name in scores:
+            self._keep_best(step, name, scores[name])

@@ -1,0 +1,28 @@
+"""Whether the features still differ from picture to picture."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+
+from fastrm.hooks.base import Hook
+from fastrm.probes import collapsed, effective_rank, feature_std
+
+if TYPE_CHECKING:
+    from fastrm.run.run import Run
+    from fastrm.run.step import Output
+
+
+class CollapseWatch(Hook):
+    """Logs how far the features of a batch differ, with a warning where they do not."""
+
+    def on_step(self, run: Run, step: int, outputs: Sequence[Output]) -> None:
+        """Look at the first micro-batch of a logged step."""
+        if run.logging:
+            features = outputs[0].features
+            std, rank = torch.stack([feature_std(features).double(), effective_rank(features)]).tolist()
+            if (warning := collapsed(std, rank, len(features))) is not None:
+                run.say(f"warning    {warning}")
+            run.log({"feature_std": std, "effective_rank": rank})

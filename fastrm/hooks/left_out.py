@@ -1,0 +1,40 @@
+"""Files that cannot be read: the list of them in the run's folder."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from fastrm.data.scan import SKIPPED, list_further, write_skipped
+from fastrm.hooks.base import Hook
+
+if TYPE_CHECKING:
+    from fastrm.run.run import Run
+
+
+class LeftOut(Hook):
+    """Lists what was left out in skipped.txt, as it is met.
+
+    Args:
+        broken: files that were found before the run, and what is wrong with them.
+        met: what was met since then.
+    """
+
+    def __init__(self, broken: Mapping[Path, str], met: Callable[[], Mapping[Path, str]]) -> None:
+        self._broken, self._met = dict(broken), met
+
+    def on_start(self, run: Run) -> None:
+        """List and say what was found."""
+        if self._broken and run.rank == 0:
+            write_skipped(run.out, self._broken)
+            run.say(f"left out   {len(self._broken)} broken files, listed in {run.out / SKIPPED}")
+
+    def on_step(self, run: Run, *_: object) -> None:
+        """Add what the last step met."""
+        if run.rank == 0:
+            list_further(run.out, self._broken, self._met())
+
+    def on_evaluate(self, run: Run, *_: object) -> None:
+        """Add what the evaluation met."""
+        self.on_step(run)

@@ -1,0 +1,52 @@
+"""What the person at the screen sees of a run."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from typing import TYPE_CHECKING
+
+from fastrm.hooks.base import Hook
+from fastrm.terminal.progress import Display, Task
+
+if TYPE_CHECKING:
+    from fastrm.run.run import Run
+    from fastrm.run.step import Output
+
+
+class Progress(Hook):
+    """A bar with the time left on a terminal, and elsewhere a line per logged step; a line per evaluation on both."""
+
+    def __init__(self, display: Display) -> None:
+        self._display, self._shown = display, ExitStack()
+        self._task: Task | None = None
+
+    def on_start(self, run: Run) -> None:
+        """Begin where the run begins."""
+        task = self._display.task("training", run.total_steps, start=run.step, lines=False)
+        self._task = self._shown.enter_context(task)
+
+    def on_step(self, run: Run, step: int, outputs: Sequence[Output]) -> None:
+        """Move the bar."""
+        if self._task is not None:
+            self._task.reach(step)
+
+    def on_log(self, run: Run, step: int, values: Mapping[str, float]) -> None:
+        """Say a step's values, beside the bar where there is one."""
+        if self._display.live and self._task is not None and {"loss", "gap"} <= values.keys():
+            self._task.reach(step, f"{step}/{run.total_steps}  loss {values['loss']:.3f}  gap {values['gap']:.3f}")
+        else:
+            self.on_evaluate(run, step, values)
+
+    def on_evaluate(self, run: Run, step: int, scores: Mapping[str, float]) -> None:
+        """Say an evaluation's scores."""
+        shown = "  ".join(f"{name} {_short(value)}" for name, value in scores.items())
+        run.say(f"step {step:>6}  epoch {run.epoch:6.2f}  {shown}")
+
+    def close(self) -> None:
+        """Take the bar away."""
+        self._shown.close()
+
+
+def _short(value: float) -> str:
+    return f"{value:.0f}" if abs(value) >= 1000 else f"{value:.4g}"

@@ -1,0 +1,74 @@
+"""Weights & Biases, through its own package."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from fastrm.errors import UsageError
+from fastrm.hooks.base import Hook, extra
+
+if TYPE_CHECKING:
+    from fastrm.run.run import Run
+
+
+class WandB(Hook):
+    """Logs a run's settings, values and scores to Weights & Biases. Its files lie in the run's folder.
+
+    Without a network or an account set ``WANDB_MODE=offline``, as W&B's own documentation says. A resumed run
+    continues the same W&B run.
+
+    Args:
+        project: name of the W&B project.
+        options: more of ``wandb.init``'s arguments, such as ``entity`` or ``tags``.
+
+    Raises:
+        UsageError: the package wandb is not installed, or W&B refuses the run.
+    """
+
+    def __init__(self, project: str = "fastrm", **options: Any) -> None:
+        self._wandb = extra("wandb")
+        self._options = {"project": project, **options}
+        self._id: str | None = None
+        self._run: Any = None
+
+    def on_start(self, run: Run) -> None:
+        """Start the W&B run, or continue the one that the checkpoint names."""
+        if run.rank != 0:
+            return
+        if self._id is None:
+            self._id = self._wandb.util.generate_id()
+        try:
+            self._run = self._wandb.init(
+                id=self._id, resume="allow", name=run.out.name, dir=run.out, config=run.config.flat(), **self._options
+            )
+        except (self._wandb.Error, OSError) as error:
+            raise UsageError(f"--log-to wandb: {error}; WANDB_MODE=offline logs without an account") from None
+
+    def on_log(self, run: Run, step: int, values: Mapping[str, float]) -> None:
+        """Log the values of a step."""
+        if self._run is not None:
+            self._run.log({"epoch": run.epoch, **values}, step=step)
+
+    def on_evaluate(self, run: Run, step: int, scores: Mapping[str, float]) -> None:
+        """Log the scores of an evaluation."""
+        self.on_log(run, step, scores)
+
+    def on_end(self, run: Run, summary: Mapping[str, Any]) -> None:
+        """Write the summary."""
+        if self._run is not None:
+            self._run.summary.update(dict(summary))
+
+    def close(self) -> None:
+        """End the W&B run."""
+        if self._run is not None:
+            self._run.finish()
+            self._run = None
+
+    def state_dict(self) -> dict[str, Any]:
+        """Which W&B run it is."""
+        return {"id": self._id}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue that W&B run."""
+        self._id = state["id"]

@@ -1,0 +1,47 @@
+"""Pre-training from Python."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from fastrm.data import Augmentation
+from fastrm.methods import Method
+from fastrm.run.trainer import Result, Trainer
+
+
+def pretrain(
+    data: Any,
+    *,
+    arch: str | nn.Module = "resnet50",
+    method: str | type[Method[Any]] = "mocov3",
+    augmentation: Augmentation | Callable[[Any], Sequence[Any]] | None = None,
+    hooks: Iterable[Any] = (),
+    out: str | Path | None = None,
+    **settings: Any,
+) -> Result:
+    """Pre-train an image backbone, as ``python -m fastrm.train`` does.
+
+    Args:
+        data: what ``--data`` takes; a map-style Dataset of images or (image, label) pairs; a list of paths; or an array
+            [N, H, W, C].
+        arch: a timm name, or a module: images [B, C, H, W] to features [B, D] or a map [B, D, h, w]. It is copied.
+        method: a name, or a subclass of :class:`fastrm.methods.Method`.
+        augmentation: an :class:`fastrm.data.Augmentation`, or a callable: one image to a tuple of views [C, H, W], as
+            many as the method takes. None is the method's own.
+        hooks: called besides the built-in ones (:class:`fastrm.hooks.Hook`).
+        out: the run folder; None is ``runs/DATA-METHOD-ARCH``. A run that is in it goes on.
+        settings: every flag of the command line by its name, with underscores.
+
+    Returns:
+        The trained backbones, the scores and the folder.
+
+    Raises:
+        UsageError: an argument, the data, the machine or the folder does not allow the run; nothing was written.
+        TrainingError: the run cannot go on; what was saved before stays.
+    """
+    trainer = Trainer(data, arch=arch, method=method, augmentation=augmentation, hooks=hooks, out=out, **settings)
+    return trainer.fit()

@@ -1,0 +1,240 @@
+"""The parts of a run, made of its settings: here every setting is handed to the part that needs it.
+
+What can be wrong is found here, before anything is written.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from rich.console import Console
+from torch.profiler import record_function
+
+from fastrm import hooks as listeners
+from fastrm.data import Loader, Source, located, make_loader, open_source
+from fastrm.data.inventory import Inventory, inventory
+from fastrm.data.loader import Batch
+from fastrm.data.scan import scan, unreadable
+from fastrm.errors import UsageError
+from fastrm.files import as_utf8
+from fastrm.machine.device import (
+    available_cores,
+    check_cuda_graph,
+    choose_compile,
+    choose_device,
+    choose_kernels,
+    choose_precision,
+)
+from fastrm.machine.distributed import World, first_alone, own_device, processes, synchronise_norms
+from fastrm.machine.memory import enough
+from fastrm.methods import Method, build_method
+from fastrm.methods.unused import counted
+from fastrm.models.weights import load_weights, read_weights
+from fastrm.optim import Schedule, build_optimizer
+from fastrm.probes import OnlineLinear
+from fastrm.probes.features import Setting
+from fastrm.run import said
+from fastrm.run.faults import LOWER
+from fastrm.run.graph import GraphedStep
+from fastrm.run.objects import Objects
+from fastrm.run.step import AUTOCAST, Step
+from fastrm.settings.config import Config, InputConfig, ModelConfig, RunConfig, resolved
+from fastrm.terminal.progress import Display
+from fastrm.terminal.shell import screen
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What a run is made of, before it has a folder."""
+
+    config: Config
+    """Resolved: nothing in it is left to the machine or to the data."""
+    world: World
+    device: torch.device
+    precision: str
+    source: Source
+    broken: dict[Path, str]
+    """Files that are left out, and what is wrong with them."""
+    images: Inventory
+    loader: Loader
+    schedule: Schedule
+    method: Method[Any]
+    step: Step
+    online: OnlineLinear | None
+    display: Display
+    out: Path
+    workers: int
+
+    @property
+    def say(self) -> Callable[[str], None]:
+        """Shows a line to the person at the screen."""
+        return partial(self.display.console.print, markup=False)
+
+    def batches(self, schedule: Schedule, step: int) -> Iterator[Batch]:
+        """Micro-batches without end, from an optimizer step on.
+
+        Those at the end of an epoch that do not fill a step are left out.
+        """
+        while True:
+            epoch, done = schedule.place(step)
+            self.loader.seek(epoch * len(self.loader) + done * schedule.accumulate)
+            epoch_left = iter(self.loader)
+            for _ in range((schedule.steps_per_epoch - done) * schedule.accumulate):
+                with record_function("data"):
+                    batch = next(epoch_left)
+                yield batch
+            step += schedule.steps_per_epoch - done
+
+
+def assemble(config: Config, objects: Objects, opened: ExitStack) -> Parts:
+    """Make the parts of a run; processes are joined, and what is to be closed at its end is entered in ``opened``.
+
+    Raises:
+        UsageError: a setting, the data or the machine does not allow the run.
+    """
+    device = own_device(choose_device(config.device.device))
+    opened.enter_context(unchanged(device))
+    world = opened.enter_context(processes(device))
+    precision = choose_precision(config.device.precision, device)
+    backend = choose_kernels(config.device.kernels, device)
+    compiled = choose_compile(config.device.compile, device)
+    config = resolved(config, world.size).replace(compile="on" if compiled else "off")
+    if config.device.cuda_graph:
+        check_cuda_graph(config, device, precision, world.size)
+    batch, accumulate = config.input.batch_size, config.optim.accumulate
+    assert batch is not None
+    opened.enter_context(enough(device, lambda: said.asked(config, world), LOWER))
+
+    workers = min(available_cores(), 8) if config.input.workers is None else config.input.workers
+    source, broken = _opened(objects.data, config.input, config.run, workers)
+    # A run is evaluated from other folders than it was started in.
+    root = config.input.data_root
+    place = config.input.data if objects.data is not None else located(config.input.data)
+    config = config.replace(data=place, data_root=root and root.absolute())
+    loader = make_loader(
+        source,
+        method=cast(Any, objects.augmentation or objects.method or config.method.method),
+        image_size=config.input.image_size,
+        batch_size=batch // (world.size * accumulate),
+        device=device,
+        workers=workers,
+        seed=config.run.seed,
+        dtype=AUTOCAST.get(precision, torch.float32),
+        loader=config.input.loader,
+        crop_min=config.input.crop_min,
+        rank=world.rank,
+        world_size=world.size,
+    )
+    steps_per_epoch = len(loader) // accumulate
+    if steps_per_epoch == 0:
+        raise UsageError(f"--batch-size {batch} is more than the {len(source.train)} images")
+
+    torch.manual_seed(config.run.seed)
+    method = build_method(config, device=device, backend=backend)
+    _start_from(config.model, method)
+    if not method.queues:
+        synchronise_norms(method, device)
+    if precision in AUTOCAST:
+        method.keep_low_precision_teacher(AUTOCAST[precision])
+    optimizer = build_optimizer(method, config.optim, backend=backend)
+    if compiled:
+        for part in (method.student, method.teacher, method.predictor):
+            part.compile()  # in place: the parameters keep their names
+    step = (GraphedStep if config.device.cuda_graph else Step)(
+        method,
+        optimizer,
+        precision=precision,
+        accumulate=accumulate,
+        clip_norm=config.optim.clip_norm,
+        layout=torch.channels_last if config.device.channels_last else torch.contiguous_format,
+    )
+    name = f"{as_utf8(source.name)}-{config.method.method}-{config.model.arch}"
+    return Parts(
+        config=config,
+        world=world,
+        device=device,
+        precision=precision,
+        source=source,
+        broken=broken,
+        images=inventory(source.train, left_out=len(broken), steps_per_epoch=steps_per_epoch),
+        loader=loader,
+        schedule=Schedule(config.optim, config.method, batch, steps_per_epoch),
+        method=method,
+        step=step,
+        online=_online(config.run, source, method, batch, device),
+        display=Display(Console(file=screen(), highlight=False, soft_wrap=True, quiet=world.rank > 0)),
+        out=config.run.out or Path("runs", name),
+        workers=workers,
+    )
+
+
+@contextmanager
+def unchanged(device: torch.device) -> Iterator[None]:
+    """Put back what a run changes of the process: torch's random state and the choice of cuDNN's algorithms."""
+    benchmark = torch.backends.cudnn.benchmark
+    torch.backends.cudnn.benchmark = True
+    try:
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+            yield
+    finally:
+        torch.backends.cudnn.benchmark = benchmark
+
+
+def _opened(data: Any, settings: InputConfig, run: RunConfig, workers: int) -> tuple[Source, dict[Path, str]]:
+    """The images, without those that cannot be read, and what is wrong with these."""
+    with first_alone():  # it may download the images, and leaves the others what its scan found
+        source = open_source(settings.data if data is None else data, settings.data_root)
+        if settings.scan and not run.dry_run:  # what the search finds is kept, and a dry run writes nothing
+            return scan(source, workers=workers)
+    return source, {}
+
+
+def _start_from(settings: ModelConfig, method: Method[Any]) -> None:
+    """Load the weights that the backbone is to start from, if there are any."""
+    if settings.init_from is not None:
+        weights, _ = read_weights(settings.init_from)
+        for network in (method.student, method.teacher):
+            left_out = load_weights(network.backbone, weights, source=f"--init-from {settings.init_from}")
+        note = f"the backbone starts from {len(weights) - len(left_out)} tensors of {settings.init_from}"
+        method.notes.append(note + (f"; {counted(left_out)} of a classifier are left out" if left_out else ""))
+
+
+def _online(
+    settings: RunConfig, source: Source, method: Method[Any], batch: int, device: torch.device
+) -> OnlineLinear | None:
+    """The linear classifier that is trained along, if it is asked for."""
+    if not settings.online_linear:
+        return None
+    if source.train.labels is None:
+        raise UsageError(f"--online-linear needs labels, and the images of {source.name} have none")
+    return OnlineLinear(method.student.backbone.dim, source.train.labels, batch_size=batch, device=device)
+
+
+def built_in(
+    parts: Parts, metrics: listeners.JsonLines, keep_best: Callable[[int, str, float], None]
+) -> tuple[list[Any], list[Any]]:
+    """The hooks that the settings ask for: those that come before the user's, and those that come after."""
+    settings, source = parts.config.run, parts.source
+    before: list[Any] = [
+        listeners.LeftOut(parts.broken, lambda: parts.loader.broken | unreadable(source)),
+        listeners.CollapseWatch(),
+    ]
+    if parts.online is not None:
+        before.append(listeners.Online(parts.online))
+    if settings.profile:
+        before.append(listeners.Profile(settings.profile))
+    if settings.verify_every:
+        before.append(listeners.Verification(settings.verify_every, parts.step.verify))
+    after: list[Any] = [listeners.Progress(parts.display), metrics]
+    after += [listeners.LOGGERS[name]() for name in settings.log_to]
+    after.append(listeners.Checkpoints(settings.checkpoint_every, keep_best if settings.keep_best else None))
+    if settings.eval_every and source.test is not None:
+        images = Setting(parts.config.input.image_size, parts.device, parts.workers)
+        after.append(listeners.KNN(source, images, every=settings.eval_every, online=parts.online))
+    return before, after

@@ -1,0 +1,58 @@
+"""What the machine does to a run, said in one line."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch.distributed as dist
+
+from fastrm.errors import TrainingError
+from fastrm.machine.distributed import World
+from fastrm.machine.memory import exhausted
+
+LOWER = (
+    "Lower --batch-size, or raise --accumulate, which takes fewer images at a time, or lower --image-size; on the host "
+    "--workers too. What was saved before stays"
+)
+"""What to do where memory does not suffice."""
+
+
+@contextmanager
+def faults(out: Path, world: World, *, resumes: bool) -> Iterator[None]:
+    """Say in one line what the machine did to the run.
+
+    Args:
+        out: the run folder.
+        world: this process among all.
+        resumes: whether the same command goes on from what was saved.
+
+    Raises:
+        TrainingError: in place of errors of the disk, of loader processes and of other processes.
+    """
+    kept = "what was saved before stays, and " + again(resumes)
+    loader_ended = (
+        f"a loader process ended unexpectedly, perhaps for want of memory; {kept}, with fewer --workers if need be"
+    )
+    try:
+        yield
+    except (ConnectionError, EOFError):  # of the pipe from a loader process: it can break before torch sees the death
+        raise TrainingError(loader_ended) from None
+    except OSError as error:
+        if exhausted(error):
+            raise
+        raise TrainingError(f"{error.filename or out}: {error.strerror or error}; {kept}") from None
+    except RuntimeError as error:
+        if exhausted(error):
+            raise
+        if world.size > 1 and (isinstance(error, dist.DistError) or "gloo" in str(error)):
+            raise TrainingError(f"another process ended, or cannot be reached any more; {kept}") from None
+        if "DataLoader worker (pid" in str(error):  # torch's signal handler raises it wherever the run happens to be
+            raise TrainingError(loader_ended) from None
+        raise
+
+
+def again(resumes: bool) -> str:
+    """Which command goes on from what was saved."""
+    return "the same command goes on from there" if resumes else "the same command without --resume never goes on"

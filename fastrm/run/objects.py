@@ -1,0 +1,59 @@
+"""What Python gives in place of a name: a Dataset, a module, a method, an augmentation."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from fastrm.data import Augmentation
+from fastrm.errors import UsageError
+from fastrm.methods import Method
+
+
+@dataclass(frozen=True)
+class Objects:
+    """What was given in place of a name in the settings; None where the settings say it."""
+
+    data: Any = None
+    arch: nn.Module | None = None
+    method: type[Method[Any]] | None = None
+    augmentation: Augmentation | Callable[[Any], Sequence[Any]] | None = None
+
+
+def named(data: Any, arch: Any, method: Any, augmentation: Any) -> tuple[dict[str, str], Objects]:
+    """Tell names from objects: the settings ``data``, ``arch`` and ``method``, and the objects behind them.
+
+    Raises:
+        UsageError: an argument is of a kind that cannot be used.
+    """
+    if isinstance(data, Path):
+        data = str(data)
+    if isinstance(arch, type) and issubclass(arch, nn.Module):
+        raise UsageError(f"arch is the class {arch.__name__}; give a module of it: {arch.__name__}()")
+    if not isinstance(arch, str | nn.Module):
+        raise UsageError(f"arch is a {type(arch).__name__}; it must be a timm name or an nn.Module")
+    own = isinstance(method, type) and issubclass(method, Method)
+    if not own and not isinstance(method, str):
+        given = f"the class {method.__name__}" if isinstance(method, type) else f"a {type(method).__name__}"
+        raise UsageError(f"method is {given}; it must be a name or a subclass of fastrm.methods.Method")
+    if augmentation is not None and not isinstance(augmentation, Augmentation) and not callable(augmentation):
+        raise UsageError(
+            f"augmentation is a {type(augmentation).__name__}; it must be a fastrm.data.Augmentation, or a callable "
+            "from one image to a tuple of views"
+        )
+    names = {
+        "data": data if isinstance(data, str) else f"<{type(data).__name__}>",
+        "arch": arch if isinstance(arch, str) else f"<{type(arch).__name__}>",
+        "method": method if isinstance(method, str) else getattr(method, "name", "") or method.__name__,
+    }
+    objects = Objects(
+        data=None if isinstance(data, str) else data,
+        arch=None if isinstance(arch, str) else arch,
+        method=method if own else None,
+        augmentation=augmentation,
+    )
+    return names, objects

@@ -1,0 +1,154 @@
+"""Where a run goes on: the checkpoint that ``--resume`` asks for, held against the settings and the images of now."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, NamedTuple
+
+import torch
+
+from fastrm.data.inventory import Inventory
+from fastrm.errors import UsageError
+from fastrm.machine.distributed import world
+from fastrm.run.checkpoint import fitting, load, locate, own
+from fastrm.run.saver import Stateful
+from fastrm.settings.config import flag
+
+# Settings that may differ between a run and its continuation, since they do not change what is learned.
+FREE_ON_RESUME = frozenset(
+    {"max_steps", "log_every", "profile", "eval_every", "checkpoint_every", "keep", "keep_every", "keep_best"}
+    | {"verify_every", "log_to"}
+    | {"out", "resume", "recipe", "device", "compile", "cuda_graph", "channels_last", "kernels", "loader", "scan"}
+    | {"workers", "data", "data_root", "allow_changed_data", "dry_run"}  # of the images their inventory is compared
+)
+
+OLD_ONLINE = "fastrm.hooks.online.Online"
+"""The hook whose state was a part of its own, ``online``, in checkpoints that were written before there were hooks."""
+
+
+def origin(wish: str, out: Path) -> Path:
+    """The run folder that a run with this ``--resume`` goes on from."""
+    return out if wish in ("auto", "never") else locate(Path(wish)).parent
+
+
+class Start(NamedTuple):
+    """Where a run goes on."""
+
+    step: int
+    """Steps that are done."""
+    images: Inventory
+    """What is trained on, at its place in the run."""
+    notes: tuple[str, ...] = ()
+    """What is to be said of it, a sentence each."""
+    settings: Mapping[str, Any] = MappingProxyType({})
+    """What holds in place of what was given: the warm-up of a run that is made longer."""
+
+
+def resume(now: Mapping[str, Any], out: Path, images: Inventory, parts: Mapping[str, Stateful]) -> Start:
+    """Load the checkpoint that ``--resume`` asks for into ``parts`` and say where the run goes on; at 0 without one.
+
+    A run whose epochs are over goes on if more of them are asked for.
+
+    With ``auto`` a damaged newest checkpoint is passed over, with a notice, for the one before it.
+
+    Raises:
+        UsageError: there is no such checkpoint, all are damaged, it is of a run with other settings, or of one on other
+            images and ``--allow-changed-data`` is not given.
+
+    Args:
+        now: settings by name, resolved.
+        out: the run folder.
+        images: what is trained on.
+        parts: what has a state, by name.
+    """
+    wish, there = now["resume"], own(out)
+    if wish == "never" or (wish == "auto" and not there):
+        return Start(0, images)
+    if wish == "auto":
+        path, state = _first_sound(there)
+    else:
+        path = locate(Path(wish))
+        if there and not any(file.samefile(path) for file in there):
+            raise UsageError(f"--resume {wish} would overwrite the run in --out {out}; choose another --out")
+        state = load(path)
+    stays = _same_settings(path, state, now, images.steps_per_epoch)
+    if (processes := len(state["random"])) != world().size:
+        raise UsageError(
+            f"{path} is of a run in {processes} processes, and these are {world().size}: every batch would be another "
+            "one. Start as many, or give another --out"
+        )
+    start = _compared(path, state, now, images)._replace(settings=stays)
+    state.setdefault("hooks", {OLD_ONLINE: state["online"]} if "online" in state else {})
+    with fitting(path):
+        for name, part in parts.items():
+            part.load_state_dict(state[name])
+        random = state["random"][world().rank]
+        torch.set_rng_state(random["cpu"])
+        if torch.cuda.is_available() and "cuda" in random:
+            torch.cuda.set_rng_state(random["cuda"])
+    return start
+
+
+def _same_settings(
+    path: Path, state: Mapping[str, Any], now: Mapping[str, Any], steps_per_epoch: int
+) -> Mapping[str, Any]:
+    """Hold the settings against those of a checkpoint, and return what of those stays although another is given."""
+    then = state["config"]
+    free = FREE_ON_RESUME if "images" in state or now["allow_changed_data"] else FREE_ON_RESUME - {"data"}
+    changed = {name for name in now if name not in free and then.get(name) != now[name]}
+    if "data" in changed and _same_file(then["data"], now["data"]):
+        changed.remove("data")
+    longer = changed - {"warmup_epochs"} == {"epochs"} and now["epochs"] > then["epochs"]
+    place = state["step"] + state.get("images", {}).get("shift", 0)
+    if longer and place >= then["epochs"] * steps_per_epoch:
+        return {"warmup_epochs": then["warmup_epochs"]}
+    if changed:
+        ordered = [name for name in now if name in changed]
+        differences = "; ".join(f"{flag(name)} was {then.get(name)}, is {now[name]}" for name in ordered)
+        hint = " (it can be made longer once its own epochs are over)" if longer else ""
+        raise UsageError(
+            f"{path} is of other settings: {differences}{hint}. Use its own, another --out, or --resume never"
+        )
+    return {}
+
+
+def _same_file(then: object, now: str) -> bool:
+    try:
+        return os.path.samefile(str(then), now)
+    except (OSError, ValueError):
+        return False
+
+
+def _compared(path: Path, state: Mapping[str, Any], now: Mapping[str, Any], images: Inventory) -> Start:
+    """Hold the images against those of a checkpoint."""
+    step: int = state["step"]
+    if "images" not in state:
+        note = f"{path.name} is of an older version: whether the images are the same is not known"
+        return Start(step, images, (note,))
+    with fitting(path):
+        images, difference = images.continued(state["images"], step)
+    if not difference:
+        return Start(step, images)
+    if not now["allow_changed_data"]:
+        raise UsageError(
+            f"{path} is of a run on other images than --data {now['data']}: {difference}. Bring them back, give "
+            "another --out, or --allow-changed-data, which starts the next epoch with those of now"
+        )
+    epoch = (step + images.shift) // images.steps_per_epoch
+    return Start(step, images, (f"other images from epoch {epoch} on: {difference}",))
+
+
+def _first_sound(files: list[Path]) -> tuple[Path, dict[str, Any]]:
+    """The newest of a run's checkpoints that can be read."""
+    for path, before in zip(files, [*files[1:], None], strict=True):
+        try:
+            return path, load(path)
+        except UsageError as error:
+            if before is None:
+                raise
+            if world().rank == 0:
+                print(f"notice     {error}; going on from {before.name}")
+    raise AssertionError("unreachable: the last one is returned or raised")

@@ -1,0 +1,169 @@
+"""The handle of a run that hooks are given."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from fastrm.hooks.base import Hooks
+from fastrm.machine.signals import Asked, Signals
+from fastrm.models import Backbone
+from fastrm.optim import Schedule
+from fastrm.run.saver import Saver
+from fastrm.settings.config import Config
+
+PLACE = ("step", "epoch")
+OF_THE_WAY = frozenset({"images_per_second", "verify_loss", "verify_gradient"})
+"""What a record says of the steps before it, and not of the state after them."""
+
+
+class Run:
+    """A run, as its hooks see it.
+
+    Attributes:
+        student, teacher: the backbones that are trained: images [B, C, H, W] to features [B, D].
+        config: settings of the run, resolved.
+        out: the run folder.
+        schedule: of the run; ``total_steps`` and ``steps_per_epoch`` are from it.
+        rank: of this process; 0 writes.
+        say: shows a line to the person at the screen.
+        step: optimizer steps that are done.
+        scored: whether the step that the run began at has been evaluated.
+        logging: whether this step is one of those that are logged.
+        stopping: whether :meth:`stop` was called.
+        clock: steps per second of training alone.
+        latest: what was recorded last, by name.
+    """
+
+    def __init__(
+        self,
+        *,
+        student: Backbone,
+        teacher: Backbone,
+        config: Config,
+        out: Path,
+        schedule: Schedule,
+        rank: int,
+        hooks: Hooks,
+        say: Callable[[str], None],
+        saver: Saver,
+        signals: Signals,
+        step: int,
+        scored: bool,
+    ) -> None:
+        self.student, self.teacher, self.config, self.out, self.rank = student, teacher, config, out, rank
+        self.schedule, self.say, self.clock = schedule, say, Clock()
+        self.step, self.scored, self.logging, self.stopping = step, scored, False, False
+        self.latest: dict[str, Any] = {}
+        self._hooks, self._saver, self._saved, self._signals = hooks, saver, step, signals
+        self._asked: tuple[int, Asked] | None = None
+        self._values: dict[str, Any] = {}
+
+    @property
+    def total_steps(self) -> int:
+        """Optimizer steps of the whole run."""
+        return self.schedule.total
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Optimizer steps per epoch."""
+        return self.schedule.steps_per_epoch
+
+    @property
+    def epoch(self) -> float:
+        """Epochs that are done, with their fraction."""
+        return self.schedule.epoch(self.step)
+
+    def advance(self) -> None:
+        """Go on to the next step."""
+        self.step += 1
+        self.clock.steps += 1
+        self.logging = self.step == 1 or self.step % self.config.run.log_every == 0 or self.step == self.total_steps
+
+    def log(self, values: Mapping[str, float | Tensor]) -> None:
+        """Record numbers of this step by name, in every process; the first one writes them.
+
+        All that is logged in a step becomes one record. A tensor of one value is read at the end of the step, for
+        which the host waits.
+
+        Raises:
+            TypeError: a value is no number.
+            ValueError: a name is ``step`` or ``epoch``, which each record has by itself.
+        """
+        for name, value in values.items():
+            if name in PLACE:
+                raise ValueError(f"run.log: the name {name} is taken; each record has its step and epoch")
+            if not isinstance(value, (int, float)) and not (isinstance(value, Tensor) and value.numel() == 1):
+                raise TypeError(f"run.log: {name} is a {type(value).__name__}; it must be a number")
+        self._values.update(values)
+
+    def flush(self) -> None:
+        """Hand on what was logged so far in this step."""
+        if self._values:
+            values = {name: v.item() if isinstance(v, Tensor) else v for name, v in self._values.items()}
+            self._values = {}
+            self._record(values)
+            self._hooks.tell("on_log", self, self.step, values)
+
+    def evaluated(self, scores: Mapping[str, float]) -> None:
+        """Record the scores of an evaluation."""
+        self._record(scores)
+        self._hooks.tell("on_evaluate", self, self.step, scores)
+
+    def _record(self, values: Mapping[str, float]) -> None:
+        self.latest |= {"step": self.step, "epoch": self.epoch}
+        self.latest |= {name: value for name, value in values.items() if name not in OF_THE_WAY}
+
+    def save(self, *, wait: bool = False) -> None:
+        """Save a checkpoint of this step, unless there is one; to be called in all processes.
+
+        Args:
+            wait: until it is on the disk.
+        """
+        if self._saved != self.step:
+            self.flush()
+            self._saved = self.step
+            path = self._saver.save(self.step)
+            self._hooks.tell("on_checkpoint", self, path)
+        if wait:
+            self._saver.wait()
+
+    def asked(self) -> Asked:
+        """What signals and hooks ask for after this step, in any process; to be called in all of them."""
+        if self._asked is None or self._asked[0] != self.step:
+            found = self._signals.asked(stop=self.stopping, failed=self._hooks.fault is not None)
+            self._asked = self.step, found
+        return self._asked[1]
+
+    def stop(self) -> None:
+        """End the run after this step, with a checkpoint and results; a call in one process counts for all.
+
+        The same command goes on with the steps that are left.
+        """
+        self.stopping = True
+
+
+class Clock:
+    """Steps per second of training alone."""
+
+    def __init__(self) -> None:
+        self._start, self.steps = time.perf_counter(), 0
+
+    def lap(self) -> float:
+        """Steps per second since the last lap."""
+        now = time.perf_counter()
+        rate = self.steps / (now - self._start)
+        self._start, self.steps = now, 0
+        return rate
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Leave the time of evaluations and checkpoints out."""
+        begin = time.perf_counter()
+        yield
+        self._start += time.perf_counter() - begin

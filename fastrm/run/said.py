@@ -1,0 +1,85 @@
+"""What a run says: at the start what will be used, and at the end what came of it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fastrm.machine.distributed import World
+from fastrm.methods import Method
+from fastrm.models.weights import BACKBONE
+from fastrm.optim import Schedule
+from fastrm.settings.config import Config
+
+_SCORED = {"student": "student", "teacher": "teacher", "random": "random weights", "pixels": "raw pixels"}
+
+
+def asked(config: Config, world: World) -> str:
+    """What a run asks of the memory."""
+    batch = config.input.batch_size
+    assert batch is not None
+    images = batch // (world.size * config.optim.accumulate)
+    return (
+        f"{config.method.method} with {config.model.arch} on {images} images of {config.input.image_size} pixels at a "
+        f"time per process (--batch-size {batch}, --accumulate {config.optim.accumulate}"
+        + (f", {world.size} processes)" if world.size > 1 else ")")
+    )
+
+
+def described(config: Config, device: torch.device, precision: str, world: World) -> str:
+    """What ``auto`` chose, in one line."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu, {torch.get_num_threads()} threads"
+    settings = config.method
+    residual = f"residual weight {settings.residual_weight:g} at the {settings.residual_at}"
+    extras = {
+        "compiled": config.device.compile == "on",
+        "one CUDA graph": config.device.cuda_graph,
+        f"{world.size} processes": world.size > 1,
+    }
+    parts = [
+        f"{settings.method}, {residual}; {config.model.arch}; batch {config.input.batch_size}; {name}; {precision}",
+        *(extra for extra, chosen in extras.items() if chosen),
+    ]
+    return ", ".join(parts)
+
+
+def cautions(config: Config, method: Method[Any], schedule: Schedule, images: int) -> Iterator[str]:
+    """What may go wrong with these settings, while it is cheap to change them."""
+    if method.queues and config.method.queue_size > images:
+        yield (
+            f"the queue holds {config.method.queue_size:,} keys, more than the {images:,} images: most negatives will "
+            f"be of images that are in it twice; --queue-size {max(1, images // 2)} holds half of them"
+        )
+    start = config.method.teacher_momentum
+    horizon = 1 / (1 - start) if start < 1 else float("inf")
+    if horizon > schedule.span / 10:
+        yield (
+            f"the teacher averages over {horizon:,.0f} steps (--teacher-momentum {start:g}), more than a tenth of the "
+            f"{schedule.span:,} steps of the run: it will lag; "
+            f"--teacher-momentum {max(0.0, 1 - 10 / schedule.span):.2g} averages over a tenth"
+        )
+
+
+def lengthened(schedule: Schedule, step: int, warmup_epochs: float) -> str:
+    """How the schedules of a run that is made longer go on."""
+    rates = schedule.at(step)
+    return (
+        f"the run is made longer: its schedules span {schedule.optim.epochs} epochs now, and go on at epoch "
+        f"{schedule.epoch(step):.0f} with a learning rate of {rates.lr:.4g} and a teacher momentum of "
+        f"{rates.teacher_momentum:.6g}; the warm-up stays that of {warmup_epochs:g} epochs"
+    )
+
+
+def ended(summary: Mapping[str, Any], out: Path) -> Iterator[str]:
+    """Scores beside those of what has learned nothing, where the weights are, and the next two commands."""
+    scores = [
+        f"{words} {100 * summary[f'knn_{name}']:.1f} %" for name, words in _SCORED.items() if f"knn_{name}" in summary
+    ]
+    if scores:
+        yield f"kNN        {', '.join(scores)}"
+    yield f"weights    {out / BACKBONE}"
+    yield f"next       python -m fastrm.evaluate {out} --knn --linear-quick"
+    yield f"           python -m fastrm.export {out} --format timm --out {out.name}-timm"

@@ -1,0 +1,169 @@
+"""How checkpoints are written: in the background, whole, and the oldest goes."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import threading
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from fastrm.errors import TrainingError
+from fastrm.files import read_json, write_json, write_whole
+from fastrm.machine.distributed import gather_objects, world
+from fastrm.own import BEST, BEST_SCORE, MARK
+from fastrm.run.checkpoint import FORMAT, NAME, checksum, older
+from fastrm.version import __version__
+
+
+class Stateful(Protocol):
+    """Modules, optimizers and scalers."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state."""
+
+    def load_state_dict(self, state_dict: Any, /) -> Any:
+        """Take a state over."""
+
+
+class Saver:
+    """The checkpoints of a run folder; written in the background, so that a step waits for a copy in memory at most.
+
+    Args:
+        out: the run folder.
+        parts: what has a state, by name.
+        keep: checkpoints that stay, the newest among them.
+        keep_every: besides, all whose step is a multiple of this stay.
+        before: is called before each, in the first process.
+    """
+
+    def __init__(
+        self,
+        out: Path,
+        parts: dict[str, Stateful],
+        *,
+        keep: int,
+        keep_every: int | None,
+        before: Callable[[], object] = lambda: None,
+    ) -> None:
+        self.out, self.parts, self.keep, self.keep_every, self.before = out, parts, keep, keep_every, before
+        self.settings: dict[str, Any] = {}
+        self.newest = 0
+        self._writer: threading.Thread | None = None
+        self._fault: BaseException | None = None
+
+    def goes_on(self, step: int, settings: dict[str, Any], images: Stateful) -> None:
+        """Say what is the same in all checkpoints from here on.
+
+        Args:
+            step: the step that the newest one in the folder is of; 0 without one.
+            settings: of the run, resolved, by name.
+            images: that it trains on.
+        """
+        self.newest, self.settings, self.parts["images"] = step, settings, images
+
+    def save(self, step: int) -> Path:
+        """Save all that an exact resume needs, and return where; to be called in all processes.
+
+        Loaders need nothing: their batches follow from the seed and the step.
+
+        Raises:
+            TrainingError: the checkpoint before this could not be written.
+        """
+        random = {"cpu": torch.get_rng_state()}
+        if torch.cuda.is_available():
+            random["cuda"] = torch.cuda.get_rng_state()
+        everyone = gather_objects(random)
+        if world().rank:
+            return self.out / NAME
+        self.wait()
+        self.before()
+        states = {name: _copied(part.state_dict()) for name, part in self.parts.items()}
+        state = {"format": FORMAT, "config": self.settings, "step": step, "random": everyone, **states}
+        self._writer = threading.Thread(target=self._write, args=(step, state), name="checkpoint")
+        self._writer.start()
+        return self.out / NAME
+
+    def _write(self, step: int, state: dict[str, Any]) -> None:
+        try:
+            state["checksum"] = checksum(state)
+            write_whole(self.out / NAME, lambda partial: torch.save(state, partial), before=self._rotate)
+            self.newest = step
+            self._prune()
+        except BaseException as error:
+            self._fault = error
+
+    def _rotate(self) -> None:
+        """Give the newest the name of one before, when the next is whole."""
+        name = self.out / f"checkpoint-{self.newest}.pt"
+        # Where the name is taken, the run went on from there, since what is called the newest is damaged.
+        if self.newest and (self.out / NAME).is_file() and not name.exists():
+            os.replace(self.out / NAME, name)
+
+    def _prune(self) -> None:
+        for step, path in older(self.out)[self.keep - 1 :]:
+            if self.keep_every is None or step % self.keep_every:
+                path.unlink(missing_ok=True)
+
+    def wait(self) -> None:
+        """Wait until what was saved is on the disk.
+
+        Raises:
+            TrainingError: it could not be written.
+        """
+        if self._writer is not None:
+            self._writer.join()
+            self._writer = None
+        if (fault := self._fault) is not None:
+            self._fault = None
+            reason = getattr(fault, "strerror", None) or (str(fault).splitlines() or [type(fault).__name__])[0]
+            raise TrainingError(
+                f"the checkpoint {self.out / NAME} cannot be written: {reason}; what was saved before stays, and the "
+                "same command continues from there"
+            )
+
+    def keep_best(self, step: int, score: str, value: float) -> None:
+        """Keep the checkpoint that was saved last as the best one, if no step before it scored better.
+
+        Args:
+            step: that it is of.
+            score: name of the score.
+            value: of it; more is better.
+        """
+        self.wait()
+        best = self.out / BEST_SCORE
+        if best.is_file():
+            then = read_json(best)
+            if then["score"] == score and then["value"] >= value and (self.out / BEST).is_file():
+                return
+        write_whole(self.out / BEST, lambda partial: _same(self.out / NAME, partial))
+        write_json(best, {MARK: __version__, "step": step, "score": score, "value": value})
+
+    def close(self) -> None:
+        """Wait, and leave faults unsaid: another error is on its way."""
+        if self._writer is not None:
+            self._writer.join()
+
+
+def _same(file: Path, name: Path) -> None:
+    """Give a file a second name, or a copy where the file system has no such thing."""
+    name.unlink(missing_ok=True)
+    try:
+        os.link(file, name)
+    except OSError:
+        shutil.copyfile(file, name)
+
+
+def _copied(value: Any) -> Any:
+    """A copy on the CPU of what training goes on to change."""
+    if isinstance(value, Tensor):
+        return value.detach().to("cpu", copy=True)
+    if isinstance(value, Mapping):
+        return {name: _copied(inner) for name, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(_copied(inner) for inner in value)
+    return value

@@ -1,0 +1,165 @@
+"""A run in its folder: what is found there, what is written there, and what all processes agree on."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from contextlib import ExitStack, closing
+from dataclasses import dataclass, replace
+from typing import Any
+
+from fastrm.errors import Stopped, TrainingError, UsageError
+from fastrm.files import read_json
+from fastrm.hooks import JsonLines
+from fastrm.hooks.base import Hooks
+from fastrm.hooks.metrics import recorded
+from fastrm.machine.distributed import gather_objects
+from fastrm.machine.lock import Lock
+from fastrm.machine.signals import Signals
+from fastrm.run import checkpoint, folder, said
+from fastrm.run.assemble import Parts, built_in
+from fastrm.run.faults import again
+from fastrm.run.results import SUMMARY, Results, complete
+from fastrm.run.resume import Start, origin, resume
+from fastrm.run.run import OF_THE_WAY, Run
+from fastrm.run.saver import Saver
+
+
+@dataclass(frozen=True)
+class Session:
+    """A run that is ready to go on.
+
+    Attributes:
+        run, hooks: the handle, and those that listen.
+        finished: whether the folder holds this run complete; nothing is written then.
+        saver, lock, results: what :meth:`agree` and :meth:`finish` need.
+        resumes: whether the same command goes on.
+    """
+
+    run: Run
+    hooks: Hooks
+    finished: bool
+    saver: Saver
+    lock: Lock
+    results: Results
+    resumes: bool
+
+    def agree(self) -> bool:
+        """Do what signals and hooks asked for, in any process and so in all; return whether the run is to end.
+
+        Raises:
+            Stopped: a signal ended the run, which has saved.
+            TrainingError: a hook failed in another process.
+        """
+        self.lock.check()
+        asked = self.run.asked()
+        end = asked.stop or self.run.step >= self.run.total_steps
+        if asked.save or asked.failed or end:
+            self.run.save()
+        if asked.end or asked.failed or end:  # whatever happens from here on, the steps are safe
+            self.saver.wait()
+        if asked.failed and self.hooks.fault is None:
+            raise TrainingError(f"a hook failed in another process, after step {self.run.step}, which is saved")
+        if asked.end:
+            words = f"stopped after step {self.run.step} and saved; {again(self.resumes)}"
+            raise Stopped(words, 128 + asked.end)
+        return end or asked.failed
+
+    def finish(self) -> dict[str, Any]:
+        """Write the results, and return what ``summary.json`` holds; nothing in any process but the first."""
+        if self.run.rank:
+            return {}
+        return self.results.write(self.run.student, self.run.latest)
+
+
+def begin(parts: Parts, theirs: Iterable[Any], opened: ExitStack) -> Session:
+    """Take the run's folder, find out where the run goes on, and say so.
+
+    Raises:
+        UsageError: the folder is another's, or its run has other settings, images or processes.
+    """
+    config, out, world, wish = parts.config, parts.out, parts.world, parts.config.run.resume
+    lock = opened.enter_context(folder.held(out))
+    states: dict[str, Any] = {"method": parts.method, "optimizer": parts.step.optimizer, "scaler": parts.step.scaler}
+    metrics = JsonLines()
+    saver = Saver(out, states, keep=config.run.keep, keep_every=config.run.keep_every, before=metrics.sync)
+    before, after = built_in(parts, metrics, saver.keep_best)
+    hooks = Hooks(theirs, before=before, after=after)
+    states["hooks"] = hooks
+    begun = resume(config.flat(), out, parts.images, states)
+    start, config = begun.step, config.replace(**begun.settings)
+    schedule = replace(parts.schedule, optim=config.optim, shift=begun.images.shift)
+    saver.goes_on(start, config.flat(), images=begun.images)
+    parts.method.refresh_low_precision_teacher()
+
+    ended = start >= schedule.total
+    known = recorded(origin(wish, out), start) if start else {}
+    finished = ended and complete(out, start)
+    moved = start > 0 and not checkpoint.own(out)
+    # All have looked at what is in the folder.
+    if len(everyone := set(gather_objects((start, "knn_student" in known, finished, moved)))) > 1:
+        steps = sorted(step for step, *_ in everyone)
+        raise UsageError(f"--out {out}: the processes found it at steps {steps}; all must share its file system")
+    signals = Signals()
+    run = Run(
+        student=parts.method.student.backbone,
+        teacher=parts.method.teacher.backbone,
+        config=config,
+        out=out,
+        schedule=schedule,
+        rank=world.rank,
+        hooks=hooks,
+        say=parts.say,
+        saver=saver,
+        signals=signals,
+        step=start,
+        scored="knn_student" in known,
+    )
+    if ended:
+        run.latest = {"step": start, "epoch": schedule.epoch(start)}
+        run.latest |= {name: value for name, value in known.items() if name not in OF_THE_WAY}
+    session = Session(
+        run=run,
+        hooks=hooks,
+        finished=finished,
+        saver=saver,
+        lock=lock,
+        results=Results(out, config, parts.source),
+        resumes=wish != "never",
+    )
+    if finished:
+        parts.say(f"{out} holds this run, complete after {start} steps")
+        run.latest = read_json(out / SUMMARY) if world.rank == 0 else {}
+        return session
+    if world.rank == 0:
+        folder.prepare(out, config.flat(), fresh=start == 0 or moved)
+    opened.enter_context(parts.display)
+    opened.enter_context(closing(hooks))
+    opened.enter_context(closing(saver))
+    opened.enter_context(signals)
+    _say(parts, begun, run, ended)
+    if moved and ended:
+        saver.save(start)
+    return session
+
+
+def _say(parts: Parts, begun: Start, run: Run, ended: bool) -> None:
+    """What was found, what will be used, and what may go wrong."""
+    start = run.step
+    lines = [("data", parts.source.about), *(("notice", note) for note in begun.notes)]
+    if begun.settings:
+        lines.append(("notice", said.lengthened(run.schedule, start, run.config.optim.warmup_epochs)))
+    lines.append(("settings", said.described(run.config, parts.device, parts.precision, parts.world)))
+    lines.append(("folder", f"{run.out}" + (f", continued after step {start}" if start else "")))
+    lines += [("network", note) for note in parts.method.notes]
+    if not start:
+        found = said.cautions(run.config, parts.method, run.schedule, len(parts.source.train))
+        lines += [("notice", caution) for caution in found]
+    if run.rank == 0 and (problem := folder.short_of_space(run.out, parts.method, run.config.run.keep)) is not None:
+        lines.append(("warning", problem))
+    if run.config.run.eval_every and parts.source.test is None:
+        lines.append(("evaluation", "kNN is left out: the images have no labels"))
+    if ended:
+        total = run.total_steps
+        lines.append(("steps", f"{start} are done of {total} asked for: only missing results are made"))
+    for title, text in lines:
+        parts.say(f"{title:<11}{text}" if len(title) < 11 else f"{title} {text}")
