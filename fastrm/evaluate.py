@@ -1,6 +1,6 @@
 """Score a pre-trained backbone, student and teacher side by side.
 
-python -m fastrm.evaluate --checkpoint runs/digits-mocov3-test_resnet --data digits --knn --gap
+python -m fastrm.evaluate runs/digits-mocov3-test_resnet --data digits --knn --gap
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -38,7 +38,9 @@ from fastrm.probes import (
 from fastrm.probes.features import BATCH, Setting
 from fastrm.probes.linear import MOCO_V2, MOCO_V3
 from fastrm.settings import command_line
-from fastrm.settings.config import check_path, check_range
+from fastrm.settings.fields import Workers
+from fastrm.settings.kinds import Range, check_fields
+from fastrm.settings.of_run import OfRun
 from fastrm.terminal.progress import bar
 from fastrm.version import __version__
 
@@ -48,11 +50,9 @@ Scores = dict[str, dict[str, Estimate]]
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvaluateConfig:
+class EvaluateConfig(OfRun):
     """Score the student and the teacher of a run side by side, beside an untrained network and the raw pixels."""
 
-    checkpoint: Path
-    """A run folder, a checkpoint, or a backbone.safetensors."""
     data: str | None = None
     """Images to score on, as for fastrm.train; unset: the run's."""
     data_root: Path | None = None
@@ -64,9 +64,9 @@ class EvaluateConfig:
     at 30 for 100 epochs, else at .1 x batch / 256 in batches of 1024 for 90."""
     linear_quick: bool = False
     """A linear classifier on features that are computed once; the best of six learning rates."""
-    linear_epochs: int | None = None
+    linear_epochs: Annotated[int, Range(at_least=1)] | None = None
     """Epochs of --linear; unset: as published."""
-    semi: float | None = None
+    semi: Annotated[float, Range(above=0, at_most=1)] | None = None
     """Fine-tune the whole network on this share of the labels, such as .01 or .1."""
     transfer: str | None = None
     """Another set of images to fit and score the quick linear classifier on."""
@@ -79,7 +79,7 @@ class EvaluateConfig:
     """JSON file that the scores are added to; unset: evaluation.json beside the checkpoint."""
     device: Literal["auto", "cuda", "cpu"] = "auto"
     """auto: the GPU if there is one."""
-    workers: int = 2
+    workers: Workers = 2
     """Processes that read the images."""
 
 
@@ -98,7 +98,7 @@ def evaluate(options: EvaluateConfig) -> dict[str, Any]:
 
     def asked() -> str:
         linear = f"; --linear takes {MOCO_V3.batch_size}" if options.linear else ""
-        return f"an evaluation of {options.checkpoint}, {BATCH} images at a time{linear}"
+        return f"an evaluation of {options.path}, {BATCH} images at a time{linear}"
 
     lower = "Lower --workers, or score on fewer images" + ("; or give --device cpu" if device.type == "cuda" else "")
     with enough(device, asked, f"{lower}. Nothing was written"):
@@ -106,7 +106,7 @@ def evaluate(options: EvaluateConfig) -> dict[str, Any]:
 
 
 def _evaluate(options: EvaluateConfig, device: torch.device) -> dict[str, Any]:
-    trained = open_pretrained(options.checkpoint, device)
+    trained = open_pretrained(options.path, device)
     out = options.out or trained.folder / EVALUATION
     _earlier(out)  # so that what is in the way is found at once
     setting = Setting(trained.image_size, device, options.workers)
@@ -153,22 +153,17 @@ def _evaluate(options: EvaluateConfig, device: torch.device) -> dict[str, Any]:
 
 
 def _check(options: EvaluateConfig) -> None:
+    check_fields(options)
+    path = options.path
     asked = (options.knn, options.linear, options.linear_quick, options.semi is not None, options.gap, options.transfer)
     if not any(asked) and options.neighbours is None:
         raise UsageError(
             "say what to score: --knn, --linear, --linear-quick, --semi .01, --transfer DATA, --gap, --neighbours X.png"
         )
-    if options.semi is not None and not 0 < options.semi <= 1:
-        raise UsageError(f"--semi {options.semi} is out of range; it must be above 0 and at most 1")
-    if options.linear_epochs is not None and options.linear_epochs < 1:
-        raise UsageError(f"--linear-epochs {options.linear_epochs} is out of range; it must be at least 1")
-    check_range("workers", options.workers)
     if options.neighbours is not None:
         sheets.check("--neighbours", options.neighbours)
-    for name in ("checkpoint", "data_root", "out"):
-        check_path(name, getattr(options, name))
-    if options.gap and options.checkpoint.suffix == ".safetensors":
-        raise UsageError(f"--gap needs student and teacher, and {options.checkpoint} holds one network; give the run")
+    if options.gap and path.suffix == ".safetensors":
+        raise UsageError(f"--gap needs student and teacher, and {path} holds one network; give the run")
 
 
 def _earlier(out: Path) -> dict[str, Any]:

@@ -1,6 +1,6 @@
 """Hand a trained backbone to other programs.
 
-    python -m fastrm.export --checkpoint runs/demo --which teacher --format torchvision --out teacher.safetensors
+    python -m fastrm.export runs/demo --which teacher --format torchvision --out teacher.safetensors
 
 Beside the weights lies a model card: what they are, what images they expect, how they scored.
 """
@@ -12,7 +12,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -26,20 +26,18 @@ from fastrm.models import Backbone
 from fastrm.models.weights import misfit, plain_state, write_backbone
 from fastrm.pretrained import Pretrained, open_pretrained
 from fastrm.settings import command_line
-from fastrm.settings.config import check_choice, check_path
+from fastrm.settings.kinds import check_fields
+from fastrm.settings.of_run import OfRun
 from fastrm.version import __version__
 
 Format = Literal["timm", "torchvision", "safetensors", "onnx"]
-FORMATS = get_args(Format)
 CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True, kw_only=True)
-class ExportConfig:
+class ExportConfig(OfRun):
     """Write a run's backbone in a form that other programs load, and a model card beside it."""
 
-    checkpoint: Path
-    """A run folder, a checkpoint, or a backbone.safetensors."""
     format: Format
     """timm: for timm.create_model; a folder, which carries the preprocessing too, or a .safetensors file.
     torchvision: a state dict of its ResNets.
@@ -57,19 +55,16 @@ def export(options: ExportConfig) -> Path:
     Raises:
         UsageError: the checkpoint cannot be used, the format cannot hold the network, or the file cannot be written.
     """
-    check_choice("format", options.format, FORMATS)
-    check_choice("which", options.which, ("student", "teacher"))
+    check_fields(options)
     ending = options.out.suffix
     endings = {"timm": ("", ".safetensors", ".pth"), "torchvision": (".safetensors", ".pth"), "onnx": (".onnx",)}
     if ending not in endings.get(options.format, (".safetensors",)):
         wanted = ", ".join(e or "none (a folder)" for e in endings.get(options.format, (".safetensors",)))
         raise UsageError(f"--out {options.out} must end in {wanted} for --format {options.format}")
-    for name in ("checkpoint", "out"):
-        check_path(name, getattr(options, name))
     card = _claim(options.out)
-    trained = open_pretrained(options.checkpoint, CPU)
+    trained = open_pretrained(options.path, CPU)
     if options.which not in trained.networks:
-        raise UsageError(f"--which {options.which}: {options.checkpoint} holds the {', '.join(trained.networks)} only")
+        raise UsageError(f"--which {options.which}: {options.path} holds the {', '.join(trained.networks)} only")
     about = trained.about | {"which": options.which}
     backbone = _plain(trained, options.which)
     write: dict[str, Callable[[Backbone, dict[str, str], Path], None]] = {
@@ -275,7 +270,7 @@ def _scored(trained: Pretrained, which: str) -> list[str]:
 def main(argv: Sequence[str] | None = None) -> None:
     """Entry point."""
     options = command_line.parse(ExportConfig, argv, prog="python -m fastrm.export")
-    with enough(CPU, lambda: f"an export of {options.checkpoint}", "Free some, and give the same command again"):
+    with enough(CPU, lambda: f"an export of {options.path}", "Free some, and give the same command again"):
         card = export(options)
     print(f"{options.out}, and what it is in {card}")
 

@@ -18,6 +18,8 @@ from fastrm.files import as_utf8, read_json
 
 MARK = "fastrm"
 """What a file says of who wrote it: the name of a field, whose value is the version, or of the software."""
+METRICS = "metrics.jsonl"
+TENSORBOARD = "tensorboard"
 EXPORT = "fastrm_export"
 """The attribute of an exported ``.pth``'s state dict that says the same."""
 _HEAD = 2**16  # bytes in which a file says what it is
@@ -229,8 +231,8 @@ def best(path: Path) -> bool:
 
 RUN: dict[str, Callable[[Path], bool]] = {
     "config.json": config,
-    "metrics.jsonl": metrics,
-    "tensorboard": board,
+    METRICS: metrics,
+    TENSORBOARD: board,
     "checkpoint.pt": checkpoint,
     BEST: checkpoint,
     BEST_SCORE: best,

@@ -17,15 +17,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
-from tyro.conf import Positional
+from tyro.conf import Positional, arg
 
 from fastrm import own
 from fastrm.errors import UsageError
 from fastrm.files import read_json, write_text, write_whole, writing
-from fastrm.hooks.metrics import METRICS
+from fastrm.own import METRICS
 from fastrm.settings import command_line
+from fastrm.settings.kinds import check_fields
+from fastrm.settings.of_run import given
 from fastrm.version import __version__
 
 if TYPE_CHECKING:
@@ -41,8 +43,10 @@ _NOT_SHOWN = frozenset({"out", "resume", "recipe"})  # settings that say nothing
 class ReportConfig:
     """Write a page about one run, or several over each other."""
 
-    runs: Positional[tuple[Path, ...]]
+    runs: Positional[Annotated[tuple[Path, ...], arg(metavar="RUN [RUN ...]", help_behavior_hint="")]] = ()
     """Run folders."""
+    checkpoint: Path | None = None
+    """The same as one RUN."""
     out: Path | None = None
     """Folder that the page is written to; unset: report, in the run's folder or, for several runs, here."""
 
@@ -278,10 +282,10 @@ def report(options: ReportConfig) -> Path:
     Raises:
         UsageError: there is no such run, or the folder cannot be written.
     """
-    if not options.runs:
-        raise UsageError("name a run folder, or several: python -m fastrm.report RUN [RUN ...]")
-    runs = [read_run(folder) for folder in options.runs]
-    out = options.out or (options.runs[0] / "report" if len(runs) == 1 else Path("report"))
+    check_fields(options)
+    folders = [path.parent if path.is_file() else path for path in given(options.runs, options.checkpoint)]
+    runs = [read_run(folder) for folder in folders]
+    out = options.out or (folders[0] / "report" if len(runs) == 1 else Path("report"))
     if own.run(out):
         raise UsageError(f"--out {out} is a run folder itself; give another")
     with writing(out):

@@ -162,7 +162,7 @@ def test_an_evaluation_is_added_to_the_earlier_ones(
     small: Callable[..., Config], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     train.train(small(max_steps=1))
-    run = ["--checkpoint", str(tmp_path / "run"), "--workers", "0"]
+    run = [str(tmp_path / "run"), "--workers", "0"]
     evaluate.main([*run, "--gap"])
     evaluate.main([*run, "--linear", "--linear-epochs", "1", "--semi", "0.05", "--transfer", "synthetic"])
     shown = capsys.readouterr().out
@@ -184,7 +184,8 @@ def test_evaluate_refuses_what_it_cannot_do(
     run = str(tmp_path / "run")
     assert "--knn, --linear" in fails(evaluate.main, ["--checkpoint", run], capsys)
     assert "does not exist" in fails(evaluate.main, ["--checkpoint", f"{run}/none", "--knn"], capsys)
-    assert "--checkpoint" in fails(evaluate.main, ["--knn"], capsys)
+    assert "name a run folder" in fails(evaluate.main, ["--knn"], capsys)
+    assert "say twice" in fails(evaluate.main, [run, "--checkpoint", run, "--knn"], capsys)
     flat = ["--checkpoint", run, "--knn", "--data", str(pictures / "flat")]
     assert "no labels" in fails(evaluate.main, flat, capsys)
     for wrong in (["--semi", "0.0"], ["--semi", "nan"], ["--linear", "--linear-epochs", "0"]):

@@ -94,6 +94,8 @@ def test_wrong_use_is_one_line_and_writes_nothing(
     for arguments, says in (
         ([], "name a run folder"),
         (["nowhere"], "nowhere is no run folder"),
+        (["--checkpoint", "nowhere"], "nowhere is no run folder"),
+        (["good", "--checkpoint", "good"], "say twice what to take"),
         (["empty"], "empty is no run folder: it has no metrics.jsonl"),
         (["foreign"], "holds other lines"),
         (["nothing"], "recorded nothing yet"),

@@ -8,15 +8,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 import torch
 
 from fastrm.data import make_loader, open_source, sheets
 from fastrm.data.augmentation import IMAGENET_MEAN, IMAGENET_STD
-from fastrm.errors import UsageError
 from fastrm.machine.memory import enough
 from fastrm.settings import command_line
-from fastrm.settings.config import MethodName, check_range
+from fastrm.settings.fields import ImageSize, MethodName, Seed
+from fastrm.settings.kinds import Range, check_fields
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,13 +32,13 @@ class Options:
     """Where a named set lies."""
     method: MethodName = "mocov3"
     """Whose augmentation."""
-    image_size: int = 224
+    image_size: ImageSize = 224
     """Side of the views, in pixels."""
     loader: str = "auto"
     """auto, dali, torch or memory."""
-    images: int = 8
+    images: Annotated[int, Range(at_least=1)] = 8
     """How many."""
-    seed: int = 0
+    seed: Seed = 0
     """Of the views."""
 
 
@@ -50,10 +51,7 @@ def contact_sheet(options: Options) -> None:
     from PIL import Image
     from torchvision.utils import make_grid
 
-    check_range("image_size", options.image_size)
-    check_range("seed", options.seed)
-    if options.images < 1:
-        raise UsageError(f"--images {options.images} is out of range; it must be at least 1")
+    check_fields(options)
     sheets.check("--out", options.out)
     source = open_source(options.data, options.data_root)
     count = min(options.images, len(source.train))

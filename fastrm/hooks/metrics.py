@@ -11,11 +11,10 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 from fastrm.files import write_text
 from fastrm.hooks.base import Hook
+from fastrm.own import METRICS
 
 if TYPE_CHECKING:
     from fastrm.run.run import Run
-
-METRICS = "metrics.jsonl"
 
 
 class JsonLines(Hook):

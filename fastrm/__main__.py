@@ -1,0 +1,49 @@
+"""The commands: ``python -m fastrm`` lists them, ``python -m fastrm COMMAND ...`` runs one."""
+
+from __future__ import annotations
+
+import runpy
+import sys
+from collections.abc import Sequence
+
+from fastrm.errors import UsageError
+from fastrm.settings.near import near
+from fastrm.terminal.shell import run
+from fastrm.version import __version__
+
+COMMANDS = {
+    "train": "pre-train a backbone on images without labels",
+    "evaluate": "score the student and the teacher of a run: kNN, linear, fine-tuning, nearest neighbours",
+    "export": "hand a trained backbone to timm, torchvision or ONNX",
+    "report": "show runs on one page, over each other",
+    "data": "draw what the network sees of a set of images",
+    "doctor": "say what this machine will use, and what is missing",
+}
+"""Modules of this package, and what each does."""
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """List the commands, or print the version.
+
+    Raises:
+        UsageError: something else is asked for.
+    """
+    words = sys.argv[1:] if argv is None else argv
+    if list(words) == ["--version"]:
+        print(f"fastrm {__version__}")
+    elif not words or list(words) in (["--help"], ["-h"]):
+        print("python -m fastrm COMMAND; --help after a command says more\n")
+        for name, what in COMMANDS.items():
+            print(f"  {name:10}{what}")
+        print("\npython -m fastrm --version says which this is; python -m fastrm.COMMAND is the same as with a space")
+    else:
+        meant = near(words[0], COMMANDS)
+        known = f"did you mean {meant}?" if meant else f"choose one of {', '.join(COMMANDS)}"
+        raise UsageError(f"{' '.join(words[0].split())[:80]} is no command; {known}")
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] and sys.argv[1] in COMMANDS:
+        runpy.run_module(f"fastrm.{sys.argv.pop(1)}", run_name="__main__", alter_sys=True)
+    else:
+        run(main)

@@ -1,0 +1,44 @@
+"""Commands on what a run left: they take it by its place, ``RUN``, or as ``--checkpoint RUN``, which is the same."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+from tyro.conf import Positional, arg
+
+from fastrm.errors import UsageError
+
+
+@dataclass(frozen=True, kw_only=True)
+class OfRun:
+    """What was trained."""
+
+    run: Positional[Annotated[Path | None, arg(metavar="RUN", help_behavior_hint="")]] = None
+    """A run folder, a checkpoint, or a backbone.safetensors."""
+    checkpoint: Path | None = None
+    """The same as RUN."""
+
+    @property
+    def path(self) -> Path:
+        """What was given.
+
+        Raises:
+            UsageError: nothing was, or twice.
+        """
+        return given([] if self.run is None else [self.run], self.checkpoint)[0]
+
+
+def given(runs: Sequence[Path], checkpoint: Path | None) -> list[Path]:
+    """What was given by its place, or the one as ``--checkpoint``.
+
+    Raises:
+        UsageError: nothing was, or both.
+    """
+    if runs and checkpoint is not None:
+        raise UsageError(f"{runs[0]} and --checkpoint {checkpoint} say twice what to take; give one of them")
+    if not runs and checkpoint is None:
+        raise UsageError("name a run folder, or one of its files: RUN, or --checkpoint RUN")
+    return [*runs] if checkpoint is None else [checkpoint]
