@@ -6,12 +6,10 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from fastrm.hooks.base import Hook
-from fastrm.own import EVENTS
+from fastrm.own import EVENTS, TENSORBOARD
 
 if TYPE_CHECKING:
     from fastrm.run.run import Run
-
-TENSORBOARD = "tensorboard"
 
 
 class TensorBoard(Hook):

@@ -56,7 +56,7 @@ def prepare(out: Path, settings: dict[str, Any], *, fresh: bool) -> None:
     """Write ``config.json`` into a folder that is held; a fresh run takes the place of an older one."""
     with writing(out):
         if fresh:
-            board = out / "tensorboard"
+            board = out / own.TENSORBOARD
             old = [path for path, _ in own.names(out) if not path.is_dir()]
             old += [path for path in board.iterdir() if own.events(path)] if board.is_dir() else []
             for path in old:
