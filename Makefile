@@ -18,7 +18,7 @@ demo: install
 		--batch-size 128 --epochs 6 --optimizer adamw --lr 0.004 --weight-decay 0.0001 --temperature 0.2 \
 		--hidden-dim 512 --predictor-hidden-dim 512 --teacher-momentum 0.9 --eval-every 3 --log-every 10 \
 		--resume never --out runs/demo
-	$(BIN)/python -m fastrm.evaluate --checkpoint runs/demo --knn --gap --neighbours runs/demo/neighbours.png
+	$(BIN)/python -m fastrm.evaluate runs/demo --knn --gap --neighbours runs/demo/neighbours.png
 	@$(BIN)/python -m fastrm.report runs/demo
 	@echo "The pictures above are the nearest neighbours and the curves. Try --residual-weight 0 or 1, or your own"
 	@echo "pictures: .venv/bin/python -m fastrm.train --arch resnet18 --image-size 64 --data FOLDER"

@@ -1,6 +1,6 @@
 """Train torchvision's Faster R-CNN on a pre-trained ResNet, on boxes in COCO's format.
 
-    python -m fastrm.export --checkpoint runs/mine --format torchvision --out mine.safetensors
+    python -m fastrm.export runs/mine --format torchvision --out mine.safetensors
     python examples/detector_torchvision.py --backbone mine.safetensors --arch resnet50 \
         --images coco/train2017 --annotations coco/annotations/instances_train2017.json
 """

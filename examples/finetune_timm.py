@@ -1,6 +1,6 @@
 """Fine-tune an exported backbone on labelled folders, with timm alone.
 
-    python -m fastrm.export --checkpoint runs/mine --format timm --out mine
+    python -m fastrm.export runs/mine --format timm --out mine
     python examples/finetune_timm.py --backbone mine --data /images
 
 /images holds train/CLASS/... and val/CLASS/...
