@@ -81,9 +81,12 @@ def test_code_blocks_run(page: Path, pictures: Path, tmp_path: Path, monkeypatch
     monkeypatch.chdir(tmp_path)
     names: dict[str, Any] = {}
     for language, text in blocks(page):
-        assert language in ("python", "sh"), f"{page.name} has a block of {language} that nothing tests"
+        assert language in ("python", "sh", "toml"), f"{page.name} has a block of {language} that nothing tests"
         if language == "python":
             exec(compile(text, page.name, "exec"), names)
+        elif language == "toml":
+            (name,) = re.findall(r"\A# (\w+\.toml):", text)
+            Path(name).write_text(text, encoding="utf-8")
         else:
             for line in text.splitlines():
                 command(line, run=page.name in RUN)
