@@ -43,7 +43,7 @@ def main() -> None:
     backbone, about = read_backbone(options.out / "backbone.safetensors")
     size = int(about["image_size"])
     with torch.no_grad():
-        features, feature_map = backbone.eval()(torch.rand(4, 3, size, size))
+        features, feature_map = backbone.eval().encode(torch.rand(4, 3, size, size))
     print(f"features {tuple(features.shape)}, map {tuple(feature_map.shape)}")
 
 

@@ -13,10 +13,11 @@ if not (Path(__file__).parent / "kernels").is_dir():
     __path__.append(str(Path(__file__).parent.parent))
 
 if TYPE_CHECKING:
+    from fastrm.pretrained import load as load
     from fastrm.pretraining import pretrain as pretrain
     from fastrm.run.trainer import Trainer as Trainer
 
-_HOME = {"pretrain": "fastrm.pretraining", "Trainer": "fastrm.run.trainer"}
+_HOME = {"load": "fastrm.pretrained", "pretrain": "fastrm.pretraining", "Trainer": "fastrm.run.trainer"}
 
 
 def __getattr__(name: str) -> Any:

@@ -37,6 +37,7 @@ from fastrm.probes import (
 )
 from fastrm.probes.features import BATCH, Setting
 from fastrm.probes.linear import MOCO_V2, MOCO_V3
+from fastrm.probes.scores import EVALUATION
 from fastrm.settings import command_line
 from fastrm.settings.fields import Workers
 from fastrm.settings.kinds import Range, check_fields
@@ -44,7 +45,6 @@ from fastrm.settings.of_run import OfRun
 from fastrm.terminal.progress import bar
 from fastrm.version import __version__
 
-EVALUATION = "evaluation.json"
 Scores = dict[str, dict[str, Estimate]]
 """By network, then by score."""
 
@@ -83,8 +83,12 @@ class EvaluateConfig(OfRun):
     """Processes that read the images."""
 
 
-def evaluate(options: EvaluateConfig) -> dict[str, Any]:
+def evaluate(options: EvaluateConfig, *, arch: nn.Module | None = None) -> dict[str, Any]:
     """Compute the scores that are asked for and add them to ``evaluation.json``.
+
+    Args:
+        options: what is scored, and on what.
+        arch: where a module of yours was trained, another one that is built alike.
 
     Returns:
         By data set: ``scores``, an :class:`fastrm.probes.Estimate` by network and score; ``gap``, one by place; and
@@ -102,15 +106,15 @@ def evaluate(options: EvaluateConfig) -> dict[str, Any]:
 
     lower = "Lower --workers, or score on fewer images" + ("; or give --device cpu" if device.type == "cuda" else "")
     with enough(device, asked, f"{lower}. Nothing was written"):
-        return _evaluate(options, device)
+        return _evaluate(options, device, arch)
 
 
-def _evaluate(options: EvaluateConfig, device: torch.device) -> dict[str, Any]:
-    trained = open_pretrained(options.path, device)
+def _evaluate(options: EvaluateConfig, device: torch.device, arch: nn.Module | None) -> dict[str, Any]:
+    trained = open_pretrained(options.path, device, arch=arch)
     out = options.out or trained.folder / EVALUATION
     _earlier(out)  # so that what is in the way is found at once
     setting = Setting(trained.image_size, device, options.workers)
-    root = options.data_root or (trained.config.input.data_root if trained.config else None)
+    root = options.data_root or _run_root(trained)
     wanted = [options.data or trained.about.get("data", "")]
     if not wanted[0]:
         raise UsageError("--data is missing; give the images to score on")
@@ -130,9 +134,8 @@ def _evaluate(options: EvaluateConfig, device: torch.device) -> dict[str, Any]:
     if scoring:
         results[sources[0].name] = {"scores": _scores(options, trained, sources[0], setting)}
     if options.gap:
-        assert trained.method is not None
         images = sources[0].test or sources[0].train
-        results.setdefault(sources[0].name, {})["gap"] = gap(trained.method, images, setting)
+        results.setdefault(sources[0].name, {})["gap"] = gap(trained.method(device), images, setting)
     if options.transfer:
         quick = replace(options, knn=False, linear=False, linear_quick=True, semi=None)
         results.setdefault(sources[1].name, {}).setdefault("scores", {})
@@ -150,6 +153,11 @@ def _evaluate(options: EvaluateConfig, device: torch.device) -> dict[str, Any]:
     with writing(out):
         write_json(out, found)
     return results
+
+
+def _run_root(trained: Pretrained) -> Path | None:
+    found = (trained.settings or {}).get("data_root")
+    return None if found is None else Path(found)
 
 
 def _check(options: EvaluateConfig) -> None:

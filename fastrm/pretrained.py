@@ -1,18 +1,27 @@
-"""Trained networks from what a run leaves: its folder, its checkpoint, or an exported backbone."""
+"""Trained networks from what a run leaves: its folder, its checkpoint, or a file with a backbone."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 
+from fastrm import own
+from fastrm.errors import UsageError
+from fastrm.files import at_home
 from fastrm.methods import Method, build_method
 from fastrm.models import Backbone, build_backbone
-from fastrm.models.weights import metadata, read_backbone
+from fastrm.models.layout import lay_out
+from fastrm.models.module import renew
+from fastrm.models.weights import backbone_of, metadata, read_backbone
 from fastrm.run import checkpoint
-from fastrm.settings.config import Config, from_flat
+from fastrm.settings.config import check_choice, check_path, check_range, from_flat
+
+NETWORKS = ("student", "teacher")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,17 +32,19 @@ class Pretrained:
         path: where it came from.
         networks: ``student`` and ``teacher``; of an exported file only the one that it holds.
         about: of the networks in general, as :func:`fastrm.models.weights.metadata` has it.
-        config: settings of the run, if it is one.
-        method: student and teacher with their heads, if it is a run.
+        arch: what the networks are built of: timm's name, or a module.
+        settings: of the run, if it is one, by name: what ``config.json`` holds.
         step: optimizer steps that the run has made.
+        state: of the run's method, by name.
     """
 
     path: Path
     networks: dict[str, Backbone]
     about: dict[str, str]
-    config: Config | None = None
-    method: Method[Any] | None = None
+    arch: str | nn.Module
+    settings: Mapping[str, Any] | None = None
     step: int | None = None
+    state: Mapping[str, Tensor] = field(default_factory=dict, repr=False)
 
     @property
     def folder(self) -> Path:
@@ -46,29 +57,98 @@ class Pretrained:
         return int(self.about["image_size"])
 
     def untrained(self) -> Backbone:
-        """The same backbone with new weights, on the CPU, and without what a run does to it for speed."""
-        return build_backbone(self.about["arch"], image_size=self.image_size, stem=self.about["stem"])
+        """The same backbone with new weights, on the CPU, and without what a run does to it for speed.
+
+        Of a module those are new that belong to layers of ``torch.nn``; others are as they were given.
+        """
+        backbone = build_backbone(self.arch, image_size=self.image_size, stem=self.about["stem"])
+        if isinstance(self.arch, nn.Module):
+            renew(backbone)
+        return backbone
+
+    def method(self, device: torch.device) -> Method[Any]:
+        """Student and teacher with their heads, on a device.
+
+        Raises:
+            UsageError: the run's method is not known here.
+        """
+        assert self.settings is not None
+        module = self.arch if isinstance(self.arch, nn.Module) else None
+        method = build_method(from_flat(self.settings), device=device, trained=False, arch=module)
+        with checkpoint.fitting(self.path):
+            method.load_state_dict(self.state)
+        return method
 
 
-def open_pretrained(path: Path, device: torch.device) -> Pretrained:
-    """Rebuild the networks of a run folder, a checkpoint, or a file with a backbone.
+def read_pretrained(path: Path, *, arch: nn.Module | None = None) -> Pretrained:
+    """Rebuild the networks of a run folder, a checkpoint, or a file with a backbone, on the CPU.
+
+    Args:
+        path: what fastrm wrote.
+        arch: where a module of the user's was trained, another one that is built alike; its weights do not matter.
 
     Raises:
-        UsageError: it is missing, damaged, or of another layout.
+        UsageError: it is missing, damaged, or of another layout; or ``arch`` is missing, or is another network.
     """
-    if path.suffix == ".safetensors" and not path.is_dir():
-        backbone, about = read_backbone(path)
-        return Pretrained(path=path, networks={about["which"]: backbone.to(device)}, about=about)
+    if path.is_file() and (path.suffix == ".safetensors" or (path.suffix == ".pth" and own.safely(own.state, path))):
+        backbone, about = read_backbone(path, arch=arch)
+        networks = {about["which"]: backbone}
+        return Pretrained(path=path, networks=networks, about=about, arch=about["arch"] if arch is None else arch)
     state = checkpoint.load(path)
-    config = from_flat(state["config"])
-    method = build_method(config, device=device, trained=False)
+    settings, tensors = state["config"], state["method"]
     with checkpoint.fitting(path):
-        method.load_state_dict(state["method"])
+        about = metadata(settings, "student")
+        check_range("image_size", settings["image_size"])
+        parts = {which: _part(tensors, f"{which}.backbone.net.") for which in NETWORKS}
+    networks = {which: backbone_of(part, about, path, arch=arch) for which, part in parts.items()}
     return Pretrained(
         path=path,
-        networks={"student": method.student.backbone, "teacher": method.teacher.backbone},
-        about=metadata(config, "student"),
-        config=config,
-        method=method,
+        networks=networks,
+        about=about,
+        arch=about["arch"] if arch is None else arch,
+        settings=settings,
         step=state["step"],
+        state=tensors,
     )
+
+
+def _part(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
+
+
+def open_pretrained(path: Path, device: torch.device, *, arch: nn.Module | None = None) -> Pretrained:
+    """Rebuild the networks as :func:`read_pretrained` does, on a device, and laid out for it as the run's were."""
+    trained = read_pretrained(path, arch=arch)
+    settings = trained.settings or {"channels_last": False}
+    small_maps = device.type == "cpu" and settings.get("precision", "auto") in ("auto", "fp32")
+    for backbone in trained.networks.values():
+        backbone.to(device)
+        if settings.get("channels_last", True):
+            lay_out(backbone, [backbone] if small_maps else [], trained.image_size)
+    return trained
+
+
+def load(run_or_file: str | Path, which: str = "student", *, arch: nn.Module | None = None) -> Backbone:
+    """Load a trained backbone, ready to use.
+
+    Args:
+        run_or_file: a run folder, of which the newest checkpoint is taken; a checkpoint; or a file of safetensors with
+            a backbone, as runs leave it and ``python -m fastrm.export`` writes it.
+        which: ``"student"`` or ``"teacher"``.
+        arch: where a module of yours was trained: another one that is built alike, of which a copy gets the weights.
+
+    Returns:
+        A module on the CPU, in evaluation mode. ``model(images)`` gives features [B, D] for normalised images
+        [B, C, H, W], and ``model.forward_features(images)`` the map [B, D, h, w], or what the network has in its place.
+
+    Raises:
+        UsageError: there is nothing to load, it does not hold that network, or it is of a module that ``arch`` is not.
+    """
+    check_choice("which", which, NETWORKS)
+    check_path("run_or_file", run_or_file)
+    path = Path(at_home(run_or_file))
+    with torch.random.fork_rng(devices=[]):  # first weights are drawn, which the file's take the place of
+        found = read_pretrained(path, arch=arch).networks
+    if which not in found:
+        raise UsageError(f"which={which!r}: {path} holds the {', '.join(found)} only")
+    return found[which].eval()

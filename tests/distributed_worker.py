@@ -28,14 +28,20 @@ SMALL: dict[str, Any] = {
 
 
 class Tiny(nn.Module):
-    """A backbone of two convolutions in timm's form."""
+    """A backbone of two convolutions."""
+
+    dim = map_dim = 8
+    transformer = False
 
     def __init__(self, norm: str) -> None:
         super().__init__()
         self.first, self.second = nn.Conv2d(3, 8, 3, 2), nn.Conv2d(8, 8, 3, 2)
         self.norm: nn.Module = nn.BatchNorm2d(8) if norm == "batchnorm" else nn.GroupNorm(1, 8)
 
-    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, images: Tensor) -> Tensor:
+        return self.encode(images)[0]
+
+    def encode(self, images: Tensor) -> tuple[Tensor, Tensor]:
         features = self.second(self.norm(self.first(images)).relu())
         return features.mean(dim=(2, 3)), features
 
@@ -52,7 +58,6 @@ def layer_norms(module: nn.Module) -> None:
 def made(method: str, norm: str) -> Method[Any]:
     torch.manual_seed(0)
     backbone = Tiny(norm)
-    backbone.dim = backbone.map_dim = 8  # type: ignore[assignment]
     config: Config = build(**{**SMALL, "method": method})
     built = METHODS[method](backbone, config.method, backend="reference")
     if norm == "layernorm":

@@ -17,13 +17,12 @@ from torch import nn
 
 from fastrm.errors import UsageError
 from fastrm.models import build_backbone
-from fastrm.models.backbone import sincos_positions
 from fastrm.models.layout import guard_thin_convolutions, small_maps_contiguous
-from fastrm.models.vit import is_vit, prepare_moco_vit
+from fastrm.models.vit import is_vit, prepare_moco_vit, sincos_positions
 
 
 @pytest.mark.parametrize(
-    ("arch", "size", "has_map"),
+    ("arch", "size", "convolutional"),
     [
         ("resnet10t", 32, True),
         ("convnext_atto", 64, True),
@@ -34,12 +33,16 @@ from fastrm.models.vit import is_vit, prepare_moco_vit
         ("swin_tiny_patch4_window7_224", 64, False),
     ],
 )
-def test_families_of_timm(arch: str, size: int, has_map: bool) -> None:
+def test_families_of_timm(arch: str, size: int, convolutional: bool) -> None:
     backbone = build_backbone(arch, image_size=size, moco_vit=True)
-    pooled, features = backbone(torch.randn(2, 3, size, size))
+    images = torch.randn(2, 3, size, size)
+    pooled, features = backbone.eval().encode(images)
     assert pooled.shape == (2, backbone.dim)
-    assert (backbone.map_dim is not None) == has_map
-    if has_map:
+    assert torch.equal(backbone(images), pooled)
+    assert torch.equal(backbone.forward_features(images), features)
+    assert backbone.transformer != convolutional
+    assert (backbone.map_dim is None) == arch.endswith(("vit_tiny_patch16_224", "test_vit"))
+    if backbone.map_dim is not None:
         assert features.shape[1] == backbone.map_dim
         assert features.ndim == 4
 
@@ -191,29 +194,29 @@ def test_whatever_a_network_raises_becomes_one_line(error: Exception, monkeypatc
 
 
 @pytest.mark.parametrize(
-    ("features", "pooled", "widths"),
+    ("features", "pooled", "found"),
     [
-        (torch.zeros(1, 6, 2, 2), torch.zeros(1, 6), (6, 6, None)),
-        (torch.zeros(1, 2, 2, 6), torch.zeros(1, 6), (6, None, 6)),  # [B, H, W, C], and it does not say so
-        (torch.zeros(1, 6, 6, 6), torch.zeros(1, 6, 1, 1), (6, 6, None)),
-        (torch.zeros(1, 5, 6), torch.zeros(1, 6), (6, None, None)),
-        ([torch.zeros(1, 6, 2, 2), torch.zeros(1, 6, 1, 1)], torch.zeros(1, 6), (6, None, None)),
-        ({"x": torch.zeros(1, 6, 2, 2)}, torch.zeros(1, 6), (6, None, None)),
+        (torch.zeros(1, 6, 2, 2), torch.zeros(1, 6), (6, 6, False)),
+        (torch.zeros(1, 2, 2, 6), torch.zeros(1, 6), (6, 6, True)),  # [B, H, W, C], and it does not say so
+        (torch.zeros(1, 6, 6, 6), torch.zeros(1, 6, 1, 1), (6, 6, False)),
+        (torch.zeros(1, 5, 6), torch.zeros(1, 6), (6, None, True)),
+        ([torch.zeros(1, 6, 2, 2), torch.zeros(1, 6, 1, 1)], torch.zeros(1, 6), (6, None, True)),
+        ({"x": torch.zeros(1, 6, 2, 2)}, torch.zeros(1, 6), (6, None, True)),
         (torch.zeros(1, 5, 6), torch.zeros(1, 5, 6), None),
         (torch.zeros(1, 6, 2, 2), (torch.zeros(1, 6), torch.zeros(1, 6)), None),
     ],
 )
 def test_features_of_any_form_are_measured_or_refused(
-    features: Any, pooled: Any, widths: tuple[int | None, ...] | None, monkeypatch: pytest.MonkeyPatch
+    features: Any, pooled: Any, found: tuple[int | None, ...] | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(timm, "create_model", lambda *_, **__: Odd(features, pooled))
-    if widths is None:
+    if found is None:
         with pytest.raises(UsageError, match="must be an image classifier"):
             build_backbone("test_vit", image_size=32)
     else:
         backbone = build_backbone("test_vit", image_size=32)
-        assert (backbone.dim, backbone.map_dim, backbone.grid_dim) == widths
-        assert backbone(torch.zeros(1, 3, 32, 32))[0].shape == (1, 6)
+        assert (backbone.dim, backbone.map_dim, backbone.transformer) == found
+        assert backbone(torch.zeros(1, 3, 32, 32)).shape == (1, 6)
 
 
 def test_convolutions_of_small_maps_are_contiguous_and_give_the_same() -> None:
@@ -228,7 +231,7 @@ def test_convolutions_of_small_maps_are_contiguous_and_give_the_same() -> None:
         assert weight.is_contiguous() == small, name
         assert weight.is_contiguous(memory_format=torch.channels_last) != small, name
     images = torch.randn(2, 3, 64, 64)
-    for mine, other in zip(mixed(images), plain(images), strict=True):
+    for mine, other in zip(mixed.encode(images), plain.encode(images), strict=True):
         torch.testing.assert_close(mine, other, rtol=1e-4, atol=1e-5)
     assert not mixed.training
 

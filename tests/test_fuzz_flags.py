@@ -52,8 +52,11 @@ def run_of_digits() -> Pretrained:
     config = build(**SMALL)
     method = build_method(config)
     networks = {"student": method.student.backbone, "teacher": method.teacher.backbone}
-    about = metadata(config, "student")
-    return Pretrained(path=Path("x"), networks=networks, about=about, config=config, method=method, step=1)
+    settings, about = config.flat(), metadata(config.flat(), "student")
+    return Pretrained(
+        path=Path("x"), networks=networks, about=about, arch="test_resnet", settings=settings, step=1,
+        state=method.state_dict(),
+    )  # fmt: skip
 
 
 def flags(kind: type) -> list[str]:
@@ -113,7 +116,7 @@ def test_train(flag: str, value: str, refused_or_taken: Any) -> None:
 def test_evaluate(flag: str, value: str, refused_or_taken: Any) -> None:
     with pytest.MonkeyPatch.context() as patch:
         if flag != "--checkpoint":
-            patch.setattr(evaluate, "open_pretrained", lambda *_: run_of_digits())
+            patch.setattr(evaluate, "open_pretrained", lambda *_, **__: run_of_digits())
         patch.setattr(evaluate, "gap", stop)
         patch.setattr(
             evaluate, "open_source", lambda data, root: few_digits() if data == "digits" else open_source(data, root)
@@ -128,7 +131,7 @@ def test_export(flag: str, value: str, refused_or_taken: Any) -> None:
     others = {"checkpoint": "x", "format": "safetensors", "out": "x.safetensors"}
     with pytest.MonkeyPatch.context() as patch:
         if flag != "--checkpoint":
-            patch.setattr(export, "open_pretrained", lambda *_: run_of_digits())
+            patch.setattr(export, "read_pretrained", lambda *_, **__: run_of_digits())
         refused_or_taken(export.main, words(flag, value, others))
 
 

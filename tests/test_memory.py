@@ -171,7 +171,7 @@ def test_the_other_commands_say_it_too(
     monkeypatch.setattr("fastrm.evaluate.gap", lambda *args: torch_has_none())
     with pytest.raises(TrainingError, match=r"an evaluation of .*run, 256 images at a time. Lower --workers"):
         evaluate.main(["--checkpoint", str(run), "--gap", "--device", "cpu"])
-    monkeypatch.setattr("fastrm.export._plain", lambda *args: numpy_has_none())
+    monkeypatch.setattr("fastrm.export.read_pretrained", lambda *_, **__: numpy_has_none())
     with pytest.raises(TrainingError, match=r"has not enough memory.*an export of"):
         export.main(["--checkpoint", str(run), "--format", "timm", "--out", str(tmp_path / "out.safetensors")])
     assert not (tmp_path / "out.safetensors").exists()

@@ -66,8 +66,8 @@ class Encoder(nn.Module):
         self.projector = projector
 
     def forward(self, images: Tensor) -> Encoding:
-        """[B, 3, H, W] images to an encoding whose output is the projection."""
-        pooled, _ = self.backbone(images)
+        """[B, C, H, W] images to an encoding whose output is the projection."""
+        pooled = self.backbone(images)
         projection = self.projector(pooled)
         return Encoding(pooled, projection, projection)
 
@@ -138,7 +138,7 @@ class Method(nn.Module, Generic[E]):
         """Loss of a micro-batch.
 
         Args:
-            first, second: two views of the same images, [B, 3, H, W] each.
+            first, second: two views of the same images, [B, C, H, W] each.
             residual_weight: 0-d tensor, the weight at this step of the warm-up; not used if the configured one is 0.
             measure: also give the residual and the gap where training does not need them.
         """

@@ -34,8 +34,8 @@ class DenseEncoder(nn.Module):
         self.dense_projector = mlp((width, config.hidden_dim, config.output_dim))
 
     def forward(self, images: Tensor) -> DenseEncoding:
-        """[B, 3, H, W] images to a dense encoding."""
-        pooled, features = self.backbone(images)
+        """[B, C, H, W] images to a dense encoding."""
+        pooled, features = self.backbone.encode(images)
         positions = features.flatten(2).transpose(1, 2)
         projection = self.projector(positions.mean(dim=1))
         return DenseEncoding(pooled, projection, projection, positions, self.dense_projector(positions))
@@ -45,9 +45,12 @@ class DenseCL(Method[DenseEncoding]):
     """Both losses against a queue of their own, weighted (1 - dense_weight) and dense_weight."""
 
     def __init__(self, backbone: Backbone, config: MethodConfig, *, backend: str | None = None) -> None:
-        width = backbone.map_dim or backbone.grid_dim
+        width = backbone.map_dim
         if width is None:
-            raise UsageError("--method densecl needs a backbone with a feature map; --arch is a transformer of tokens")
+            raise UsageError(
+                "--method densecl needs a backbone with a feature map [B, D, h, w]; this --arch gives tokens, or "
+                "features that are pooled already"
+            )
         super().__init__(DenseEncoder(backbone, width, config), config, directions=1, backend=backend)
         self.dense_weight = config.dense_weight
         self.queues.extend(FeatureQueue(config.queue_size, config.output_dim) for _ in range(2))

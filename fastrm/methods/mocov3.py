@@ -15,7 +15,7 @@ class MoCoV3(Method[Encoding]):
 
     def __init__(self, backbone: Backbone, config: MethodConfig, *, backend: str | None = None) -> None:
         hidden, out = config.hidden_dim, config.output_dim
-        transformer = backbone.map_dim is None
+        transformer = backbone.transformer
         widths = (backbone.dim, hidden, hidden, out) if transformer else (backbone.dim, hidden, out)
         super().__init__(
             Encoder(backbone, mlp(widths, bias=False, hidden_norm=True, last_norm=True)),

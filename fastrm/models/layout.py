@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from fastrm.models.backbone import Backbone
 
 SMALL = 16
 """Positions of a feature map up to which a convolution is faster in contiguous order.
@@ -15,28 +19,41 @@ with channels last and 38 ms without; its first, at 64x64, 72 ms and 104 ms.
 """
 
 
-def small_maps_contiguous(network: nn.Module, image_size: int) -> None:
+def lay_out(module: nn.Module, small_maps: Iterable[Backbone], image_size: int) -> None:
+    """Bring a module that is on its device into channels-last order, but for what is better off without.
+
+    Args:
+        module: a backbone, or what holds some.
+        small_maps: the backbones in it that compute on a CPU in float32.
+        image_size: side of the images, in pixels.
+    """
+    module.to(memory_format=torch.channels_last)
+    guard_thin_convolutions(module)
+    for backbone in small_maps:
+        small_maps_contiguous(backbone, image_size)
+
+
+def small_maps_contiguous(network: Backbone, image_size: int) -> None:
     """Let convolutions wider than 1x1 that see small maps compute in contiguous order, and the others as they are.
 
     Args:
-        network: takes images [B, 3, H, W]; on the CPU.
+        network: on the CPU.
         image_size: side of the images, in pixels.
     """
-    areas: dict[nn.Conv2d, int] = {}
+    areas: dict[str, int] = {}
+    trial = copy.deepcopy(network).eval()  # a network of one's own may keep something of each call
 
-    def note(conv: Any, inputs: tuple[Tensor, ...], _: Any) -> None:
-        areas[conv] = inputs[0].shape[-2] * inputs[0].shape[-1]
+    def note(name: str, inputs: tuple[Tensor, ...]) -> None:
+        if inputs:
+            areas[name] = inputs[0].shape[-2] * inputs[0].shape[-1]
 
-    convolutions = [module for module in network.modules() if isinstance(module, nn.Conv2d)]
-    hooks = [conv.register_forward_hook(note) for conv in convolutions]
-    was_training = network.training
-    network.eval()
-    with torch.no_grad():
-        network(torch.zeros(1, 3, image_size, image_size))
-    network.train(was_training)
-    for hook in hooks:
-        hook.remove()
-    for conv, area in areas.items():
+    for name, module in trial.named_modules():
+        if isinstance(module, nn.Conv2d):
+            module.register_forward_pre_hook(lambda _, inputs, name=name: note(name, inputs))
+    with torch.no_grad(), torch.random.fork_rng(devices=[]):
+        trial(torch.zeros(1, network.channels, image_size, image_size))
+    for name, area in areas.items():
+        conv: Any = network.get_submodule(name)
         if area <= SMALL and max(conv.kernel_size) > 1:
             conv.to(memory_format=torch.contiguous_format)
             conv.register_forward_pre_hook(_contiguous)

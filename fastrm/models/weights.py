@@ -9,13 +9,15 @@ from typing import Any
 
 import safetensors
 import safetensors.torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from fastrm import own
 from fastrm.data.augmentation import IMAGENET_MEAN, IMAGENET_STD
 from fastrm.errors import UsageError
 from fastrm.files import as_utf8, load_tensors, write_whole
-from fastrm.models.backbone import Backbone, build_backbone
-from fastrm.settings.config import Config
+from fastrm.models.backbone import Backbone
+from fastrm.models.build import build_backbone
+from fastrm.models.module import module_name, needs_module
 from fastrm.version import __version__
 
 BACKBONE = "backbone.safetensors"
@@ -35,17 +37,22 @@ _PREFIXES = (
 _HEADS = ("fc.", "head.", "classifier.")
 
 
-def metadata(config: Config, which: str) -> dict[str, str]:
-    """What a file of weights says of itself: how to build the network, and what images it expects."""
+def metadata(settings: Mapping[str, Any], which: str) -> dict[str, str]:
+    """What a file of weights says of itself: how to build the network, and what images it expects.
+
+    Args:
+        settings: of the run, by name: :meth:`fastrm.settings.config.Config.flat`.
+        which: ``"student"`` or ``"teacher"``.
+    """
     return {
         "which": which,
-        "arch": config.model.arch,
-        "stem": config.model.stem,
-        "image_size": str(config.input.image_size),
+        "arch": settings["arch"],
+        "stem": settings["stem"],
+        "image_size": str(settings["image_size"]),
         "mean": json.dumps(IMAGENET_MEAN),
         "std": json.dumps(IMAGENET_STD),
-        "method": config.method.method,
-        "data": config.input.data,
+        "method": settings["method"],
+        "data": settings["data"],
         "fastrm": __version__,
     }
 
@@ -86,14 +93,15 @@ def read_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
             raise UsageError(f"{path} cannot be read as safetensors: {error}") from None
     else:
         state = load_tensors(path)
+        about = getattr(state, own.EXPORT, about)
         for inner in ("method", "state_dict", "model"):
             if isinstance(state, Mapping) and isinstance(state.get(inner), Mapping):
                 state = state[inner]
     if not isinstance(state, Mapping) or not any(isinstance(value, Tensor) for value in state.values()):
         raise UsageError(f"{path} holds no tensors by name, which the weights of a network are")
     prefix = next(p for p in _PREFIXES if any(str(name).startswith(p) for name in state))
-    own = {str(name): value for name, value in state.items() if isinstance(value, Tensor)}
-    return {name[len(prefix) :]: value for name, value in own.items() if name.startswith(prefix)}, about
+    tensors = {str(name): value for name, value in state.items() if isinstance(value, Tensor)}
+    return {name[len(prefix) :]: value for name, value in tensors.items() if name.startswith(prefix)}, about
 
 
 def load_weights(backbone: Backbone, state: Mapping[str, Tensor], *, source: str) -> list[str]:
@@ -110,11 +118,11 @@ def load_weights(backbone: Backbone, state: Mapping[str, Tensor], *, source: str
     Raises:
         UsageError: they are of another network.
     """
-    own = backbone.net.state_dict()
+    ours = backbone.net.state_dict()
     # By the network, not by the name alone: the norm in front of ConvNeXt's classifier is head.norm, and stays.
-    left_out = [name for name in state if name not in own and name.startswith(_classifiers(backbone))]
+    left_out = [name for name in state if name not in ours and name.startswith(_classifiers(backbone))]
     state = {name: value for name, value in state.items() if name not in left_out}
-    if problem := misfit(own, state):
+    if problem := misfit(ours, state):
         raise UsageError(f"{source} is of another network: {problem}; --arch and --stem must fit")
     backbone.net.load_state_dict(state)
     return left_out
@@ -127,19 +135,55 @@ def _classifiers(backbone: Backbone) -> tuple[str, ...]:
     return (*_HEADS, *(part.partition(".")[0] + "." for part in parts))
 
 
-def misfit(own: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> str:
-    """Why a network with the tensors ``own`` cannot take those of ``state``; empty where it can."""
-    missing, foreign = [n for n in own if n not in state], [n for n in state if n not in own]
-    shapes = [n for n in own if n in state and own[n].shape != state[n].shape]
+def misfit(ours: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> str:
+    """Why a network with the tensors ``ours`` cannot take those of ``state``; empty where it can."""
+    missing, foreign = [n for n in ours if n not in state], [n for n in state if n not in ours]
+    shapes = [n for n in ours if n in state and ours[n].shape != state[n].shape]
     kinds = (("missing", missing), ("foreign", foreign), ("of other shapes", shapes))
     return "; ".join(f"{len(names)} tensors are {kind} (first {names[0]})" for kind, names in kinds if names)
 
 
-def read_backbone(path: Path) -> tuple[Backbone, dict[str, str]]:
-    """Rebuild the backbone of a file that says what it is, as fastrm writes them.
+def backbone_of(
+    state: Mapping[str, Tensor], about: Mapping[str, str], path: Path, *, arch: nn.Module | None = None
+) -> Backbone:
+    """Build the backbone of which a file holds the weights, and load them.
+
+    Args:
+        state: tensors by the network's own names.
+        about: what the file says of itself: :func:`metadata`.
+        path: the file.
+        arch: the module that it is of, if it is not timm's.
 
     Raises:
-        UsageError: it cannot be read, or does not say what it is.
+        UsageError: it is of another network, or of a module and ``arch`` is missing.
+    """
+    if arch is None and needs_module(about["arch"]):
+        raise UsageError(
+            f"{path} is of {about['arch']}, which timm does not have: where it is a module of your own, give one as "
+            f"arch={about['arch']}(…) to fastrm.load, fastrm.evaluate.evaluate or fastrm.export.export, from Python"
+        )
+    if arch is not None and not needs_module(about["arch"]):
+        raise UsageError(f"{path} is of timm's {about['arch']}; arch={module_name(arch)} must be left out")
+    wanted = about["arch"] if arch is None else arch
+    backbone = build_backbone(wanted, image_size=int(about["image_size"]), stem=about["stem"])
+    if arch is None:
+        load_weights(backbone, state, source=f"--checkpoint {path}")
+    elif problem := misfit(backbone.net.state_dict(), state):
+        raise UsageError(f"{path} is of another {about['arch']} than arch={module_name(arch)}: {problem}")
+    else:
+        backbone.net.load_state_dict(state)
+    return backbone
+
+
+def read_backbone(path: Path, *, arch: nn.Module | None = None) -> tuple[Backbone, dict[str, str]]:
+    """Rebuild the backbone of a file that says what it is, as fastrm writes them.
+
+    Args:
+        path: the file.
+        arch: where it is of a module of the user's, another one that is built alike.
+
+    Raises:
+        UsageError: it cannot be read, or does not say what it is; or ``arch`` is missing, or another network.
     """
     state, about = read_weights(path)
     if missing := [name for name in ("which", "arch", "stem", "image_size") if name not in about]:
@@ -149,6 +193,4 @@ def read_backbone(path: Path) -> tuple[Backbone, dict[str, str]]:
         )
     if not about["image_size"].isdecimal():
         raise UsageError(f"{path}: image_size is {about['image_size']}, which is no number of pixels")
-    backbone = build_backbone(about["arch"], image_size=int(about["image_size"]), stem=about["stem"])
-    load_weights(backbone, state, source=f"--checkpoint {path}")
-    return backbone, about
+    return backbone_of(state, about, path, arch=arch), about

@@ -34,11 +34,10 @@ class Pixels(nn.Module):
         super().__init__()
         self.side = side
 
-    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """[B, 3, H, W] to [B, 3 * side * side], and once more as the map."""
+    def forward(self, images: Tensor) -> Tensor:
+        """[B, C, H, W] to [B, C * side * side]."""
         side = min(self.side, images.shape[-1])
-        small = nn.functional.adaptive_avg_pool2d(images, side)
-        return small.flatten(1), small
+        return nn.functional.adaptive_avg_pool2d(images, side).flatten(1)
 
 
 @contextmanager
@@ -70,7 +69,7 @@ def features(
     labels = labels_of(images, setting.device)
     for batch, indices in batches(images, setting):
         with evaluating(backbone):
-            pooled: Tensor = backbone(batch)[0].float()
+            pooled: Tensor = backbone(batch).float()
         yield pooled, labels[indices]
         done(len(batch))
 

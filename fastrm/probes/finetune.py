@@ -74,7 +74,7 @@ def fine_tuned(
         for (views,), indices in loader:
             for group in optimizer.param_groups:
                 group["lr"] = rate * cosine(done / steps)
-            loss = nn.functional.cross_entropy(head(network(views)[0].float()), labels[indices])
+            loss = nn.functional.cross_entropy(head(network(views).float()), labels[indices])
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             optimizer.step()

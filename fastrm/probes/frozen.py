@@ -30,7 +30,7 @@ def frozen_scores(
     The bank's features are held, 4 bytes a value; those of the test images pass by.
 
     Args:
-        network: images to (pooled features, map).
+        network: images to features [B, D].
         source: with labels.
         setting: how images reach the network.
         knn, linear: which classifiers; the linear one is the quick one.

@@ -17,10 +17,14 @@ from fastrm.terminal.progress import bar
 
 
 @contextmanager
-def stages_of(backbone: Backbone) -> Iterator[dict[str, Tensor]]:
+def stages_of(backbone: Backbone, called: nn.Module | None = None) -> Iterator[dict[str, Tensor]]:
     """Catch what the stages that timm names give, by name, while the backbone runs; without them, nothing.
 
     Only what is one tensor with a row per image: some stages give several, and some names are of no module.
+
+    Args:
+        backbone: whose stages.
+        called: the module around it that is called with the images; None for the backbone itself.
     """
     caught: dict[str, Tensor] = {}
     modules = dict(backbone.net.named_modules())
@@ -31,7 +35,7 @@ def stages_of(backbone: Backbone) -> Iterator[dict[str, Tensor]]:
         nonlocal images
         images = len(inputs[0])
 
-    hooks.append(backbone.register_forward_pre_hook(begin))
+    hooks.append((backbone if called is None else called).register_forward_pre_hook(begin))
     for info in getattr(backbone.net, "feature_info", None) or []:
         name = info.get("module") if isinstance(info, dict) else None
 
@@ -62,8 +66,8 @@ def gap(method: Method[Any], images: Images, setting: Setting) -> dict[str, Esti
     count = 0
     with (
         evaluating(method),
-        stages_of(method.student.backbone) as ours,
-        stages_of(method.teacher.backbone) as theirs,
+        stages_of(method.student.backbone, method.student) as ours,
+        stages_of(method.teacher.backbone, method.teacher) as theirs,
         bar(f"gap, {len(images):,} images", len(images)) as task,
     ):
         for views, _ in batches(images, setting):

@@ -183,7 +183,7 @@ def published_linear(
     """Train a linear classifier on each frozen network, on random crops and flips.
 
     Args:
-        networks: images to (pooled features, map), by name; all see the same views.
+        networks: images to features [B, D], by name; all see the same views.
         source: ``bank`` is what is trained on.
         setting: how images reach the networks.
         protocol: how it is trained.
@@ -203,7 +203,7 @@ def published_linear(
             truth = labels[indices]
             for name, network in networks.items():
                 with evaluating(network):
-                    pooled = network(views)[0].float()
+                    pooled = network(views).float()
                 if name not in heads:
                     heads[name] = LinearHeads(pooled.shape[1], int(labels.max()) + 1, [rate], device=setting.device)
                 heads[name].step(pooled, truth, protocol.factor(done / steps))

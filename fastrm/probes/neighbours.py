@@ -37,7 +37,7 @@ def nearest(network: nn.Module, source: Source, setting: Setting, *, count: int 
     """Look the ``k`` nearest of ``source.bank`` up for test images from all classes; memory is constant in the bank.
 
     Args:
-        network: images to (pooled features, map).
+        network: images to features [B, D].
         source: with labels.
         setting: how images reach the network.
         count: of test images, at most.
@@ -53,7 +53,7 @@ def nearest(network: nn.Module, source: Source, setting: Setting, *, count: int 
     with bar(f"nearest neighbours, {len(source.bank):,} images", len(source.bank)) as task:
         for batch, own in batches(source.bank, setting):
             with evaluating(network):
-                rows = nn.functional.normalize(network(batch)[0].float(), dim=1)
+                rows = nn.functional.normalize(network(batch).float(), dim=1)
             numbers = torch.as_tensor(own, device=rows.device).expand(len(queries), -1)
             both, numbers = torch.cat([best, queries @ rows.T], dim=1), torch.cat([index, numbers], dim=1)
             best, order = both.topk(min(k, both.shape[1]), dim=1)
@@ -67,7 +67,7 @@ def _directions(network: nn.Module, images: Images, setting: Setting) -> tuple[T
     rows, indices = [], []
     for batch, own in batches(images, setting):
         with evaluating(network):
-            rows.append(nn.functional.normalize(network(batch)[0].float(), dim=1))
+            rows.append(nn.functional.normalize(network(batch).float(), dim=1))
         indices += own
     return torch.cat(rows), indices
 

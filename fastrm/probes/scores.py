@@ -12,6 +12,9 @@ from torch import Tensor
 Classifier = Callable[[Tensor], Mapping[str, Tensor]]
 """Features [B, C] to predicted classes, int64 [B], by the name of the score."""
 
+EVALUATION = "evaluation.json"
+"""What holds a run's scores, beside its checkpoint."""
+
 _Z = 1.959964  # of 95 %, two-sided
 
 

@@ -31,7 +31,7 @@ class Results:
 
     def __init__(self, out: Path, config: Config, source: Source) -> None:
         self.out = out
-        self._weights = metadata(config, "student")
+        self._weights = metadata(config.flat(), "student")
         self._about = {
             "images": len(source.train),
             "method": config.method.method,

@@ -1,0 +1,74 @@
+"""The model card beside an export."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from fastrm import own
+from fastrm.errors import UsageError
+from fastrm.exports.base import About
+from fastrm.files import read_json
+from fastrm.pretrained import Pretrained
+from fastrm.probes.scores import EVALUATION
+from fastrm.version import __version__
+
+
+def model_card(trained: Pretrained, kind: str, about: About, dim: int, loading: str) -> str:
+    """Say in Markdown what the weights are, how they were trained and scored, and how to load them.
+
+    Args:
+        trained: what they are from.
+        kind: the format.
+        about: what the file says of itself.
+        dim: width of the features.
+        loading: how Python loads it.
+    """
+    size, arch = about["image_size"], about["arch"]
+    front = f"---\nlibrary_name: {kind}\ngenerator: {own.MARK} {__version__}\n"
+    front += f"tags: [image-feature-extraction, self-supervised, {arch}]\n---\n"
+    lines = [
+        front,
+        f"# {arch}, {about['which']} of {about['method']} with residual momentum",
+        "",
+        f"Pre-trained without labels by fastrm {about['fastrm']}. Images in, {dim} pooled features out.",
+        "",
+        "```python",
+        loading,
+        "```",
+        "",
+        f"**Images:** RGB in [0, 1], {size}x{size} pixels, less the mean {about['mean']}, divided by {about['std']}.",
+        *_trained_how(trained),
+        *_scored(trained, about["which"]),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _trained_how(trained: Pretrained) -> list[str]:
+    if trained.settings is None:
+        return []
+    flat = {**trained.settings, "data": Path(trained.settings["data"]).name}  # where it lies is nobody else's business
+    names = [
+        *("data", "recipe", "method", "residual_weight", "residual_at", "residual_warmup_epochs", "teacher_momentum"),
+        *("teacher_momentum_end", "temperature", "optimizer", "lr", "weight_decay", "batch_size", "epochs", "seed"),
+    ]
+    rows = [f"| {name} | {flat[name]} |" for name in names if flat.get(name) is not None]
+    return ["", f"## Training, {trained.step} steps", "", "| setting | value |", "|---|---|", *rows]
+
+
+def _scored(trained: Pretrained, which: str) -> list[str]:
+    """Rows of the run's ``evaluation.json``, if there is one."""
+    path = trained.folder / EVALUATION
+    try:
+        sets: dict[str, Any] = read_json(path)["sets"] if path.is_file() else {}
+        rows = [
+            f"| {name} | {score} | {100 * found['value']:.2f} | {100 * random[score]['value']:.2f} |"
+            for name, parts in sets.items()
+            for random in [parts.get("scores", {}).get("random", {})]
+            for score, found in parts.get("scores", {}).get(which, {}).items()
+            if score in random
+        ]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        raise UsageError(f"{path} is no evaluation that fastrm wrote; move it away") from None
+    head = ["", "## Scores", "", "| images | score | % right | untrained network |", "|---|---|--:|--:|"]
+    return [*head, *rows] if rows else []

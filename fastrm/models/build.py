@@ -1,0 +1,39 @@
+"""A backbone of whatever ``arch`` is."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from fastrm.errors import UsageError
+from fastrm.models.backbone import Backbone
+from fastrm.models.module import module_backbone
+from fastrm.models.named import named_backbone
+from fastrm.settings.config import check_choice
+
+
+def build_backbone(arch: str | nn.Module, *, image_size: int, stem: str = "auto", moco_vit: bool = False) -> Backbone:
+    """Build a backbone: an untrained network of timm's, or a copy of a module.
+
+    A module is copied, never changed, and keeps its weights. The copy is on the CPU and in float32. Its width is found
+    by a pass over two random images in evaluation mode, which changes neither buffers nor torch's random state.
+
+    Args:
+        arch: timm's name of a network; or a module from images [B, C, H, W] to features [B, D], or to a map
+            [B, D, h, w], whose mean over the positions are the features. Parameters that require no gradient stay as
+            they are. One with attention that gives no map counts as a transformer. C is that of its first convolution,
+            or 3.
+        image_size: side of the images in pixels; at 64 and below ``stem="auto"`` gives timm's ResNets a small stem.
+        stem: ``"auto"``, ``"imagenet"`` or ``"small"`` (3×3 at stride 1, no max-pool; timm's ResNets only).
+        moco_vit: give a ViT of timm's what MoCo-v3 trains it with (Chen et al., arXiv 2104.02057, section 4): fixed
+            sin-cos positions, a frozen random patch projection, Xavier-uniform weights.
+
+    Raises:
+        UsageError: timm has no such model; the network cannot take this image size or stem; or the module cannot be
+            copied, gives something else, or has nothing to train.
+    """
+    check_choice("stem", stem)
+    if isinstance(arch, str):
+        return named_backbone(arch, image_size=image_size, stem=stem, moco_vit=moco_vit)
+    if not isinstance(arch, nn.Module):
+        raise UsageError(f"arch={arch!r:.80} must be the name of a network of timm's, or a torch.nn.Module")
+    return module_backbone(arch, image_size=image_size, stem=stem, moco_vit=moco_vit)

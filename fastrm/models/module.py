@@ -1,0 +1,171 @@
+"""Backbones of a network that the user wrote, or took from another library."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+
+from fastrm.errors import UsageError, first_line
+from fastrm.machine.memory import exhausted
+from fastrm.models.backbone import Backbone, channels_last
+from fastrm.models.layout import guard_thin_convolutions
+from fastrm.models.vit import is_vit
+
+WANTED = "it must give one tensor of floats, [B, D] or [B, D, h, w], for images [B, C, H, W]"
+IMAGES = 2
+"""Images of the dry run, so that a network which mixes them up is found."""
+
+
+class ModuleBackbone(Backbone):
+    """A module from images to [B, D], or to [B, D, h, w], which is averaged over its positions."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        """[B, C, H, W] images to pooled features [B, D]."""
+        return self.net(images) if self.map_dim is None else self.encode(images)[0]
+
+    def forward_features(self, images: Tensor) -> Tensor:
+        """[B, C, H, W] images to the map [B, D, h, w].
+
+        Raises:
+            UsageError: the module gives no map.
+        """
+        if self.map_dim is None:
+            raise UsageError(
+                f"{module_name(self.net)} gives [B, {self.dim}] and no map; a module that gives [B, D, h, w] has one"
+            )
+        features: Tensor = self._mapped(self.net(images))
+        return features
+
+    def encode(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """What ``forward`` and ``forward_features`` give, in one pass."""
+        features = self.forward_features(images)
+        return features.mean(dim=(2, 3)), features
+
+
+def module_name(module: nn.Module) -> str:
+    """What a run records of a module as ``arch``: the name of its class, and of no network of timm."""
+    name = type(_plain(module)).__name__
+    return f"{name}Module" if _known(name) else name
+
+
+def needs_module(arch: str) -> bool:
+    """Whether a run's ``arch`` is the name of a module's class, from which alone no network can be built."""
+    return not _known(arch)
+
+
+def renew(module: nn.Module) -> None:
+    """Draw the weights of all layers of ``torch.nn`` anew, as they draw them themselves."""
+    for part in module.modules():
+        reset = getattr(part, "reset_parameters", getattr(part, "_reset_parameters", None))
+        if type(part).__module__.startswith("torch.nn.") and callable(reset):
+            reset()
+
+
+def _known(arch: str) -> bool:
+    import timm
+
+    return arch in timm.list_models()
+
+
+def _plain(module: nn.Module) -> nn.Module:
+    """What torch.compile wrapped: its parameters keep their names without the wrapper."""
+    inner = getattr(module, "_orig_mod", module)
+    assert isinstance(inner, nn.Module)
+    return inner
+
+
+def module_backbone(module: nn.Module, *, image_size: int, stem: str, moco_vit: bool) -> Backbone:
+    """Build a backbone of a copy of a module: :func:`fastrm.models.build_backbone`."""
+    module, name = _plain(module), module_name(module)
+    if stem == "small":
+        raise UsageError(f"--stem small is for timm's ResNets by name; arch={name} is a module and stays as it is")
+    try:
+        net = copy.deepcopy(module)
+    except Exception as error:  # whatever its parts raise
+        if exhausted(error):
+            raise
+        raise UsageError(f"arch={name} cannot be copied: {first_line(error)}") from None
+    notes = _on_the_host(net, name)
+    channels, out = _tried(net, name, image_size)
+    frozen = sum(not p.requires_grad for p in net.parameters())
+    if not any(p.requires_grad for p in net.parameters()):
+        raise UsageError(f"arch={name} has no parameter that requires a gradient: there is nothing to train")
+    if frozen:
+        notes.append(f"{frozen} of the parameters of {name} require no gradient and stay as they are")
+    if moco_vit and is_vit(net):
+        notes.append(f"MoCo-v3's changes to a ViT are not made to {name}, which is a module of yours")
+    guard_thin_convolutions(net)
+    last = out.ndim == 4 and channels_last(net, out)
+    width = out.shape[3 if last else 1]
+    attends = out.ndim == 2 and any("attention" in type(part).__name__.lower() for part in net.modules())
+    backbone = ModuleBackbone(
+        net,
+        width,
+        width if out.ndim == 4 else None,
+        transformer=attends or last,
+        channels_last=last,
+        channels=channels,
+    )
+    backbone.notes = notes
+    return backbone.train()
+
+
+def _on_the_host(net: nn.Module, name: str) -> list[str]:
+    """Bring a copy to the CPU and to float32, in which weights are trained, and say so where it was not."""
+    tensors = [*net.parameters(), *net.buffers()]
+    if any(tensor.is_meta for tensor in tensors):
+        raise UsageError(f"arch={name} is on the meta device and has no weights; give a module that has")
+    others = {str(t.dtype).removeprefix("torch.") for t in tensors if t.is_floating_point() and t.dtype != torch.float}
+    net.cpu()
+    if not others:
+        return []
+    net.float()
+    return [f"{name} was given in {' and '.join(sorted(others))}, and is trained in float32, as every network"]
+
+
+def _tried(net: nn.Module, name: str, image_size: int) -> tuple[int, Tensor]:
+    """Channels of the images that a network takes, and what it gives for them in evaluation mode.
+
+    Only layers that wait for their first images to take a form (``torch.nn.LazyLinear``) are changed: they take it.
+    """
+    first = next((part for part in net.modules() if isinstance(part, nn.Conv2d)), None)
+    guess = first.in_channels if first is not None else 0
+    faults = []
+    for channels in dict.fromkeys((guess or 3, 3)):  # the first layer by name is not always the first that sees images
+        generator = torch.Generator().manual_seed(0)
+        images = torch.randn(IMAGES, channels, image_size, image_size, generator=generator)
+        try:
+            return channels, _checked(_once(net, images), name)
+        except UsageError:
+            raise
+        except Exception as error:  # whatever the network's own code raises
+            if exhausted(error):
+                raise
+            faults.append(f"{tuple(images.shape)}: {first_line(error)}")
+    raise UsageError(f"arch={name} cannot take images {faults[0]}; --image-size must be one that it takes")
+
+
+@torch.no_grad()
+def _once(net: nn.Module, images: Tensor) -> Any:
+    if any(is_lazy(tensor) for tensor in (*net.parameters(), *net.buffers())):
+        net.eval()(images)
+    trial = copy.deepcopy(net).eval()  # for a network that keeps something of its calls, which is no part of its state
+    with torch.random.fork_rng(devices=[]):
+        return trial(images)
+
+
+def _checked(out: Any, name: str) -> Tensor:
+    if not isinstance(out, Tensor):
+        raise UsageError(f"arch={name} gives a {type(out).__name__}; {WANTED}")
+    shape = tuple(out.shape)
+    if out.ndim not in (2, 4) or not out.is_floating_point() or not out.numel():
+        raise UsageError(f"arch={name} gives {out.dtype} {shape} for {IMAGES} images; {WANTED}")
+    if shape[0] != IMAGES:
+        raise UsageError(f"arch={name} gives {shape} for {IMAGES} images; {WANTED}, with a row per image")
+    if not out.isfinite().all():
+        raise UsageError(f"arch={name} gives values that are not finite for random images; its weights must be sound")
+    return out

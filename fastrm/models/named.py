@@ -1,0 +1,111 @@
+"""timm's image backbones by name, with the changes that small images and MoCo-v3's ViTs need."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastrm.errors import UsageError, first_line
+from fastrm.machine.memory import exhausted
+from fastrm.models.backbone import Backbone, channels_last
+from fastrm.models.layout import guard_thin_convolutions
+from fastrm.models.vit import is_vit, prepare_moco_vit
+
+
+def named_backbone(arch: str, *, image_size: int, stem: str, moco_vit: bool) -> Backbone:
+    """Build an untrained backbone by timm's name of it: :func:`fastrm.models.build_backbone`."""
+    import timm
+
+    options = _options(arch, image_size)
+    with _refusing(arch, f"cannot be built for --image-size {image_size}"):
+        net = timm.create_model(arch, pretrained=False, num_classes=0, **options)
+    if stem == "small" and not _is_resnet(net):
+        raise UsageError(f"--stem small is for ResNets; --arch {arch} has no such stem")
+    if _is_resnet(net) and (stem == "small" or (stem == "auto" and image_size <= 64)):
+        _shrink_stem(net)
+    guard_thin_convolutions(net)
+    left_out: list[str] = []
+    if moco_vit and is_vit(net):
+        with _refusing(arch, "cannot be prepared as MoCo-v3 prepares ViTs"):
+            left_out = prepare_moco_vit(net)
+    with _refusing(arch, f"cannot take --image-size {image_size}"):
+        features, pooled = _encoded(net, image_size)
+    backbone = _measured(net, arch, features, pooled)
+    backbone.options = options
+    backbone.notes = [f"of MoCo-v3's changes to a ViT one is left out for {arch}: {reason}" for reason in left_out]
+    return backbone
+
+
+def _options(arch: str, image_size: int) -> dict[str, Any]:
+    """What timm needs to make a network of this name take this size."""
+    import timm
+
+    names = timm.list_models()
+    if arch not in names:
+        plain = arch.rpartition("/")[2].rpartition(":")[2].partition(".")[0]
+        if plain in names:
+            raise UsageError(f"--arch {arch} names published weights; the network alone is {plain}")
+        near = difflib.get_close_matches(plain.lower(), names, n=4)
+        raise UsageError(
+            f"--arch {arch} is not a timm model; "
+            + (f"near it: {', '.join(near)}" if near else "see timm.list_models()")
+        )
+    published = _published(arch)
+    return {"img_size": image_size} if published is not None and published.fixed_input_size else {}
+
+
+def _published(arch: str) -> Any:
+    """What timm knows of its own weights for a network; None where it has none."""
+    import timm
+
+    return timm.models.get_pretrained_cfg(arch, allow_unregistered=True)
+
+
+@contextmanager
+def _refusing(arch: str, what: str) -> Iterator[None]:
+    """Say in one line what a network cannot do, whatever kind of exception timm's families happen to raise."""
+    try:
+        yield
+    except Exception as error:
+        if exhausted(error):
+            raise
+        published = _published(arch)
+        size = "" if published is None else f"; timm's own size for it is {published.input_size[-1]}"
+        raise UsageError(f"--arch {arch} {what}: {first_line(error)}{size}") from None
+
+
+def _is_resnet(net: Any) -> bool:
+    return type(net).__name__ == "ResNet"
+
+
+def _shrink_stem(net: Any) -> None:
+    net.conv1 = nn.Conv2d(3, net.bn1.num_features, kernel_size=3, stride=1, padding=1, bias=False)
+    nn.init.kaiming_normal_(net.conv1.weight, mode="fan_out", nonlinearity="relu")
+    net.maxpool = nn.Identity()
+
+
+def _encoded(net: Any, image_size: int) -> tuple[Any, Any]:
+    """Features before and behind the pooling, of one picture."""
+    net.eval()
+    with torch.no_grad():
+        features = net.forward_features(torch.zeros(1, 3, image_size, image_size))
+        pooled = net.forward_head(features, pre_logits=True)
+    net.train()
+    return features, pooled
+
+
+def _measured(net: Any, arch: str, features: Any, pooled: Any) -> Backbone:
+    """The widths of features and map are read off what came out rather than off each model's attributes."""
+    if not isinstance(pooled, Tensor) or pooled.shape[2:].numel() != 1:
+        shape = tuple(pooled.shape) if isinstance(pooled, Tensor) else type(pooled).__name__
+        raise UsageError(f"--arch {arch} gives features of shape {shape}; it must be an image classifier")
+    width = pooled.shape[1]
+    if not isinstance(features, Tensor) or features.ndim != 4:  # tokens [B, N, C], or several tensors
+        return Backbone(net, width, None, transformer=True)
+    last = channels_last(net, features)  # timm's transformers give [B, H, W, C], some of them
+    return Backbone(net, width, features.shape[3 if last else 1], transformer=last, channels_last=last)

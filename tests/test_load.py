@@ -1,0 +1,100 @@
+"""fastrm.load: what runs and exports leave is one call away from use."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+import fastrm
+from fastrm import evaluate, export
+from fastrm.errors import UsageError
+from fastrm.models import Backbone
+from fastrm.run import checkpoint
+from tests.conftest import run_of_one_step
+
+IMAGES = torch.rand(3, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return run_of_one_step("test_resnet", 32, tmp_path_factory.mktemp("runs") / "it")
+
+
+def held(run: Path, which: str) -> dict[str, Tensor]:
+    prefix = f"{which}.backbone.net."
+    tensors = checkpoint.load(run)["method"]
+    return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
+
+
+@pytest.mark.parametrize("which", ["student", "teacher"])
+def test_a_run_its_checkpoint_and_its_exports_give_the_same_network(which: str, run: Path, tmp_path: Path) -> None:
+    model = fastrm.load(str(run), which)
+    assert isinstance(model, Backbone)
+    assert not any(part.training for part in model.modules())
+    for name, value in model.net.state_dict().items():
+        assert torch.equal(value, held(run, which)[name]), name
+    with torch.no_grad():
+        pooled, features = model(IMAGES), model.forward_features(IMAGES)
+    assert pooled.shape == (3, model.dim)
+    torch.testing.assert_close(pooled, features.mean(dim=(2, 3)))
+    files = [run / "checkpoint.pt"]
+    out = tmp_path / "it.safetensors"
+    export.export(export.ExportConfig(checkpoint=run, format="safetensors", which=which, out=out))
+    files.append(out)
+    if which == "student":
+        files.append(run / "backbone.safetensors")
+    for file in files:
+        with torch.no_grad():
+            assert torch.equal(fastrm.load(file, which=which)(IMAGES), pooled), file
+
+
+def test_a_pth_says_what_it_is(tmp_path: Path) -> None:
+    made = run_of_one_step("test_vit", 160, tmp_path / "run")
+    out = tmp_path / "it.pth"
+    export.export(export.ExportConfig(checkpoint=made, format="timm", which="teacher", out=out))
+    for name, value in fastrm.load(out, which="teacher").net.state_dict().items():
+        assert torch.equal(value, held(made, "teacher")[name]), name
+
+
+def test_what_cannot_be_loaded_is_said(run: Path, tmp_path: Path) -> None:
+    for path, which, says in (
+        (run / "backbone.safetensors", "teacher", "which='teacher': .* holds the student only"),
+        (run, "both", "--which both is unknown; choose one of student, teacher"),
+        (tmp_path / "gone", "student", "gone does not exist"),
+        (tmp_path, "student", "has no checkpoint.pt"),
+        (tmp_path / "gone.safetensors", "student", "does not exist"),
+    ):
+        with pytest.raises(UsageError, match=says):
+            fastrm.load(path, which=which)
+    with pytest.raises(UsageError, match=r"is of timm's test_resnet; arch=Linear must be left out"):
+        fastrm.load(run, arch=nn.Linear(2, 2))
+
+
+def test_loading_leaves_the_random_state(run: Path) -> None:
+    torch.manual_seed(3)
+    want = torch.rand(2)
+    torch.manual_seed(3)
+    fastrm.load(run)
+    np.testing.assert_array_equal(torch.rand(2), want)
+
+
+def test_a_run_of_a_method_that_is_not_there_any_more(run: Path, tmp_path: Path) -> None:
+    """Its backbones need no method: they load, score and are exported."""
+    state = checkpoint.load(run)
+    state["config"]["method"] = "of-my-own"
+    state["method"] = {name: value for name, value in state["method"].items() if ".projector." not in name}
+    state["checksum"] = checkpoint.checksum(state)
+    own = tmp_path / "own"
+    own.mkdir()
+    torch.save(state, own / "checkpoint.pt")
+    with torch.no_grad():
+        assert torch.equal(fastrm.load(own)(IMAGES), fastrm.load(run)(IMAGES))
+    out = tmp_path / "it.safetensors"
+    card = export.export(export.ExportConfig(checkpoint=own, format="safetensors", out=out))
+    assert "student of of-my-own" in card.read_text()
+    with pytest.raises(UsageError, match="--method of-my-own is unknown"):
+        evaluate.evaluate(evaluate.EvaluateConfig(checkpoint=own, gap=True, workers=0, device="cpu"))
