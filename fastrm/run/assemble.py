@@ -136,7 +136,7 @@ def assemble(config: Config, objects: Objects, opened: ExitStack) -> Parts:
         raise UsageError(f"--batch-size {batch} is more than the {len(source.train)} images")
 
     torch.manual_seed(config.run.seed)
-    method = build_method(config, device=device, backend=backend)
+    method = build_method(config, device=device, backend=backend, arch=objects.arch)
     _start_from(config.model, method)
     if not method.queues:
         synchronise_norms(method, device)

@@ -12,6 +12,7 @@ from torch import nn
 from fastrm.data import Augmentation
 from fastrm.errors import UsageError
 from fastrm.methods import Method
+from fastrm.models import module_name
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,7 @@ def named(data: Any, arch: Any, method: Any, augmentation: Any) -> tuple[dict[st
         )
     names = {
         "data": data if isinstance(data, str) else f"<{type(data).__name__}>",
-        "arch": arch if isinstance(arch, str) else f"<{type(arch).__name__}>",
+        "arch": arch if isinstance(arch, str) else module_name(arch),
         "method": method if isinstance(method, str) else getattr(method, "name", "") or method.__name__,
     }
     objects = Objects(
