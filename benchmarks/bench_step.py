@@ -27,10 +27,10 @@ from torchvision.transforms import v2
 
 from benchmarks._timing import DEVICE
 from fastrm import train
-from fastrm.data import Source, augmentation, open_source
+from fastrm.data import Source, open_source
 from fastrm.data.augmentation import IMAGENET_MEAN, IMAGENET_STD, View
 from fastrm.machine.device import available_cores
-from fastrm.methods import build_method
+from fastrm.methods import build_method, find
 from fastrm.optim import build_optimizer
 from fastrm.run.graph import GraphedStep
 from fastrm.run.step import AUTOCAST, Step
@@ -201,7 +201,7 @@ def mocov3_loop(source: Source, config: Config) -> Callable[[], float]:
         (contrast(query[0], key[1]) + contrast(query[1], key[0])).backward()
         lars()
 
-    first, second = (transform(view) for view in augmentation("mocov3", crop_min=0.2).views)
+    first, second = (transform(view) for view in find("mocov3").augmentation(0.2).views)
     batch, stem = STEMS[config.model.stem][0], config.model.stem
     return lambda: rate(in_workers(Transformed(source, first, second), batch), stem, step)
 
@@ -275,7 +275,7 @@ def test_the_step_on_a_gpu(
 
     def stepper(kind: type[Step]) -> Callable[[], object]:
         method = build_method(config, device=DEVICE).train()
-        method.keep_low_precision_teacher(AUTOCAST[precision])
+        method.pair.keep_low_precision(AUTOCAST[precision])
         step = kind(
             method, build_optimizer(method, config.optim), precision=precision, accumulate=1, clip_norm=None,
             layout=torch.channels_last,
@@ -285,7 +285,7 @@ def test_the_step_on_a_gpu(
         )  # fmt: skip
 
     method = build_method(config, device=DEVICE).train()
-    method.keep_low_precision_teacher(AUTOCAST[precision])
+    method.pair.keep_low_precision(AUTOCAST[precision])
 
     def networks() -> None:
         with torch.autocast(DEVICE.type, AUTOCAST[precision]):

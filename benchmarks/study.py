@@ -37,13 +37,13 @@ from fastrm.errors import Stopped
 from fastrm.files import cache_root, read_json, write_json, write_text, write_whole
 from fastrm.kernels import info_nce
 from fastrm.machine.device import available_cores, choose_device
-from fastrm.methods import base
+from fastrm.methods import contrastive
 from fastrm.pretrained import open_pretrained
 from fastrm.probes import Pixels, frozen_scores
 from fastrm.probes.features import Setting
 from fastrm.report import COLOURS
 from fastrm.settings import command_line
-from fastrm.settings.config import MethodName, ResidualPlace, build
+from fastrm.settings.config import ResidualPlace, build
 from fastrm.train import train
 
 Results = dict[str, list[dict[str, float]]]
@@ -78,7 +78,7 @@ class Trial:
     """One setting, to be run with every seed."""
 
     weight: float
-    method: MethodName = "mocov3"
+    method: str = "mocov3"
     momentum: float = 0.97
     """Of the teacher at the start; a cosine leads to 1."""
     length: int = 1
@@ -189,7 +189,7 @@ def run(trial: Trial, seed: int, scale: Scale, data_root: Path, folder: Path, th
     with contextlib.ExitStack() as stack:
         stack.enter_context(contextlib.redirect_stdout(stack.enter_context(open(out / "log.txt", "a"))))
         if trial.form == "cross-entropy":
-            stack.enter_context(mock.patch.object(base, "residual_info_nce", _with_cross_entropy))
+            stack.enter_context(mock.patch.object(contrastive, "residual_info_nce", _with_cross_entropy))
         train(config)
     scores = out / "scores.json"
     if not scores.exists():

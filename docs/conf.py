@@ -10,7 +10,7 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
 import fastrm  # noqa: E402 -- found by the line above
-from fastrm.settings.recipes import RECIPES  # noqa: E402
+from fastrm.methods import recipes  # noqa: E402
 
 project = "fastrm"
 copyright = "fastrm's developers, MIT licence"
@@ -37,7 +37,7 @@ _SHOWN = {
 def recipes_table() -> str:
     """The published settings, as Markdown."""
     lines = [f"| recipe | {' | '.join(_SHOWN.values())} |", "|---|" + "--:|" * len(_SHOWN)]
-    for name, values in RECIPES.items():
+    for name, values in recipes().items():
         lines.append(f"| `{name}` | {' | '.join(str(values.get(key, '')) for key in _SHOWN)} |")
     return "\n".join(lines) + "\n"
 

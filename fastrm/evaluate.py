@@ -1,6 +1,6 @@
 """Score a pre-trained backbone, student and teacher side by side.
 
-python -m fastrm.evaluate runs/digits-mocov3-test_resnet --data digits --knn --gap
+python -m fastrm.evaluate runs/digits --data digits --knn --gap
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from fastrm.errors import UsageError
 from fastrm.files import read_json, write_json, writing
 from fastrm.machine.device import choose_device
 from fastrm.machine.memory import enough
+from fastrm.methods import LinearProtocol, find, names
 from fastrm.models import Backbone
 from fastrm.pretrained import Pretrained, open_pretrained
 from fastrm.probes import (
@@ -36,7 +37,6 @@ from fastrm.probes import (
     published_linear,
 )
 from fastrm.probes.features import BATCH, Setting
-from fastrm.probes.linear import MOCO_V2, MOCO_V3
 from fastrm.probes.scores import EVALUATION
 from fastrm.settings import command_line
 from fastrm.settings.fields import Workers
@@ -60,8 +60,8 @@ class EvaluateConfig(OfRun):
     knn: bool = False
     """Weighted kNN accuracy (cosine, temperature .07) for k 10, 20, 100 and 200."""
     linear: bool = False
-    """A linear classifier on the frozen backbone with random crops and flips, as published: for mocov2 and densecl SGD
-    at 30 for 100 epochs, else at .1 x batch / 256 in batches of 1024 for 90."""
+    """A linear classifier on the frozen backbone with random crops and flips, as published with the method: for those
+    with a queue SGD at 30 for 100 epochs, else at .1 x batch / 256 in batches of 1024 for 90."""
     linear_quick: bool = False
     """A linear classifier on features that are computed once; the best of six learning rates."""
     linear_epochs: Annotated[int, Range(at_least=1)] | None = None
@@ -101,7 +101,7 @@ def evaluate(options: EvaluateConfig, *, arch: nn.Module | None = None) -> dict[
     device = choose_device(options.device)
 
     def asked() -> str:
-        linear = f"; --linear takes {MOCO_V3.batch_size}" if options.linear else ""
+        linear = f"; --linear takes {LinearProtocol.batch_size}" if options.linear else ""
         return f"an evaluation of {options.path}, {BATCH} images at a time{linear}"
 
     lower = "Lower --workers, or score on fewer images" + ("; or give --device cpu" if device.type == "cuda" else "")
@@ -236,10 +236,19 @@ def _linear(
     setting: Setting,
 ) -> Mapping[str, Callable[[Tensor], dict[str, Tensor]]]:
     """Linear classifiers of all networks by the protocol that was published with the method."""
-    protocol = MOCO_V2 if trained.about.get("method") in ("mocov2", "densecl") else MOCO_V3
+    protocol = _protocol(trained.about.get("method", ""))
     protocol = replace(protocol, epochs=options.linear_epochs or protocol.epochs)
     with bar(f"linear classifiers, {protocol.epochs} epochs") as task:
         return published_linear(networks, source, setting, protocol, progress=task.reach)
+
+
+def _protocol(method: str) -> LinearProtocol:
+    """How the publication of a method trains a linear classifier; a file may name one that is not known here."""
+    if method in names():
+        return find(method).linear_protocol
+    protocol = LinearProtocol()
+    print(f"notice     --linear: the method {method or 'of the file'} is not known here; trained as for {names()[0]}")
+    return protocol
 
 
 def _untrained(trained: Pretrained, setting: Setting) -> Backbone:

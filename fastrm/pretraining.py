@@ -16,8 +16,8 @@ from fastrm.run.trainer import Result, Trainer
 def pretrain(
     data: Any,
     *,
-    arch: str | nn.Module = "resnet50",
-    method: str | type[Method[Any]] = "mocov3",
+    arch: str | nn.Module | None = None,
+    method: str | type[Method[Any]] | None = None,
     augmentation: Augmentation | Callable[[Any], Sequence[Any]] | None = None,
     hooks: Iterable[Any] = (),
     out: str | Path | None = None,
@@ -29,7 +29,8 @@ def pretrain(
         data: what ``--data`` takes; a map-style Dataset of images or (image, label) pairs; a list of paths; or an array
             [N, H, W, C].
         arch: a timm name, or a module: images [B, C, H, W] to features [B, D] or a map [B, D, h, w]. It is copied.
-        method: a name, or a subclass of :class:`fastrm.methods.Method`.
+            None is the recipe's, or ResNet-50.
+        method: a name, or a subclass of :class:`fastrm.methods.Method`. None is the recipe's, or MoCo-v3.
         augmentation: an :class:`fastrm.data.Augmentation`, or a callable: one image to a tuple of views [C, H, W], as
             many as the method takes. None is the method's own.
         hooks: called besides the built-in ones (:class:`fastrm.hooks.Hook`).

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from fastrm import train
 from fastrm.machine.distributed import gather_rows, processes, replicate, shuffled, synchronise_norms, world
-from fastrm.methods import METHODS, Method, build_method
+from fastrm.methods import Method, build_method, find, names
 from fastrm.methods.base import Encoding
 from fastrm.settings.config import Config, build
 
@@ -59,7 +59,7 @@ def made(method: str, norm: str) -> Method[Any]:
     torch.manual_seed(0)
     backbone = Tiny(norm)
     config: Config = build(**{**SMALL, "method": method})
-    built = METHODS[method](backbone, config.method, backend="reference")
+    built = find(method)(backbone, config.method, backend="reference")
     if norm == "layernorm":
         layer_norms(built)
         built.teacher.requires_grad_(False)
@@ -108,7 +108,10 @@ def whole_batch(method: Method[Any], views: Tensor, weight: Tensor) -> Tensor:
     """Loss of one process without the others: what the group does is taken away."""
     alone = {"gather_rows": lambda rows: (rows, 0), "world": lambda: (0, 1)}
     alone["world"] = lambda: mock.Mock(size=1, rank=0)
-    with mock.patch.multiple("fastrm.methods.base", **alone):
+    with (
+        mock.patch.multiple("fastrm.methods.base", **alone),
+        mock.patch("fastrm.methods.contrastive.gather_rows", alone["gather_rows"]),
+    ):
         output = method(views[0], views[1], weight)
     output.loss.backward()
     return output.loss.detach()
@@ -163,7 +166,7 @@ def trained(folder: Path, method: str, arch: str) -> None:
 
 
 # Behind the pooling of the last two are layers that DenseCL's loss does not reach.
-TRAINED = [*((m, "test_resnet") for m in METHODS), ("densecl", "test_convnext"), ("densecl", "mobilenetv3_small_050")]
+TRAINED = [*((m, "test_resnet") for m in names()), ("densecl", "test_convnext"), ("densecl", "mobilenetv3_small_050")]
 PARTS: dict[str, Callable[[Path], object]] = {
     "gradients": gradients,
     "shuffle": shuffle,

@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from fastrm.errors import UsageError
+from fastrm.methods import find
 from fastrm.models import build_backbone
 from fastrm.models.layout import guard_thin_convolutions, small_maps_contiguous
 from fastrm.models.vit import is_vit, prepare_moco_vit, sincos_positions
@@ -34,7 +35,8 @@ from fastrm.models.vit import is_vit, prepare_moco_vit, sincos_positions
     ],
 )
 def test_families_of_timm(arch: str, size: int, convolutional: bool) -> None:
-    backbone = build_backbone(arch, image_size=size, moco_vit=True)
+    backbone = build_backbone(arch, image_size=size)
+    find("mocov3").prepare(backbone, arch)
     images = torch.randn(2, 3, size, size)
     pooled, features = backbone.eval().encode(images)
     assert pooled.shape == (2, backbone.dim)
@@ -69,7 +71,8 @@ def test_last_norm_of_each_residual_block_starts_at_zero() -> None:
 
 def fixed(arch: str, **options: Any) -> tuple[Any, set[str], list[str]]:
     """A network prepared for MoCo-v3, what is frozen of it, and what was left out."""
-    backbone = build_backbone(arch, image_size=64, moco_vit=True, **options)
+    backbone = build_backbone(arch, image_size=64, **options)
+    find("mocov3").prepare(backbone, arch)
     return backbone.net, {n for n, p in backbone.net.named_parameters() if not p.requires_grad}, backbone.notes
 
 

@@ -14,11 +14,12 @@ from torch import Tensor
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as F
 
-from fastrm.data import augmentation, batched
+from fastrm.data import batched
 from fastrm.data.__main__ import main
 from fastrm.data.augmentation import View
 from fastrm.data.draws import Draws, draw
 from fastrm.errors import UsageError
+from fastrm.methods import find
 from tests.conftest import natural_pictures
 
 # torchvision resizes bytes in fixed point and rounds to them: half a step of 255 at most, a quarter on average.
@@ -133,7 +134,7 @@ def composed(image: Tensor, draws: Draws, i: int, mode: str, size: int, radius: 
 @pytest.mark.parametrize("channels", [1, 3])
 def test_whole_views(method: str, channels: int) -> None:
     pixels = natural_pictures(64, 60, 80)[:, :channels]
-    for view in augmentation(method, crop_min=0.2).views:
+    for view in find(method).augmentation(0.2).views:
         heights, widths = torch.full((64,), 60), torch.full((64,), 80)
         draws = draw(view, heights, widths, 48, torch.Generator().manual_seed(1))
         bicubic = view.interpolation == "bicubic"

@@ -12,11 +12,12 @@ import torch
 from PIL import Image
 from torchvision.transforms import v2
 
-from fastrm.data import Source, augmentation, eval_loader, make_loader, open_source
+from fastrm.data import Source, eval_loader, make_loader, open_source
 from fastrm.data.decode import BrokenImage, decode
 from fastrm.data.draws import BatchSampler
 from fastrm.data.sources import ArrayImages, FileImages
 from fastrm.errors import UsageError
+from fastrm.methods import find
 from tests.conftest import FASHION_MNIST
 
 
@@ -203,13 +204,13 @@ def test_a_batch_larger_than_the_data_is_refused() -> None:
 
 
 def test_published_augmentations() -> None:
-    v2_first, v2_second = augmentation("mocov2", crop_min=0.2).views
+    v2_first, v2_second = find("mocov2").augmentation(0.2).views
     assert v2_first == v2_second
     assert (v2_first.saturation, v2_first.hue, v2_first.blur_probability, v2_first.solarize_probability) == (
         0.4, 0.1, 0.5, 0.0,
     )  # fmt: skip
     for method, interpolation in (("mocov3", "bilinear"), ("byol", "bicubic")):
-        first, second = augmentation(method, crop_min=0.08).views
+        first, second = find(method).augmentation(0.08).views
         assert (first.blur_probability, second.blur_probability) == (1.0, 0.1)
         assert (first.solarize_probability, second.solarize_probability) == (0.0, 0.2)
         for view in (first, second):

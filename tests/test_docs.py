@@ -18,8 +18,8 @@ import timm
 
 from fastrm import doctor, evaluate, export, report
 from fastrm.data import __main__ as views
+from fastrm.methods import recipes
 from fastrm.settings import command_line
-from fastrm.settings.config import RECIPES
 from fastrm.settings.flags import read_flags
 from fastrm.train import train
 
@@ -98,7 +98,7 @@ def test_inline_commands_parse(page: Path) -> None:
     for line in re.findall(r"`((?:python|pytest|make|torchrun) [^`\n]+)`", text):
         if line.split()[1:] != ["fastrm.train"] and "--help" not in line and not line.endswith("…"):
             command(line, run=False)
-    assert set(re.findall(r"--recipe ([a-z][\w-]+)", text)) <= set(RECIPES)
+    assert set(re.findall(r"--recipe ([a-z][\w-]+)", text)) <= set(recipes())
 
 
 @named
@@ -141,7 +141,7 @@ def test_the_site_says_what_the_code_is(site: Path) -> None:
     }
     for name in importlib.import_module("fastrm.kernels").__all__:
         assert f'id="fastrm.kernels.{name}"' in shown["api/kernels"], name
-    assert all(recipe in shown["recipes"] for recipe in RECIPES)
+    assert all(recipe in shown["recipes"] for recipe in recipes())
     assert "residual_info_nce" in shown["drop-in"]
     assert ":func:" not in shown["api/kernels"]
 

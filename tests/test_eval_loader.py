@@ -23,10 +23,10 @@ from fastrm.data.scan import scan
 from fastrm.data.sources import FileImages
 from fastrm.errors import UsageError
 from fastrm.evaluate import EvaluateConfig, evaluate
-from fastrm.methods import build_method
+from fastrm.methods import LinearProtocol, build_method
 from fastrm.probes import Estimate, accuracies, features, frozen_scores, gap
 from fastrm.probes.features import Setting
-from fastrm.probes.linear import Protocol, published_linear
+from fastrm.probes.linear import published_linear
 from fastrm.settings.config import Config, build
 
 HERE = Setting(16, torch.device("cpu"), 0)
@@ -146,7 +146,7 @@ def test_training_a_classifier_takes_the_label_of_the_picture_that_was_read(
 
     monkeypatch.setattr("fastrm.probes.linear.LinearHeads", Heads)
     with pytest.warns(UserWarning, match="left out"):
-        published_linear({"it": Colour()}, source, HERE, Protocol(lr=0.1, batch_size=8, epochs=3))
+        published_linear({"it": Colour()}, source, HERE, LinearProtocol(lr=0.1, batch_size=8, epochs=3))
     assert len(pairs) == 48
     assert all(label == (number - 1) % 4 for number, label in pairs)
 

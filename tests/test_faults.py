@@ -365,15 +365,15 @@ def test_fused_and_reference_agree_on_the_live_batch(method: str, small: Small, 
 
 
 def test_a_wrong_fused_gradient_is_said(small: Small, monkeypatch: pytest.MonkeyPatch) -> None:
-    from fastrm.methods import base
+    from fastrm.methods import contrastive
 
-    plain = base.residual_info_nce
+    plain = contrastive.residual_info_nce
 
     def wrong(*args: Any, backend: str | None, **options: Any) -> Any:
         loss, *others = plain(*args, backend=backend, **options)
         return loss * (1 if backend == "reference" else 1.05), *others
 
-    monkeypatch.setattr(base, "residual_info_nce", wrong)
+    monkeypatch.setattr(contrastive, "residual_info_nce", wrong)
     method = build_method(small(method="mocov3"))
     found = verify(method, (torch.randn(8, 3, 32, 32), torch.randn(8, 3, 32, 32)), torch.tensor(1.0))
     np.testing.assert_allclose([found["verify_loss"], found["verify_gradient"]], 0.05, rtol=1e-3)

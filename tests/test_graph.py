@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from fastrm.errors import TrainingError
 from fastrm.kernels import EMA, fused_ema_
 from fastrm.kernels._multi_tensor import Mirror, host_value
-from fastrm.methods import METHODS
+from fastrm.methods import find
 from fastrm.models import Backbone
 from fastrm.optim import LARS, SGD, AdamW, build_optimizer
 from fastrm.run.graph import GraphedStep
@@ -42,7 +42,7 @@ class Net(nn.Module):
 
 def made(kind: type[Step], config: Config) -> Step:
     torch.manual_seed(0)
-    method = METHODS[config.method.method](Backbone(Net(), 4, 4), config.method, backend="triton").train()
+    method = find(config.method.method)(Backbone(Net(), 4, 4), config.method, backend="triton").train()
     optimizer = build_optimizer(method, config.optim, backend="triton")
     return kind(
         method, optimizer, precision="fp32", accumulate=1, clip_norm=1.0, layout=torch.channels_last

@@ -18,7 +18,7 @@ import torch
 from PIL import Image
 
 from fastrm import train
-from fastrm.data import augmentation, make_loader, open_source
+from fastrm.data import make_loader, open_source
 from fastrm.data.dali_loader import DaliLoader, dali_problem, encoded
 from fastrm.data.decode import decode
 from fastrm.data.draws import draw_views
@@ -27,6 +27,7 @@ from fastrm.data.shards import expand
 from fastrm.data.sources import FileImages
 from fastrm.data.torch_loader import TorchLoader
 from fastrm.errors import UsageError
+from fastrm.methods import find
 from fastrm.settings.config import Config
 from tests.conftest import natural_pictures
 from tests.test_batched import composed
@@ -102,7 +103,7 @@ DALI = pytest.param("dali", marks=needs_dali)
 def test_views_of_odd_files_are_torchvisions(odd: Path, method: str, kind: str) -> None:
     images = open_source(str(odd)).train
     assert isinstance(images, FileImages)
-    recipe = augmentation(method, crop_min=0.2)
+    recipe = find(method).augmentation(0.2)
     common: dict[str, Any] = {
         "image_size": 48, "batch_size": len(images), "device": torch.device("cpu"), "dtype": torch.float32,
         "workers": 1, "seed": 5, "rank": 0, "world_size": 1,

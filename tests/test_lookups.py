@@ -11,13 +11,13 @@ import pytest
 import torch
 from torchvision.transforms import v2
 
-from fastrm.data import Augmentation, View, augmentation, make_loader, open_source
+from fastrm.data import Augmentation, View, make_loader, open_source
 from fastrm.data.named import open_named
 from fastrm.errors import UsageError
 from fastrm.evaluate import EvaluateConfig, evaluate
 from fastrm.export import ExportConfig, export
 from fastrm.machine.device import choose_compile, choose_device, choose_kernels, choose_precision
-from fastrm.methods import build_method
+from fastrm.methods import build_method, find
 from fastrm.models import build_backbone
 from fastrm.optim import build_optimizer
 from fastrm.run.step import Step
@@ -48,7 +48,8 @@ UNKNOWN: dict[str, tuple[Callable[[], Any], str]] = {
     "no method": (lambda: loader(method=None), f"method is a NoneType; it must be one of {METHODS}, or a f"),
     "a torchvision transform": (lambda: loader(method=v2.Compose([v2.RandomHorizontalFlip()])), "method is a Compose"),
     "a view alone": (lambda: loader(method=View()), "method is a View; it must be"),
-    "augmentation": (lambda: augmentation("simclr", crop_min=0.2), "--method simclr is unknown; choose one of"),
+    "method": (lambda: find("simclr"), f"--method simclr is unknown; choose one of {METHODS}; .* registered first"),
+    "a class of another kind": (lambda: loader(method=dict), "--method <class 'dict'> is unknown; choose one of"),
     "loader": (lambda: loader(loader="nonsense"), "--loader nonsense is unknown; choose one of auto, dali, torch, mem"),
     "device of a loader": (lambda: loader(device="gpu"), "device 'gpu' is unknown; it must be cpu, cuda"),
     "data": (lambda: loader("nonsense"), "--data nonsense does not exist"),

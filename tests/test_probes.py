@@ -21,7 +21,7 @@ from benchmarks._timing import extra_memory
 from fastrm import train
 from fastrm.data import open_source
 from fastrm.data.sources import ArrayImages
-from fastrm.methods import build_method
+from fastrm.methods import LinearProtocol, build_method, find
 from fastrm.models import Backbone, build_backbone
 from fastrm.probes import (
     KNN,
@@ -44,7 +44,7 @@ from fastrm.probes import (
 from fastrm.probes.features import Setting
 from fastrm.probes.finetune import fraction_of
 from fastrm.probes.gap import stages_of
-from fastrm.probes.linear import MOCO_V2, MOCO_V3, Protocol
+from fastrm.probes.linear import rate_factor
 from fastrm.settings.config import Config, build
 from tests.conftest import FASHION_MNIST
 
@@ -164,8 +164,11 @@ def test_heads_follow_sgd_each_at_its_own_rate() -> None:
 
 
 def test_protocols_have_the_published_schedules() -> None:
-    assert [MOCO_V2.factor(epoch / 100) for epoch in (0, 59, 60, 79, 80)] == pytest.approx([1, 1, 0.1, 0.1, 0.01])
-    assert [MOCO_V3.factor(share) for share in (0, 0.5, 1)] == pytest.approx([1, 0.5, 0])
+    v2, v3 = find("mocov2").linear_protocol, find("mocov3").linear_protocol
+    assert (v2.lr, v2.batch_size, v2.epochs, v3.lr, v3.batch_size, v3.epochs) == (30, 256, 100, 0.1, 1024, 90)
+    assert (find("densecl").linear_protocol, find("byol").linear_protocol) == (v2, v3)
+    assert [rate_factor(v2, epoch / 100) for epoch in (0, 59, 60, 79, 80)] == pytest.approx([1, 1, 0.1, 0.1, 0.01])
+    assert [rate_factor(v3, share) for share in (0, 0.5, 1)] == pytest.approx([1, 0.5, 0])
 
 
 def test_frozen_classifiers_learn_and_leave_the_network_alone() -> None:
@@ -176,7 +179,7 @@ def test_frozen_classifiers_learn_and_leave_the_network_alone() -> None:
     scores = frozen_scores(network, source, HERE, knn=True, linear=True)
     assert scores["linear_quick"].value > 0.7
     networks = {"it": network, "pixels": Pixels(8)}
-    classifiers = published_linear(networks, source, HERE, Protocol(lr=0.1, batch_size=128, epochs=5))
+    classifiers = published_linear(networks, source, HERE, LinearProtocol(lr=0.1, batch_size=128, epochs=5))
     assert source.test is not None
     found = accuracies(features(networks["pixels"], source.test, HERE), [classifiers["pixels"]])
     assert found["linear"].value > 0.6  # by chance .1; seen .75

@@ -17,7 +17,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from fastrm import train
 from fastrm.hooks.profile import PARTS
 from fastrm.hooks.verification import warning as verification_warning
-from fastrm.methods import Method, build_method
+from fastrm.methods import build_method
+from fastrm.methods.pair import TeacherPair
 from fastrm.optim import build_optimizer
 from fastrm.run import checkpoint
 from fastrm.run.graph import GraphedStep
@@ -165,7 +166,7 @@ def test_no_weight_of_the_teacher_is_converted_in_its_forward(method: str, small
     found = []
     for low in (False, True):
         if low:
-            built.keep_low_precision_teacher(torch.bfloat16)
+            built.pair.keep_low_precision(torch.bfloat16)
         with torch.no_grad(), torch.autocast("cpu", torch.bfloat16), Casts() as casts:
             found.append((built.encode_teacher(images).output, casts.converted))
     (plain, before), (shadowed, after) = found
@@ -182,7 +183,7 @@ def test_a_run_is_the_same_whether_the_teacher_has_a_low_precision_copy(
     states = {}
     for name in ("with", "without"):
         if name == "without":
-            monkeypatch.setattr(Method, "keep_low_precision_teacher", lambda self, dtype: None)
+            monkeypatch.setattr(TeacherPair, "keep_low_precision", lambda self, dtype: None)
         for steps in (3, 6):
             train.train(small(precision="bf16", optimizer=optimizer, max_steps=steps, out=tmp_path / name))
         states[name] = checkpoint.load(tmp_path / name)["method"]
@@ -252,7 +253,7 @@ def test_verification_gives_the_operations_what_training_gives_them(
         layout=torch.channels_last,
     )  # fmt: skip
     if precision == "bf16":
-        built.keep_low_precision_teacher(torch.bfloat16)
+        built.pair.keep_low_precision(torch.bfloat16)
     first, second = torch.randn(2, 8, 3, 32, 32, generator=torch.Generator().manual_seed(1))
     with Given("cpu") as trained:
         step([(first, second)] * 2, lr=0.0, residual_weight=0.5, teacher_momentum=1.0, measure=False)

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import torch
 
-from fastrm.data.augmentation import SUPERVISED, Augmentation, View, augmentation
+from fastrm.data.augmentation import SUPERVISED, Augmentation, View
 from fastrm.data.dali_loader import DaliLoader, dali_problem
 from fastrm.data.eval_loader import EvalLoader
 from fastrm.data.loader import Batch, Loader
@@ -16,7 +16,7 @@ from fastrm.data.opening import located, open_source
 from fastrm.data.sources import ArrayImages, FileImages, Images, Source
 from fastrm.data.torch_loader import TorchLoader
 from fastrm.errors import UsageError
-from fastrm.settings.config import MethodName, check_choice, check_range
+from fastrm.settings.config import check_choice, check_range
 
 __all__ = [
     "SUPERVISED",
@@ -26,7 +26,6 @@ __all__ = [
     "Loader",
     "Source",
     "View",
-    "augmentation",
     "eval_loader",
     "located",
     "make_loader",
@@ -37,7 +36,7 @@ __all__ = [
 def make_loader(
     data: str | Path | Source,
     *,
-    method: str | Augmentation,
+    method: Any,
     image_size: int,
     batch_size: int,
     device: str | torch.device,
@@ -54,7 +53,8 @@ def make_loader(
 
     Args:
         data: a folder, the name of a set, or an opened :class:`Source`.
-        method: ``"mocov3"``, ``"mocov2"``, ``"byol"`` or ``"densecl"``: whose augmentation; or one of your own.
+        method: whose augmentation: a method's name, or a subclass of :class:`fastrm.methods.Method`; or an
+            :class:`Augmentation` of your own.
         image_size: side of the views, in pixels.
         batch_size: images a batch of this process; what is left over at the end of an epoch is dropped, and another
             part of the data in each epoch.
@@ -90,15 +90,8 @@ def make_loader(
         raise UsageError(f"rank {rank} is out of range; it must be at least 0 and below world_size {world_size}")
     if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
         raise UsageError(f"dtype {dtype} cannot hold views; it must be torch.float32 or another floating one")
-    if isinstance(method, Augmentation):
-        recipe = method
-    elif isinstance(method, str):
-        recipe = augmentation(method, crop_min=crop_min)
-    else:
-        raise UsageError(
-            f"method is a {type(method).__name__}; it must be one of {', '.join(get_args(MethodName))}, or a "
-            "fastrm.data.Augmentation"
-        )
+    check_range("crop_min", crop_min)
+    recipe = method if isinstance(method, Augmentation) else _published(method, crop_min)
     place = _device(device)
     check_choice("loader", loader)
     source = data if isinstance(data, Source) else open_source(data, data_root)
@@ -125,6 +118,21 @@ def make_loader(
         assert isinstance(source.train, FileImages)
         return DaliLoader(source.train, recipe, workers=workers, **common)
     return TorchLoader(source.train, recipe, workers=workers, **common)
+
+
+def _published(method: Any, crop_min: float) -> Augmentation:
+    """The augmentation that a method says."""
+    from fastrm import methods  # which get their augmentations' form from here
+
+    if not isinstance(method, str | type):
+        raise UsageError(
+            f"method is a {type(method).__name__}; it must be one of {', '.join(methods.names())}, or a "
+            "fastrm.data.Augmentation"
+        )
+    kind = methods.find(method)
+    augmentation = kind.augmentation(crop_min)
+    kind.check_views(len(augmentation.views))
+    return augmentation
 
 
 def _kind(loader: str, images: Images, device: torch.device) -> str:

@@ -6,7 +6,7 @@ python -m fastrm.data --data digits --image-size 32 --out views.png
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated
 
@@ -16,7 +16,8 @@ from fastrm.data import make_loader, open_source, sheets
 from fastrm.data.augmentation import IMAGENET_MEAN, IMAGENET_STD
 from fastrm.machine.memory import enough
 from fastrm.settings import command_line
-from fastrm.settings.fields import ImageSize, MethodName, Seed
+from fastrm.settings.config import defaults
+from fastrm.settings.fields import ImageSize, Seed
 from fastrm.settings.kinds import Range, check_fields
 
 
@@ -30,7 +31,7 @@ class Options:
     """The picture that is written."""
     data_root: Path | None = None
     """Where a named set lies."""
-    method: MethodName = "mocov3"
+    method: str = field(default_factory=lambda: defaults().method.method)
     """Whose augmentation."""
     image_size: ImageSize = 224
     """Side of the views, in pixels."""

@@ -1,4 +1,4 @@
-"""The augmentation of every method, described once as data; each loader carries out this one description."""
+"""What augmentation is, described as data; each loader carries out this one description."""
 
 from __future__ import annotations
 
@@ -7,8 +7,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from numbers import Real
 from typing import Literal, get_args
-
-from fastrm.settings.config import MethodName, check_choice, check_range
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -113,34 +111,3 @@ SUPERVISED = Augmentation(
     views=(View(crop_scale=(0.08, 1.0), jitter_probability=0.0, grayscale_probability=0.0, blur_probability=0.0),)
 )
 """A crop and a flip: what networks are customarily trained with where there are labels."""
-
-
-def augmentation(method: str, *, crop_min: float) -> Augmentation:
-    """Return the published augmentation of a method.
-
-    MoCo-v2 and DenseCL treat both views alike; BYOL, and MoCo-v3 after it, blur the first always and solarize only
-    the second.
-
-    Args:
-        method: ``"mocov3"``, ``"mocov2"``, ``"byol"`` or ``"densecl"``.
-        crop_min: smallest share of the area that a crop takes.
-
-    Raises:
-        UsageError: there is no such method, or the share is not above 0 and at most 1.
-    """
-    check_choice("method", method, get_args(MethodName))
-    check_range("crop_min", crop_min)
-    scale = (crop_min, 1.0)
-    if method in ("mocov2", "densecl"):
-        view = View(crop_scale=scale)
-        return Augmentation(views=(view, view))
-    interpolation: Interpolation = "bicubic" if method == "byol" else "bilinear"
-    first = View(crop_scale=scale, saturation=0.2, interpolation=interpolation, blur_probability=1.0)
-    second = View(
-        crop_scale=scale,
-        saturation=0.2,
-        interpolation=interpolation,
-        blur_probability=0.1,
-        solarize_probability=0.2,
-    )
-    return Augmentation(views=(first, second))

@@ -1,8 +1,7 @@
-"""The momentum methods by name."""
+"""The momentum methods: one file each, with networks, loss, published settings, augmentation and linear protocol."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -12,19 +11,39 @@ from fastrm.errors import UsageError, first_line
 from fastrm.machine.device import choose_precision
 from fastrm.machine.distributed import world
 from fastrm.machine.memory import exhausted
-from fastrm.methods.base import Method, StepOutput
-from fastrm.methods.byol import BYOL
-from fastrm.methods.densecl import DenseCL
-from fastrm.methods.mocov2 import MoCoV2
-from fastrm.methods.mocov3 import MoCoV3
+from fastrm.methods.base import Encoder, Encoding, Method, StepOutput
+from fastrm.methods.contrastive import Contrastive
+
+from fastrm.methods.mocov3 import MoCoV3  # isort: skip (in the order of names(), whose first is the default)
+from fastrm.methods.mocov2 import MoCoV2  # isort: skip
+from fastrm.methods.byol import BYOL  # isort: skip
+from fastrm.methods.densecl import DenseCL  # isort: skip
+from fastrm.methods.protocol import LinearProtocol
+from fastrm.methods.registry import find, names, recipes, register
 from fastrm.methods.unused import counted, freeze_unused
-from fastrm.models import build_backbone, module_name
+from fastrm.models import build_backbone, mlp, module_name
 from fastrm.models.layout import lay_out
+from fastrm.models.named import refusing
 from fastrm.settings.config import Config, check_choice
 
-__all__ = ["METHODS", "Method", "StepOutput", "build_method"]
-
-METHODS: dict[str, Callable[..., Method[Any]]] = {"mocov3": MoCoV3, "mocov2": MoCoV2, "byol": BYOL, "densecl": DenseCL}
+__all__ = [
+    "BYOL",
+    "Contrastive",
+    "DenseCL",
+    "Encoder",
+    "Encoding",
+    "LinearProtocol",
+    "Method",
+    "MoCoV2",
+    "MoCoV3",
+    "StepOutput",
+    "build_method",
+    "find",
+    "mlp",
+    "names",
+    "recipes",
+    "register",
+]
 
 
 def build_method(
@@ -34,6 +53,7 @@ def build_method(
     backend: str | None = None,
     trained: bool = True,
     arch: nn.Module | None = None,
+    kind: type[Method[Any]] | None = None,
 ) -> Method[Any]:
     """Build the untrained backbone, heads and queues that a run's settings describe, on a device and laid out for it.
 
@@ -45,18 +65,20 @@ def build_method(
             trained, and freezes what gets no gradient.
         arch: a module that becomes the backbone in place of the network that the settings name; it is copied, as
             :func:`fastrm.models.build_backbone` says.
+        kind: the method in place of the one that the settings name.
 
     Raises:
         UsageError: there is no such backbone, or it does not go with the image size, the stem or the method, or a
             name is unknown.
     """
-    check_choice("method", config.method.method, METHODS)
+    kind = find(config.method.method if kind is None else kind)
     check_choice("residual_at", config.method.residual_at)
     device = device or torch.device("cpu")
-    name, size = config.method.method, config.input.image_size
-    wanted = config.model.arch if arch is None else arch
-    backbone = build_backbone(wanted, image_size=size, stem=config.model.stem, moco_vit=name == "mocov3")
-    method = METHODS[name](backbone, config.method, backend=backend).to(device)
+    size, name = config.input.image_size, config.model.arch if arch is None else module_name(arch)
+    backbone = build_backbone(config.model.arch if arch is None else arch, image_size=size, stem=config.model.stem)
+    with refusing(name, f"cannot be prepared for --method {kind.name}"):
+        kind.prepare(backbone, name)
+    method: Method[Any] = kind(backbone, config.method, backend=backend).to(device)
     layout = torch.contiguous_format
     if config.device.channels_last:
         layout = torch.channels_last
@@ -64,13 +86,13 @@ def build_method(
         lay_out(method, (method.student.backbone, method.teacher.backbone) if small_maps else (), size)
     method.notes = list(backbone.notes)
     if trained:
-        _try(method, config, layout, config.model.arch if arch is None else module_name(arch))
+        _try(method, config, layout, name)
     return method
 
 
 def _try(method: Method[Any], config: Config, layout: torch.memory_format, arch: str) -> None:
     """Make one pass as training does, and freeze what it does not reach."""
-    name, size = config.method.method, config.input.image_size
+    name, size = method.name, config.input.image_size
     batch = (config.input.batch_size or 256) // (world().size * config.optim.accumulate)
     # Two images show all that more would. Where the training steps have one, that is known to fail with BatchNorm, but
     # for a BatchNorm that sees the images of all processes.

@@ -8,19 +8,22 @@ momentum (Pham et al., arXiv 2211.09861) from what is public of it, not the pape
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any, Generic, NamedTuple, TypeVar
+from typing import Any, ClassVar, Generic, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 from torch.profiler import record_function
 
-from fastrm.kernels import FeatureQueue, info_nce, residual_info_nce, residual_loss
+from fastrm.data.augmentation import Augmentation
+from fastrm.errors import UsageError
+from fastrm.kernels import FeatureQueue, residual_loss
 from fastrm.machine.distributed import gather_rows, shuffled, world
+from fastrm.methods.pair import TeacherPair
+from fastrm.methods.protocol import LinearProtocol
+from fastrm.methods.published import Recipe, alike
 from fastrm.models import Backbone
 from fastrm.settings.config import MethodConfig
 
@@ -73,22 +76,60 @@ class Encoder(nn.Module):
 
 
 class Method(nn.Module, Generic[E]):
-    """A student and its teacher. A method says how it builds its heads and what its own loss is.
+    """A student, its teacher, and what is trained between them.
+
+    To make one of your own, write a subclass with an ``__init__`` that takes (backbone, config, *, backend) and builds
+    the heads, and with :meth:`own_loss`; where that is InfoNCE, take :class:`fastrm.methods.Contrastive`, which has it.
+    Give it a name with :func:`fastrm.methods.register`. All else has a default that may be replaced: ``recipes``,
+    :meth:`defaults`, :meth:`augmentation`, ``linear_protocol``, :meth:`prepare`, :meth:`residual`, :meth:`keys_of`.
 
     Attributes:
         student, teacher: networks of one layout; the trainer averages the student's parameters into the teacher
             after each optimizer step. The teacher's BatchNorm works in training mode with statistics of its own.
             In several processes BatchNorm sees the batch of all (SyncBN), or, in methods with queues, the teacher's
             sees a part of it that is mixed over all (shuffle-BN).
+        pair: both, and the teacher's copy in low precision.
         predictor: the student's last head, without a counterpart in the teacher; or an identity.
-        queues: rings of past keys, one a direction or kind of key; empty for methods without.
+        queues: rings of past keys, ``features`` [K, D] each; one a direction or kind of key, or none.
         directions: 2 where the student sees both views, 1 where it sees only the first.
-        scale: factor of a direction's contrastive loss in the sum.
         notes: what the person who runs it should know of how it was built, a sentence each.
     """
 
+    name: ClassVar[str]
+    """What it is called in settings and messages: what it is registered as, or else the class's name."""
+    views: ClassVar[int] = 2
+    """Views of an image that :meth:`forward` takes."""
+    recipes: ClassVar[Mapping[str, Recipe]] = {}
+    """Published settings, by the names that ``--recipe`` takes; each has values by the settings' names."""
+    linear_protocol: ClassVar[LinearProtocol] = LinearProtocol()
+    """How a linear classifier is trained to score its backbones."""
+
     student: Any
     teacher: Any
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        cls.name = cls.__name__
+
+    @classmethod
+    def defaults(cls, arch: str) -> dict[str, Any]:
+        """Settings of a run that gives none, by the backbone's name: those of the first recipe, but its batch size."""
+        return {**next(iter(cls.recipes.values()), {}), "batch_size": None}
+
+    @classmethod
+    def augmentation(cls, crop_min: float) -> Augmentation:
+        """How an image becomes views, of crops of at least this share of its area."""
+        return alike(crop_min)
+
+    @classmethod
+    def check_views(cls, count: int) -> None:
+        """Raise a UsageError unless an augmentation gives as many views of an image as the method takes."""
+        if count != cls.views:
+            raise UsageError(f"--method {cls.name} takes {cls.views} views of an image; its augmentation gives {count}")
+
+    @classmethod
+    def prepare(cls, backbone: Backbone, arch: str) -> None:
+        """Change a new backbone, of this name, as the method wants it; its ``notes`` get what could not be done."""
 
     def __init__(
         self,
@@ -97,42 +138,29 @@ class Method(nn.Module, Generic[E]):
         *,
         predictor: nn.Module | None = None,
         directions: int = 2,
-        scale: float = 1.0,
+        queues: int = 0,
         backend: str | None = None,
     ) -> None:
         super().__init__()
-        self.student = encoder
-        self.teacher = copy.deepcopy(encoder).requires_grad_(False)
+        self.pair = TeacherPair(encoder)
+        self.student, self.teacher = self.pair.student, self.pair.teacher
         self.predictor = predictor or nn.Identity()
-        self.queues = nn.ModuleList()
+        self.queues = nn.ModuleList(FeatureQueue(config.queue_size, config.output_dim) for _ in range(queues))
         self.directions = directions
-        self.scale = scale
         self.backend = backend
-        self.temperature = config.temperature
         self.residual_at = config.residual_at
         self.trains_residual = config.residual_weight > 0
         self.notes: list[str] = []
-        self.shadow: dict[str, Tensor] = {}
-        """The teacher's parameters in low precision, by name, if it computes from them."""
-        self._from_shadow: dict[str, Tensor] = {}
 
-    def keep_low_precision_teacher(self, dtype: torch.dtype) -> None:
-        """Let the teacher compute from a copy of its weights in ``dtype``, under autocast to that.
+    def own_loss(self, direction: int, student: E, key: E) -> Tensor:
+        """The method's own loss of one direction, 0-d, with all its factors; both directions are added.
 
-        Autocast would round all weights anew in each forward, to the same values. The optimizer writes the copy,
-        ``shadow``, in the pass that moves the teacher; what else writes the teacher has to call
-        :meth:`refresh_low_precision_teacher`.
+        Args:
+            direction: the view that the student saw, 0 or 1; also the number of its queue.
+            student: its encoding of that view.
+            key: the teacher's encoding of the other view, without a graph.
         """
-        self.shadow = {name: p.detach().to(dtype) for name, p in self.teacher.named_parameters()}
-        layers = {name for name, m in self.teacher.named_modules() if isinstance(m, nn.Conv2d | nn.Linear)}
-        # Only these layers compute in low precision; normalisation, say, takes its own parameters as they are.
-        self._from_shadow = {name: low for name, low in self.shadow.items() if name.rpartition(".")[0] in layers}
-
-    @torch.no_grad()
-    def refresh_low_precision_teacher(self) -> None:
-        """Bring the low-precision copy up to date, if there is one."""
-        for name, low in self.shadow.items():
-            low.copy_(self.teacher.get_parameter(name))
+        raise NotImplementedError(f"{type(self).__name__} has no own_loss, which a subclass of Method has to say")
 
     def forward(self, first: Tensor, second: Tensor, residual_weight: Tensor, measure: bool = False) -> StepOutput:
         """Loss of a micro-batch.
@@ -190,43 +218,17 @@ class Method(nn.Module, Generic[E]):
 
     def encode_teacher(self, view: Tensor) -> E:
         """Teacher on one view."""
-        encoding: E = shuffled(self._teach, view) if self.queues and world().size > 1 else self._teach(view)
-        return encoding
-
-    def _teach(self, view: Tensor) -> E:
-        encoding: E
-        if self._from_shadow and torch.is_autocast_enabled(view.device.type):
-            encoding = functional_call(self.teacher, self._from_shadow, (view,))
-        else:
-            encoding = self.teacher(view)
+        encoding: E = shuffled(self.pair.teach, view) if self.queues and world().size > 1 else self.pair.teach(view)
         return encoding
 
     def direction(
         self, d: int, student: E, key: E, same: E | None, residual_weight: Tensor
     ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """(loss, own part, residual or None) of the student on view ``d`` against the teacher on the other view."""
-        queue = self.queues[d].features if self.queues else None
-        keys, offset = (key.output, 0) if queue is not None else gather_rows(key.output)
-        options = {"temperature": self.temperature, "key_offset": offset, "backend": self.backend}
-        if self.trains_residual and self.residual_at == "output":
-            assert same is not None
-            loss, contrastive, residual = residual_info_nce(
-                student.output,
-                keys,
-                same.output,
-                queue,
-                residual_weight=residual_weight,
-                contrastive_weight=self.scale,
-                **options,
-            )
-            return loss, self.scale * contrastive, residual
-        own = self.scale * info_nce(student.output, keys, queue, **options)
-        return self.with_residual(own, student, same, residual_weight)
+        """(loss, own part, residual or None) of the student on view ``d`` against the teacher on the other view.
 
-    def with_residual(
-        self, own: Tensor, student: E, same: E | None, residual_weight: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Add the residual term to a method's own loss, if it is trained."""
+        ``same`` is the teacher on the view of the student, which only the residual term needs.
+        """
+        own = self.own_loss(d, student, key)
         if not self.trains_residual:
             return own, own.detach(), None
         assert same is not None

@@ -2,16 +2,46 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 from torch import Tensor
 
+from fastrm.data.augmentation import Augmentation
 from fastrm.kernels import residual_loss
 from fastrm.methods.base import Encoder, Encoding, Method
+from fastrm.methods.published import LARS_R50, SOLO_CIFAR, SOLO_IN100, SOLO_LARS, asymmetric
+from fastrm.methods.registry import register
 from fastrm.models import Backbone, mlp
 from fastrm.settings.config import MethodConfig
 
 
+@register("byol")
 class BYOL(Method[Encoding]):
     """Projector and predictor with BatchNorm in the hidden layer; loss 2 - 2 cos, both directions summed."""
+
+    recipes: ClassVar = {
+        # The publication's, with its batch of 4096.
+        "byol-r50-300ep": {**LARS_R50, "epochs": 300, "lr": 0.3, "crop_min": 0.08},
+        "byol-r18-cifar100-1000ep": {
+            **SOLO_CIFAR,
+            **SOLO_LARS,
+            "lr": 1.0,
+            "weight_decay": 1e-5,
+            "predictor_hidden_dim": 4096,
+        },
+        "byol-r18-imagenet100-400ep": {
+            **SOLO_IN100,
+            **SOLO_LARS,
+            "lr": 0.5,
+            "weight_decay": 1e-6,
+            "predictor_hidden_dim": 8192,
+        },
+    }
+
+    @classmethod
+    def augmentation(cls, crop_min: float) -> Augmentation:
+        """The first view is blurred always, and only the second is solarized."""
+        return asymmetric(crop_min, "bicubic")
 
     def __init__(self, backbone: Backbone, config: MethodConfig, *, backend: str | None = None) -> None:
         hidden, out = config.hidden_dim, config.output_dim
@@ -22,9 +52,6 @@ class BYOL(Method[Encoding]):
             backend=backend,
         )
 
-    def direction(
-        self, d: int, student: Encoding, key: Encoding, same: Encoding | None, residual_weight: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """BYOL's own loss is the expression of the residual term, between the two views."""
-        own = residual_loss(student.output, key.output, backend=self.backend)
-        return self.with_residual(own, student, same, residual_weight)
+    def own_loss(self, direction: int, student: Encoding, key: Encoding) -> Tensor:
+        """The expression of the residual term, between the two views."""
+        return residual_loss(student.output, key.output, backend=self.backend)

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from fastrm.errors import UsageError
-from fastrm.kernels import FeatureQueue, info_nce, residual_loss
+from fastrm.kernels import info_nce, residual_loss
 from fastrm.methods.base import Encoding, Method
+from fastrm.methods.published import QUEUE_LINEAR, QUEUE_R50
+from fastrm.methods.registry import register
 from fastrm.models import Backbone, mlp
 from fastrm.settings.config import MethodConfig
 
@@ -41,8 +44,12 @@ class DenseEncoder(nn.Module):
         return DenseEncoding(pooled, projection, projection, positions, self.dense_projector(positions))
 
 
+@register("densecl")
 class DenseCL(Method[DenseEncoding]):
     """Both losses against a queue of their own, weighted (1 - dense_weight) and dense_weight."""
+
+    recipes: ClassVar = {"densecl-r50-coco-800ep": {**QUEUE_R50, "epochs": 800, "lr": 0.3, "dense_weight": 0.5}}
+    linear_protocol = QUEUE_LINEAR
 
     def __init__(self, backbone: Backbone, config: MethodConfig, *, backend: str | None = None) -> None:
         width = backbone.map_dim
@@ -51,20 +58,17 @@ class DenseCL(Method[DenseEncoding]):
                 "--method densecl needs a backbone with a feature map [B, D, h, w]; this --arch gives tokens, or "
                 "features that are pooled already"
             )
-        super().__init__(DenseEncoder(backbone, width, config), config, directions=1, backend=backend)
-        self.dense_weight = config.dense_weight
-        self.queues.extend(FeatureQueue(config.queue_size, config.output_dim) for _ in range(2))
+        super().__init__(DenseEncoder(backbone, width, config), config, directions=1, queues=2, backend=backend)
+        self.temperature, self.dense_weight = config.temperature, config.dense_weight
 
-    def direction(
-        self, d: int, student: DenseEncoding, key: DenseEncoding, same: DenseEncoding | None, residual_weight: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor | None]:
+    def own_loss(self, direction: int, student: DenseEncoding, key: DenseEncoding) -> Tensor:
         """Each position's positive is the key position whose backbone features are nearest."""
         options = {"temperature": self.temperature, "backend": self.backend}
         whole, dense = self.queues[0].features, self.queues[1].features
         own = (1 - self.dense_weight) * info_nce(student.output, key.output, whole, **options)
         positives = matched(student.positions, key.positions, key.dense)
-        own = own + self.dense_weight * info_nce(student.dense.flatten(0, 1), positives.flatten(0, 1), dense, **options)
-        return self.with_residual(own, student, same, residual_weight)
+        of_dense = info_nce(student.dense.flatten(0, 1), positives.flatten(0, 1), dense, **options)
+        return own + self.dense_weight * of_dense
 
     def residual(self, student: DenseEncoding, same: DenseEncoding) -> Tensor:
         """At the output or projector (one and the same here) both kinds of vector, weighted like the loss."""

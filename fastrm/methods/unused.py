@@ -37,9 +37,9 @@ def freeze_unused(method: Method[Any], *, images: int, image_size: int, layout: 
     try:
         devices = [device] if device.type == "cuda" else []
         with torch.random.fork_rng(devices), unchanged_buffers(method), torch.enable_grad():
-            views = torch.randn(2, images, method.student.backbone.channels, image_size, image_size, device=device)
-            first, second = (view.contiguous(memory_format=layout) for view in views)
-            loss = method(first, second, torch.zeros((), device=device)).loss
+            shape = (method.views, images, method.student.backbone.channels, image_size, image_size)
+            views = [view.contiguous(memory_format=layout) for view in torch.randn(shape, device=device)]
+            loss = method(*views, torch.zeros((), device=device)).loss
             gradients = torch.autograd.grad(loss, list(trained.values()), allow_unused=True)
     finally:
         method.train(was_training).backend = backend

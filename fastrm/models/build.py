@@ -11,7 +11,7 @@ from fastrm.models.named import named_backbone
 from fastrm.settings.config import check_choice
 
 
-def build_backbone(arch: str | nn.Module, *, image_size: int, stem: str = "auto", moco_vit: bool = False) -> Backbone:
+def build_backbone(arch: str | nn.Module, *, image_size: int, stem: str = "auto") -> Backbone:
     """Build a backbone: an untrained network of timm's, or a copy of a module.
 
     A module is copied, never changed, and keeps its weights. The copy is on the CPU and in float32. Its width is found
@@ -24,8 +24,6 @@ def build_backbone(arch: str | nn.Module, *, image_size: int, stem: str = "auto"
             or 3.
         image_size: side of the images in pixels; at 64 and below ``stem="auto"`` gives timm's ResNets a small stem.
         stem: ``"auto"``, ``"imagenet"`` or ``"small"`` (3×3 at stride 1, no max-pool; timm's ResNets only).
-        moco_vit: give a ViT of timm's what MoCo-v3 trains it with (Chen et al., arXiv 2104.02057, section 4): fixed
-            sin-cos positions, a frozen random patch projection, Xavier-uniform weights.
 
     Raises:
         UsageError: timm has no such model; the network cannot take this image size or stem; or the module cannot be
@@ -33,7 +31,7 @@ def build_backbone(arch: str | nn.Module, *, image_size: int, stem: str = "auto"
     """
     check_choice("stem", stem)
     if isinstance(arch, str):
-        return named_backbone(arch, image_size=image_size, stem=stem, moco_vit=moco_vit)
+        return named_backbone(arch, image_size=image_size, stem=stem)
     if not isinstance(arch, nn.Module):
         raise UsageError(f"arch={arch!r:.80} must be the name of a network of timm's, or a torch.nn.Module")
-    return module_backbone(arch, image_size=image_size, stem=stem, moco_vit=moco_vit)
+    return module_backbone(arch, image_size=image_size, stem=stem)

@@ -13,7 +13,6 @@ from fastrm.errors import UsageError, first_line
 from fastrm.machine.memory import exhausted
 from fastrm.models.backbone import Backbone, channels_last
 from fastrm.models.layout import guard_thin_convolutions
-from fastrm.models.vit import is_vit
 
 WANTED = "it must give one tensor of floats, [B, D] or [B, D, h, w], for images [B, C, H, W]"
 IMAGES = 2
@@ -78,7 +77,7 @@ def _plain(module: nn.Module) -> nn.Module:
     return inner
 
 
-def module_backbone(module: nn.Module, *, image_size: int, stem: str, moco_vit: bool) -> Backbone:
+def module_backbone(module: nn.Module, *, image_size: int, stem: str) -> Backbone:
     """Build a backbone of a copy of a module: :func:`fastrm.models.build_backbone`."""
     module, name = _plain(module), module_name(module)
     if stem == "small":
@@ -96,8 +95,6 @@ def module_backbone(module: nn.Module, *, image_size: int, stem: str, moco_vit: 
         raise UsageError(f"arch={name} has no parameter that requires a gradient: there is nothing to train")
     if frozen:
         notes.append(f"{frozen} of the parameters of {name} require no gradient and stay as they are")
-    if moco_vit and is_vit(net):
-        notes.append(f"MoCo-v3's changes to a ViT are not made to {name}, which is a module of yours")
     guard_thin_convolutions(net)
     last = out.ndim == 4 and channels_last(net, out)
     width = out.shape[3 if last else 1]

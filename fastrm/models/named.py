@@ -1,4 +1,4 @@
-"""timm's image backbones by name, with the changes that small images and MoCo-v3's ViTs need."""
+"""timm's image backbones by name, with the changes that small images need."""
 
 from __future__ import annotations
 
@@ -14,30 +14,24 @@ from fastrm.errors import UsageError, first_line
 from fastrm.machine.memory import exhausted
 from fastrm.models.backbone import Backbone, channels_last
 from fastrm.models.layout import guard_thin_convolutions
-from fastrm.models.vit import is_vit, prepare_moco_vit
 
 
-def named_backbone(arch: str, *, image_size: int, stem: str, moco_vit: bool) -> Backbone:
+def named_backbone(arch: str, *, image_size: int, stem: str) -> Backbone:
     """Build an untrained backbone by timm's name of it: :func:`fastrm.models.build_backbone`."""
     import timm
 
     options = _options(arch, image_size)
-    with _refusing(arch, f"cannot be built for --image-size {image_size}"):
+    with refusing(arch, f"cannot be built for --image-size {image_size}"):
         net = timm.create_model(arch, pretrained=False, num_classes=0, **options)
     if stem == "small" and not _is_resnet(net):
         raise UsageError(f"--stem small is for ResNets; --arch {arch} has no such stem")
     if _is_resnet(net) and (stem == "small" or (stem == "auto" and image_size <= 64)):
         _shrink_stem(net)
     guard_thin_convolutions(net)
-    left_out: list[str] = []
-    if moco_vit and is_vit(net):
-        with _refusing(arch, "cannot be prepared as MoCo-v3 prepares ViTs"):
-            left_out = prepare_moco_vit(net)
-    with _refusing(arch, f"cannot take --image-size {image_size}"):
+    with refusing(arch, f"cannot take --image-size {image_size}"):
         features, pooled = _encoded(net, image_size)
     backbone = _measured(net, arch, features, pooled)
     backbone.options = options
-    backbone.notes = [f"of MoCo-v3's changes to a ViT one is left out for {arch}: {reason}" for reason in left_out]
     return backbone
 
 
@@ -67,7 +61,7 @@ def _published(arch: str) -> Any:
 
 
 @contextmanager
-def _refusing(arch: str, what: str) -> Iterator[None]:
+def refusing(arch: str, what: str) -> Iterator[None]:
     """Say in one line what a network cannot do, whatever kind of exception timm's families happen to raise."""
     try:
         yield

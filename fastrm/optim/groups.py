@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import Optimizer
 
 from fastrm.errors import UsageError
@@ -35,7 +35,7 @@ def build_optimizer(method: Method[Any], config: OptimConfig, *, backend: str | 
         return _lamb(method, _groups(params, decay))
     groups = _groups(params, decay) if config.optimizer == "adamw" else []
     ordered = [p for group in groups for p in group["params"]] or params
-    teacher, shadow = _partners(method)
+    teacher, shadow = method.pair.partners()  # a predictor has none
     shared: dict[str, Any] = {"lr": 0.0, "ema_momentum": 1.0, "backend": backend}
     shared["teacher"] = [teacher.get(p) for p in ordered]
     if shadow:
@@ -56,19 +56,6 @@ def _groups(params: list[nn.Parameter], decay: float) -> list[dict[str, Any]]:
     return [group for group in groups if group["params"]]
 
 
-def _partners(method: Method[Any]) -> tuple[dict[Tensor, Tensor], dict[Tensor, Tensor]]:
-    """The teacher's tensor for each of the student's, and its low-precision copy if it computes from one.
-
-    A predictor has none. What is frozen stays alike by itself.
-    """
-    trained = {name: p for name, p in method.student.named_parameters() if p.requires_grad}
-    teacher = dict(method.teacher.named_parameters())
-    return (
-        {p: teacher[name] for name, p in trained.items()},
-        {p: method.shadow[name] for name, p in trained.items() if method.shadow},
-    )
-
-
 def _lamb(method: Method[Any], groups: list[dict[str, Any]]) -> Optimizer:
     """apex's FusedLAMB, with the teacher's average after each step that is not skipped."""
     try:
@@ -79,8 +66,8 @@ def _lamb(method: Method[Any], groups: list[dict[str, Any]]) -> Optimizer:
         raise UsageError("--optimizer lamb: apex's FusedLAMB needs a GPU; use lars, sgd or adamw")
     optimizer: Any = kind(groups, lr=0.0)
     optimizer.ema_momentum = 1.0
-    names = dict(method.teacher.named_parameters())
-    shadow = [method.shadow[name] for name in names] if method.shadow else None
-    average = EMA(method.teacher, method.student, shadow=shadow)
+    pair = method.pair
+    # By name, in the order in which the teacher's parameters are averaged.
+    average = EMA(pair.teacher, pair.student, shadow=list(pair.low_precision.values()) or None)
     optimizer.register_step_post_hook(lambda *_: average.update_(optimizer.ema_momentum))
     return optimizer

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from fastrm.data import SUPERVISED, Loader, Source, make_loader
 from fastrm.errors import UsageError
 from fastrm.machine.distributed import mean, world
+from fastrm.methods import LinearProtocol
 from fastrm.probes.features import Setting, evaluating, labels_of
 
 MOMENTUM = 0.9
@@ -21,26 +22,11 @@ RATES = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0)
 HELD_OUT = 10  # every tenth training image chooses the learning rate
 
 
-@dataclass(frozen=True)
-class Protocol:
-    """A published way to train a linear classifier on a frozen backbone, with crops and flips."""
-
-    lr: float
-    """For a batch of 256; scaled by batch / 256."""
-    batch_size: int
-    epochs: int
-    milestones: tuple[float, ...] = ()
-    """Shares of the run after which the rate falls to a tenth; without any, it follows a cosine to 0."""
-
-    def factor(self, progress: float) -> float:
-        """Of the learning rate, at a share of the run."""
-        if self.milestones:
-            return 0.1 ** sum(progress >= milestone for milestone in self.milestones)
-        return cosine(progress)
-
-
-MOCO_V2 = Protocol(lr=30.0, batch_size=256, epochs=100, milestones=(0.6, 0.8))
-MOCO_V3 = Protocol(lr=0.1, batch_size=1024, epochs=90)
+def rate_factor(protocol: LinearProtocol, progress: float) -> float:
+    """Of the learning rate, at a share of the run."""
+    if protocol.milestones:
+        return 0.1 ** sum(progress >= milestone for milestone in protocol.milestones)
+    return cosine(progress)
 
 
 def cosine(progress: float) -> float:
@@ -176,7 +162,7 @@ def published_linear(
     networks: Mapping[str, nn.Module],
     source: Source,
     setting: Setting,
-    protocol: Protocol,
+    protocol: LinearProtocol,
     *,
     progress: Callable[[float], None] = lambda done: None,
 ) -> dict[str, Callable[[Tensor], dict[str, Tensor]]]:
@@ -206,7 +192,7 @@ def published_linear(
                     pooled = network(views).float()
                 if name not in heads:
                     heads[name] = LinearHeads(pooled.shape[1], int(labels.max()) + 1, [rate], device=setting.device)
-                heads[name].step(pooled, truth, protocol.factor(done / steps))
+                heads[name].step(pooled, truth, rate_factor(protocol, done / steps))
             done += 1
             progress(done / steps)
     return {name: _classifier(head) for name, head in heads.items()}

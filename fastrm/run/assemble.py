@@ -136,12 +136,12 @@ def assemble(config: Config, objects: Objects, opened: ExitStack) -> Parts:
         raise UsageError(f"--batch-size {batch} is more than the {len(source.train)} images")
 
     torch.manual_seed(config.run.seed)
-    method = build_method(config, device=device, backend=backend, arch=objects.arch)
+    method = build_method(config, device=device, backend=backend, arch=objects.arch, kind=objects.method)
     _start_from(config.model, method)
     if not method.queues:
         synchronise_norms(method, device)
     if precision in AUTOCAST:
-        method.keep_low_precision_teacher(AUTOCAST[precision])
+        method.pair.keep_low_precision(AUTOCAST[precision])
     optimizer = build_optimizer(method, config.optim, backend=backend)
     if compiled:
         for part in (method.student, method.teacher, method.predictor):

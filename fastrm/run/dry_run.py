@@ -40,7 +40,7 @@ def dry_run(parts: Parts) -> dict[str, Any]:
     folder.claim(parts.out)
     parts.say(f"data       {parts.source.about}")
     parts.say(f"settings   {described(parts.config, parts.device, parts.precision, parts.world)}")
-    parts.method.refresh_low_precision_teacher()
+    parts.method.pair.refresh()
     schedule, step_once, loader = parts.schedule, parts.step, parts.loader
     batches = parts.batches(schedule, 0)
     workers = parts.workers

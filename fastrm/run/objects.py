@@ -25,8 +25,10 @@ class Objects:
     augmentation: Augmentation | Callable[[Any], Sequence[Any]] | None = None
 
 
-def named(data: Any, arch: Any, method: Any, augmentation: Any) -> tuple[dict[str, str], Objects]:
+def named(data: Any, arch: Any, method: Any, augmentation: Any) -> tuple[dict[str, Any], Objects]:
     """Tell names from objects: the settings ``data``, ``arch`` and ``method``, and the objects behind them.
+
+    ``arch`` and ``method`` are left out of the settings where they are None, for the recipe or the default to say.
 
     Raises:
         UsageError: an argument is of a kind that cannot be used.
@@ -35,10 +37,10 @@ def named(data: Any, arch: Any, method: Any, augmentation: Any) -> tuple[dict[st
         data = str(data)
     if isinstance(arch, type) and issubclass(arch, nn.Module):
         raise UsageError(f"arch is the class {arch.__name__}; give a module of it: {arch.__name__}()")
-    if not isinstance(arch, str | nn.Module):
+    if arch is not None and not isinstance(arch, str | nn.Module):
         raise UsageError(f"arch is a {type(arch).__name__}; it must be a timm name or an nn.Module")
     own = isinstance(method, type) and issubclass(method, Method)
-    if not own and not isinstance(method, str):
+    if method is not None and not own and not isinstance(method, str):
         given = f"the class {method.__name__}" if isinstance(method, type) else f"a {type(method).__name__}"
         raise UsageError(f"method is {given}; it must be a name or a subclass of fastrm.methods.Method")
     if augmentation is not None and not isinstance(augmentation, Augmentation) and not callable(augmentation):
@@ -48,13 +50,13 @@ def named(data: Any, arch: Any, method: Any, augmentation: Any) -> tuple[dict[st
         )
     names = {
         "data": data if isinstance(data, str) else f"<{type(data).__name__}>",
-        "arch": arch if isinstance(arch, str) else module_name(arch),
-        "method": method if isinstance(method, str) else getattr(method, "name", "") or method.__name__,
+        "arch": module_name(arch) if isinstance(arch, nn.Module) else arch,
+        "method": method,
     }
     objects = Objects(
         data=None if isinstance(data, str) else data,
-        arch=None if isinstance(arch, str) else arch,
+        arch=arch if isinstance(arch, nn.Module) else None,
         method=method if own else None,
         augmentation=augmentation,
     )
-    return names, objects
+    return {name: value for name, value in names.items() if value is not None}, objects

@@ -89,7 +89,7 @@ def begin(parts: Parts, theirs: Iterable[Any], opened: ExitStack) -> Session:
     start, config = begun.step, config.replace(**begun.settings)
     schedule = replace(parts.schedule, optim=config.optim, shift=begun.images.shift)
     saver.goes_on(start, config.flat(), images=begun.images)
-    parts.method.refresh_low_precision_teacher()
+    parts.method.pair.refresh()
 
     ended = start >= schedule.total
     known = recorded(origin(wish, out), start) if start else {}

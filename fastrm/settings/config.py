@@ -15,22 +15,19 @@ from fastrm.settings.fields import (
     DeviceConfig,
     InputConfig,
     MethodConfig,
-    MethodName,
     ModelConfig,
     OptimConfig,
     ResidualPlace,
     RunConfig,
+    methods,
 )
 from fastrm.settings.kinds import check_fields, flag, problem, refuse, taken, unknown, unusable
-from fastrm.settings.recipes import RECIPES
 
 __all__ = [
-    "RECIPES",
     "Config",
     "DeviceConfig",
     "InputConfig",
     "MethodConfig",
-    "MethodName",
     "ModelConfig",
     "OptimConfig",
     "ResidualPlace",
@@ -47,39 +44,39 @@ __all__ = [
     "validate",
 ]
 
-# What a run uses when it names no recipe: the method's published settings, with 256 images a process.
-_UNNAMED = {
-    "mocov3": "mocov3-r50-100ep",
-    "mocov2": "mocov2-r50-200ep",
-    "byol": "byol-r50-300ep",
-    "densecl": "densecl-r50-coco-800ep",
-}
-
-
 CHOOSING = ("recipe", "method", "arch", "epochs")
 """The settings that choose the defaults of others."""
 
 
 def defaults(
-    *, recipe: str | None = None, method: str | None = None, arch: str | None = None, epochs: int | None = None
+    *,
+    recipe: str | None = None,
+    method: str | type | None = None,
+    arch: str | None = None,
+    epochs: int | None = None,
 ) -> Config:
     """The settings that hold where no flag says otherwise, given the flags that choose them.
+
+    Args:
+        recipe: a recipe's name; it says all but the epochs.
+        method: a method's name, or a subclass of :class:`fastrm.methods.Method`.
+        arch: the backbone's name.
+        epochs: passes over the images; the warm-up takes at most a tenth of them where they are less than usual.
 
     Raises:
         UsageError: there is no such recipe or method.
     """
-    if method is not None:
-        check_choice("method", method)
+    kind = methods().find(methods().names()[0] if method is None else method)
+    values = {"method": kind.name, **kind.defaults(arch or "")}
     if recipe is not None:
-        check_choice("recipe", recipe, RECIPES)
-        values = dict(RECIPES[recipe])
-    else:
-        vit = (arch or "").startswith("vit_") and method in (None, "mocov3")
-        values = dict(RECIPES["mocov3-vits-300ep" if vit else _UNNAMED[method or "mocov3"]])
-        del values["batch_size"]
-    if epochs is not None and epochs < values["epochs"]:
-        values["warmup_epochs"] = min(values["warmup_epochs"], epochs / 10)
-    return Config().replace(recipe=recipe, **values)
+        published = methods().recipes()
+        check_choice("recipe", recipe, published)
+        values = published[recipe]
+    config = Config().replace(recipe=recipe, **values)
+    length, usual = epochs or config.optim.epochs, config.optim
+    if length < usual.epochs or "warmup_epochs" not in values:
+        config = config.replace(warmup_epochs=min(usual.warmup_epochs, length / 10))
+    return config
 
 
 def build(**leaves: Any) -> Config:
@@ -93,8 +90,10 @@ def build(**leaves: Any) -> Config:
     """
     leaves = in_form({name: at_home(value) for name, value in leaves.items()})
     chosen = {name: leaves[name] for name in CHOOSING if name in leaves}
-    for name, value in chosen.items():
-        refuse(name, problem(value, KINDS[name]))
+    if isinstance(leaves.get("method"), type):  # which need not be registered
+        leaves["method"] = methods().find(leaves["method"]).name
+    for name in chosen:
+        refuse(name, problem(leaves[name], KINDS[name]))
     config = defaults(**chosen).replace(**leaves)
     validate(config)
     return config

@@ -16,7 +16,6 @@ from fastrm.errors import UsageError
 from fastrm.settings.kinds import Range
 from fastrm.settings.near import near
 
-MethodName = Literal["mocov3", "mocov2", "byol", "densecl"]
 ResidualPlace = Literal["output", "projector", "backbone"]
 
 ImageSize = Annotated[int, Range(at_least=8, at_most=4096)]
@@ -24,6 +23,13 @@ Seed = Annotated[int, Range(at_least=0, at_most=2**63 - 1)]
 Share = Annotated[float, Range(at_least=0, at_most=1)]
 Width = Annotated[int, Range(at_least=1, at_most=2**16)]
 Workers = Annotated[int, Range(at_least=0, at_most=256)]
+
+
+def methods() -> Any:
+    """The package of the methods, which knows their names and published settings; it imports the settings."""
+    from fastrm import methods
+
+    return methods
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,7 +78,7 @@ class ModelConfig:
 class MethodConfig:
     """The momentum method, its heads, and the residual term."""
 
-    method: MethodName = "mocov3"
+    method: str = field(default_factory=lambda: methods().names()[0])
     """The method whose loss between two views is trained."""
     residual_weight: Annotated[float, Range(at_least=0)] = 0.1
     """Weight of the residual term, student to teacher on the same view; 0 is the plain method.
@@ -154,7 +160,7 @@ class RunConfig:
     """What is logged, kept and repeated."""
 
     recipe: str | None = None
-    """A named set of defaults, which flags override; RECIPES in fastrm/settings/recipes.py lists them."""
+    """A named set of defaults, which flags override; docs/recipes.md lists them."""
     seed: Seed = 0
     """Seed of everything random; on the CPU the same seed gives the same bits."""
     log_to: tuple[Literal["tensorboard", "wandb", "mlflow"], ...] = ("tensorboard",)

@@ -13,8 +13,9 @@ from typing import Any
 
 from fastrm.files import at_home
 from fastrm.settings import command_line
-from fastrm.settings.config import CHOOSING, RECIPES, Config, defaults
+from fastrm.settings.config import CHOOSING, Config, defaults
 from fastrm.settings.config_file import read_settings
+from fastrm.settings.fields import methods
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,7 +37,8 @@ def read_flags(argv: Sequence[str] | None) -> Config:
     chosen = _chosen(given)
     file = chosen.pop("config", None)
     values = read_settings(at_home(Path(file))) if file else {}
-    for name in RECIPES.get(chosen.get("recipe", ""), ()):  # a recipe that is named by a flag is above the file
+    # A recipe that is named by a flag is above the file.
+    for name in methods().recipes().get(chosen.get("recipe", ""), ()):
         values.pop(name, None)
     of_file = {name: values[name] for name in CHOOSING if values.get(name) is not None}
     default = defaults(**{**of_file, **chosen}).replace(**values)

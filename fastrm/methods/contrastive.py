@@ -1,0 +1,47 @@
+"""What methods with InfoNCE as their own loss share."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from fastrm.kernels import info_nce, residual_info_nce
+from fastrm.machine.distributed import gather_rows
+from fastrm.methods.base import Encoding, Method
+from fastrm.settings.config import MethodConfig
+
+
+class Contrastive(Method[Encoding]):
+    """InfoNCE between the student's output and the teacher's, times ``scale``.
+
+    The negatives are the direction's queue, or, in methods without queues, the keys of all processes' batches. A
+    residual term on the output comes out of the same pass over the keys.
+    """
+
+    def __init__(self, encoder: nn.Module, config: MethodConfig, *, scale: float = 1.0, **options: Any) -> None:
+        super().__init__(encoder, config, **options)
+        self.temperature, self.scale = config.temperature, scale
+
+    def own_loss(self, direction: int, student: Encoding, key: Encoding) -> Tensor:
+        """InfoNCE, scaled."""
+        keys, queue, options = self._candidates(direction, key)
+        return self.scale * info_nce(student.output, keys, queue, **options)
+
+    def direction(
+        self, d: int, student: Encoding, key: Encoding, same: Encoding | None, residual_weight: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """As in :class:`Method`, with both terms in one operation where they are of the same output."""
+        if not self.trains_residual or self.residual_at != "output":
+            return super().direction(d, student, key, same, residual_weight)
+        assert same is not None
+        keys, queue, options = self._candidates(d, key)
+        weights = {"residual_weight": residual_weight, "contrastive_weight": self.scale}
+        loss, contrastive, residual = residual_info_nce(student.output, keys, same.output, queue, **weights, **options)
+        return loss, self.scale * contrastive, residual
+
+    def _candidates(self, direction: int, key: Encoding) -> tuple[Tensor, Tensor | None, dict[str, Any]]:
+        """Keys, queue, and what else the operations are given."""
+        queue: Any = self.queues[direction].features if self.queues else None
+        keys, offset = (key.output, 0) if queue is not None else gather_rows(key.output)
+        return keys, queue, {"temperature": self.temperature, "key_offset": offset, "backend": self.backend}

@@ -1,0 +1,208 @@
+"""Methods by name: what registering one gives, and that nothing outside fastrm/methods names any."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+import fastrm
+import fastrm.methods
+from fastrm.data import Augmentation, View, make_loader
+from fastrm.errors import UsageError
+from fastrm.evaluate import _protocol
+from fastrm.methods import (
+    LinearProtocol,
+    Method,
+    MoCoV2,
+    MoCoV3,
+    build_method,
+    find,
+    names,
+    recipes,
+    register,
+    registry,
+)
+from fastrm.run import checkpoint
+from fastrm.settings.config import build, defaults
+from tests import oracle
+
+ROOT = Path(fastrm.methods.__file__).parent.parent
+
+
+@pytest.fixture(autouse=True)
+def _as_it_was() -> Iterator[None]:
+    """What a test registers is gone after it."""
+    before = dict(registry._METHODS)
+    yield
+    registry._METHODS.clear()
+    registry._METHODS.update(before)
+
+
+def small(**leaves: Any) -> Any:
+    tiny = {"hidden_dim": 8, "output_dim": 4, "predictor_hidden_dim": 8, "queue_size": 16}
+    return build(**{"data": "digits", "arch": "test_resnet", "image_size": 32, **tiny, **leaves})
+
+
+class OneView(MoCoV3):
+    """Derived from a published method; not registered."""
+
+    recipes: ClassVar = {"one-view-8ep": {"epochs": 8, "temperature": 0.5, "batch_size": 64}}
+    linear_protocol = LinearProtocol(epochs=3)
+
+    @classmethod
+    def augmentation(cls, crop_min: float) -> Augmentation:
+        return Augmentation(views=(View(crop_scale=(crop_min, 1.0), flip_probability=0.0),) * 2)
+
+
+def test_nothing_outside_the_methods_names_one() -> None:
+    named = re.compile(rf"\b({'|'.join(names())})\b")
+    found = [
+        f"{path.relative_to(ROOT)}: {line.strip()}"
+        for path in ROOT.rglob("*.py")
+        if path.parent != ROOT / "methods"
+        for line in path.read_text(encoding="utf-8").splitlines()
+        if named.search(line)
+    ]
+    assert found == []
+
+
+def test_a_registered_method_is_found_by_its_name_everywhere() -> None:
+    mine = register("mine")(type("Mine", (OneView,), {"recipes": {"mine-8ep": OneView.recipes["one-view-8ep"]}}))
+    assert names()[-1] == mine.name == "mine"
+    assert names()[0] == MoCoV3.name == defaults().method.method
+    assert find("mine") is find(mine) is mine
+    assert recipes()["mine-8ep"] == {"method": "mine", "epochs": 8, "temperature": 0.5, "batch_size": 64}
+    config = small(method="mine")
+    assert (config.method.method, config.optim.epochs, config.method.temperature) == ("mine", 8, 0.5)
+    assert config.input.batch_size is None  # 256 a process, as without a recipe
+    assert small(recipe="mine-8ep").input.batch_size == 64
+    assert type(build_method(config)) is mine
+    assert _protocol("mine").epochs == 3
+
+
+def test_a_method_of_ones_own_need_not_be_registered() -> None:
+    config = small(method=OneView)
+    assert (config.method.method, config.optim.epochs, "OneView" in names()) == ("OneView", 8, False)
+    assert type(build_method(config, kind=OneView)) is OneView
+    with pytest.raises(UsageError, match=r"--method OneView is unknown; choose one of mocov3, .* be registered"):
+        build_method(config)
+    common: dict[str, Any] = {"image_size": 16, "batch_size": 4, "device": "cpu", "workers": 0, "seed": 1}
+    own = make_loader("digits", method=OneView, **common)
+    given = make_loader("digits", method=OneView.augmentation(0.2), **common)
+    assert all(torch.equal(*pair) for pair in zip(next(iter(own)).views, next(iter(given)).views, strict=True))
+
+
+def test_the_example_is_a_whole_method_in_less_than_forty_lines(tmp_path: Path) -> None:
+    """ReSSL's loss by hand, in float64; and two steps of a run, with its own views."""
+    path = ROOT.parent / "examples" / "own_method.py"
+    assert len(path.read_text(encoding="utf-8").splitlines()) < 40
+    spec = importlib.util.spec_from_file_location("own_method", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    assert find("ressl") is module.ReSSL
+
+    torch.manual_seed(0)
+    built = build_method(small(method="ressl", residual_weight=0.0))
+    views = torch.randn(2, 6, 3, 32, 32)
+    with torch.no_grad():
+        found = built(*views, torch.tensor(0.0)).loss.item()
+        rows = [built.student(views[0]), built.teacher(views[1])]
+    past = built.queues[0].features.double().numpy()
+    similarities = [oracle.unit(row.output.double().numpy()) @ past.T for row in rows]
+    student, teacher = (np.exp(s / tau) for s, tau in zip(similarities, (0.1, 0.04), strict=True))
+    student, teacher = (x / x.sum(axis=1, keepdims=True) for x in (student, teacher))
+    np.testing.assert_allclose(found, -(teacher * np.log(student)).sum(axis=1).mean(), rtol=1e-5)
+
+    tiny: dict[str, Any] = {"hidden_dim": 8, "output_dim": 4, "queue_size": 96, "image_size": 16, "batch_size": 32}
+    run: dict[str, Any] = {"epochs": 1, "workers": 0, "eval_every": 0, "log_to": [], "device": "cpu", **tiny}
+    result = fastrm.pretrain("digits", arch="test_resnet", method="ressl", max_steps=2, out=tmp_path / "run", **run)
+    assert result.scores["step"] == 2
+    assert checkpoint.load(tmp_path / "run")["method"]["queues.0.pointer"] == 2 * 32
+
+
+def test_a_subclass_has_its_own_name_and_no_recipes_twice() -> None:
+    class Mine(MoCoV2):
+        pass
+
+    assert (Mine.name, MoCoV2.name) == ("Mine", "mocov2")
+    before = recipes()
+    register("mine")(Mine)
+    assert recipes() == before
+    assert Mine.defaults("resnet50") == MoCoV2.defaults("resnet50")
+
+
+def test_a_class_that_is_defined_again_takes_its_place() -> None:
+    """As when a cell of a notebook is run twice."""
+
+    def cell() -> type[Method[Any]]:
+        @register("mine")
+        class Mine(MoCoV2):
+            recipes: ClassVar = {"mine-1ep": {"epochs": 1}}
+
+        return Mine
+
+    first, second = cell(), cell()
+    assert first is not second
+    assert find("mine") is second
+
+
+@pytest.mark.parametrize(
+    ("name", "given", "message"),
+    [
+        ("mocov2", OneView, r"--method mocov2 is fastrm.methods.mocov2.MoCoV2; choose another name"),
+        ("mine", torch.nn.Linear, "Linear.*; it must be a subclass of fastrm.methods.Method"),
+        ("mine", lambda: None, "it must be a subclass of fastrm.methods.Method"),
+        ("", OneView, "'' is no name"),
+        ("a/b", OneView, "'a/b' is no name; it must be of letters"),
+        (None, OneView, "None is no name"),
+        ("mine", type("Same", (MoCoV3,), {"recipes": {"mocov2-r50-200ep": {}}}), "--recipe mocov2-r50-200ep is one of"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_registered_is_refused(name: Any, given: Any, message: str) -> None:
+    before = dict(registry._METHODS)
+    with pytest.raises(UsageError, match=message):
+        register(name)(given)
+    assert before == registry._METHODS
+
+
+def test_what_a_method_does_not_say_is_said() -> None:
+    class Silent(Method[Any]):
+        def __init__(self, backbone: Any, config: Any, *, backend: str | None = None) -> None:
+            super().__init__(fastrm.methods.Encoder(backbone, torch.nn.Identity()), config, backend=backend)
+
+    with pytest.raises(UsageError, match=r"--method Silent .*: Silent has no own_loss"):
+        build_method(small(method=Silent), kind=Silent)
+
+    class ThreeViews(MoCoV2):
+        views = 3
+
+    with pytest.raises(UsageError, match="--method ThreeViews takes 3 views of an image; its augmentation gives 2"):
+        make_loader("digits", method=ThreeViews, image_size=16, batch_size=4, device="cpu", workers=0, seed=1)
+
+
+def test_a_method_that_takes_three_views_is_trained_on_three() -> None:
+    class ThreeViews(MoCoV2):
+        views = 3
+
+        def forward(self, first: Tensor, second: Tensor, third: Tensor, *rest: Any, **options: Any) -> Any:  # type: ignore[override]
+            return super().forward(first, second + third, *rest, **options)
+
+    built = build_method(small(method=ThreeViews), kind=ThreeViews)
+    assert built.notes == []
+
+
+def test_a_file_of_a_method_that_is_not_known_is_scored_all_the_same(capsys: pytest.CaptureFixture[str]) -> None:
+    assert _protocol("mocov2") == MoCoV2.linear_protocol
+    assert capsys.readouterr().out == ""
+    assert _protocol("theirs") == LinearProtocol()
+    assert "the method theirs is not known here; trained as for mocov3" in capsys.readouterr().out
