@@ -190,7 +190,7 @@ def _merge(into: dict[str, Any], new: Mapping[str, Any]) -> None:
             into[name] = value
 
 
-def _left_out(broken: Mapping[Path, str]) -> str:
+def _left_out(broken: Mapping[str, str]) -> str:
     first, why = next(iter(broken.items()))
     return f"{len(broken)} broken files; the first is {first} ({why})"
 

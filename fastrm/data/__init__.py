@@ -8,8 +8,10 @@ from typing import Any
 import torch
 
 from fastrm.data.augmentation import SUPERVISED, Augmentation, View
+from fastrm.data.called import Augment
 from fastrm.data.dali_loader import DaliLoader, dali_problem
 from fastrm.data.eval_loader import EvalLoader
+from fastrm.data.items import ItemImages
 from fastrm.data.loader import Batch, Loader
 from fastrm.data.memory_loader import MemoryLoader
 from fastrm.data.opening import located, open_source
@@ -34,7 +36,7 @@ __all__ = [
 
 
 def make_loader(
-    data: str | Path | Source,
+    data: Any,
     *,
     method: Any,
     image_size: int,
@@ -49,12 +51,19 @@ def make_loader(
     rank: int = 0,
     world_size: int = 1,
 ) -> Loader:
-    """Return a loader of pairs of views, augmented as a method's publication says.
+    """Return a loader of augmented views.
 
     Args:
-        data: a folder, the name of a set, or an opened :class:`Source`.
-        method: whose augmentation: a method's name, or a subclass of :class:`fastrm.methods.Method`; or an
-            :class:`Augmentation` of your own.
+        data: whatever :func:`open_source` takes.
+        method: whose augmentation: a method's name, or a subclass of :class:`fastrm.methods.Method`; or your own: an
+            :class:`Augmentation`, or a callable from one image to a tuple of views.
+
+            The callable is given what a Dataset gives, and of files and named sets a PIL image (of gray files of 16
+            bits, and of arrays of deeper pixels or other bands, a tensor [C, H, W]). A view is a tensor [C, H, W], of
+            floats, which are used as they are, or of uint8, which is normalised by ImageNet's mean and standard
+            deviation, as is a PIL image. All views of one position must have one shape, whatever ``image_size`` says.
+            Around Dataset and callable torch's (CPU), NumPy's and Python's random states are seeded by seed, epoch and
+            index, and restored: the views depend on nothing else that these generators give.
         image_size: side of the views, in pixels.
         batch_size: images a batch of this process; what is left over at the end of an epoch is dropped, and another
             part of the data in each epoch.
@@ -62,9 +71,10 @@ def make_loader(
         workers: loader processes; 0 loads in this one.
         seed: the same seed gives the same views, whatever the number of workers.
         dtype: of the views; that in which the network computes saves a conversion.
-        loader: ``"memory"`` holds the whole set on the device and needs a named one; ``"dali"`` reads files;
-            ``"torch"`` uses worker processes; ``"auto"`` is memory for named sets, and for files dali on a GPU where
-            it is installed, else torch, which is the faster of the two on a CPU.
+        loader: ``"memory"`` holds the whole set on the device and needs a named one, or an array of bytes; ``"dali"``
+            reads files; ``"torch"`` uses worker processes, and alone takes Datasets and callables; ``"auto"`` is memory
+            for named sets and arrays, for files dali on a GPU where it is installed, and else torch, which is the
+            faster of the two on a CPU.
         crop_min: smallest share of the area that a crop takes, in a method's augmentation.
         data_root: where a named set lies.
         rank, world_size: this process among all; together they see every image once an epoch.
@@ -91,10 +101,14 @@ def make_loader(
     if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
         raise UsageError(f"dtype {dtype} cannot hold views; it must be torch.float32 or another floating one")
     check_range("crop_min", crop_min)
-    recipe = method if isinstance(method, Augmentation) else _published(method, crop_min)
+    recipe: Augmentation | Augment
+    if isinstance(method, Augmentation) or (callable(method) and not isinstance(method, type)):
+        recipe = method
+    else:
+        recipe = _published(method, crop_min)
     place = _device(device)
     check_choice("loader", loader)
-    source = data if isinstance(data, Source) else open_source(data, data_root)
+    source = open_source(data, data_root)
     wanted = batch_size * world_size
     if wanted > len(source.train):
         raise UsageError(
@@ -110,13 +124,16 @@ def make_loader(
         "rank": rank,
         "world_size": world_size,
     }
-    kind = _kind(loader, source.train, place)
-    if kind == "memory":
-        assert isinstance(source.train, ArrayImages)
-        return MemoryLoader(source.train, recipe, **common)
-    if kind == "dali":
-        assert isinstance(source.train, FileImages)
-        return DaliLoader(source.train, recipe, workers=workers, **common)
+    kind = _kind(loader, source.train, recipe, place)
+    if isinstance(recipe, Augmentation):
+        if isinstance(source.train, ItemImages) and source.train.items.unseen is not None:
+            raise UsageError(f"data: {source.train.items.unseen}; a callable as augmentation may take it")
+        if kind == "memory":
+            assert isinstance(source.train, ArrayImages)
+            return MemoryLoader(source.train, recipe, **common)
+        if kind == "dali":
+            assert isinstance(source.train, FileImages)
+            return DaliLoader(source.train, recipe, workers=workers, **common)
     return TorchLoader(source.train, recipe, workers=workers, **common)
 
 
@@ -126,8 +143,8 @@ def _published(method: Any, crop_min: float) -> Augmentation:
 
     if not isinstance(method, str | type):
         raise UsageError(
-            f"method is a {type(method).__name__}; it must be one of {', '.join(methods.names())}, or a "
-            "fastrm.data.Augmentation"
+            f"method is a {type(method).__name__}; it must be one of {', '.join(methods.names())}, a "
+            "fastrm.data.Augmentation, or a callable from one image to a tuple of views"
         )
     kind = methods.find(method)
     augmentation = kind.augmentation(crop_min)
@@ -135,15 +152,22 @@ def _published(method: Any, crop_min: float) -> Augmentation:
     return augmentation
 
 
-def _kind(loader: str, images: Images, device: torch.device) -> str:
+def _kind(loader: str, images: Images, recipe: Augmentation | Augment, device: torch.device) -> str:
     """Which loader it will be."""
-    held = isinstance(images, ArrayImages)
+    held, files = isinstance(images, ArrayImages), isinstance(images, FileImages)
+    called = not isinstance(recipe, Augmentation)
     if loader == "auto":
+        if called or not (held or files):
+            return "torch"
         return "memory" if held else "dali" if device.type == "cuda" and not dali_problem() else "torch"
+    if loader != "torch" and called:
+        raise UsageError(f"--loader {loader} has the built-in augmentations only; for a callable give torch or auto")
     if loader == "memory" and not held:
-        raise UsageError("--loader memory holds named sets only; for files give dali, torch or auto")
-    if loader == "dali" and held:
-        raise UsageError("--loader dali reads files only; for a named set give memory, torch or auto")
+        other = "files give dali, torch or auto" if files else "a Dataset give torch or auto"
+        raise UsageError(f"--loader memory holds named sets only, and arrays of bytes; for {other}")
+    if loader == "dali" and not files:
+        other = "a named set give memory, torch or auto" if held else "a Dataset give torch or auto"
+        raise UsageError(f"--loader dali reads files only; for {other}")
     if loader == "dali" and (problem := dali_problem()):
         raise UsageError(f"--loader dali cannot be used: {problem}")
     return loader

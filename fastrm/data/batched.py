@@ -210,6 +210,7 @@ def _spread(values: tuple[float, ...], height: int, width: int, device: torch.de
     return channels.expand(1, 3, height, width).contiguous(memory_format=torch.channels_last)
 
 
-def empty_views(count: int, size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """[B, 3, S, S] in channels-last order, not yet filled."""
-    return torch.empty((count, 3, size, size), dtype=dtype, device=device, memory_format=torch.channels_last)
+def empty_views(count: int, size: int | Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """[B, 3, S, S], or [B, 3, H, W] of a size (H, W), in channels-last order, not yet filled."""
+    height, width = (size, size) if isinstance(size, int) else size
+    return torch.empty((count, 3, height, width), dtype=dtype, device=device, memory_format=torch.channels_last)

@@ -85,7 +85,8 @@ class DaliLoader(Loader):
         regions: bool = False,
         **sampling: int,
     ) -> None:
-        super().__init__(len(images), augmentation, **sampling)
+        super().__init__(len(images), **sampling)
+        self._augmentation, self.views = augmentation, len(augmentation.views)
         self._images, self._device, self._dtype, self._size = images, device, dtype, image_size
         batch_size = sampling["batch_size"]
         threads = max(1, workers)

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from typing import NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 
 from fastrm.machine.memory import exhausted
@@ -90,6 +91,28 @@ def decode(content: bytes, *, reduced: bool = False) -> Image.Image:
         return colours if turn is None else colours.transpose(turn)
 
 
+def stored(content: bytes) -> Image.Image | NDArray[np.uint16]:
+    """Read a picture as :func:`decode` does, but gray of 16 bits as it is stored: uint16 [H, W]. Raises as decode."""
+    with _opened(content) as image:
+        if image.mode.startswith("I"):
+            turn = _UPRIGHT.get(_orientation(image))
+            return np.asarray(image if turn is None else image.transpose(turn)).astype(np.uint16)
+    return decode(content)
+
+
+def rgb(image: Image.Image) -> Image.Image:
+    """A picture that Pillow has opened, as RGB of 8 bits per channel: by the rules of :func:`decode`, but not turned.
+
+    Raises:
+        BrokenImage: it is damaged, or its values have no known black and white.
+    """
+    with told():
+        _check_values(image)
+        wide = _sixteen_bits(image)
+        image.load()
+        return _colours(image, wide)
+
+
 def inspect(content: bytes) -> Header:
     """Read a picture's header; raises as :func:`decode`."""
     with _opened(content) as image:
@@ -125,22 +148,35 @@ def _opened(content: bytes) -> Iterator[Image.Image]:
     """Open a picture, and raise whatever its decoder raises as a BrokenImage."""
     if not content:
         raise BrokenImage("the file is empty")
+    with told():
+        try:
+            with Image.open(io.BytesIO(content)) as image:
+                _check_values(image)
+                yield image
+        except UnidentifiedImageError as error:
+            tiff = content.startswith((b"II*\0", b"MM\0*"))
+            raise BrokenImage(
+                f"Pillow cannot read this TIFF; if it is whole, {_CONVERT}" if tiff else reason(error)
+            ) from None
+
+
+@contextmanager
+def told() -> Iterator[None]:
+    """Raise whatever is raised while an image is read as a BrokenImage that says it in one line."""
     try:
-        with Image.open(io.BytesIO(content)) as image:
-            if (problem := _unknown_values(image)) is not None:
-                raise BrokenImage(problem)
-            yield image
+        yield
     except BrokenImage:
         raise
-    except UnidentifiedImageError as error:
-        tiff = content.startswith((b"II*\0", b"MM\0*"))
-        raise BrokenImage(
-            f"Pillow cannot read this TIFF; if it is whole, {_CONVERT}" if tiff else reason(error)
-        ) from None
     except Exception as error:  # damaged bytes lead decoders to errors of every kind
-        if exhausted(error):  # a machine that is short of memory says nothing about the file
+        if exhausted(error):  # a machine that is short of memory says nothing about the image
             raise
         raise BrokenImage(reason(error)) from None
+
+
+def _check_values(image: Image.Image) -> None:
+    """Refuse an opened picture whose values have no known black and white, as far as its header tells."""
+    if (problem := _unknown_values(image)) is not None:
+        raise BrokenImage(problem)
 
 
 def _unknown_values(image: Image.Image) -> str | None:
@@ -187,12 +223,12 @@ def _colours(image: Image.Image, wide: bool) -> Image.Image:
     if image.mode.startswith("I"):  # 16 bits; a plain conversion would clip everything above 255
         values = np.asarray(image)
         if wide:
-            _check_range(int(values.max()))
+            check_depth(int(values.max()))
         return Image.fromarray((values >> 8).astype(np.uint8)).convert("RGB")
     if wide:  # of which the upper 8 bits were read
         ranges = zip(np.reshape(image.getextrema(), (-1, 2)).tolist(), image.getbands(), strict=True)
         upper = max(top for (_, top), band in ranges if band != "A")
-        _check_range(256 * upper + 255 if upper else 0)
+        check_depth(256 * upper + 255 if upper else 0)
     if image.mode in ("RGBA", "LA", "PA") or (image.mode == "P" and "transparency" in image.info):
         image = image.convert("RGBA")
         *colours, (least, most) = np.reshape(image.getextrema(), (4, 2)).tolist()
@@ -201,7 +237,7 @@ def _colours(image: Image.Image, wide: bool) -> Image.Image:
     return image.convert("RGB")
 
 
-def _check_range(top: int) -> None:
+def check_depth(top: int) -> None:
     """Refuse 16-bit values of which the largest says that they do not have the full range."""
     if 0 < top < _FULL_RANGE:
         bits = top.bit_length()

@@ -77,6 +77,8 @@ class Draws:
     """bool [B]."""
     flip: Tensor
     """bool [B]."""
+    tries: Tensor
+    """float64 [B, 22]: what :func:`boxes` finds the crop from."""
 
     def part(self, which: slice) -> Draws:
         """Return what was drawn for some of the images."""
@@ -103,12 +105,12 @@ def draw(view: View, heights: Tensor, widths: Tensor, image_size: int, generator
     def chosen(probability: float) -> Tensor:
         return torch.rand(count, generator=generator) < probability
 
-    box = _boxes(view, heights, widths, generator)
+    tries = _tries(view, count, generator)
     strengths = (view.brightness, view.contrast, view.saturation)
     factors = [uniform(max(0.0, 1 - strength), 1 + strength) for strength in strengths]
     scale = image_size / 224
     return Draws(
-        box=box,
+        box=boxes(view, tries, heights, widths),
         jitter=chosen(view.jitter_probability),
         factors=torch.stack([*factors, uniform(-view.hue, view.hue)], dim=1),
         order=torch.rand(count, 4, generator=generator).argsort(dim=1),
@@ -116,6 +118,7 @@ def draw(view: View, heights: Tensor, widths: Tensor, image_size: int, generator
         sigma=uniform(*(sigma * scale for sigma in view.blur_sigma)) * chosen(view.blur_probability),
         solarize=chosen(view.solarize_probability),
         flip=chosen(view.flip_probability),
+        tries=tries,
     )
 
 
@@ -124,15 +127,23 @@ def blur_radius(view: View, image_size: int) -> int:
     return max(1, int(np.ceil(3 * view.blur_sigma[1] * image_size / 224)))
 
 
-def _boxes(view: View, heights: Tensor, widths: Tensor, generator: torch.Generator) -> Tensor:
-    """Crops [B, 4]: the first of ten tries that fits the picture, or else as much of its centre as the ratio allows."""
-    shape = (len(heights), _CROP_TRIES)
+def _tries(view: View, count: int, generator: torch.Generator) -> Tensor:
+    """Draw what boxes are found from, whatever the pictures' sizes: float64 [B, 22]."""
 
     def uniform(low: float, high: float) -> Tensor:
-        return torch.empty(shape, dtype=torch.float64).uniform_(low, high, generator=generator)
+        return torch.empty((count, _CROP_TRIES), dtype=torch.float64).uniform_(low, high, generator=generator)
 
-    area = (heights * widths)[:, None] * uniform(*view.crop_scale)
-    ratio = uniform(*np.log(view.crop_ratio)).exp()
+    area, ratio = uniform(*view.crop_scale), uniform(*np.log(view.crop_ratio)).exp()
+    return torch.cat([area, ratio, torch.rand(2, count, generator=generator, dtype=torch.float64).T], dim=1)
+
+
+def boxes(view: View, tries: Tensor, heights: Tensor, widths: Tensor) -> Tensor:
+    """Crops int64 [B, 4] of pictures of these sizes.
+
+    Each is the first of ten tries that fits the picture, or else as much of its centre as the ratio allows.
+    """
+    share, ratio, where = tries.split([_CROP_TRIES, _CROP_TRIES, 2], dim=1)
+    area = (heights * widths)[:, None] * share
     tried_w, tried_h = (area * ratio).sqrt().round().long(), (area / ratio).sqrt().round().long()
     fits = (tried_w > 0) & (tried_h > 0) & (tried_w <= widths[:, None]) & (tried_h <= heights[:, None])
     first = fits.int().argmax(dim=1, keepdim=True)
@@ -143,9 +154,8 @@ def _boxes(view: View, heights: Tensor, widths: Tensor, generator: torch.Generat
     centre_h = torch.minimum(heights, (widths / narrow).round().long())
     found = fits.any(dim=1)
     w, h = torch.where(found, w, centre_w).clamp(min=1), torch.where(found, h, centre_h).clamp(min=1)
-    where = torch.rand(2, len(heights), generator=generator, dtype=torch.float64)
-    top = torch.where(found, (where[0] * (heights - h + 1)).long(), (heights - h) // 2)
-    left = torch.where(found, (where[1] * (widths - w + 1)).long(), (widths - w) // 2)
+    top = torch.where(found, (where[:, 0] * (heights - h + 1)).long(), (heights - h) // 2)
+    left = torch.where(found, (where[:, 1] * (widths - w + 1)).long(), (widths - w) // 2)
     return torch.stack([top, left, h, w], dim=1)
 
 

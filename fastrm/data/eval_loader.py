@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
 
 import torch
 from PIL import Image
@@ -13,9 +12,11 @@ from torchvision.transforms.v2 import functional
 
 from fastrm.data.augmentation import IMAGENET_MEAN, IMAGENET_STD
 from fastrm.data.decode import BROKEN, reason
+from fastrm.data.items import ItemImages
 from fastrm.data.loader import Batch
 from fastrm.data.scan import report
-from fastrm.data.sources import FileImages, Images
+from fastrm.data.sources import Images
+from fastrm.data.workers import check_travels
 from fastrm.machine.signals import leave_to_the_trainer
 
 _View = tuple[int, Tensor | str]
@@ -71,13 +72,14 @@ class EvalLoader:
     """Batches of images in order, of one view each; an image that cannot be read is left out, with a warning.
 
     Attributes:
-        broken: files that were left out, and what is wrong with them.
+        broken: images that were left out, by name, and what is wrong with them.
     """
 
     def __init__(self, images: Images, *, image_size: int, batch_size: int, workers: int) -> None:
-        known = {images.paths[i]: why for i, why in images.unreadable.items()} if isinstance(images, FileImages) else {}
-        self.broken: dict[Path, str] = known
+        self.broken: dict[str, str] = {images.name(i): why for i, why in images.unreadable.items()}
         self._images = images
+        if isinstance(images, ItemImages):
+            check_travels(workers, images)
         # A generator of its own, so that an evaluation leaves the run's random numbers as they are.
         self._loader = DataLoader(
             _EvalImages(images, image_size),
@@ -96,12 +98,11 @@ class EvalLoader:
         """Yield all images once, with one view each.
 
         Raises:
-            UsageError: more than a tenth of the files cannot be read.
+            UsageError: more than a tenth of the images cannot be read.
         """
         for indices, views, faults in self._loader:
-            if isinstance(self._images, FileImages):
-                self._images.unreadable.update(faults)  # nor does the next pass read them: all score the same images
-                report(self.broken, self._images, faults)
+            self._images.unreadable.update(faults)  # nor does the next pass read them: all score the same images
+            report(self.broken, self._images, faults)
             if views is not None:
                 yield Batch((views,), indices)
 
@@ -114,7 +115,7 @@ class _EvalImages(Dataset[_View]):
         return len(self.images)
 
     def __getitem__(self, index: int) -> _View:
-        if isinstance(self.images, FileImages) and index in self.images.unreadable:
+        if index in self.images.unreadable:
             return index, self.images.unreadable[index]
         try:
             return index, eval_view(self.images[index], self.image_size)

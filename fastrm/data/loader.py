@@ -4,12 +4,10 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from pathlib import Path
 from typing import NamedTuple
 
 from torch import Tensor
 
-from fastrm.data.augmentation import Augmentation
 from fastrm.data.draws import BatchSampler
 
 
@@ -28,15 +26,15 @@ class Loader(ABC):
     A batch depends on the seed and its place (epoch, batch, rank) alone, so that ``seek`` gives the same one anywhere.
 
     Attributes:
-        broken: files that were left out while reading, and what is wrong with them.
+        views: how many there are of each image.
+        broken: images that were left out while reading, by name, and what is wrong with them.
     """
 
-    def __init__(
-        self, length: int, augmentation: Augmentation, *, batch_size: int, seed: int, rank: int, world_size: int
-    ) -> None:
-        self._augmentation = augmentation
+    views: int
+
+    def __init__(self, length: int, *, batch_size: int, seed: int, rank: int, world_size: int) -> None:
         self._sampler = BatchSampler(length, batch_size, seed, rank, world_size)
-        self.broken: dict[Path, str] = {}
+        self.broken: dict[str, str] = {}
 
     def __len__(self) -> int:
         """Batches an epoch."""
@@ -47,7 +45,7 @@ class Loader(ABC):
         self._sampler.seek(batch)
 
     def __iter__(self) -> Iterator[Batch]:
-        """Yield the views of the same images, [B, 3, H, W] each: two, or as many as the augmentation has."""
+        """Yield the views of the same images, [B, 3, H, W] each: two, or as many as the augmentation gives."""
         yield from self._batches()
         self._sampler.next_epoch()
 

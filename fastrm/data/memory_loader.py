@@ -29,7 +29,8 @@ class MemoryLoader(Loader):
         dtype: torch.dtype,
         **sampling: int,
     ) -> None:
-        super().__init__(len(images), augmentation, **sampling)
+        super().__init__(len(images), **sampling)
+        self._augmentation, self.views = augmentation, len(augmentation.views)
         self._size, self._dtype = image_size, dtype
         self._pixels = images.tensor().to(device)
 

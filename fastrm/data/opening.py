@@ -1,12 +1,14 @@
-"""Whatever ``--data`` names, opened: a folder, shards or a named set."""
+"""Whatever images can be given as, opened: what ``--data`` names, or an object of a script's."""
 
 from __future__ import annotations
 
 import os
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from fastrm.data.folders import open_folder
+from fastrm.data.given import open_given
 from fastrm.data.named import NAMED, open_named
 from fastrm.data.shards import COMPRESSED, open_shards
 from fastrm.data.sources import Source
@@ -15,16 +17,37 @@ from fastrm.files import at_home, cache_root
 from fastrm.settings.config import check_path, flag
 
 
-def open_source(data: str | Path, data_root: str | Path | None = None) -> Source:
-    """Open a named set, or a folder in one of the three layouts.
+def open_source(data: Any, data_root: str | Path | None = None) -> Source:
+    """Open images, however they are given.
+
+    Args:
+        data: one of
+
+            - what ``--data`` takes, as str or Path: a folder, shards, or the name of a set;
+            - a map-style Dataset: anything with ``len`` and ``[index]``, whose items are an image, (image, label) with
+              or without more, or a dict with ``image`` and ``label``. An image is a PIL image, or a tensor [C, H, W] or
+              [H, W], or an array [H, W, C] or [H, W], of uint8, uint16, or floats from 0 to 1;
+            - a list of paths of images;
+            - an array or a tensor [N, H, W, C], or [N, H, W] of gray images;
+            - an opened :class:`Source`, which is returned.
+        data_root: where a named set lies.
+
+    Returns:
+        The source. Labels of a Dataset are whole numbers from 0 up; they are taken from its attribute ``targets`` or
+        ``labels``, or of a HuggingFace dataset from its column ``label``, where its items agree, and else asked of
+        each item once something needs them, which takes as long as an epoch in one process. As in a folder without
+        ``val/``, kNN is tried on a tenth of the images.
 
     Raises:
-        UsageError: there is no such set or folder, it holds no image, or a named set is not there and cannot be
-            downloaded.
+        UsageError: it is of another kind; there is no such set or folder, it holds no image, or a named set is not
+            there and cannot be downloaded.
     """
-    for name, value in (("data", data), ("data_root", data_root)):
-        if not isinstance(value, str | Path | None):
-            raise UsageError(f"{flag(name)} is a {type(value).__name__}; it must be a path or the name of a set")
+    if isinstance(data, Source):
+        return data
+    if not isinstance(data_root, str | Path | None):
+        raise UsageError(f"{flag('data_root')} is a {type(data_root).__name__}; it must be a path")
+    if not isinstance(data, str | Path | None):
+        return open_given(data)
     data = str(data or "")
     if not data:
         raise UsageError("--data is missing; give a folder of images, or a named set such as digits")

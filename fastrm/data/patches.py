@@ -12,7 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from fastrm.data.sources import BROKEN, ArrayImages, reason
+from fastrm.data.decode import BROKEN, reason
+from fastrm.data.sources import ArrayImages
 from fastrm.errors import UsageError
 
 PHOTOGRAPHS = (

@@ -7,25 +7,27 @@ import hashlib
 import json
 import os
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 import PIL
 from PIL import features
 
 from fastrm.data import decode as rules
-from fastrm.data.decode import BrokenImage, decode, reason, several
+from fastrm.data.decode import BROKEN, BrokenImage, decode, reason, several
 from fastrm.data.sources import FileImages, Images, Source
 from fastrm.errors import UsageError
 from fastrm.files import cache_root, write_text
 from fastrm.terminal.progress import tracked
 
+T = TypeVar("T")
 SKIPPED = "skipped.txt"
 MOST = 0.1  # share of broken files with which a run goes on
+_IN_A_ROW = 100
 
 
 def fault(content: bytes) -> str | None:
@@ -48,7 +50,7 @@ class _Found(NamedTuple):
     """Whether it holds more pictures than the one that is read."""
 
 
-def scan(source: Source, *, workers: int) -> tuple[Source, dict[Path, str]]:
+def scan(source: Source, *, workers: int) -> tuple[Source, dict[str, str]]:
     """Read every file, and return the source without the broken ones, and what is wrong with each of these.
 
     What was found is kept in the cache folder, and taken from there as long as no file's size or time has changed.
@@ -56,8 +58,8 @@ def scan(source: Source, *, workers: int) -> tuple[Source, dict[Path, str]]:
     Raises:
         UsageError: more than a tenth of the files are broken.
     """
-    broken: dict[Path, str] = {}
-    looked: set[Path] = set()
+    broken: dict[str, str] = {}
+    looked: set[str] = set()
     further = 0
     sound: dict[int, Images] = {}
 
@@ -66,14 +68,15 @@ def scan(source: Source, *, workers: int) -> tuple[Source, dict[Path, str]]:
         if not isinstance(images, FileImages):
             return images
         if id(images) not in sound:  # the images for kNN may be those for training, or a part of them
-            if not looked.issuperset(images.paths):
+            names = [images.name(index) for index in range(len(images))]
+            if not looked.issuperset(names):
                 found = _looked_at(images, workers)
-                faults = {path: look.why for path, look in zip(images.paths, found, strict=True) if look.why}
+                faults = {name: look.why for name, look in zip(names, found, strict=True) if look.why}
                 further += sum(look.several for look in found)
                 check_share(len(faults), images, faults)
                 broken.update(faults)
-                looked.update(images.paths)
-            kept = [i for i, path in enumerate(images.paths) if path not in broken]
+                looked.update(names)
+            kept = [i for i, name in enumerate(names) if name not in broken]
             sound[id(images)] = images if len(kept) == len(images) else images.subset(np.array(kept, dtype=np.int64))
         return sound[id(images)]
 
@@ -131,43 +134,69 @@ def _state(images: FileImages) -> str:
     return digest.hexdigest()[:32]
 
 
-def report(broken: dict[Path, str], images: FileImages, faults: Mapping[int, str]) -> None:
+def report(broken: dict[str, str], images: Images, faults: Mapping[int, str]) -> None:
     """Add to ``broken`` what was met while reading, by index, with a warning for each file that is new.
 
     Raises:
         UsageError: more than a tenth of the files are broken.
     """
     for index, why in faults.items():
-        path = images.paths[index]
-        if path not in broken:
-            broken[path] = why
-            warnings.warn(f"left out, since it cannot be read: {path} ({why})", stacklevel=2)
+        name = images.name(index)
+        if name not in broken:
+            broken[name] = why
+            warnings.warn(f"left out, since it cannot be read: {name} ({why})", stacklevel=2)
     check_share(len(broken), images, broken)
 
 
-def unreadable(source: Source) -> dict[Path, str]:
+def readable(images: Images, index: int, read: Callable[[int], T], faults: dict[int, str]) -> tuple[int, T]:
+    """Apply ``read`` to an index, or where that raises one of ``BROKEN`` to the next one where it does not.
+
+    Args:
+        images: that the indices are of.
+        index: of the image that is wanted.
+        read: what is done.
+        faults: gets what is wrong with the others, by index.
+
+    Raises:
+        UsageError: more than a tenth of the images cannot be read, or a hundred in a row.
+    """
+    found: dict[str, str] = {}
+    for step in range(len(images)):
+        at = (index + step) % len(images)
+        try:
+            return at, read(at)
+        except BROKEN as error:
+            faults[at] = found[images.name(at)] = reason(error)
+        check_share(len(found), images, found)
+        if step + 1 == _IN_A_ROW:
+            break
+    first, why = next(iter(found.items()))
+    raise UsageError(f"--data: {len(found)} {images.NOUN} in a row cannot be read; the first is {first} ({why})")
+
+
+def unreadable(source: Source) -> dict[str, str]:
     """What could not be read of any of a source's images since the scan, in this process."""
-    every = (images for images in (source.train, source.bank, source.test) if isinstance(images, FileImages))
-    return {images.paths[index]: why for images in every for index, why in images.unreadable.items()}
+    every = (images for images in (source.train, source.bank, source.test) if images is not None)
+    return {images.name(index): why for images in every for index, why in images.unreadable.items()}
 
 
-def check_share(count: int, images: FileImages, broken: Mapping[Path, str]) -> None:
-    """Raise a UsageError if more than a tenth of the files are broken."""
+def check_share(count: int, images: Images, broken: Mapping[str, str]) -> None:
+    """Raise a UsageError if more than a tenth of the images are broken."""
     if count > MOST * len(images):
         first, why = next(iter(broken.items()))
         raise UsageError(
-            f"--data: {count} of {len(images)} files are broken, more than a tenth; "
+            f"--data: {count} of {len(images)} {images.NOUN} are broken, more than a tenth; "
             f"the first is {first} ({why}); repair or remove them"
         )
 
 
-def list_further(out: Path, broken: dict[Path, str], met: Mapping[Path, str]) -> None:
+def list_further(out: Path, broken: dict[str, str], met: Mapping[str, str]) -> None:
     """Add what was met while reading to ``broken``, and to the list of it under ``out``."""
     if not met.keys() <= broken.keys():
         broken.update(met)
         write_skipped(out, broken)
 
 
-def write_skipped(out: Path, broken: Mapping[Path, str]) -> None:
-    """List broken files, a path and what is wrong with it a line, in ``skipped.txt`` under ``out``."""
-    write_text(out / SKIPPED, "".join(f"{path}\t{why}\n" for path, why in broken.items()))
+def write_skipped(out: Path, broken: Mapping[str, str]) -> None:
+    """List broken images, a name and what is wrong with it a line, in ``skipped.txt`` under ``out``."""
+    write_text(out / SKIPPED, "".join(f"{name}\t{why}\n" for name, why in broken.items()))

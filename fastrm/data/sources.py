@@ -5,11 +5,13 @@ from __future__ import annotations
 import itertools
 import os
 import re
+import warnings
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import numpy as np
 import torch
@@ -17,7 +19,7 @@ from numpy.typing import NDArray
 from PIL import Image, features
 from torch import Tensor
 
-from fastrm.data.decode import BROKEN, NOT_DECODED, BrokenImage, decode, reason
+from fastrm.data.decode import BROKEN, NOT_DECODED, BrokenImage, decode, reason, stored
 from fastrm.errors import UsageError
 
 T = TypeVar("T")
@@ -25,7 +27,53 @@ _KINDS_TOLD = 8
 _AT_ONCE = 1024
 
 
-class ArrayImages:
+class Images(ABC):
+    """Images in an order, as RGB pictures; wherever they are.
+
+    Args:
+        labels: int64 [N], or None.
+
+    Attributes:
+        unreadable: what is wrong with the images that could not be read, by index.
+    """
+
+    NOUN: ClassVar[str] = "images"
+    """What each of them is, in the plural."""
+
+    def __init__(self, labels: NDArray[np.int64] | None) -> None:
+        self._labels = labels
+        self.unreadable: dict[int, str] = {}
+
+    @property
+    def labels(self) -> NDArray[np.int64] | None:
+        """int64 [N], or None."""
+        return self._labels
+
+    @abstractmethod
+    def __len__(self) -> int: ...
+
+    @abstractmethod
+    def __getitem__(self, index: int) -> Image.Image:
+        """An image as RGB of 8 bits per channel; one of ``BROKEN`` is raised where it cannot be read."""
+
+    def given(self, index: int) -> Any:
+        """What a callable of the user's is given to make views of; raises as ``[index]``."""
+        return self[index]
+
+    @abstractmethod
+    def name(self, index: int) -> str:
+        """What the user knows an image by."""
+
+    @abstractmethod
+    def identities(self) -> Iterator[bytes]:
+        """What tells each image from others."""
+
+    @abstractmethod
+    def subset(self, indices: NDArray[np.int64]) -> Images:
+        """Return the images at ``indices``."""
+
+
+class ArrayImages(Images):
     """Images held in memory.
 
     Args:
@@ -34,8 +82,8 @@ class ArrayImages:
     """
 
     def __init__(self, pixels: NDArray[np.uint8], labels: NDArray[np.int64] | None) -> None:
+        super().__init__(labels)
         self.pixels = pixels
-        self.labels = labels
 
     def __len__(self) -> int:
         return len(self.pixels)
@@ -43,9 +91,15 @@ class ArrayImages:
     def __getitem__(self, index: int) -> Image.Image:
         return Image.fromarray(self.pixels[index]).convert("RGB")
 
+    def name(self, index: int) -> str:
+        """Its number."""
+        return f"image {index}"
+
     def tensor(self) -> Tensor:
         """The same memory as uint8 [N, 1 or 3, H, W]."""
-        pixels = torch.from_numpy(self.pixels)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # of an array that cannot be written, which nothing does
+            pixels = torch.from_numpy(self.pixels)
         return pixels[:, None] if pixels.ndim == 3 else pixels.permute(0, 3, 1, 2)
 
     def identities(self) -> Iterator[bytes]:
@@ -58,7 +112,7 @@ class ArrayImages:
         return ArrayImages(self.pixels[indices], None if self.labels is None else self.labels[indices])
 
 
-class FileImages:
+class FileImages(Images):
     """Images in files, decoded when they are asked for.
 
     Args:
@@ -67,18 +121,27 @@ class FileImages:
         root: the folder of the data, which the names of the images start from; None is what the paths have in common.
     """
 
+    NOUN = "files"
+
     def __init__(self, paths: Sequence[Path], labels: NDArray[np.int64] | None, root: Path | None = None) -> None:
+        super().__init__(labels)
         self.paths = paths
-        self.labels = labels
         self.root = root
-        self.unreadable: dict[int, str] = {}
-        """What is wrong with the files that could not be read, by index."""
 
     def __len__(self) -> int:
         return len(self.paths)
 
     def __getitem__(self, index: int) -> Image.Image:
         return decode(self.content(index))
+
+    def given(self, index: int) -> Image.Image | Tensor:
+        """The picture; gray of 16 bits as a tensor, uint16 [1, H, W]."""
+        picture = stored(self.content(index))
+        return picture if isinstance(picture, Image.Image) else torch.from_numpy(picture)[None]
+
+    def name(self, index: int) -> str:
+        """Its path."""
+        return str(self.paths[index])
 
     def content(self, index: int) -> bytes:
         """The bytes of a file.
@@ -125,9 +188,6 @@ class FileImages:
         """Return the images at ``indices``."""
         labels = None if self.labels is None else self.labels[indices]
         return FileImages([self.paths[i] for i in indices], labels, self.root)
-
-
-Images = ArrayImages | FileImages
 
 
 def _size(path: Path) -> int:
@@ -185,16 +245,17 @@ def without_validation(
     name: str, train: FileImages, about: str, passed: Mapping[str, int], *, why: str = "there is no val folder"
 ) -> Source:
     """A source whose labelled images, if it has labels, are split for kNN; ``why`` says why there are no others."""
-    bank = test = None
+    bank: Images | None = None
+    test: Images | None = None
     if train.labels is None:
         about += "; without labels"
     else:
-        bank, test = _held_out(train)
+        bank, test = held_out(train)
         about += f"; {len(np.unique(train.labels))} classes; {why}: kNN is tried on a tenth of those trained on"
     return Source(name=name, train=train, bank=bank, test=test, about=about + passed_over(passed))
 
 
-def _held_out(images: FileImages) -> tuple[FileImages, FileImages]:
+def held_out(images: Images) -> tuple[Images, Images]:
     """Split labelled images into nine tenths and a tenth, the same way every time."""
     order = np.random.default_rng(0).permutation(len(images))
     held = max(1, len(images) // 10)

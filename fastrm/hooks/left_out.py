@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fastrm.data.scan import SKIPPED, list_further, write_skipped
@@ -17,11 +16,11 @@ class LeftOut(Hook):
     """Lists what was left out in skipped.txt, as it is met.
 
     Args:
-        broken: files that were found before the run, and what is wrong with them.
+        broken: images that were found before the run, by name, and what is wrong with them.
         met: what was met since then.
     """
 
-    def __init__(self, broken: Mapping[Path, str], met: Callable[[], Mapping[Path, str]]) -> None:
+    def __init__(self, broken: Mapping[str, str], met: Callable[[], Mapping[str, str]]) -> None:
         self._broken, self._met = dict(broken), met
 
     def on_start(self, run: Run) -> None:

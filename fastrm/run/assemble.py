@@ -33,7 +33,7 @@ from fastrm.machine.device import (
 )
 from fastrm.machine.distributed import World, first_alone, own_device, processes, synchronise_norms
 from fastrm.machine.memory import enough
-from fastrm.methods import Method, build_method
+from fastrm.methods import Method, build_method, find
 from fastrm.methods.unused import counted
 from fastrm.models.weights import load_weights, read_weights
 from fastrm.optim import Schedule, build_optimizer
@@ -59,8 +59,8 @@ class Parts:
     device: torch.device
     precision: str
     source: Source
-    broken: dict[Path, str]
-    """Files that are left out, and what is wrong with them."""
+    broken: dict[str, str]
+    """Images that are left out, by name, and what is wrong with them."""
     images: Inventory
     loader: Loader
     schedule: Schedule
@@ -131,6 +131,7 @@ def assemble(config: Config, objects: Objects, opened: ExitStack) -> Parts:
         rank=world.rank,
         world_size=world.size,
     )
+    (objects.method or find(config.method.method)).check_views(loader.views)
     steps_per_epoch = len(loader) // accumulate
     if steps_per_epoch == 0:
         raise UsageError(f"--batch-size {batch} is more than the {len(source.train)} images")
@@ -186,7 +187,7 @@ def unchanged(device: torch.device) -> Iterator[None]:
         torch.backends.cudnn.benchmark = benchmark
 
 
-def _opened(data: Any, settings: InputConfig, run: RunConfig, workers: int) -> tuple[Source, dict[Path, str]]:
+def _opened(data: Any, settings: InputConfig, run: RunConfig, workers: int) -> tuple[Source, dict[str, str]]:
     """The images, without those that cannot be read, and what is wrong with these."""
     with first_alone():  # it may download the images, and leaves the others what its scan found
         source = open_source(settings.data if data is None else data, settings.data_root)

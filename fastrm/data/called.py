@@ -1,0 +1,125 @@
+"""Views that a callable of the user's makes of each image, in worker processes."""
+
+from __future__ import annotations
+
+import traceback
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from fastrm.data.decode import BrokenImage, reason
+from fastrm.data.draws import BatchSampler, Request
+from fastrm.data.pixels import as_bytes
+from fastrm.data.scan import readable
+from fastrm.data.seeding import seeded
+from fastrm.data.sources import Images
+from fastrm.data.workers import Loaded
+from fastrm.errors import UsageError
+
+Augment = Callable[[Any], Any]
+"""One image to a tuple of views."""
+
+
+class _Kind(NamedTuple):
+    """What all views of one position have in common."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    def __str__(self) -> str:
+        return f"{list(self.shape)} of {str(self.dtype).removeprefix('torch.')}"
+
+
+class CalledViews(Dataset[Loaded]):
+    """Batches of views that a callable makes.
+
+    Args:
+        images: what the callable is given, one by one.
+        augment: the callable.
+        sampler: of the requests.
+
+    Attributes:
+        kinds: of the first image's views; all others must be like them.
+
+    Raises:
+        UsageError: the callable raises, or what it gives are no views.
+    """
+
+    def __init__(self, images: Images, augment: Augment, sampler: BatchSampler) -> None:
+        self.images, self.augment, self.sampler = images, augment, sampler
+        self.kinds: tuple[_Kind, ...] = ()
+        _, views = readable(images, 0, partial(self._views, 0), {})
+        self.kinds = tuple(map(_kind, views))
+
+    def __getitem__(self, request: Request) -> Loaded:
+        faults: dict[int, str] = {}
+        try:
+            made = [readable(self.images, at, partial(self._views, request.epoch), faults) for at in request.images]
+        except UsageError as error:
+            return Loaded([], (), faults, str(error))
+        views = zip(*(views for _, views in made), strict=True)
+        return Loaded([index for index, _ in made], tuple(map(torch.stack, views)), faults)
+
+    def _views(self, epoch: int, index: int) -> list[Tensor]:
+        """The views of an image in an epoch."""
+        name = self.images.name(index)
+        with seeded(self.sampler.seed, epoch, index):
+            image = self.images.given(index)
+            try:
+                made = self.augment(image)
+            except Exception as error:
+                at = traceback.extract_tb(error.__traceback__)[-1]
+                where = f"{Path(at.filename).name}, line {at.lineno}"
+                raise UsageError(f"augmentation: {reason(error)} ({where}), called with {name}") from error
+        views = _checked(made, name)
+        for position, (kind, first) in enumerate(zip(map(_kind, views), self.kinds, strict=False)):
+            if kind != first:
+                raise UsageError(
+                    f"augmentation: view {position} of {name} is {kind}, and that of the first image is {first}; all "
+                    "must have one shape and dtype"
+                )
+        if self.kinds and len(views) != len(self.kinds):
+            raise UsageError(f"augmentation: {name} got {len(views)} views, and the first image {len(self.kinds)}")
+        return views
+
+
+def _kind(view: Tensor) -> _Kind:
+    return _Kind(tuple(view.shape), view.dtype)
+
+
+def _checked(made: Any, name: str) -> list[Tensor]:
+    """What a callable gave, as tensors."""
+    wanted = "it must give a tuple of views, each a tensor [C, H, W] of floats or uint8, or a PIL image"
+    if not isinstance(made, tuple | list) or not made:
+        shape = f" of shape {list(made.shape)}" if isinstance(made, Tensor | np.ndarray) else ""
+        raise UsageError(f"augmentation gave a {type(made).__name__}{shape} for {name}; {wanted}")
+    return [
+        _view(view, f"augmentation gave for view {position} of {name}", wanted) for position, view in enumerate(made)
+    ]
+
+
+def _view(view: Any, gave: str, wanted: str) -> Tensor:
+    if isinstance(view, Image.Image):
+        try:
+            return as_bytes(view)
+        except BrokenImage as error:
+            raise UsageError(f"{gave} a PIL image that is none of RGB: {error}") from None
+    if not isinstance(view, Tensor):
+        shape = f" of shape {list(view.shape)}" if isinstance(view, np.ndarray) else ""
+        raise UsageError(f"{gave} a {type(view).__name__}{shape}; {wanted}")
+    view = view.detach().as_subclass(Tensor)
+    met = f"{gave} a tensor {_kind(view)}"
+    if view.ndim != 3 or 0 in view.shape or not (view.is_floating_point() or view.dtype == torch.uint8):
+        raise UsageError(f"{met}; {wanted}")
+    if view.dtype == torch.uint8 and len(view) not in (1, 3):
+        raise UsageError(f"{met}; uint8 views are normalised by ImageNet's mean and std, and need 1 or 3 channels")
+    if view.device.type != "cpu":
+        raise UsageError(f"{met} on {view.device}; views are made on the CPU, and moved to the device together")
+    return view

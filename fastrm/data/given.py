@@ -1,0 +1,135 @@
+"""Data that a script gives as objects: a Dataset, a list of paths, or an array."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Set as AbstractSet
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, IterableDataset
+
+from fastrm.data.items import ItemImages, Items
+from fastrm.data.pixels import array_of
+from fastrm.data.sources import ArrayImages, FileImages, Images, Source, held_out, without_validation
+from fastrm.errors import UsageError
+from fastrm.files import at_home
+
+TAKEN = (
+    "a path, the name of a set, a map-style Dataset of images or (image, label), a list of paths, or an array "
+    "[N, H, W, C]"
+)
+
+
+def open_given(data: Any) -> Source:
+    """Open data that a script gives as an object.
+
+    Raises:
+        UsageError: it is of another kind, or empty, or its first items cannot be read.
+    """
+    _refuse(data)
+    if isinstance(data, Tensor):
+        data = array_of(data)
+    if isinstance(data, np.ndarray) and data.dtype.kind not in "OUS":
+        return _open_array(data)
+    if isinstance(data, np.ndarray | Sequence) and all(isinstance(path, str | Path) for path in data):
+        return _open_paths(list(data))
+    return _open_items(Items(data))
+
+
+def _refuse(data: Any) -> None:
+    """Refuse what is no data, with what to give instead."""
+    kind = type(data).__name__
+    if isinstance(data, type):
+        raise UsageError(f"data is the class {data.__name__}; give an object of it, as in {data.__name__}(…)")
+    if isinstance(data, DataLoader):
+        raise UsageError("data is a DataLoader; give its dataset: batches, order and workers are made here")
+    if isinstance(data, IterableDataset) or (isinstance(data, Iterator) and not hasattr(data, "__getitem__")):
+        raise UsageError(
+            f"data is a {kind}, whose items come in one order; give a map-style Dataset, with __len__ and __getitem__"
+        )
+    if isinstance(data, Mapping):
+        some = next(iter(data), "train")
+        raise UsageError(f"data is a {kind}; give one part of it, as in data[{some!r:.40}]")
+    if isinstance(data, AbstractSet):
+        raise UsageError(f"data is a {kind}, which has no order; give a list, as in sorted(data)")
+    if not hasattr(data, "__getitem__") or not hasattr(data, "__len__"):
+        lacks = "is a Dataset without __len__" if isinstance(data, Dataset) else f"is a {kind}"
+        raise UsageError(f"data {lacks}; it must be {TAKEN}")
+    try:
+        count = len(data)
+    except (TypeError, NotImplementedError) as error:  # a tensor without dimensions; a Dataset that inherits __len__
+        raise UsageError(f"data is a {kind} without a length ({error}); it must be {TAKEN}") from None
+    if count == 0:
+        raise UsageError(f"data is an empty {kind}; it must hold an image at least")
+
+
+def _open_paths(paths: list[str | Path]) -> Source:
+    files = [Path(os.path.abspath(at_home(path))) for path in paths]
+    if len(set(files)) < len(files):
+        raise UsageError(f"data is a list of {len(files):,} paths, {len(files) - len(set(files)):,} of them twice")
+    return without_validation("paths", FileImages(files, None), f"{len(files):,} image files", {})
+
+
+class _Planes:
+    """The images of an array [N, H, W, C], as tensors [C, H, W]."""
+
+    def __init__(self, values: NDArray[Any]) -> None:
+        self.values = values
+
+    def __len__(self) -> int:
+        return len(self.values)
+
+    def __getitem__(self, index: int) -> Tensor:
+        return torch.from_numpy(np.ascontiguousarray(self.values[index].transpose(2, 0, 1)))
+
+
+def _open_array(values: NDArray[Any]) -> Source:
+    shape = list(values.shape)
+    if values.ndim == 3 and shape[-1] in (1, 3, 4):
+        raise UsageError(f"data is an array of shape {shape}, which is one image; give [N, H, W, C]")
+    if values.ndim not in (3, 4) or 0 in shape:
+        raise UsageError(f"data is an array of shape {shape}; it must be [N, H, W, C], or [N, H, W] of gray images")
+    if values.ndim == 4 and shape[3] > 4 and shape[1] < min(shape[2:]):
+        raise UsageError(
+            f"data is an array of shape {shape}, with channels before rows; it must be [N, H, W, C]: "
+            "as an array by .transpose(0, 2, 3, 1), as a tensor by .permute(0, 2, 3, 1)"
+        )
+    if values.ndim == 4 and shape[3] == 1:
+        values = values[..., 0]
+    if values.dtype == np.uint8 and (values.ndim == 3 or values.shape[3] == 3):
+        sides = "x".join(map(str, shape[1:3]))
+        images = ArrayImages(values, None)
+        about = f"array: {len(images):,} images of {sides} pixels; without labels"
+        return Source(name="array", train=images, bank=None, test=None, about=about)
+    return _open_items(Items(_Planes(values if values.ndim == 4 else values[..., None]), name="array", whole=True))
+
+
+def _open_items(items: Items) -> Source:
+    train = ItemImages(items)
+    about = [f"{len(items):,} items of {items.name}"]
+    if not items.same:
+        about.append(
+            "an item is not the same when it is asked for twice, so that a resumed run is not exact: draw its random "
+            "numbers from torch's, NumPy's or Python's global generators"
+        )
+    bank: Images | None = None
+    test: Images | None = None
+    if items.unseen is not None:
+        about.append(f"there is no kNN, since {items.unseen}")
+    elif not items.labelled or len(items) < 2:
+        about.append("without labels")
+    else:
+        bank, test = held_out(train)
+        if items.known:
+            about.append(f"{len(np.unique(items.labels())):,} classes")
+        else:
+            about.append("labels, which no attribute targets tells, are asked of each item when they are needed")
+        about.append("kNN is tried on a tenth of those trained on")
+    about += items.notes()
+    return Source(name=items.name, train=train, bank=bank, test=test, about="; ".join(about))

@@ -1,0 +1,235 @@
+"""Images that a map-style Dataset of the user's gives."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import ConcatDataset, Subset, TensorDataset
+
+from fastrm.data.decode import BrokenImage, told
+from fastrm.data.pixels import LABEL_KEY, Item, as_bytes, digest, parted, whole_number
+from fastrm.data.scan import MOST
+from fastrm.data.seeding import seeded
+from fastrm.data.sources import Images
+from fastrm.errors import UsageError
+from fastrm.terminal.progress import tracked
+
+_LOOKED_AT = 16
+"""Items, at least, that tell a large data set from others."""
+_LABELS = ("targets", "labels", "_labels")  # torchvision's Food101 and others have the last
+
+
+class Items:
+    """A map-style Dataset: anything with ``len`` and ``[index]``; what is known of it is shared by all its parts.
+
+    Args:
+        data: its items are an image, (image, label), (image, label, more), or a dict with ``image`` and ``label``.
+        whole: tell it from others by all of its items instead of some.
+
+    Attributes:
+        name: of its class.
+        first: the first item that can be read.
+        unseen: why the first item cannot be seen as RGB of 8 bits per channel, as the built-in augmentations and the
+            evaluations see it; None where it can.
+        same: whether an item is the same when it is asked for twice under the same random numbers.
+        labelled: whether its items have labels that are whole numbers.
+        known: whether these are known without asking each item.
+    """
+
+    def __init__(self, data: Any, *, name: str | None = None, whole: bool = False) -> None:
+        self.data, self.whole = data, whole
+        self.name = name or type(data).__name__
+        self._count = len(data)
+        place, self.first = self._first()
+        self.same = whole or self._same(place)
+        self.unseen = _problem(self.first.image, f"item {place} of {self.name}")
+        labels = told_labels(data)
+        self.labelled = whole_number(self.first.label) is not None and (labels is None or labels.min() >= 0)
+        self._labels = labels if labels is not None and self.labelled and self._agree(labels) else None
+        self.known = self._labels is not None
+        self._mark = fingerprint(data)
+        # A power of two, so that a Dataset that has grown keeps most of those that are looked at.
+        self._apart = 1 if whole else 2 ** max(0, (self._count // _LOOKED_AT).bit_length() - 1)
+
+    def __len__(self) -> int:
+        return self._count
+
+    def notes(self) -> list[str]:
+        """What a user should know of the pixels."""
+        dtype = getattr(self.first.image, "dtype", None)
+        if self.unseen is not None or dtype in (None, torch.uint8, np.uint8):
+            return []
+        scaled = f"{dtype} pixels".removeprefix("torch.")
+        return [f"{scaled} are scaled to 8 bits by the built-in augmentations and the evaluations"]
+
+    def item(self, place: int) -> Item:
+        """An item, as it is under random numbers of its own that are the same each time.
+
+        Raises:
+            BrokenImage: the Dataset raises, or its item has no image.
+        """
+        with seeded(0, 0, place):
+            return self.drawn(place)
+
+    def drawn(self, place: int) -> Item:
+        """An item under the random numbers as they are; raises as :meth:`item`."""
+        with told():
+            return parted(self.data[place])
+
+    def labels(self) -> NDArray[np.int64]:
+        """All labels; unless they are known, each item is asked once, which takes as long as an epoch in one process.
+
+        Raises:
+            UsageError: an item has none, or a negative one.
+        """
+        if self._labels is None:
+            shown = tracked(range(len(self)), f"labels of {len(self):,} items of {self.name}", len(self))
+            self._labels = np.array([self._label(place) for place in shown], dtype=np.int64)
+        return self._labels
+
+    def _label(self, place: int) -> int:
+        try:
+            label = self.item(place).label
+        except BrokenImage:  # it is left out, and its label never used
+            return 0
+        number = whole_number(label)
+        if number is None or number < 0:
+            raise UsageError(f"data: the label of item {place} of {self.name} is {label!r:.40}; it must be from 0 up")
+        return number
+
+    def _first(self) -> tuple[int, Item]:
+        """The first item that can be read, and its place."""
+        why = ""
+        for place in range(self._count):
+            try:
+                return place, self.item(place)
+            except BrokenImage as error:
+                why = why or str(error)
+            if place >= MOST * self._count:
+                break
+        raise UsageError(f"data: item 0 of {self.name} cannot be read: {why}")
+
+    def _same(self, place: int) -> bool:
+        try:
+            return digest(self.item(place).image) == digest(self.first.image)
+        except BrokenImage:
+            return False
+
+    def _agree(self, labels: NDArray[np.int64]) -> bool:
+        """Whether some items have these labels: a Dataset may change those that it tells before it gives them."""
+        for place in {0, self._count // 2, self._count - 1}:
+            try:
+                if whole_number(self.item(place).label) != labels[place]:
+                    return False
+            except BrokenImage:
+                continue
+        return True
+
+    def identity(self, place: int) -> bytes:
+        """What tells an item from others: its place, and the Dataset's fingerprint.
+
+        Without one the content of some is part of it: of the first, the last, and evenly spaced ones.
+        """
+        identity = f"{place}\0{self._mark or ''}".encode()
+        if self._mark is None and self.same and (place % self._apart == 0 or place == self._count - 1):
+            try:
+                identity += digest(self.item(place).image)
+            except BrokenImage:
+                identity += b"broken"
+        return identity
+
+
+class ItemImages(Images):
+    """Images of a Dataset, or of some of its places.
+
+    Args:
+        items: the Dataset.
+        places: int64 [N], or None for all.
+    """
+
+    NOUN = "items"
+
+    def __init__(self, items: Items, places: NDArray[np.int64] | None = None) -> None:
+        super().__init__(None)
+        self.items = items
+        self._places = np.arange(len(items)) if places is None else places
+
+    @property
+    def labels(self) -> NDArray[np.int64] | None:
+        """int64 [N], or None; :meth:`Items.labels` says what they cost."""
+        return self.items.labels()[self._places] if self.items.labelled else None
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    def __getitem__(self, index: int) -> Image.Image:
+        pixels = as_bytes(self.items.item(int(self._places[index])).image)
+        return Image.fromarray(pixels.expand(3, -1, -1).permute(1, 2, 0).numpy())
+
+    def given(self, index: int) -> Any:
+        """The image as the Dataset gives it, under the random numbers as they are."""
+        return self.items.drawn(int(self._places[index])).image
+
+    def name(self, index: int) -> str:
+        """Its place in the Dataset."""
+        return f"item {self._places[index]} of {self.items.name}"
+
+    def identities(self) -> Iterator[bytes]:
+        """What tells each image from others, as :meth:`Items.identity` has it."""
+        return (self.items.identity(int(place)) for place in self._places)
+
+    def subset(self, indices: NDArray[np.int64]) -> ItemImages:
+        """Return the images at ``indices``."""
+        return ItemImages(self.items, self._places[indices])
+
+
+def _problem(image: Any, name: str) -> str | None:
+    try:
+        as_bytes(image)
+    except BrokenImage as error:
+        return f"{name} cannot be seen as RGB of 8 bits per channel: {error}"
+    return None
+
+
+def told_labels(data: Any) -> NDArray[np.int64] | None:
+    """Labels, int64 [N], that a Dataset tells without its images: in an attribute, in a column, or by its parts."""
+    if isinstance(data, Subset):
+        inner = told_labels(data.dataset)
+        return None if inner is None else inner[np.asarray(data.indices)]
+    if isinstance(data, ConcatDataset):
+        parts = [part for part in map(told_labels, data.datasets) if part is not None]
+        return np.concatenate(parts) if len(parts) == len(data.datasets) else None
+    if isinstance(data, TensorDataset):
+        return _integers(data.tensors[1], len(data)) if len(data.tensors) > 1 else None
+    if LABEL_KEY in (getattr(data, "column_names", None) or ()):  # HuggingFace's
+        return _integers(data[LABEL_KEY], len(data))
+    found = (_integers(getattr(data, name, None), len(data)) for name in _LABELS)
+    return next((labels for labels in found if labels is not None), None)
+
+
+def _integers(labels: Any, count: int) -> NDArray[np.int64] | None:
+    """Whole numbers, int64 [N]; None if it is something else."""
+    if isinstance(labels, Tensor):
+        labels = labels.cpu()
+    try:
+        values = np.asarray(labels)
+    except (ValueError, TypeError, RuntimeError):  # a list of lists of several lengths
+        return None
+    right = values.shape == (count,) and np.issubdtype(values.dtype, np.integer)
+    return values.astype(np.int64) if right else None
+
+
+def fingerprint(data: Any) -> str | None:
+    """What a Dataset says of itself that tells it from others: ``fingerprint``, a str or a method, if it has one."""
+    for name in ("fingerprint", "_fingerprint"):
+        found = getattr(data, name, None)
+        found = found() if callable(found) else found
+        if isinstance(found, str) and found:
+            return found
+    return None

@@ -1,0 +1,142 @@
+"""What a Dataset gives, taken apart: an image and a label; and the image as bytes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from hashlib import blake2b
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor
+
+from fastrm.data.decode import BrokenImage, check_depth, rgb, told
+
+_IMAGE_KEYS = ("image", "img")
+LABEL_KEY = "label"
+_BEYOND = 1e-3
+"""How far floats may be beyond 0 and 1, by rounding."""
+
+
+class Item(NamedTuple):
+    """What a Dataset gives."""
+
+    image: Any
+    label: Any
+    """None where there is none."""
+
+
+def parted(item: Any) -> Item:
+    """Take apart what a Dataset gives: an image, (image, label), or more, or a dict with ``image`` and ``label``.
+
+    Raises:
+        BrokenImage: it is a dict without an image, or an empty tuple.
+    """
+    if isinstance(item, Mapping):
+        key = next((key for key in _IMAGE_KEYS if key in item), None)
+        if key is None:
+            raise BrokenImage(
+                f"it is a dict of {', '.join(map(str, item))} without the key image; give an image, or (image, label)"
+            )
+        return Item(item[key], item.get(LABEL_KEY))
+    if isinstance(item, tuple | list):
+        if not item:
+            raise BrokenImage(f"it is an empty {type(item).__name__}; give an image, or (image, label)")
+        return Item(item[0], item[1] if len(item) > 1 else None)
+    return Item(item, None)
+
+
+def whole_number(label: Any) -> int | None:
+    """A label as an int; None if it is not one whole number."""
+    if isinstance(label, Tensor | np.ndarray | np.generic) and label.ndim == 0:
+        label = label.item()
+    return label if isinstance(label, int) and not isinstance(label, bool) else None
+
+
+def as_bytes(image: Any) -> Tensor:
+    """An image as uint8 [1 or 3, H, W], by the rules for files: transparency is dropped, 16 bits are scaled.
+
+    Args:
+        image: a PIL image; or a tensor [C, H, W] or [H, W], or an array [H, W, C] or [H, W], with 1 to 4 channels, of
+            uint8, uint16 or floats from 0 to 1.
+
+    Raises:
+        BrokenImage: it is something else; the message says what was met.
+    """
+    if isinstance(image, Image.Image):
+        return torch.from_numpy(np.array(rgb(image))).permute(2, 0, 1)
+    with told():
+        values = _scaled(_planes(image))
+        if len(values) in (2, 4):  # with transparency
+            last = np.ascontiguousarray(values.transpose(1, 2, 0))
+            return as_bytes(Image.fromarray(last, "LA" if len(values) == 2 else "RGBA"))
+        if len(values) not in (1, 3):
+            raise BrokenImage(
+                f"it has {len(values)} channels, where the built-in augmentations and evaluations take 1 to 4"
+            )
+        return torch.from_numpy(values if values.flags.writeable else values.copy())  # torch warns of others
+
+
+def _planes(image: Any) -> NDArray[Any]:
+    """The values [C, H, W] of a tensor or an array."""
+    if isinstance(image, Tensor):
+        values, kind, order, turned = array_of(image), "tensor", "[C, H, W]", "permute(2, 0, 1)"
+    elif isinstance(image, np.ndarray):
+        values, kind, order, turned = image, "array", "[H, W, C]", "transpose(1, 2, 0)"
+    else:
+        paths = ", or give a list of paths" if isinstance(image, str | Path) else ""
+        raise BrokenImage(
+            f"it is a {type(image).__name__}; it must be a PIL image, a tensor [C, H, W] or an array [H, W, C]{paths}"
+        )
+    if values.ndim == 2:
+        return values[None]
+    if values.ndim != 3 or 0 in values.shape:
+        raise BrokenImage(f"it is a {kind} of shape {list(image.shape)}; it must be {order}, not empty")
+    first, last = values.shape[0], values.shape[2]
+    channels, other = (first, last) if kind == "tensor" else (last, first)
+    if channels > 4 and other in (1, 3, 4):
+        raise BrokenImage(f"it is a {kind} of shape {list(image.shape)}; it must be {order}: {turned} makes it so")
+    return values if kind == "tensor" else values.transpose(2, 0, 1)
+
+
+def _scaled(values: NDArray[Any]) -> NDArray[np.uint8]:
+    """Bytes of uint8, uint16, or floats from 0 to 1."""
+    if values.dtype == np.uint8:
+        return np.ascontiguousarray(values)
+    if values.dtype == np.uint16:
+        check_depth(int(values.max()))
+        return np.ascontiguousarray((values >> 8).astype(np.uint8))
+    if not np.issubdtype(values.dtype, np.floating):
+        raise BrokenImage(f"its values are {values.dtype}; they must be uint8, uint16, or floats from 0 to 1")
+    low, high = float(values.min()), float(values.max())
+    if not (low >= -_BEYOND and high <= 1 + _BEYOND):  # nor where they are not numbers
+        raise BrokenImage(
+            f"its values are floats from {low:.4g} to {high:.4g}; they must be from 0 to 1 and not normalised, "
+            "which the built-in augmentations do"
+        )
+    scaled: NDArray[np.uint8] = np.ascontiguousarray((values.clip(0, 1) * 255).round().astype(np.uint8))
+    return scaled
+
+
+def digest(image: Any) -> bytes:
+    """16 bytes that tell an image from others: of its kind, shape and values. Raises as :func:`as_bytes`."""
+    found = blake2b(type(image).__name__.encode(), digest_size=16)
+    with told():
+        if isinstance(image, Image.Image):
+            found.update(f"{image.mode} {image.size}".encode() + image.tobytes())
+        elif isinstance(image, Tensor | np.ndarray):
+            values = array_of(image)
+            found.update(f"{values.dtype} {values.shape}".encode() + values.tobytes())
+    return found.digest()
+
+
+def array_of(image: Tensor | NDArray[Any]) -> NDArray[Any]:
+    """The values of a tensor or an array."""
+    if isinstance(image, np.ndarray):
+        return image
+    held = image.detach().as_subclass(Tensor).cpu()
+    array: NDArray[Any] = (held.float() if held.dtype == torch.bfloat16 else held).numpy()
+    return array

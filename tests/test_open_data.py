@@ -1,0 +1,500 @@
+"""Data that a script gives as objects, and callables that make the views."""
+
+from __future__ import annotations
+
+import copy
+import random
+from collections.abc import Callable, Iterator
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import ConcatDataset, DataLoader, Dataset, IterableDataset, Subset, TensorDataset
+from torchvision.datasets import FakeData, ImageFolder
+from torchvision.transforms import v2
+
+from fastrm.data import Augmentation, Source, View, make_loader, open_source
+from fastrm.data.inventory import inventory
+from fastrm.data.items import ItemImages
+from fastrm.data.pixels import as_bytes
+from fastrm.errors import UsageError
+from fastrm.probes import frozen_scores
+from fastrm.probes.features import Pixels, Setting
+from tests.conftest import natural_pictures
+
+CPU = torch.device("cpu")
+PICTURES = natural_pictures(40, 30, 36)  # uint8 [40, 3, 30, 36]
+LABELS = torch.arange(40) % 4
+AUGMENT = v2.Compose([v2.RandomResizedCrop(20), v2.RandomHorizontalFlip(), v2.ColorJitter(0.4, 0.4, 0.4, 0.1)])
+AS_FLOATS = v2.Compose([v2.ToImage(), v2.ToDtype(torch.float32, scale=True)])
+
+
+def two(image: Any) -> tuple[Any, Any]:
+    return AUGMENT(image), AUGMENT(image)
+
+
+def loader(data: Any, **options: Any) -> Any:
+    defaults = {"method": "mocov2", "image_size": 24, "batch_size": 8, "device": "cpu", "workers": 0, "seed": 5}
+    return make_loader(data, **{**defaults, **options})
+
+
+def indices_of(made: Any) -> list[int]:
+    return [index for batch in made for index in batch.indices]
+
+
+def stacked(made: Any) -> list[Tensor]:
+    return [torch.stack(batch.views) for batch in made]
+
+
+class Pairs(Dataset[Any]):
+    """(PIL image, label)."""
+
+    def __init__(self, count: int = 40, transform: Callable[[Any], Any] = lambda image: image) -> None:
+        self.count, self.transform, self.asked = count, transform, 0
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, index: int) -> Any:
+        self.asked += 1
+        return self.transform(pil(PICTURES[index % 40])), int(LABELS[index % 40])
+
+
+class Told(Pairs):
+    """Its labels are known without its images."""
+
+    targets = LABELS.tolist()
+
+
+def pil(picture: Tensor) -> Image.Image:
+    return Image.fromarray(picture.permute(1, 2, 0).numpy())
+
+
+def as_arrays(dtype: str) -> Any:
+    """The pictures as an array [N, H, W, C]."""
+    array = PICTURES.permute(0, 2, 3, 1).numpy()
+    scale: dict[str, Callable[[Any], Any]] = {
+        "uint8": lambda pixels: pixels,
+        "uint16": lambda pixels: pixels.astype(np.uint16) * 257,
+        "float32": lambda pixels: pixels.astype(np.float32) / 255,
+        "float64": lambda pixels: pixels / 255,
+    }
+    return scale[dtype](array)
+
+
+class Dicts:
+    """As HuggingFace's datasets give them."""
+
+    column_names = ("image", "label")
+
+    def __len__(self) -> int:
+        return 40
+
+    def __getitem__(self, index: int | str) -> Any:
+        if isinstance(index, str):
+            return LABELS.tolist()
+        return {"image": pil(PICTURES[index]), "label": int(LABELS[index])}
+
+
+@pytest.fixture(scope="module")
+def want() -> list[Tensor]:
+    """What the pictures in memory give."""
+    return stacked(loader(as_arrays("uint8"), loader="torch"))
+
+
+GIVEN: dict[str, Callable[[], Any]] = {
+    "PIL and labels": Pairs,
+    "dicts": Dicts,
+    "list of pairs": lambda: [Pairs()[index] for index in range(40)],
+    "subset": lambda: Subset(ConcatDataset([Pairs(7), Pairs()]), range(7, 47)),
+    "tensors": lambda: TensorDataset(PICTURES, LABELS),
+    "tensors alone": lambda: TensorDataset(PICTURES),
+    "floats": lambda: TensorDataset(PICTURES.float() / 255, LABELS),
+    "bfloat16": lambda: Pairs(transform=lambda image: v2.functional.pil_to_tensor(image)),
+    "arrays": lambda: Pairs(transform=np.asarray),
+    "an array of uint16": lambda: as_arrays("uint16"),
+    "an array of float32": lambda: as_arrays("float32"),
+    "a tensor of float64": lambda: torch.from_numpy(as_arrays("float64")),
+    "a tensor of bytes": lambda: torch.from_numpy(as_arrays("uint8")),
+}
+
+
+@pytest.mark.parametrize("given", GIVEN)
+def test_the_same_pictures_give_the_same_views_however_they_are_given(given: str, want: list[Tensor]) -> None:
+    views = stacked(loader(GIVEN[given](), loader="torch"))
+    assert len(views) == len(want) == 5
+    for mine, other in zip(views, want, strict=True):
+        torch.testing.assert_close(mine, other, rtol=0, atol=0)
+
+
+def test_pictures_of_several_sizes_give_what_their_files_give(tmp_path: Path) -> None:
+    for index in range(12):
+        pil(PICTURES[index]).resize((20 + 3 * index, 60 - 2 * index)).save(tmp_path / f"{index:02}.png")
+    paths = sorted(tmp_path.iterdir())
+    opened = [Image.open(path) for path in paths]
+    files, listed, items = (stacked(loader(data, batch_size=6)) for data in (tmp_path, paths, opened))
+    for a, b, c in zip(files, listed, items, strict=True):
+        assert torch.equal(a, b)
+        assert torch.equal(a, c)
+
+
+@pytest.mark.parametrize("method", ["mocov2", two])
+@pytest.mark.parametrize("transform", [None, v2.RandomCrop(26)], ids=["as it is", "random"])
+def test_the_workers_do_not_matter_and_seek_is_exact(method: Any, transform: Any) -> None:
+    data = FakeData(40, (3, 30, 36), transform=transform)
+    alone = loader(data, method=method)
+    every = [torch.stack(batch.views) for _ in range(2) for batch in alone]
+    assert not torch.equal(every[0], every[5])
+    helped = loader(data, method=method, workers=2)
+    for batch in (3, 7):
+        helped.seek(batch)
+        assert torch.equal(torch.stack(next(iter(helped)).views), every[batch])
+    assert not torch.equal(stacked(loader(data, method=method, seed=6))[0], every[0])
+
+
+class Drawing(Dataset[Any]):
+    """Draws from all three global generators."""
+
+    def __init__(self) -> None:
+        self.drawn: list[tuple[float, float, float]] = []
+
+    def __len__(self) -> int:
+        return 8
+
+    def __getitem__(self, index: int) -> Tensor:
+        self.drawn.append((float(torch.rand(())), float(np.random.rand()), random.random()))
+        return PICTURES[index]
+
+
+def test_an_image_draws_its_own_numbers_and_leaves_the_global_ones_alone() -> None:
+    data = Drawing()
+    torch.manual_seed(1)
+    np.random.seed(1)
+    random.seed(1)
+    want = (torch.rand(3), np.random.rand(3), [random.random() for _ in range(3)])
+    torch.manual_seed(1)
+    np.random.seed(1)
+    random.seed(1)
+    made = loader(data, batch_size=4)
+    data.drawn.clear()
+    drawn = dict(zip(indices_of(made), data.drawn, strict=True))
+    assert len({number for numbers in drawn.values() for number in numbers}) == 24
+    data.drawn.clear()
+    second = indices_of(made)
+    assert not {number for numbers in data.drawn for number in numbers} & set(chain(*drawn.values()))  # another epoch
+    assert sorted(second) == list(range(8))
+    list(inventory(open_source(data).train, left_out=0, steps_per_epoch=1).hashes)
+    open_source(data).train[3]
+    assert torch.equal(torch.rand(3), want[0])
+    assert (np.random.rand(3) == want[1]).all()
+    assert [random.random() for _ in range(3)] == want[2]
+
+
+def test_what_a_callable_is_given_and_what_becomes_of_its_views(tmp_path: Path) -> None:
+    met: list[Any] = []
+
+    def views(image: Any) -> Any:
+        met.append(image)
+        return torch.full((3, 4, 6), 0.25), torch.full((1, 5, 5), 255, dtype=torch.uint8), Image.new("RGB", (7, 8))
+
+    pil(PICTURES[0]).save(tmp_path / "a.png")
+    deep = PICTURES[1, 0].numpy().astype(np.uint16) * 3
+    Image.fromarray(deep).save(tmp_path / "b.png")
+    made = loader(tmp_path, method=views, batch_size=2)
+    (floats, gray, black), indices = next(iter(made))
+    assert indices in ([0, 1], [1, 0])
+    assert (floats.shape, gray.shape, black.shape) == ((2, 3, 4, 6), (2, 3, 5, 5), (2, 3, 8, 7))
+    assert (floats == 0.25).all()
+    assert gray[0, :, 0, 0].tolist() == pytest.approx([(1 - 0.485) / 0.229, (1 - 0.456) / 0.224, (1 - 0.406) / 0.225])
+    assert black[1, :, 3, 3].tolist() == pytest.approx([-0.485 / 0.229, -0.456 / 0.224, -0.406 / 0.225])
+    first, second = met[-2:] if indices == [0, 1] else met[:-3:-1]
+    assert np.array_equal(np.asarray(first), PICTURES[0].permute(1, 2, 0))
+    assert second.dtype == torch.uint16
+    assert np.array_equal(second[0].numpy(), deep)
+    loader("digits", method=views)
+    assert isinstance(met[-1], Image.Image)
+    bands = np.random.default_rng(0).integers(0, 2**15, (8, 6, 5, 13), dtype=np.uint16)
+    next(iter(loader(bands, method=views)))
+    assert met[-1].shape == (13, 6, 5)
+    assert met[-1].dtype == torch.uint16
+
+
+@pytest.mark.parametrize("size", [0, 1])
+def test_a_folder_through_torchvision_is_labelled_and_scored(pictures: Path, size: int) -> None:
+    transform = (
+        v2.Compose([AS_FLOATS, v2.Resize((12, 12), antialias=True), v2.ToDtype(torch.float32)]) if size else None
+    )
+    source = open_source(ImageFolder(str(pictures / "classes"), transform=transform))
+    files = open_source(pictures / "classes")
+    assert source.bank is not None
+    assert files.bank is not None
+    assert (len(source.train), len(source.bank)) == (len(files.train), len(files.bank)) == (96, 87)
+    assert "10 classes; kNN is tried on a tenth" in source.about
+    scores = [frozen_scores(Pixels(), s, Setting(16, CPU, 0), knn=True) for s in (source, files)]
+    assert scores[0]["knn10"].value > 0.4  # by chance .1
+    if not size:
+        assert scores[0] == scores[1]
+
+
+def test_labels_are_taken_without_the_images_where_they_agree() -> None:
+    data = Told()
+    source = open_source(data)
+    before = data.asked
+    assert source.test is not None
+    assert source.train.labels is not None
+    assert source.train.labels.tolist() == LABELS.tolist()
+    assert source.test.labels is not None
+    assert len(source.test.labels) == 4
+    assert data.asked == before
+    other = Told()
+    other.targets = [9] * 40
+    labels = open_source(other).train.labels
+    assert labels is not None
+    assert labels.tolist() == LABELS.tolist()
+    for data_ in (
+        Subset(Told(), range(3, 23)),
+        ConcatDataset([Told(), Told()]),
+        Dicts(),
+        TensorDataset(PICTURES, LABELS),
+    ):
+        assert "4 classes" in open_source(data_).about
+    assert "asked of each item" in open_source(Pairs()).about
+    assert open_source(TensorDataset(PICTURES, LABELS - 1)).bank is None
+    assert open_source(TensorDataset(PICTURES, LABELS.float())).bank is None
+
+
+def test_a_label_that_is_missing_further_down_is_said() -> None:
+    data = [*(Pairs()[index] for index in range(20)), (pil(PICTURES[0]), None)]
+    with pytest.raises(UsageError, match="the label of item 20 of list is None"):
+        _ = open_source(data).train.labels
+
+
+def hashes(data: Any) -> Tensor:
+    return inventory(open_source(data).train, left_out=0, steps_per_epoch=1).hashes
+
+
+def test_the_inventory_knows_a_dataset_again_and_what_has_changed_in_it() -> None:
+    pixels = PICTURES.repeat(5, 1, 1, 1)
+    same = hashes(TensorDataset(pixels))
+    assert torch.equal(same, hashes(TensorDataset(pixels.clone())))
+    random_ones = FakeData(40, (3, 20, 20), transform=v2.RandomCrop(12))
+    assert torch.equal(hashes(random_ones), hashes(random_ones))
+    for place in (0, 199):
+        changed = pixels.clone()
+        changed[place, 0, 0, 0] += 1
+        assert (hashes(TensorDataset(changed)) != same).sum() == 1
+    grown = hashes(TensorDataset(torch.cat([pixels, pixels[:5]])))
+    assert len(grown) == 205
+    assert (grown[:199] == same[:199]).all()
+    array = as_arrays("uint16")
+    before = hashes(array)
+    array[17, 3, 4, 1] += 1
+    assert (hashes(array) != before).nonzero().flatten().tolist() == [17]
+    marked = Pairs()
+    marked.fingerprint = "a"  # type: ignore[attr-defined]
+    other = copy.copy(marked)
+    other.fingerprint = lambda: "b"  # type: ignore[attr-defined]
+    assert not set(hashes(marked).tolist()) & set(hashes(other).tolist())
+
+
+def test_a_dataset_with_numbers_of_its_own_is_not_resumed_exactly_and_that_is_said() -> None:
+    rng = np.random.default_rng(0)
+    source = open_source(Pairs(transform=lambda image: rng.integers(0, 256, (20, 20, 3), dtype=np.uint8)))
+    assert "a resumed run is not exact" in source.about
+    assert torch.equal(
+        hashes(Pairs(transform=lambda image: rng.random((20, 20, 3)))),
+        hashes(Pairs(transform=lambda image: rng.random((20, 20, 3)))),
+    )
+
+
+class Breaking(Pairs):
+    """Raises for some."""
+
+    def __init__(self, broken: set[int], count: int = 40) -> None:
+        super().__init__(count)
+        self.broken = broken
+
+    def __getitem__(self, index: int) -> Any:
+        if index in self.broken:
+            raise KeyError(f"no row {index}")
+        return super().__getitem__(index)
+
+
+@pytest.mark.filterwarnings("ignore:left out")
+@pytest.mark.parametrize("method", ["mocov2", two])
+@pytest.mark.parametrize("workers", [0, 1])
+def test_an_item_that_raises_is_left_out_and_more_than_a_tenth_is_refused(method: Any, workers: int) -> None:
+    made = loader(Breaking({0, 7}), method=method, workers=workers, batch_size=10)
+    with pytest.warns(
+        UserWarning, match=r"left out, since it cannot be read: item 7 of Breaking \(KeyError: 'no row 7'\)"
+    ):
+        indices = indices_of(made)
+    assert set(indices) == set(range(40)) - {0, 7}
+    assert len(indices) == 40
+    assert set(made.broken) == {"item 0 of Breaking", "item 7 of Breaking"}
+    made = loader(Breaking(set(range(30, 40))), method=method, workers=workers)
+    with (
+        pytest.raises(UsageError, match="5 of 40 items are broken, more than a tenth") as caught,
+    ):
+        list(made)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_dataset_that_raises_for_long_is_given_up() -> None:
+    made = loader(Breaking(set(range(10, 3000)), count=3000))
+    with pytest.raises(UsageError, match=r"100 items in a row cannot be read; .*\(KeyError: 'no row"):
+        next(iter(made))
+    with pytest.raises(UsageError, match="item 0 of Breaking cannot be read: KeyError: 'no row 0'"):
+        open_source(Breaking(set(range(10))))
+
+
+def test_an_evaluation_leaves_out_items_that_raise() -> None:
+    source = open_source(Breaking({3, 8}))
+    with pytest.warns(UserWarning, match="item [38] of Breaking"):
+        frozen_scores(Pixels(), source, Setting(16, CPU, 0), knn=True)
+
+
+class Stream(IterableDataset[Any]):
+    def __iter__(self) -> Iterator[Any]:
+        return iter(PICTURES)
+
+
+class Endless(Dataset[Any]):
+    def __getitem__(self, index: int) -> Any:
+        return PICTURES[0]
+
+
+REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
+    "a stream": (Stream, "data is a Stream, whose items come in one order; give a map-style Dataset"),
+    "a generator": (lambda: (picture for picture in PICTURES), "data is a generator, whose items come in one order"),
+    "a DataLoader": (lambda: DataLoader(Pairs()), "data is a DataLoader; give its dataset"),
+    "splits": (lambda: {"train": Pairs()}, r"data is a dict; give one part of it, as in data\['train'\]"),
+    "a set": (lambda: {"a.jpg"}, "data is a set, which has no order"),
+    "a class": (lambda: Pairs, "data is the class Pairs; give an object of it"),
+    "a number": (lambda: 5, "data is a int; it must be a path, the name of a set, a map-style Dataset"),
+    "without length": (Endless, "is a Dataset without __len__"),
+    "an empty list": (list, "data is an empty list"),
+    "an empty Dataset": (lambda: Pairs(0), "data is an empty Pairs"),
+    "empty images": (lambda: np.zeros((8, 0, 3, 3), np.uint8), r"shape \[8, 0, 3, 3\]; it must be \[N, H, W, C\]"),
+    "channels first": (lambda: PICTURES, r"shape \[40, 3, 30, 36\], with channels before.*permute\(0, 2, 3, 1\)"),
+    "one image": (lambda: as_arrays("uint8")[0], r"shape \[30, 36, 3\], which is one image"),
+    "one number": (lambda: torch.tensor(1.0), "data is a Tensor without a length"),
+    "a path twice": (lambda: ["a.jpg", "./a.jpg"], "2 paths, 1 of them twice"),
+    "other dicts": (lambda: [{"pixels": 0}], "item 0 of list cannot be read: it is a dict of pixels without the key"),
+    "paths and labels": (lambda: [("a.jpg", 0)] * 8, "item 0 of list .* it is a str; .*give a list of paths"),
+    "normalised": (
+        lambda: TensorDataset(v2.functional.normalize(PICTURES / 255, [0.5] * 3, [0.5] * 3)),
+        r"item 0 of TensorDataset .*: its values are floats from -[\d.]+ to [\d.]+; they must be from 0 to 1",
+    ),
+    "up to 255": (lambda: TensorDataset(PICTURES.float()), r"floats from 0 to 2\d\d; they must be from 0 to 1"),
+    "not numbers": (lambda: TensorDataset(PICTURES.float() * torch.nan), "floats from nan to nan"),
+    "of int64": (lambda: TensorDataset(PICTURES.long()), "its values are int64; they must be uint8, uint16"),
+    "turned tensors": (lambda: TensorDataset(PICTURES.mT.transpose(1, 3)), r"be \[C, H, W\]: permute\(2, 0, 1\)"),
+    "turned arrays": (lambda: list(PICTURES.numpy()), r"it must be \[H, W, C\]: transpose\(1, 2, 0\) makes it so"),
+    "other bands": (lambda: np.zeros((40, 20, 20, 13), np.uint8), "it has 13 channels, where the built-in"),
+    "a vector": (lambda: TensorDataset(torch.rand(40, 7)), r"it is a tensor of shape \[7\]; it must be \[C, H, W\]"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", REFUSED)
+def test_what_is_no_data_is_refused_in_one_line(what: str) -> None:
+    make, message = REFUSED[what]
+    with pytest.raises(UsageError, match=message) as caught:
+        loader(make())
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.filterwarnings("ignore:left out")
+def test_missing_files_in_a_list_are_said(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"8 of 8 files are broken, more than a tenth; .*No such file") as caught:
+        next(iter(loader([tmp_path / f"{index}.jpg" for index in range(8)], loader="torch")))
+    assert "\n" not in str(caught.value)
+
+
+def raising(image: Any) -> Any:
+    return undefined(image)  # type: ignore[name-defined] # noqa: F821
+
+
+CALLABLES: dict[str, tuple[Callable[[Any], Any], str]] = {
+    "one view": (AUGMENT, "augmentation gave a Image for item 0 of Pairs; it must give a tuple of views"),
+    "no view": (lambda image: (), "augmentation gave a tuple for item 0"),
+    "an array": (lambda image: (np.asarray(image),), r"gave for view 0 of item 0 .*ndarray of shape \[30, 36, 3\]"),
+    "int64": (lambda image: (PICTURES[0].long(),), r"a tensor \[3, 30, 36\] of int64; it must give"),
+    "a batch": (lambda image: (PICTURES[:2],), r"a tensor \[2, 3, 30, 36\] of uint8"),
+    "bands in bytes": (lambda image: (PICTURES[:5, 0],), "uint8 views are normalised by ImageNet's mean and std"),
+    "raising": (raising, r"NameError: name 'undefined' .* \(test_open_data.py, line \d+\), called with item 0"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", CALLABLES)
+def test_a_callable_that_gives_no_views_is_refused_in_one_line(what: str) -> None:
+    augment, message = CALLABLES[what]
+    with pytest.raises(UsageError, match=message) as caught:
+        loader(Pairs(), method=augment)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_views_of_one_position_have_one_shape(workers: int) -> None:
+    data = [pil(PICTURES[0]), *(pil(PICTURES[1]).resize((9, 8)) for _ in range(7))]
+    made = loader(data, method=lambda image: (AS_FLOATS(image),), workers=workers)
+    with pytest.raises(
+        UsageError, match=r"view 0 of item \d of list is \[3, 8, 9\] of float32, and that of the first image is \[3, 30"
+    ) as caught:
+        next(iter(made))
+    assert "\n" not in str(caught.value)
+
+
+def test_a_loader_says_how_many_views_there_are() -> None:
+    one = Augmentation(views=(View(),))
+    for data, method, count in ((Pairs(), two, 2), ("digits", one, 1), (Pairs(), one, 1), ("digits", "byol", 2)):
+        assert loader(data, method=method).views == count
+
+
+def test_which_loader_takes_what() -> None:
+    assert type(loader(as_arrays("uint8"))).__name__ == "MemoryLoader"
+    for data, method in ((Pairs(), "mocov2"), ("digits", two), (as_arrays("uint16"), "mocov2")):
+        assert type(loader(data, method=method)).__name__ == "TorchLoader"
+        for kind in ("memory", "dali"):
+            with pytest.raises(UsageError, match=f"--loader {kind} .*; for .* give torch or auto"):
+                loader(data, method=method, loader=kind)
+
+
+def test_what_cannot_be_sent_to_loader_processes_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("multiprocessing.get_start_method", lambda: "spawn")
+    loader(TensorDataset(PICTURES), workers=1)
+    for data, method in ((Pairs(), "mocov2"), (TensorDataset(PICTURES), lambda image: (image,))):
+        with pytest.raises(
+            UsageError, match=r"--workers 1: the Dataset or the augmentation cannot be sent .*--workers 0"
+        ):
+            loader(data, method=method, workers=1)
+        loader(data, method=method)
+
+
+def test_odd_images_are_read_as_files_are() -> None:
+    picture = pil(PICTURES[0])
+    want = as_bytes(picture)
+    for mode in ("RGBA", "CMYK"):
+        assert (as_bytes(picture.convert(mode)).int() - want.int()).abs().max() <= 1
+    alpha = np.dstack([np.asarray(picture), np.full((30, 36), 9, np.uint8)])
+    assert torch.equal(as_bytes(alpha), want)
+    gray = np.array(picture.convert("L"))
+    for given in (gray, gray[..., None], torch.from_numpy(gray), Image.fromarray(gray), np.dstack([gray, gray])):
+        assert (as_bytes(given).expand(3, -1, -1).numpy() == gray).all()
+    with pytest.raises(ValueError, match="drawn in its transparency alone"):
+        as_bytes(np.dstack([np.zeros((30, 36, 3), np.uint8), gray]))
+    with pytest.raises(ValueError, match="its values use 12 of 16 bits"):
+        as_bytes(np.full((4, 4), 4095, np.uint16))
+
+
+def test_a_source_stays_what_it_is() -> None:
+    source = open_source("digits")
+    assert open_source(source) is source
+    assert isinstance(source, Source)
+    assert isinstance(open_source(Pairs()).train, ItemImages)
+    assert open_source(Pairs()).name == "Pairs"
