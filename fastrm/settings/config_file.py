@@ -9,8 +9,8 @@ from typing import Any
 
 from fastrm.errors import UsageError, first_line
 from fastrm.files import at_home
-from fastrm.settings.config import in_form
-from fastrm.settings.fields import KINDS
+from fastrm.settings.config import check_choice, in_form
+from fastrm.settings.fields import KINDS, methods
 from fastrm.settings.kinds import problem, refuse
 from fastrm.settings.near import near
 
@@ -41,6 +41,10 @@ def read_settings(path: Path) -> dict[str, Any]:
             leaves = in_form({name: at_home(value) for name, value in found.items()})
         for name, value in leaves.items():
             refuse(name, problem(value, KINDS[name]))
+        if "method" in leaves:
+            methods().find(leaves["method"])
+        if leaves.get("recipe") is not None:
+            check_choice("recipe", leaves["recipe"], methods().recipes())
     except UsageError as error:
         raise UsageError(f"--config {str(path)[:200]}: {error}") from None
     return leaves
