@@ -1,0 +1,299 @@
+"""Hooks: what a run tells them, what they may do to it, and the loggers of other packages."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import fastrm
+from fastrm import train
+from fastrm.errors import Stopped, UsageError
+from fastrm.hooks import Hook
+from fastrm.run import checkpoint
+from fastrm.settings.config import Config
+from tests.test_train import records
+
+Small = Callable[..., Config]
+TINY = {
+    "data": "digits", "arch": "test_resnet", "stem": "imagenet", "image_size": 16, "batch_size": 16, "epochs": 1,
+    "hidden_dim": 8, "output_dim": 8, "predictor_hidden_dim": 8, "workers": 0, "eval_every": 0, "log_every": 1,
+    "warmup_epochs": 0.0,
+}  # fmt: skip
+
+
+def pretrained(out: Path, *hooks: Any, **settings: Any) -> fastrm.run.trainer.Result:
+    return fastrm.pretrain(**{**TINY, "max_steps": 3, "out": out, **settings}, hooks=hooks)
+
+
+class Told:
+    """Not of the class Hook: it has a hook's methods, which is enough."""
+
+    def __init__(self) -> None:
+        self.said: list[tuple[Any, ...]] = []
+
+    def on_start(self, run: Any) -> None:
+        self.said.append(("start", run.step, run.total_steps, run.rank, run.out.name))
+
+    def on_step(self, run: Any, step: int, outputs: Any) -> None:
+        (output,) = outputs
+        assert output.features.shape == (16, run.student.dim)
+        assert len(output.indices) == 16
+        assert [view.shape for view in output.views] == [(16, 3, 16, 16)] * 2
+        self.said.append(("step", step, run.step, run.logging))
+
+    def on_log(self, run: Any, step: int, values: Any) -> None:
+        self.said.append(("log", step, "loss" in values))
+
+    def on_evaluate(self, run: Any, step: int, scores: Any) -> None:
+        self.said.append(("evaluate", step, sorted(scores)))
+
+    def on_checkpoint(self, run: Any, path: Path) -> None:
+        self.said.append(("checkpoint", run.step, path.name))
+
+    def on_end(self, run: Any, summary: Any) -> None:
+        self.said.append(("end", summary["step"]))
+
+    def close(self) -> None:
+        self.said.append(("close",))
+
+
+def test_a_hook_is_told_all_in_order(tmp_path: Path) -> None:
+    told = Told()
+    pretrained(tmp_path / "run", told, checkpoint_every=2, log_every=2, eval_every=1)
+    scores = ["knn200_student", "knn200_teacher", "knn_pixels", "knn_random", "knn_student", "knn_teacher"]
+    assert told.said == [
+        ("start", 0, 3, 0, "run"),
+        ("step", 1, 1, True),
+        ("log", 1, True),
+        ("step", 2, 2, True),
+        ("log", 2, True),
+        ("checkpoint", 2, "checkpoint.pt"),
+        ("step", 3, 3, True),
+        ("log", 3, True),
+        ("checkpoint", 3, "checkpoint.pt"),
+        ("evaluate", 3, scores),
+        ("end", 3),
+        ("close",),
+    ]
+
+
+class Norms(Hook):
+    """Logs a number of its own, and counts steps over a resume."""
+
+    def __init__(self) -> None:
+        self.steps = torch.zeros((), dtype=torch.int64)
+
+    def on_step(self, run: Any, step: int, outputs: Any) -> None:
+        self.steps += 1
+        run.log({"feature_norm": outputs[0].features.norm(dim=1).mean(), "steps": self.steps})
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"steps": self.steps}
+
+    def load_state_dict(self, state: Any) -> None:
+        self.steps.copy_(state["steps"])
+
+
+def test_a_hook_adds_numbers_and_keeps_its_state_over_a_resume(tmp_path: Path) -> None:
+    pretrained(tmp_path / "run", Norms(), max_steps=2, log_every=10)
+    pretrained(tmp_path / "run", Norms(), max_steps=4, log_every=10)
+    found = records(tmp_path / "run")
+    assert [record["steps"] for record in found] == [1, 2, 3, 4]
+    assert all(record["feature_norm"] > 0 for record in found)
+    assert ["loss" in record for record in found] == [True, True, False, True]
+    plain = pretrained(tmp_path / "plain", max_steps=4, log_every=10)
+    ours, theirs = (checkpoint.load(tmp_path / name)["method"] for name in ("run", "plain"))
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    assert plain.scores["loss"] == found[-1]["loss"]
+
+
+class Failing:
+    def on_step(self, run: Any, step: int, outputs: Any) -> None:
+        if step == 2:
+            raise ZeroDivisionError("mine")
+
+
+def test_an_exception_in_a_hook_ends_the_run_after_a_save(tmp_path: Path) -> None:
+    with pytest.raises(ZeroDivisionError, match="mine"):
+        pretrained(tmp_path / "run", Failing())
+    assert checkpoint.load(tmp_path / "run")["step"] == 2
+    assert not (tmp_path / "run" / "summary.json").exists()
+    assert pretrained(tmp_path / "run").scores["step"] == 3
+
+
+class Stopping:
+    def on_log(self, run: Any, step: int, values: Any) -> None:
+        run.stop()
+
+
+def test_a_hook_ends_a_run_early_and_the_same_command_goes_on(tmp_path: Path) -> None:
+    result = pretrained(tmp_path / "run", Stopping())
+    assert result.scores["step"] == 1
+    assert (result.folder / "backbone.safetensors").is_file()
+    assert pretrained(tmp_path / "run").scores["step"] == 3
+
+
+@pytest.mark.parametrize(
+    ("hook", "words"),
+    [
+        (Told, "Told is a class; give an object of it: Told\\(\\)"),
+        (object(), "has none of a hook's methods: on_start, on_step"),
+        (type("Mine", (), {"on_stp": print})(), "Mine has a method on_stp, which no run calls; did you mean on_step?"),
+        ([Norms(), Norms()], "two of the class tests.test_hooks.Norms keep a state"),
+    ],
+)
+def test_what_is_no_hook_is_refused(hook: Any, words: str, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=words):
+        fastrm.pretrain(**TINY, max_steps=1, out=tmp_path / "run", hooks=hook if isinstance(hook, list) else [hook])
+    assert not (tmp_path / "run" / "checkpoint.pt").exists()
+
+
+class Odd(Hook):
+    def __init__(self, state: Any = None, values: Any = None) -> None:
+        self.state, self.values = state, values
+
+    def on_step(self, run: Any, step: int, outputs: Any) -> None:
+        if self.values is not None:
+            run.log(self.values)
+
+    def state_dict(self) -> Any:
+        return {"kept": self.state}
+
+    def load_state_dict(self, state: Any) -> None:
+        pass
+
+
+@pytest.mark.parametrize(
+    ("hook", "words"),
+    [
+        (Odd(values={"step": 1}), "the name step is taken"),
+        (Odd(values={"mine": "text"}), "mine is a str; it must be a number"),
+        (Odd(state={"deep": [Path()]}), "the state of the hook tests.test_hooks.Odd has a .*Path in it"),
+    ],
+)
+def test_what_a_hook_cannot_log_or_keep_is_said(hook: Odd, words: str, tmp_path: Path) -> None:
+    with pytest.raises((TypeError, ValueError), match=words):
+        pretrained(tmp_path / "run", hook)
+
+
+def test_nothing_of_the_process_is_changed(tmp_path: Path) -> None:
+    torch.manual_seed(3)
+    want = torch.rand(2)
+    torch.manual_seed(3)
+    handler, threads, benchmark = signal.getsignal(signal.SIGINT), torch.get_num_threads(), torch.backends.cudnn.benchmark
+    pretrained(tmp_path / "run", max_steps=1)
+    assert torch.equal(torch.rand(2), want)
+    assert signal.getsignal(signal.SIGINT) is handler
+    assert (torch.get_num_threads(), torch.backends.cudnn.benchmark) == (threads, benchmark)
+
+
+def test_the_best_checkpoint_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    scores = iter([0.5, 0.7, 0.6])
+
+    class Told:
+        """Stands in for the evaluation."""
+
+        def on_step(self, run: Any, step: int, outputs: Any) -> None:
+            run.save(wait=True)
+            run.evaluated({"knn_student": next(scores)})
+
+    pretrained(tmp_path / "run", Told(), keep_best=True, checkpoint_every=1)
+    best = checkpoint.load(tmp_path / "run" / "checkpoint-best.pt")
+    assert best["step"] == 2
+    assert json.loads((tmp_path / "run" / "best.json").read_text())["value"] == 0.7
+    assert checkpoint.load(tmp_path / "run")["step"] == 3
+
+
+def test_a_finished_run_is_made_longer(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "run"
+    few = {"data": torch.zeros(0), "batch_size": 720, "max_steps": None}
+    del few["data"]
+    pretrained(out, epochs=1, **few)
+    assert "complete after" not in capsys.readouterr().out
+    assert pretrained(out, epochs=3, **few).scores["epoch"] == 3
+    said = capsys.readouterr().out
+    assert "the run is made longer: its schedules span 3 epochs now, and go on at epoch 1" in said
+    with pytest.raises(UsageError, match=r"--epochs was 3, is 2"):
+        pretrained(out, epochs=2, **few)
+    cut = tmp_path / "cut"
+    pretrained(cut, epochs=2, **{**few, "max_steps": 1})
+    with pytest.raises(UsageError, match=r"--epochs was 2, is 5 \(it can be made longer once its own epochs are over\)"):
+        pretrained(cut, epochs=5, **few)
+
+
+def test_stopped_says_which_command_goes_on(tmp_path: Path) -> None:
+    class Signal:
+        def on_step(self, run: Any, step: int, outputs: Any) -> None:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with pytest.raises(Stopped, match="after step 1 and saved; the same command goes on from there"):
+        pretrained(tmp_path / "run", Signal())
+    with pytest.raises(Stopped, match="the same command without --resume never goes on"):
+        pretrained(tmp_path / "run", Signal(), resume="never")
+
+
+def needs(package: str) -> pytest.MarkDecorator:
+    return pytest.mark.skipif(importlib.util.find_spec(package) is None, reason=f"needs {package}")
+
+
+@needs("wandb")
+def test_weights_and_biases_offline_is_one_run_over_a_resume(
+    small: Small, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With the real package: what it wrote is read back from its own files."""
+    from wandb.proto import wandb_internal_pb2 as protocol
+    from wandb.sdk.internal.datastore import DataStore
+
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    for steps in (1, 2):
+        train.train(small(max_steps=steps, log_to=("wandb",)))
+    files = sorted((tmp_path / "run" / "wandb").glob("offline-run-*/run-*.wandb"))
+    ids, losses = set(), []
+    for file in files:
+        store = DataStore()
+        store.open_for_scan(str(file))
+        while (data := store.scan_data()) is not None:
+            record = protocol.Record()
+            record.ParseFromString(data)
+            if record.WhichOneof("record_type") == "run":
+                ids.add(record.run.run_id)
+            if record.WhichOneof("record_type") == "history":
+                losses += [json.loads(item.value_json) for item in record.history.item if "loss" in (item.key, *item.nested_key)]
+    assert len(files) == 2
+    assert len(ids) == 1
+    assert losses == [record["loss"] for record in records(tmp_path / "run")]
+
+
+@pytest.mark.slow
+@needs("mlflow")
+def test_mlflow_is_one_run_over_a_resume(small: Small, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the real package and a database in a file."""
+    import mlflow
+
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
+    for steps in (1, 2):
+        train.train(small(max_steps=steps, log_to=("mlflow",)))
+    client = mlflow.MlflowClient()
+    (run,) = client.search_runs(["0"])
+    losses = [metric.value for metric in client.get_metric_history(run.info.run_id, "loss")]
+    assert losses == [record["loss"] for record in records(tmp_path / "run")]
+    assert run.data.params["arch"] == "test_resnet"
+    assert run.info.status == "FINISHED"
+
+
+@pytest.mark.parametrize("package", ["wandb", "mlflow"])
+def test_a_logger_that_is_not_installed_is_refused_before_anything_is_written(
+    package: str, small: Small, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(__import__("sys").modules, package, None)
+    with pytest.raises(UsageError, match=f"--log-to {package} needs the package {package}"):
+        train.train(small(log_to=(package,)))
+    assert not any((tmp_path / "run").glob("*.json*"))
