@@ -18,8 +18,9 @@ from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from fastrm import train
-from fastrm.data import Batch
+from fastrm.data import Batch, make_loader
 from fastrm.errors import TrainingError, UsageError
+from fastrm.methods import build_method
 from fastrm.run import checkpoint
 from fastrm.settings.config import Config
 from tests.conftest import FASHION_MNIST
@@ -188,7 +189,7 @@ def test_a_damaged_checkpoint_gives_one_line_and_stays(damage: str, small: Small
 
 def poisoned_views(monkeypatch: pytest.MonkeyPatch, poisoned: Callable[[int], bool]) -> None:
     """Put a NaN into the first view of some batches of a run."""
-    plain = train.make_loader
+    plain = make_loader
 
     class Poisoned:
         def __init__(self, loader: Any) -> None:
@@ -206,7 +207,7 @@ def poisoned_views(monkeypatch: pytest.MonkeyPatch, poisoned: Callable[[int], bo
                 yield Batch((first * (float("nan") if poisoned(self.number) else 1), second), indices)
                 self.number += 1
 
-    monkeypatch.setattr(train, "make_loader", lambda *args, **options: Poisoned(plain(*args, **options)))
+    monkeypatch.setattr("fastrm.run.assemble.make_loader", lambda *args, **options: Poisoned(plain(*args, **options)))
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -249,7 +250,7 @@ def test_clipping_limits_the_whole_gradient(small: Small, tmp_path: Path) -> Non
     for clip in (None, 1e-3):
         config = small(**leaves, clip_norm=clip, out=tmp_path / f"{clip}")
         torch.manual_seed(config.run.seed)
-        start = dict(train.build_method(config).named_parameters())
+        start = dict(build_method(config).named_parameters())
         train.train(config)
         state = checkpoint.load(tmp_path / f"{clip}")["method"]
         steps = [state[n] - p.detach() for n, p in start.items() if p.requires_grad]
@@ -264,7 +265,7 @@ def test_accumulation_moves_teacher_and_queue_once_a_step(small: Small, tmp_path
     state = checkpoint.load(tmp_path / "run")["method"]
     assert state["queues.0.pointer"].item() == 480
     torch.manual_seed(0)
-    start = train.build_method(small(**leaves)).state_dict()
+    start = build_method(small(**leaves)).state_dict()
     name = "student.projector.0.weight"
     # Two steps an epoch, so the update after the first is half-way on the cosine from .5 to .999.
     momentum = (0.5 + 0.999) / 2

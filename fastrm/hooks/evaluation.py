@@ -86,7 +86,7 @@ class KNN(Hook):
         networks: dict[str, nn.Module] = {"pixels": Pixels()}
         if self._untrained is not None:
             with torch.random.fork_rng():
-                networks["random"] = self._untrained().to(self._setting.device)
+                networks["untrained"] = self._untrained().to(self._setting.device)
         return {
             f"knn_{name}": frozen_scores(network, self._source, self._setting, knn=True, name=name)["knn20"].value
             for name, network in networks.items()

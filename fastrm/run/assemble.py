@@ -14,6 +14,7 @@ from typing import Any, cast
 
 import torch
 from rich.console import Console
+from torch import nn
 from torch.profiler import record_function
 
 from fastrm import hooks as listeners
@@ -35,6 +36,7 @@ from fastrm.machine.distributed import World, first_alone, own_device, processes
 from fastrm.machine.memory import enough
 from fastrm.methods import Method, build_method, find
 from fastrm.methods.unused import counted
+from fastrm.models import build_backbone
 from fastrm.models.weights import load_weights, read_weights
 from fastrm.optim import Schedule, build_optimizer
 from fastrm.probes import OnlineLinear
@@ -65,6 +67,8 @@ class Parts:
     loader: Loader
     schedule: Schedule
     method: Method[Any]
+    untrained: Callable[[], nn.Module]
+    """Makes the backbone as it was before the run, with random weights unless it is a module of the user's."""
     step: Step
     online: OnlineLinear | None
     display: Display
@@ -167,6 +171,12 @@ def assemble(config: Config, objects: Objects, opened: ExitStack) -> Parts:
         loader=loader,
         schedule=Schedule(config.optim, config.method, batch, steps_per_epoch),
         method=method,
+        untrained=partial(
+            build_backbone,
+            objects.arch or config.model.arch,
+            image_size=config.input.image_size,
+            stem=config.model.stem,
+        ),
         step=step,
         online=_online(config.run, source, method, batch, device),
         display=Display(Console(file=screen(), highlight=False, soft_wrap=True, quiet=world.rank > 0)),
@@ -237,5 +247,7 @@ def built_in(
     after.append(listeners.Checkpoints(settings.checkpoint_every, keep_best if settings.keep_best else None))
     if settings.eval_every and source.test is not None:
         images = Setting(parts.config.input.image_size, parts.device, parts.workers)
-        after.append(listeners.KNN(source, images, every=settings.eval_every, online=parts.online))
+        after.append(
+            listeners.KNN(source, images, every=settings.eval_every, online=parts.online, untrained=parts.untrained)
+        )
     return before, after

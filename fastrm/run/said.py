@@ -14,7 +14,7 @@ from fastrm.models.weights import BACKBONE
 from fastrm.optim import Schedule
 from fastrm.settings.config import Config
 
-_SCORED = {"student": "student", "teacher": "teacher", "random": "random weights", "pixels": "raw pixels"}
+_SCORED = {"student": "student", "teacher": "teacher", "untrained": "untrained", "pixels": "raw pixels"}
 
 
 def asked(config: Config, world: World) -> str:
