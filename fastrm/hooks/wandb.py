@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import secrets
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -37,7 +38,7 @@ class WandB(Hook):
         if run.rank != 0:
             return
         if self._id is None:
-            self._id = self._wandb.util.generate_id()
+            self._id = secrets.token_hex(4)
         try:
             self._run = self._wandb.init(
                 id=self._id, resume="allow", name=run.out.name, dir=run.out, config=run.config.flat(), **self._options
