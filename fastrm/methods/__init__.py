@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -83,30 +85,38 @@ def build_method(
     if config.device.channels_last:
         layout = torch.channels_last
         small_maps = device.type == "cpu" and choose_precision(config.device.precision, device) == "fp32"
-        lay_out(method, (method.student.backbone, method.teacher.backbone) if small_maps else (), size)
+        with _trying(name, kind.name, size):
+            lay_out(method, (method.student.backbone, method.teacher.backbone) if small_maps else (), size)
     method.notes = list(backbone.notes)
     if trained:
-        _try(method, config, layout, name)
+        _freeze(method, config, layout, name)
     return method
 
 
-def _try(method: Method[Any], config: Config, layout: torch.memory_format, arch: str) -> None:
+@contextmanager
+def _trying(arch: str, method: str, size: int, images: str = "") -> Iterator[None]:
+    """Say in one line what goes wrong in a pass, whatever a family of timm's, or a module, happens to raise."""
+    try:
+        yield
+    except Exception as error:
+        if exhausted(error):
+            raise
+        order = "; --no-channels-last keeps maps in the order that view takes" if "view size" in str(error) else ""
+        raise UsageError(
+            f"--arch {arch} cannot be trained with --method {method} at --image-size {size}{images}: "
+            f"{first_line(error)}{order}"
+        ) from None
+
+
+def _freeze(method: Method[Any], config: Config, layout: torch.memory_format, arch: str) -> None:
     """Make one pass as training does, and freeze what it does not reach."""
     name, size = method.name, config.input.image_size
     batch = (config.input.batch_size or 256) // (world().size * config.optim.accumulate)
     # Two images show all that more would. Where the training steps have one, that is known to fail with BatchNorm, but
     # for a BatchNorm that sees the images of all processes.
     together = world().size > 1 and not method.queues
-    try:
+    with _trying(arch, name, size, f", {batch} images per process and micro-batch"):
         unused = freeze_unused(method, images=2 if together else max(1, min(2, batch)), image_size=size, layout=layout)
-    except Exception as error:  # whatever a family of timm's, or a module of the user's, happens to raise
-        if exhausted(error):
-            raise
-        order = "; --no-channels-last keeps maps in the order that view takes" if "view size" in str(error) else ""
-        raise UsageError(
-            f"--arch {arch} cannot be trained with --method {name} at --image-size {size}, "
-            f"{batch} images per process and micro-batch: {first_line(error)}{order}"
-        ) from None
     if not any(p.requires_grad for p in method.student.backbone.parameters()):
         raise UsageError(
             f"--arch {arch} cannot be trained with --method {name}: the loss does not reach any of its parameters; its "

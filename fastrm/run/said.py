@@ -10,6 +10,7 @@ import torch
 
 from fastrm.machine.distributed import World
 from fastrm.methods import Method
+from fastrm.models.module import needs_module
 from fastrm.models.weights import BACKBONE
 from fastrm.optim import Schedule
 from fastrm.settings.config import Config
@@ -81,5 +82,8 @@ def ended(summary: Mapping[str, Any], out: Path) -> Iterator[str]:
     if scores:
         yield f"kNN        {', '.join(scores)}"
     yield f"weights    {out / BACKBONE}"
+    if needs_module(summary["arch"]):
+        yield f'next       fastrm.load("{out}", arch={summary["arch"]}(…)), from Python'
+        return
     yield f"next       python -m fastrm.evaluate {out} --knn --linear-quick"
     yield f"           python -m fastrm.export {out} --format timm --out {out.name}-timm"
