@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -80,30 +80,31 @@ class Pretrained:
         return method
 
 
-def read_pretrained(path: Path, *, arch: nn.Module | None = None) -> Pretrained:
+def read_pretrained(path: Path, *, arch: nn.Module | None = None, networks: Sequence[str] = NETWORKS) -> Pretrained:
     """Rebuild the networks of a run folder, a checkpoint, or a file with a backbone, on the CPU.
 
     Args:
         path: what fastrm wrote.
         arch: where a module of the user's was trained, another one that is built alike; its weights do not matter.
+        networks: which of a run's are wanted; a file holds one.
 
     Raises:
         UsageError: it is missing, damaged, or of another layout; or ``arch`` is missing, or is another network.
     """
     if path.is_file() and (path.suffix == ".safetensors" or (path.suffix == ".pth" and own.safely(own.state, path))):
         backbone, about = read_backbone(path, arch=arch)
-        networks = {about["which"]: backbone}
-        return Pretrained(path=path, networks=networks, about=about, arch=about["arch"] if arch is None else arch)
+        found = {about["which"]: backbone}
+        return Pretrained(path=path, networks=found, about=about, arch=about["arch"] if arch is None else arch)
     state = checkpoint.load(path)
     settings, tensors = state["config"], state["method"]
     with checkpoint.fitting(path):
         about = metadata(settings, "student")
         check_range("image_size", settings["image_size"])
-        parts = {which: _part(tensors, f"{which}.backbone.net.") for which in NETWORKS}
-    networks = {which: backbone_of(part, about, path, arch=arch) for which, part in parts.items()}
+        parts = {which: _part(tensors, f"{which}.backbone.net.") for which in networks}
+    found = {which: backbone_of(part, about, path, arch=arch) for which, part in parts.items()}
     return Pretrained(
         path=path,
-        networks=networks,
+        networks=found,
         about=about,
         arch=about["arch"] if arch is None else arch,
         settings=settings,
@@ -148,7 +149,7 @@ def load(run_or_file: str | Path, which: str = "student", *, arch: nn.Module | N
     check_path("run_or_file", run_or_file)
     path = Path(at_home(run_or_file))
     with torch.random.fork_rng(devices=[]):  # first weights are drawn, which the file's take the place of
-        found = read_pretrained(path, arch=arch).networks
+        found = read_pretrained(path, arch=arch, networks=[which]).networks
     if which not in found:
         raise UsageError(f"which={which!r}: {path} holds the {', '.join(found)} only")
     return found[which].eval()

@@ -67,7 +67,8 @@ def renew(module: nn.Module) -> None:
 def _known(arch: str) -> bool:
     import timm
 
-    return arch in timm.list_models()
+    known: bool = timm.is_model(arch)
+    return known
 
 
 def _plain(module: nn.Module) -> nn.Module:
