@@ -18,6 +18,7 @@ from torch.utils.data import ConcatDataset, DataLoader, Dataset, IterableDataset
 from torchvision.datasets import FakeData, ImageFolder
 from torchvision.transforms import v2
 
+import fastrm
 from fastrm.data import Augmentation, Source, View, make_loader, open_source
 from fastrm.data.inventory import inventory
 from fastrm.data.items import ItemImages
@@ -36,6 +37,11 @@ AS_FLOATS = v2.Compose([v2.ToImage(), v2.ToDtype(torch.float32, scale=True)])
 
 def two(image: Any) -> tuple[Any, Any]:
     return AUGMENT(image), AUGMENT(image)
+
+
+def two_floats(image: Any) -> tuple[Tensor, Tensor]:
+    first, second = two(image)
+    return AS_FLOATS(first), AS_FLOATS(second)
 
 
 def loader(data: Any, **options: Any) -> Any:
@@ -454,6 +460,35 @@ def test_a_loader_says_how_many_views_there_are() -> None:
     one = Augmentation(views=(View(),))
     for data, method, count in ((Pairs(), two, 2), ("digits", one, 1), (Pairs(), one, 1), ("digits", "byol", 2)):
         assert loader(data, method=method).views == count
+
+
+@pytest.mark.filterwarnings("ignore:left out")
+def test_a_run_on_a_dataset_with_a_callable_is_resumed_to_the_bit(tmp_path: Path) -> None:
+    """With random numbers in both, and an item that raises."""
+
+    class Cropped(Breaking):
+        def __getitem__(self, index: int) -> Any:
+            image, label = super().__getitem__(index)
+            return v2.functional.crop(image, random.randrange(9), int(np.random.randint(9)), 20, 20), label
+
+    class Stops:
+        def on_step(self, run: Any, step: int, outputs: Any) -> None:
+            if step == 2:
+                run.stop()
+
+    settings: dict[str, Any] = {
+        "arch": "test_resnet", "method": "byol", "augmentation": two_floats, "image_size": 20, "batch_size": 8,
+        "hidden_dim": 8, "output_dim": 4, "predictor_hidden_dim": 8, "max_steps": 6, "eval_every": 0, "device": "cpu",
+        "stem": "imagenet", "warmup_epochs": 0.0,
+    }  # fmt: skip
+    whole = fastrm.pretrain(Cropped({3}), out=tmp_path / "whole", workers=0, **settings)
+    fastrm.pretrain(Cropped({3}), out=tmp_path / "cut", hooks=[Stops()], workers=0, **settings)
+    random.seed(8)
+    again = fastrm.pretrain(Cropped({3}), out=tmp_path / "cut", workers=1, **settings)
+    for mine, other in zip(whole.student.state_dict().values(), again.student.state_dict().values(), strict=True):
+        assert torch.equal(mine, other)
+    assert whole.scores["loss"] == again.scores["loss"]
+    assert "item 3 of Cropped" in (tmp_path / "whole" / "skipped.txt").read_text()
 
 
 def test_which_loader_takes_what() -> None:
