@@ -422,6 +422,11 @@ def test_missing_files_in_a_list_are_said(tmp_path: Path) -> None:
     assert "\n" not in str(caught.value)
 
 
+def test_what_a_run_on_an_object_notes_of_its_data_cannot_be_opened() -> None:
+    with pytest.raises(UsageError, match="--data <FakeData> stands for what a script gave as an object"):
+        open_source("<FakeData>")
+
+
 def raising(image: Any) -> Any:
     return undefined(image)  # type: ignore[name-defined] # noqa: F821
 

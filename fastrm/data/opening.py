@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -64,6 +65,8 @@ def open_source(data: Any, data_root: str | Path | None = None) -> Source:
     if data.lower().endswith(".tar") and not os.path.isdir(folder):
         return open_shards(data)
     check_path("data", data)
+    if re.fullmatch(r"<\w+>", data) and not folder.exists():
+        raise UsageError(f"--data {data} stands for what a script gave as an object; give a folder or a named set")
     if not folder.exists():
         raise UsageError(
             f"--data {data} does not exist{_below(folder)}; give a folder of images, shards as in "
