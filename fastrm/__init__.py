@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from importlib import import_module
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fastrm.checkout import find_kernels
 from fastrm.version import __version__ as __version__
 
-# The sources keep fastrm.kernels in kernels/ beside this folder; an installed package has it inside.
-if not (Path(__file__).parent / "kernels").is_dir():
-    __path__.append(str(Path(__file__).parent.parent))
+find_kernels()
 
 if TYPE_CHECKING:
     from fastrm.pretrained import load as load

@@ -84,6 +84,35 @@ def test_installed(how: str, sources: Path, built: Path, tmp_path: Path) -> None
     assert imported(python, sources) == [sources / "fastrm", sources / "kernels"]
 
 
+def test_a_checkout_makes_nothing_else_of_its_root_importable(sources: Path, tmp_path: Path) -> None:
+    """And it uses its own kernels, also where another checkout is installed as editable."""
+    other = tmp_path / "other"
+    (other / "kernels").mkdir(parents=True)
+    (other / "kernels" / "__init__.py").write_text("raise AssertionError('the kernels of another checkout')\n")
+    code = f"""
+import importlib.util, sys
+class Editable:
+    def find_spec(self, name, path=None, target=None):
+        if name == "fastrm.kernels":
+            return importlib.util.spec_from_file_location(name, {str(other / "kernels" / "__init__.py")!r})
+sys.meta_path.append(Editable())
+import fastrm
+assert "torch" not in sys.modules
+import fastrm.kernels
+print(fastrm.kernels.__path__[0])
+for name in ("tests", "benchmarks", "fastrm"):
+    try:
+        importlib.import_module("fastrm." + name)
+    except ModuleNotFoundError as error:
+        print(error)
+"""
+    shown = run(sys.executable, "-c", code, cwd=sources).splitlines()
+    assert shown == [
+        str(sources / "kernels"),
+        *(f"No module named 'fastrm.{n}'" for n in ("tests", "benchmarks", "fastrm")),
+    ]
+
+
 def test_uninstalled_from_the_root(sources: Path, tmp_path: Path) -> None:
     environment = tmp_path / "environment"
     venv.create(environment, with_pip=False, symlinks=True)
