@@ -10,8 +10,8 @@ from pathlib import Path
 
 import torch
 
+import fastrm
 from fastrm.evaluate import EvaluateConfig, evaluate
-from fastrm.models import read_backbone
 from fastrm.settings.config import build
 from fastrm.train import train
 
@@ -40,10 +40,10 @@ def main() -> None:
     for network in ("student", "teacher", "random"):
         print(f"kNN of the {network:8} {scores[network]['knn20']} %")
 
-    backbone, about = read_backbone(options.out / "backbone.safetensors")
-    size = int(about["image_size"])
+    model = fastrm.load(options.out)
+    images = torch.rand(4, 3, 32, 32)
     with torch.no_grad():
-        features, feature_map = backbone.eval().encode(torch.rand(4, 3, size, size))
+        features, feature_map = model(images), model.forward_features(images)
     print(f"features {tuple(features.shape)}, map {tuple(feature_map.shape)}")
 
 
