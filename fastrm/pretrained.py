@@ -14,9 +14,8 @@ from fastrm import own
 from fastrm.errors import UsageError
 from fastrm.files import at_home
 from fastrm.methods import Method, build_method
-from fastrm.models import Backbone, build_backbone
+from fastrm.models import Backbone, untrained
 from fastrm.models.layout import lay_out
-from fastrm.models.module import renew
 from fastrm.models.weights import backbone_of, metadata, read_backbone
 from fastrm.run import checkpoint
 from fastrm.settings.config import check_choice, check_path, check_range, from_flat
@@ -61,10 +60,7 @@ class Pretrained:
 
         Of a module those are new that belong to layers of ``torch.nn``; others are as they were given.
         """
-        backbone = build_backbone(self.arch, image_size=self.image_size, stem=self.about["stem"])
-        if isinstance(self.arch, nn.Module):
-            renew(backbone)
-        return backbone
+        return untrained(self.arch, image_size=self.image_size, stem=self.about["stem"])
 
     def method(self, device: torch.device) -> Method[Any]:
         """Student and teacher with their heads, on a device.

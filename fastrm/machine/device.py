@@ -8,7 +8,7 @@ import torch
 
 from fastrm.errors import UsageError
 from fastrm.kernels._dispatch import triton_problem
-from fastrm.settings.config import Config, check_choice
+from fastrm.settings.config import check_choice
 
 
 def choose_device(wanted: str) -> torch.device:
@@ -61,15 +61,15 @@ def choose_compile(wanted: str, device: torch.device) -> bool:
     return device.type == "cuda" and triton_problem(device) is None if wanted == "auto" else wanted == "on"
 
 
-def check_cuda_graph(config: Config, device: torch.device, precision: str, processes: int) -> None:
+def check_cuda_graph(kernels: str, optimizer: str, device: torch.device, precision: str, processes: int) -> None:
     """Raise a UsageError unless the whole step of a run can be captured."""
     problems = {
         f"it needs a GPU: {why_no_gpu()}": device.type != "cuda",
         "it is for one process": processes > 1,
         f"--precision {precision} scales the loss by what the host reads; use bf16 or fp32": precision == "fp16",
-        "the host steers apex's LAMB; use another --optimizer": config.optim.optimizer == "lamb",
-        f"--kernels {config.device.kernels} reads values on the host": (
-            device.type == "cuda" and (config.device.kernels in ("cpu", "reference") or triton_problem(device))
+        "the host steers apex's LAMB; use another --optimizer": optimizer == "lamb",
+        f"--kernels {kernels} reads values on the host": (
+            device.type == "cuda" and (kernels in ("cpu", "reference") or triton_problem(device))
         ),
     }
     for problem, found in problems.items():

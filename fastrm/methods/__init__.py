@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
 from fastrm.errors import UsageError, first_line
-from fastrm.machine.device import choose_precision
-from fastrm.machine.distributed import world
+from fastrm.machine.distributed import synchronise_norms, world
 from fastrm.machine.memory import exhausted
 from fastrm.methods.base import Encoder, Encoding, Method, StepOutput
 from fastrm.methods.contrastive import Contrastive
@@ -26,6 +26,7 @@ from fastrm.methods.unused import counted, freeze_unused
 from fastrm.models import build_backbone, mlp, module_name
 from fastrm.models.layout import lay_out
 from fastrm.models.named import refusing
+from fastrm.models.weights import load_weights, read_weights
 from fastrm.settings.config import Config, check_choice
 
 __all__ = [
@@ -52,6 +53,7 @@ def build_method(
     config: Config,
     *,
     device: torch.device | None = None,
+    precision: str = "fp32",
     backend: str | None = None,
     trained: bool = True,
     arch: nn.Module | None = None,
@@ -62,9 +64,11 @@ def build_method(
     Args:
         config: settings of the run.
         device: where it computes; None is the CPU.
+        precision: of its layers.
         backend: of fastrm.kernels; None chooses by device.
         trained: whether it is to be trained. It then makes one pass over random images, which finds what cannot be
-            trained, and freezes what gets no gradient.
+            trained, freezes what gets no gradient, starts from the weights that the settings name, and lets BatchNorm
+            see the images of all processes where the method wants it.
         arch: a module that becomes the backbone in place of the network that the settings name; it is copied, as
             :func:`fastrm.models.build_backbone` says.
         kind: the method in place of the one that the settings name.
@@ -84,13 +88,26 @@ def build_method(
     layout = torch.contiguous_format
     if config.device.channels_last:
         layout = torch.channels_last
-        small_maps = device.type == "cpu" and choose_precision(config.device.precision, device) == "fp32"
+        small_maps = device.type == "cpu" and precision == "fp32"
         with _trying(name, kind.name, size):
             lay_out(method, (method.student.backbone, method.teacher.backbone) if small_maps else (), size)
     method.notes = list(backbone.notes)
     if trained:
         _freeze(method, config, layout, name)
+        _start(method, config.model.init_from)
+        if not method.queues:
+            synchronise_norms(method, device)
     return method
+
+
+def _start(method: Method[Any], init_from: Path | None) -> None:
+    """Load the weights that the backbone is to start from, if there are any."""
+    if init_from is not None:
+        weights, _ = read_weights(init_from)
+        for network in (method.student, method.teacher):
+            left_out = load_weights(network.backbone, weights, source=f"--init-from {init_from}")
+        note = f"the backbone starts from {len(weights) - len(left_out)} tensors of {init_from}"
+        method.notes.append(note + (f"; {counted(left_out)} of a classifier are left out" if left_out else ""))
 
 
 @contextmanager

@@ -6,7 +6,7 @@ from torch import nn
 
 from fastrm.errors import UsageError
 from fastrm.models.backbone import Backbone
-from fastrm.models.module import module_backbone
+from fastrm.models.module import module_backbone, renew
 from fastrm.models.named import named_backbone
 from fastrm.settings.config import check_choice
 
@@ -35,3 +35,14 @@ def build_backbone(arch: str | nn.Module, *, image_size: int, stem: str = "auto"
     if not isinstance(arch, nn.Module):
         raise UsageError(f"arch={arch!r:.80} must be the name of a network of timm's, or a torch.nn.Module")
     return module_backbone(arch, image_size=image_size, stem=stem)
+
+
+def untrained(arch: str | nn.Module, *, image_size: int, stem: str = "auto") -> Backbone:
+    """The same backbone with weights that have learned nothing, on the CPU.
+
+    Of a module those are new that belong to layers of ``torch.nn``; others are as they were given.
+    """
+    backbone = build_backbone(arch, image_size=image_size, stem=stem)
+    if isinstance(arch, nn.Module):
+        renew(backbone)
+    return backbone

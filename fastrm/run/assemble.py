@@ -6,7 +6,7 @@ What can be wrong is found here, before anything is written.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -24,20 +24,12 @@ from fastrm.data.loader import Batch
 from fastrm.data.scan import scan, unreadable
 from fastrm.errors import UsageError
 from fastrm.files import as_utf8
-from fastrm.machine.device import (
-    available_cores,
-    check_cuda_graph,
-    choose_compile,
-    choose_device,
-    choose_kernels,
-    choose_precision,
-)
-from fastrm.machine.distributed import World, first_alone, own_device, processes, synchronise_norms
+from fastrm.machine.device import available_cores
+from fastrm.machine.distributed import World, first_alone
+from fastrm.machine.joined import joined
 from fastrm.machine.memory import enough
 from fastrm.methods import Method, build_method, find
-from fastrm.methods.unused import counted
-from fastrm.models import build_backbone
-from fastrm.models.weights import load_weights, read_weights
+from fastrm.models import untrained
 from fastrm.optim import Schedule, build_optimizer
 from fastrm.probes import OnlineLinear
 from fastrm.probes.features import Setting
@@ -46,7 +38,7 @@ from fastrm.run.faults import LOWER
 from fastrm.run.graph import GraphedStep
 from fastrm.run.objects import Objects
 from fastrm.run.step import AUTOCAST, Step
-from fastrm.settings.config import Config, InputConfig, ModelConfig, RunConfig, resolved
+from fastrm.settings.config import Config, InputConfig, RunConfig, resolved
 from fastrm.terminal.progress import Display
 from fastrm.terminal.shell import screen
 
@@ -102,18 +94,13 @@ def assemble(config: Config, objects: Objects, opened: ExitStack) -> Parts:
     Raises:
         UsageError: a setting, the data or the machine does not allow the run.
     """
-    device = own_device(choose_device(config.device.device))
-    opened.enter_context(unchanged(device))
-    world = opened.enter_context(processes(device))
-    precision = choose_precision(config.device.precision, device)
-    backend = choose_kernels(config.device.kernels, device)
-    compiled = choose_compile(config.device.compile, device)
-    config = resolved(config, world.size).replace(compile="on" if compiled else "off")
-    if config.device.cuda_graph:
-        check_cuda_graph(config, device, precision, world.size)
+    machine = opened.enter_context(joined(config.device, optimizer=config.optim.optimizer))
+    device, world, precision = machine.device, machine.world, machine.precision
+    config = resolved(config, world.size).replace(compile="on" if machine.compiled else "off")
+    request = said.asked(config, world)
+    opened.enter_context(enough(device, lambda: request, LOWER))
     batch, accumulate = config.input.batch_size, config.optim.accumulate
     assert batch is not None
-    opened.enter_context(enough(device, lambda: said.asked(config, world), LOWER))
 
     workers = min(available_cores(), 8) if config.input.workers is None else config.input.workers
     source, broken = _opened(objects.data, config.input, config.run, workers)
@@ -141,14 +128,18 @@ def assemble(config: Config, objects: Objects, opened: ExitStack) -> Parts:
         raise UsageError(f"--batch-size {batch} is more than the {len(source.train)} images")
 
     torch.manual_seed(config.run.seed)
-    method = build_method(config, device=device, backend=backend, arch=objects.arch, kind=objects.method)
-    _start_from(config.model, method)
-    if not method.queues:
-        synchronise_norms(method, device)
+    method = build_method(
+        config,
+        device=device,
+        precision=precision,
+        backend=machine.backend,
+        arch=objects.arch,
+        kind=objects.method,
+    )
     if precision in AUTOCAST:
         method.pair.keep_low_precision(AUTOCAST[precision])
-    optimizer = build_optimizer(method, config.optim, backend=backend)
-    if compiled:
+    optimizer = build_optimizer(method, config.optim, backend=machine.backend)
+    if machine.compiled:
         for part in (method.student, method.teacher, method.predictor):
             part.compile()  # in place: the parameters keep their names
     step = (GraphedStep if config.device.cuda_graph else Step)(
@@ -172,7 +163,7 @@ def assemble(config: Config, objects: Objects, opened: ExitStack) -> Parts:
         schedule=Schedule(config.optim, config.method, batch, steps_per_epoch),
         method=method,
         untrained=partial(
-            build_backbone,
+            untrained,
             objects.arch or config.model.arch,
             image_size=config.input.image_size,
             stem=config.model.stem,
@@ -185,18 +176,6 @@ def assemble(config: Config, objects: Objects, opened: ExitStack) -> Parts:
     )
 
 
-@contextmanager
-def unchanged(device: torch.device) -> Iterator[None]:
-    """Put back what a run changes of the process: torch's random state and the choice of cuDNN's algorithms."""
-    benchmark = torch.backends.cudnn.benchmark
-    torch.backends.cudnn.benchmark = True
-    try:
-        with torch.random.fork_rng([device] if device.type == "cuda" else []):
-            yield
-    finally:
-        torch.backends.cudnn.benchmark = benchmark
-
-
 def _opened(data: Any, settings: InputConfig, run: RunConfig, workers: int) -> tuple[Source, dict[str, str]]:
     """The images, without those that cannot be read, and what is wrong with these."""
     with first_alone():  # it may download the images, and leaves the others what its scan found
@@ -204,16 +183,6 @@ def _opened(data: Any, settings: InputConfig, run: RunConfig, workers: int) -> t
         if settings.scan and not run.dry_run:  # what the search finds is kept, and a dry run writes nothing
             return scan(source, workers=workers)
     return source, {}
-
-
-def _start_from(settings: ModelConfig, method: Method[Any]) -> None:
-    """Load the weights that the backbone is to start from, if there are any."""
-    if settings.init_from is not None:
-        weights, _ = read_weights(settings.init_from)
-        for network in (method.student, method.teacher):
-            left_out = load_weights(network.backbone, weights, source=f"--init-from {settings.init_from}")
-        note = f"the backbone starts from {len(weights) - len(left_out)} tensors of {settings.init_from}"
-        method.notes.append(note + (f"; {counted(left_out)} of a classifier are left out" if left_out else ""))
 
 
 def _online(
