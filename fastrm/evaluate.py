@@ -40,7 +40,7 @@ from fastrm.probes.features import BATCH, Setting
 from fastrm.probes.scores import EVALUATION
 from fastrm.settings import command_line
 from fastrm.settings.fields import Workers
-from fastrm.settings.kinds import Range, check_fields
+from fastrm.settings.kinds import Range, checked
 from fastrm.settings.of_run import OfRun
 from fastrm.terminal.progress import bar
 from fastrm.version import __version__
@@ -97,6 +97,7 @@ def evaluate(options: EvaluateConfig, *, arch: nn.Module | None = None) -> dict[
     Raises:
         UsageError: the checkpoint or the data cannot be used, or nothing is asked for.
     """
+    options = checked(options)
     _check(options)
     device = choose_device(options.device)
 
@@ -161,7 +162,6 @@ def _run_root(trained: Pretrained) -> Path | None:
 
 
 def _check(options: EvaluateConfig) -> None:
-    check_fields(options)
     path = options.path
     asked = (options.knn, options.linear, options.linear_quick, options.semi is not None, options.gap, options.transfer)
     if not any(asked) and options.neighbours is None:

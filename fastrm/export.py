@@ -20,7 +20,7 @@ from fastrm.exports import TARGETS, write
 from fastrm.machine.memory import enough
 from fastrm.pretrained import read_pretrained
 from fastrm.settings import command_line
-from fastrm.settings.kinds import check_fields
+from fastrm.settings.kinds import checked
 from fastrm.settings.of_run import OfRun
 
 
@@ -49,7 +49,7 @@ def export(options: ExportConfig, *, arch: nn.Module | None = None) -> Path:
     Raises:
         UsageError: the checkpoint cannot be used, the format cannot hold the network, or the file cannot be written.
     """
-    check_fields(options)
+    options = checked(options)
     endings = TARGETS[options.format].endings
     if options.out.suffix not in endings:
         wanted = ", ".join(ending or "none (a folder)" for ending in endings)

@@ -26,7 +26,7 @@ from fastrm.errors import UsageError
 from fastrm.files import read_json, write_text, write_whole, writing
 from fastrm.own import METRICS
 from fastrm.settings import command_line
-from fastrm.settings.kinds import check_fields
+from fastrm.settings.kinds import checked
 from fastrm.settings.of_run import given
 from fastrm.version import __version__
 
@@ -282,7 +282,7 @@ def report(options: ReportConfig) -> Path:
     Raises:
         UsageError: there is no such run, or the folder cannot be written.
     """
-    check_fields(options)
+    options = checked(options)
     folders = [path.parent if path.is_file() else path for path in given(options.runs, options.checkpoint)]
     runs = [read_run(folder) for folder in folders]
     out = options.out or (folders[0] / "report" if len(runs) == 1 else Path("report"))

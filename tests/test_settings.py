@@ -18,7 +18,7 @@ from fastrm.settings import command_line
 from fastrm.settings.config import Config, build, from_flat
 from fastrm.settings.fields import KINDS
 from fastrm.settings.flags import read_flags
-from fastrm.settings.kinds import Range, check_fields, problem
+from fastrm.settings.kinds import Range, check_fields, checked, problem
 from fastrm.settings.near import SYNONYMS, near
 from fastrm.settings.of_run import given
 from fastrm.version import __version__
@@ -254,3 +254,15 @@ def test_what_needs_no_torch_imports_none() -> None:
 
 def test_the_settings_name_no_setting_twice() -> None:
     assert Config().flat().keys() == KINDS.keys()
+
+
+def test_commands_take_pythons_forms_too(tmp_path: Path) -> None:
+    given_: Any = {"runs": [str(tmp_path / "a"), tmp_path / "b"], "out": "page"}
+    options = checked(report.ReportConfig(**given_))
+    assert (options.runs, options.out) == ((tmp_path / "a", tmp_path / "b"), Path("page"))
+    scored: Any = {"checkpoint": "runs/mine", "data": Path("pictures"), "knn": True}
+    assert checked(evaluate.EvaluateConfig(**scored)) == evaluate.EvaluateConfig(
+        checkpoint=Path("runs/mine"), data="pictures", knn=True
+    )
+    with pytest.raises(UsageError, match="nowhere does not exist"):
+        evaluate.evaluate(evaluate.EvaluateConfig(**{**scored, "checkpoint": "nowhere"}))

@@ -18,7 +18,7 @@ from fastrm.machine.memory import enough
 from fastrm.settings import command_line
 from fastrm.settings.config import defaults
 from fastrm.settings.fields import ImageSize, Seed
-from fastrm.settings.kinds import Range, check_fields
+from fastrm.settings.kinds import Range, checked
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,7 +52,7 @@ def contact_sheet(options: Options) -> None:
     from PIL import Image
     from torchvision.utils import make_grid
 
-    check_fields(options)
+    options = checked(options)
     sheets.check("--out", options.out)
     source = open_source(options.data, options.data_root)
     count = min(options.images, len(source.train))

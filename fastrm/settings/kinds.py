@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import os
 import sys
@@ -9,9 +10,11 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from types import NoneType, UnionType
-from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from fastrm.errors import UsageError
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,13 +109,31 @@ def taken(value: Any, kind: Any) -> Any:
 
     What has no such form is left as it is, for :func:`problem` to find.
     """
-    inner = _set(kind) if get_origin(kind) in (Union, UnionType) else kind
-    if inner is Path and isinstance(value, str):
+    origin, inner = get_origin(kind), get_args(kind)
+    if origin is Annotated:
+        return taken(value, inner[0])
+    if origin in (Union, UnionType):
+        return taken(value, _set(kind))
+    if kind is Path and isinstance(value, str):
         return Path(value)
-    if inner is str and isinstance(value, Path):
+    if kind is str and isinstance(value, Path):
         return str(value)
-    if get_origin(inner) is tuple and isinstance(value, list):
-        return tuple(value)
-    if get_origin(inner) is Literal and isinstance(value, bool) and {"on", "off"} <= set(get_args(inner)):
+    if origin is tuple and isinstance(value, list | tuple):
+        return tuple(taken(item, inner[0]) for item in value)
+    if origin is Literal and isinstance(value, bool) and {"on", "off"} <= set(inner):
         return "on" if value else "off"
     return value
+
+
+def checked(settings: T) -> T:
+    """Return a dataclass with each value in the form that its field has (see :func:`taken`).
+
+    Raises:
+        UsageError: a value is not what the type at its field says.
+    """
+    leaves: Any = settings
+    kinds = get_type_hints(type(settings), include_extras=True)
+    values = {name: taken(getattr(leaves, name), kind) for name, kind in kinds.items()}
+    formed: T = dataclasses.replace(leaves, **values)
+    check_fields(formed)
+    return formed
