@@ -11,6 +11,8 @@ import pytest
 from PIL import Image
 
 from fastrm import report
+from fastrm.reports.plots import PLOTS, draw
+from fastrm.reports.runs import read_run
 from fastrm.settings.config import build
 from tests.test_cli import fails
 
@@ -40,9 +42,9 @@ def record(folder: Path, *, complete: bool = True, cut: str = "", **settings: An
 
 
 def test_what_is_drawn_is_what_was_recorded(tmp_path: Path) -> None:
-    runs = [report.read_run(record(tmp_path / f"w{w}", residual_weight=float(w))) for w in (0, 1)]
-    plots = {plot.name: plot for plot in report.PLOTS}
-    figure = report.draw(plots["gap"], runs)
+    runs = [read_run(record(tmp_path / f"w{w}", residual_weight=float(w))) for w in (0, 1)]
+    plots = {plot.name: plot for plot in PLOTS}
+    figure = draw(plots["gap"], runs)
     assert figure is not None
     curves = figure.axes[0].get_lines()
     assert [curve.get_label() for curve in curves] == ["w0, residual_weight 0.0", "w1, residual_weight 1.0"]
@@ -51,7 +53,7 @@ def test_what_is_drawn_is_what_was_recorded(tmp_path: Path) -> None:
         np.testing.assert_allclose(curve.get_ydata(), gap)
     assert curves[0].get_color() != curves[1].get_color()
 
-    figure = report.draw(plots["knn"], runs)
+    figure = draw(plots["knn"], runs)
     assert figure is not None
     (axes,) = figure.axes  # k = 200 was not recorded
     student, teacher = axes.get_lines()[:2]
@@ -60,22 +62,22 @@ def test_what_is_drawn_is_what_was_recorded(tmp_path: Path) -> None:
     assert (student.get_linestyle(), teacher.get_linestyle()) == ("-", "--")
     assert student.get_color() == teacher.get_color()
 
-    figure = report.draw(plots["collapse"], runs)
+    figure = draw(plots["collapse"], runs)
     assert figure is not None
     assert len(figure.axes[1].get_lines()[0].get_ydata()) == 11  # one was not finite
-    assert report.draw(plots["online"], runs) is None
+    assert draw(plots["online"], runs) is None
 
 
 def test_a_run_that_goes_on(tmp_path: Path) -> None:
-    run = report.read_run(record(tmp_path / "run", complete=False, cut='{"step": 13, "epo'))
+    run = read_run(record(tmp_path / "run", complete=False, cut='{"step": 13, "epo'))
     assert run.records[-1]["step"] == 12
     shown = report.report(report.ReportConfig(runs=(tmp_path / "run",)))
     assert shown == tmp_path / "run" / "report" / "index.html"
     assert "not complete" in shown.read_text()
     (tmp_path / "run" / "summary.json").write_text('{"step": 6}')  # it was complete, and then went on
-    assert not report.read_run(tmp_path / "run").complete
+    assert not read_run(tmp_path / "run").complete
     (tmp_path / "run" / "summary.json").write_text('{"step": 12}')
-    assert report.read_run(tmp_path / "run").complete
+    assert read_run(tmp_path / "run").complete
     again = report.report(report.ReportConfig(runs=(tmp_path / "run",)))
     assert again == shown
 

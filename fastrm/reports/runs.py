@@ -1,0 +1,80 @@
+"""What run folders say of their runs."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from fastrm.errors import UsageError
+from fastrm.files import read_json
+from fastrm.own import METRICS
+
+_NOT_SHOWN = frozenset({"out", "resume", "recipe"})  # settings that say nothing of how runs differ
+
+
+class Run(NamedTuple):
+    """What a run folder says of a run."""
+
+    name: str
+    settings: dict[str, Any]
+    records: list[dict[str, Any]]
+    """Logged steps and evaluations, in order."""
+    complete: bool
+
+    def series(self, metric: str) -> tuple[list[float], list[float]]:
+        """(epochs, values) of a metric, where it was recorded and finite."""
+        found = [(r["epoch"], r[metric]) for r in self.records if isinstance(r.get(metric), int | float)]
+        return [epoch for epoch, _ in found], [value for _, value in found]
+
+    def last(self, metric: str) -> float | None:
+        """The last value of a metric."""
+        values = self.series(metric)[1]
+        return values[-1] if values else None
+
+
+def read_run(folder: Path) -> Run:
+    """Read a run folder; a last line that is cut off, of a run that still goes on, is passed over.
+
+    Raises:
+        UsageError: it is no run folder, or nothing was recorded yet.
+    """
+    if not (folder / METRICS).is_file():
+        raise UsageError(f"{folder} is no run folder: it has no {METRICS}")
+    try:
+        settings = read_json(folder / "config.json")
+        lines = (folder / METRICS).read_text(encoding="utf-8").splitlines()
+        records = [json.loads(line) for line in lines[:-1]]
+        if lines:
+            with contextlib.suppress(ValueError):
+                records.append(json.loads(lines[-1]))
+        sound = all(isinstance(r, dict) and isinstance(r.get("epoch"), int | float) for r in records)
+    except (OSError, ValueError) as error:
+        raise UsageError(f"{folder} cannot be read as a run: {error}") from None
+    if not sound or not isinstance(settings, dict):
+        raise UsageError(f"{folder / METRICS} holds other lines than a run records")
+    if not any("loss" in record for record in records):
+        raise UsageError(f"{folder} has recorded nothing yet")
+    return Run(folder.resolve().name, settings, records, _complete(folder, records[-1].get("step", 0)))
+
+
+def _complete(folder: Path, step: int) -> bool:
+    """Whether the run's summary is of its last step: it may have gone on since."""
+    path = folder / "summary.json"
+    try:
+        return path.is_file() and bool(read_json(path).get("step", step) >= step)
+    except (ValueError, TypeError, AttributeError):
+        raise UsageError(f"{path} is no summary that fastrm wrote; move it away") from None
+
+
+def differing(runs: Sequence[Run]) -> list[str]:
+    """Names of the settings that are not the same in all runs."""
+    names = dict.fromkeys(name for run in runs for name in run.settings if name not in _NOT_SHOWN)
+    return [name for name in names if len({repr(run.settings.get(name)) for run in runs}) > 1]
+
+
+def label(run: Run, names: Sequence[str]) -> str:
+    """A run's name and what sets it apart, of which three settings at most."""
+    return ", ".join([run.name, *(f"{name} {run.settings.get(name)}" for name in names[:3])])
