@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from typing import Any
 
@@ -10,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import ConcatDataset, Subset, TensorDataset
+from torch.utils.data import ConcatDataset, Dataset, Subset, TensorDataset, get_worker_info
 
 from fastrm.data.decode import BrokenImage, told
 from fastrm.data.pixels import LABEL_KEY, Item, as_bytes, digest, parted, whole_number
@@ -32,6 +33,9 @@ class Items:
         data: its items are an image, (image, label), (image, label, more), or a dict with ``image`` and ``label``.
         whole: tell it from others by all of its items instead of some.
 
+    In the process that trains it is a copy that is asked for items: what a Dataset opens when it is first asked must be
+    opened in each loader process anew, since processes that share an open file move each other's place in it.
+
     Attributes:
         name: of its class.
         first: the first item that can be read.
@@ -43,7 +47,7 @@ class Items:
     """
 
     def __init__(self, data: Any, *, name: str | None = None, whole: bool = False) -> None:
-        self.data, self.whole = data, whole
+        self.data, self._here = data, apart(data)
         self.name = name or type(data).__name__
         self._count = len(data)
         place, self.first = self._first()
@@ -79,8 +83,12 @@ class Items:
 
     def drawn(self, place: int) -> Item:
         """An item under the random numbers as they are; raises as :meth:`item`."""
+        data = self._here if get_worker_info() is None else self.data
         with told():
-            return parted(self.data[place])
+            return parted(data[place])
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "_here": None}  # to a loader process
 
     def labels(self) -> NDArray[np.int64]:
         """All labels; unless they are known, each item is asked once, which takes as long as an epoch in one process.
@@ -195,6 +203,22 @@ def _problem(image: Any, name: str) -> str | None:
     except BrokenImage as error:
         return f"{name} cannot be seen as RGB of 8 bits per channel: {error}"
     return None
+
+
+def apart(data: Any) -> Any:
+    """A shallow copy of a Dataset and of those in it, which can open files without the original's knowing."""
+    try:
+        twin = copy.copy(data)
+    except Exception:  # whatever objects raise that do not want to be copied
+        return data
+    for name, value in getattr(twin, "__dict__", {}).items():
+        if isinstance(value, Dataset):
+            twin.__dict__[name] = apart(value)
+        elif isinstance(value, list | tuple) and any(isinstance(part, Dataset) for part in value[:1]):
+            twin.__dict__[name] = [apart(part) for part in value]
+        elif type(value) is dict:
+            twin.__dict__[name] = dict(value)
+    return twin
 
 
 def told_labels(data: Any) -> NDArray[np.int64] | None:
