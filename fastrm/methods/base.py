@@ -79,8 +79,8 @@ class Method(nn.Module, Generic[E]):
     """A student, its teacher, and what is trained between them.
 
     To make one of your own, write a subclass with an ``__init__`` that takes ``(backbone, config, *, backend)`` and
-    builds the heads, and with :meth:`own_loss`; where that is InfoNCE, take :class:`fastrm.methods.Contrastive`, which has
-    it. Give it a name with :func:`fastrm.methods.register`. All else has a default that may be replaced: ``recipes``,
+    builds the heads, and with :meth:`own_loss`; where that is InfoNCE, :class:`fastrm.methods.Contrastive` has it. Give
+    it a name with :func:`fastrm.methods.register`. All else has a default that may be replaced: ``recipes``,
     :meth:`defaults`, :meth:`augmentation`, ``linear_protocol``, :meth:`prepare`, :meth:`residual`, :meth:`keys_of`.
 
     Attributes:
