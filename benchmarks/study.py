@@ -42,8 +42,8 @@ from fastrm.pretrained import open_pretrained
 from fastrm.probes import Pixels, frozen_scores
 from fastrm.probes.features import Setting
 from fastrm.report import COLOURS
-from fastrm.settings import command_line
 from fastrm.settings.config import ResidualPlace, build
+from fastrm.terminal import shell
 from fastrm.train import train
 
 Results = dict[str, list[dict[str, float]]]
@@ -352,4 +352,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    command_line.run(main)
+    shell.run(main)

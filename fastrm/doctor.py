@@ -16,7 +16,7 @@ import torch
 from fastrm.data.dali_loader import dali_problem
 from fastrm.machine.device import available_cores, choose_compile, choose_device, choose_precision, why_no_gpu
 from fastrm.optim import apex_problem
-from fastrm.settings import command_line
+from fastrm.terminal import shell
 from fastrm.version import __version__
 
 
@@ -119,4 +119,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    command_line.run(main)
+    shell.run(main)

@@ -42,6 +42,7 @@ from fastrm.settings import command_line
 from fastrm.settings.fields import Workers
 from fastrm.settings.kinds import Range, checked
 from fastrm.settings.of_run import OfRun
+from fastrm.terminal import shell
 from fastrm.terminal.progress import bar
 from fastrm.version import __version__
 
@@ -286,4 +287,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    command_line.run(main)
+    shell.run(main)

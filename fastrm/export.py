@@ -22,6 +22,7 @@ from fastrm.pretrained import read_pretrained
 from fastrm.settings import command_line
 from fastrm.settings.kinds import checked
 from fastrm.settings.of_run import OfRun
+from fastrm.terminal import shell
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,4 +68,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    command_line.run(main)
+    shell.run(main)

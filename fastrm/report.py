@@ -21,6 +21,7 @@ from fastrm.reports.runs import read_run
 from fastrm.settings import command_line
 from fastrm.settings.kinds import checked
 from fastrm.settings.of_run import given
+from fastrm.terminal import shell
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,4 +57,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    command_line.run(main)
+    shell.run(main)

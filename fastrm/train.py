@@ -11,9 +11,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from fastrm.run.trainer import Trainer
-from fastrm.settings import command_line
 from fastrm.settings.config import Config
 from fastrm.settings.flags import read_flags
+from fastrm.terminal import shell
 
 
 def train(config: Config) -> dict[str, Any]:
@@ -32,4 +32,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    command_line.run(main)
+    shell.run(main)

@@ -13,9 +13,9 @@ import torch
 from PIL import Image
 
 from fastrm import doctor, evaluate, train
-from fastrm.settings import command_line
 from fastrm.settings.config import Config
 from fastrm.settings.flags import read_flags
+from fastrm.terminal import shell
 from tests.test_train import METHODS
 
 ROOT = Path(__file__).parent.parent
@@ -26,7 +26,7 @@ TINY += ["--predictor-hidden-dim", "16", "--workers", "0", "--batch-size", "16"]
 def fails(entry: Callable[[list[str]], None], flags: list[str], capsys: pytest.CaptureFixture[str]) -> str:
     """Run an entry point that must refuse its flags, and return what it says."""
     with pytest.raises(SystemExit) as stop:
-        command_line.run(lambda: entry(flags))
+        shell.run(lambda: entry(flags))
     said = capsys.readouterr()
     assert stop.value.code == 2
     assert said.err.startswith("error: ")

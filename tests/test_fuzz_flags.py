@@ -23,6 +23,7 @@ from fastrm.pretrained import Pretrained
 from fastrm.settings import command_line
 from fastrm.settings.config import build, flag
 from fastrm.settings.flags import Flags
+from fastrm.terminal import shell
 
 VALUES = [
     "", " ", "-1", "0", "9" * 19, "9" * 400, "1e400", "-1e-400", "nan", "inf", "-inf", "1_0", "٣", "💥", "a" * 10_000,
@@ -146,7 +147,7 @@ def test_sheet(flag: str, value: str, refused_or_taken: Any) -> None:
 @pytest.mark.parametrize("value", ["a\nb", "a" * 10_000, "💥"])
 def test_the_message_is_short_and_can_be_printed(value: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
-        command_line.run(lambda: train.main(["--data", value]))
+        shell.run(lambda: train.main(["--data", value]))
     said = capsys.readouterr().err
     assert said.startswith("error: --data")
     assert len(said.splitlines()) <= 2

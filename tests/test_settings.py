@@ -230,7 +230,7 @@ def test_the_commands_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
     commands.main([])
     listed = capsys.readouterr().out
     assert all(f"  {name} " in listed for name in commands.COMMANDS)
-    modules = {path.stem for path in (ROOT / "fastrm").glob("*.py") if "command_line.run(main)" in path.read_text()}
+    modules = {path.stem for path in (ROOT / "fastrm").glob("*.py") if "shell.run(main)" in path.read_text()}
     assert modules | {"data"} == commands.COMMANDS.keys()
     commands.main(["--version"])
     assert capsys.readouterr().out == f"fastrm {__version__}\n"

@@ -19,6 +19,7 @@ from fastrm.settings import command_line
 from fastrm.settings.config import defaults
 from fastrm.settings.fields import ImageSize, Seed
 from fastrm.settings.kinds import Range, checked
+from fastrm.terminal import shell
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,4 +84,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    command_line.run(main)
+    shell.run(main)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from fastrm.hooks.base import Hook
-from fastrm.run.verify import warning
+from fastrm.methods.verify import warning
 
 if TYPE_CHECKING:
     from fastrm.run.run import Run

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 from torch.optim import Optimizer
 
 from fastrm.errors import UsageError
 from fastrm.kernels import EMA
-from fastrm.methods import Method
 from fastrm.optim.adamw import AdamW
 from fastrm.optim.lamb import fused_lamb
 from fastrm.optim.lars import LARS
 from fastrm.optim.sgd import SGD
 from fastrm.settings.config import OptimConfig, check_choice
+
+if TYPE_CHECKING:
+    from fastrm.methods import Method
 
 
 def build_optimizer(method: Method[Any], config: OptimConfig, *, backend: str | None = None) -> Optimizer:

@@ -14,9 +14,9 @@ from fastrm.data.loader import Batch
 from fastrm.errors import TrainingError
 from fastrm.machine.distributed import replicate, world
 from fastrm.methods import Method, StepOutput
+from fastrm.methods.verify import verify
 from fastrm.optim import TeacherOptimizer
 from fastrm.optim.schedules import Rates
-from fastrm.run.verify import verify
 from fastrm.settings.config import check_choice
 
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -159,7 +159,7 @@ class Step:
         return skip
 
     def verify(self, views: tuple[Tensor, ...]) -> dict[str, float]:
-        """Compare the fused losses with the reference on a micro-batch: :func:`fastrm.run.verify.verify`."""
+        """Compare the fused losses with the reference on a micro-batch: :func:`fastrm.methods.verify.verify`."""
         first, second = (view.contiguous(memory_format=self.layout) for view in views)
         with torch.autocast(self.device.type, self.autocast, enabled=self.autocast is not None):
             return verify(self.method, (first, second), self.residual_weight, scaled=self._scaled)

@@ -1,4 +1,4 @@
-"""The command line: dataclasses in, one-line errors out."""
+"""The command line: dataclasses in."""
 
 from __future__ import annotations
 
@@ -15,9 +15,6 @@ from fastrm.errors import UsageError
 from fastrm.files import at_home
 from fastrm.settings.kinds import flag
 from fastrm.settings.near import near
-from fastrm.terminal.shell import run
-
-__all__ = ["parse", "run"]
 
 T = TypeVar("T")
 
