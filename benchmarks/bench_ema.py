@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks._timing import DEVICE, Row, compare, table, tensors
-from fastrm.kernels import EMA, _dispatch, _ema_kernel, _multi_tensor, fused_ema_
+from fastrm.kernels import EMA, _ema_kernel, dispatch, fused_ema_, multi_tensor
 
 M = 0.99
 CASES = [(network, dtype) for network in ("ResNet-50", "ViT-B") for dtype in (torch.float32, torch.bfloat16)]
@@ -155,8 +155,8 @@ def host_microseconds() -> dict[str, float]:
 
     anywhere = {"triton_problem": lambda device: None}
     with (
-        mock.patch.multiple(_dispatch, **anywhere),
-        mock.patch.multiple(_multi_tensor, **anywhere),
+        mock.patch.multiple(dispatch, **anywhere),
+        mock.patch.multiple(multi_tensor, **anywhere),
         mock.patch.object(_ema_kernel, "_ema_kernel", NoLaunch()),
     ):
         prepared = EMA(teacher, student, backend="triton")
@@ -168,7 +168,7 @@ def host_microseconds() -> dict[str, float]:
 
 
 def test_host_cost_of_a_repeated_call(benchmark: Any) -> None:
-    if _dispatch.triton is None:
+    if dispatch.triton is None:
         pytest.skip("needs Triton")
     times = host_microseconds()
     print("\nhost microseconds of a repeated call, launch left out:", {k: round(v, 1) for k, v in times.items()})

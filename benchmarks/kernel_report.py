@@ -79,7 +79,7 @@ def ema_cases() -> Iterable[Case]:
     import torch
 
     from fastrm.kernels import _ema_kernel
-    from fastrm.kernels import _multi_tensor as shared
+    from fastrm.kernels import multi_tensor as shared
 
     f32, f64, bf16, f16 = torch.float32, torch.float64, torch.bfloat16, torch.float16
     for teacher, student, shadow in ((f32, f32, None), (f32, bf16, None), (f32, bf16, bf16), (f32, f16, None),
@@ -112,8 +112,8 @@ def ema_cases() -> Iterable[Case]:
 def optim_cases() -> Iterable[Case]:
     import torch
 
-    from fastrm.kernels import _multi_tensor as shared
     from fastrm.kernels import _optim_kernels as kernels
+    from fastrm.kernels import multi_tensor as shared
     from fastrm.kernels import optim
 
     f32, bf16 = torch.float32, torch.bfloat16
@@ -270,7 +270,7 @@ CASES: list[Callable[[], Iterable[Case]]] = [ema_cases, optim_cases, contrastive
 
 
 def _names(*dtypes: Any) -> list[Any]:
-    from fastrm.kernels._multi_tensor import DTYPES
+    from fastrm.kernels.multi_tensor import DTYPES
 
     return [DTYPES[dtype] for dtype in dtypes]
 

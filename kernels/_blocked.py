@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ._dispatch import compute_dtype, no_autocast
+from .dispatch import compute_dtype, no_autocast
 from .reference import enqueue_, reduce, unit
 
 ROWS = 256  # queries in a block of logits

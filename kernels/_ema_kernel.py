@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 
 from . import reference
-from ._dispatch import compute_dtype, tl, triton
-from ._multi_tensor import BLOCK, DTYPES, WARPS, Mirror, addresses, cut, flat, guard, host_value, launchable
-from ._pairing import taken
+from .dispatch import compute_dtype, tl, triton
+from .multi_tensor import BLOCK, DTYPES, WARPS, Mirror, addresses, cut, flat, guard, host_value, launchable
+from .pairing import taken
 
 if triton is not None:
-    from ._multi_tensor import average_, fetch, locate, operand
+    from .multi_tensor import average_, fetch, locate, operand
 
     @triton.jit
     def _ema_chunk(

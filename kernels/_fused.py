@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from . import _blocked, _sweep
-from ._dispatch import check_not_recomputed, compute_dtype
+from .dispatch import check_not_recomputed, compute_dtype
 
 BACKENDS: dict[str, Callable[..., tuple[Tensor, Tensor]]] = {
     "cpu": _blocked.losses,

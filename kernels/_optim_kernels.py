@@ -6,10 +6,10 @@ Options are float64, so that a coefficient such as 1 - momentum is rounded once.
 
 from __future__ import annotations
 
-from ._dispatch import tl, triton
+from .dispatch import tl, triton
 
 if triton is not None:
-    from ._multi_tensor import average_, fetch, locate, operand
+    from .multi_tensor import average_, fetch, locate, operand
 
     @triton.jit
     def _option(row_ptr, options_ptr, index, OPERANDS: tl.constexpr, OPTIONS: tl.constexpr):

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from . import reference
-from ._dispatch import tl, triton
-from ._multi_tensor import guard
+from .dispatch import tl, triton
+from .multi_tensor import guard
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 WIDEST = 512  # columns of a row that one program holds

@@ -20,9 +20,9 @@ import torch
 from torch import Tensor
 
 from . import _blocked
-from ._dispatch import INTERPRETED, triton
-from ._multi_tensor import guard, host_value
 from ._push import apart, block_d, block_r, fits, launch_push
+from .dispatch import INTERPRETED, triton
+from .multi_tensor import guard, host_value
 
 if triton is not None:
     from ._finish import finish_kernel

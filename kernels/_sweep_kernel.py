@@ -3,7 +3,7 @@
 # mypy: disallow-untyped-defs=False
 from __future__ import annotations
 
-from ._dispatch import tl, triton
+from .dispatch import tl, triton
 
 if triton is not None:
     from ._finish import LOG2E, number

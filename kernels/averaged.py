@@ -7,9 +7,9 @@ from typing import Any
 
 from torch import Tensor
 
-from ._dispatch import check_backend, check_scalar
-from ._local import all_plain
+from .dispatch import check_backend, check_scalar
 from .ema import EMA, fused_ema_, places
+from .sharding import all_plain
 
 
 def _known_by(tensors: list[Tensor]) -> list[Any]:

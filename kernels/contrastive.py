@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from . import _fused, reference
-from ._dispatch import check_no_grad, check_once, check_rows, check_scalar, choose_derivable
+from .dispatch import check_no_grad, check_once, check_rows, check_scalar, choose_derivable
 from .queue import ENQUEUE, as_scored, check_ring
 
 _REDUCTIONS = ("mean", "sum", "none")

@@ -9,12 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import _pairing, reference
-from ._dispatch import check_backend, check_not_recomputed, check_once, check_scalar, choose, compute_dtype
+from . import pairing, reference
 from ._ema_kernel import OnTriton
-from ._local import all_plain, is_fake, localised
-from ._multi_tensor import capturing, flat, in_order
-from ._pairing import Tensors, taken
+from .dispatch import check_backend, check_not_recomputed, check_once, check_scalar, choose, compute_dtype
+from .multi_tensor import capturing, flat, in_order
+from .pairing import Tensors, taken
+from .sharding import all_plain, is_fake, localised
 
 LARGE = 32768  # elements from which torch itself splits an operation on the CPU among threads
 
@@ -101,7 +101,7 @@ class _Plan:
         student: Sequence[Tensor],
         shadow: Sequence[Tensor] | None,
     ) -> None:
-        self.kept = _pairing.check("fused_ema_", teacher, student, shadow)
+        self.kept = pairing.check("fused_ema_", teacher, student, shadow)
         self.all_kept = len(self.kept) == len(teacher)
         nowhere = torch.device("cuda" if backend == "triton" and torch.cuda.is_available() else "cpu")
         build = choose("fused_ema_", backend, _EMA, teacher[0].device if teacher else nowhere)
@@ -135,14 +135,14 @@ class EMA:
         backend: str | None = None,
     ) -> None:
         self.backend = backend
-        self.teacher, self.student = _pairing.pair("fused_ema_", teacher, student)
-        self.shadow = None if shadow is None else _pairing.listed("fused_ema_", "shadow", shadow)
+        self.teacher, self.student = pairing.pair("fused_ema_", teacher, student)
+        self.shadow = None if shadow is None else pairing.listed("fused_ema_", "shadow", shadow)
         self._prepare()
 
     def _prepare(self) -> None:
         self._plain = all_plain([*self.teacher, *self.student, *(self.shadow or ())])
         if not self._plain:
-            _pairing.check("fused_ema_", *localised("fused_ema_", self.teacher, self.student, self.shadow))
+            pairing.check("fused_ema_", *localised("fused_ema_", self.teacher, self.student, self.shadow))
             return
         plan = _Plan(self.backend, self.teacher, self.student, self.shadow)
         self.teacher, self.student, self.shadow = plan.take(self.teacher, self.student, self.shadow)
@@ -249,8 +249,8 @@ def fused_ema_(
             or under torch.func.
     """
     check_once("fused_ema_")
-    teachers, students = _pairing.pair("fused_ema_", teacher, student)
-    shadows = None if shadow is None else _pairing.listed("fused_ema_", "shadow", shadow)
+    teachers, students = pairing.pair("fused_ema_", teacher, student)
+    shadows = None if shadow is None else pairing.listed("fused_ema_", "shadow", shadow)
     with torch.no_grad():
         fake = False
         if not torch.compiler.is_compiling():
@@ -259,7 +259,7 @@ def fused_ema_(
                 teachers, students, shadows = localised("fused_ema_", teachers, students, shadows)
                 fake = any(map(is_fake, [*teachers, *students]))
         if fake:  # nothing to prepare, and no memory to prepare it for
-            _pairing.check("fused_ema_", teachers, students, shadows)
+            pairing.check("fused_ema_", teachers, students, shadows)
             check_backend("fused_ema_", backend)
         if fake or torch.compiler.is_compiling():
             if not isinstance(momentum, Tensor):

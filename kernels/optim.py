@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._dispatch import compute_dtype, triton
-from ._multi_tensor import BLOCK, DTYPES, WARPS, Mirror, addresses, cut, guard, host_value, layout
+from .dispatch import compute_dtype, triton
+from .multi_tensor import BLOCK, DTYPES, WARPS, Mirror, addresses, cut, guard, host_value, layout
 
 if triton is not None:
     from ._optim_kernels import _adamw_kernel, _momentum_kernel, _norms_kernel
@@ -26,7 +26,7 @@ MAX_SPANS = 128  # partial sums of a tensor, which every program of the update a
 Options = Sequence[Sequence["float | Tensor"]]
 
 
-class Step:
+class Launch:
     """The launches of one rule over parameters of one device and the same dtypes: one launch, or two for LARS.
 
     Args:
@@ -117,7 +117,7 @@ def _here(scalar: Tensor | None, device: torch.device) -> Tensor | None:
     return None if scalar is None else scalar.to(device, non_blocking=True)
 
 
-class Momentum(Step):
+class MomentumLaunch(Launch):
     """SGD; with no ``state`` for a rule without momentum. Options: as in the kernel."""
 
     partials: Tensor | None = None
@@ -139,7 +139,7 @@ class Momentum(Step):
         )
 
 
-class LARS(Momentum):
+class LARSLaunch(MomentumLaunch):
     """Two launches: all norms, then all updates. Tensors of one dimension or none are neither decayed nor scaled."""
 
     def _spans(self, params: list[Tensor], sizes: list[int], wide: torch.dtype) -> list[list[int]]:
@@ -160,7 +160,7 @@ class LARS(Momentum):
         super()._launch(table, options, grad_scale, found_inf)
 
 
-class AdamW(Step):
+class AdamWLaunch(Launch):
     """AdamW; ``state`` is the first and second moments and the step counts, which the launch counts up itself."""
 
     def _launch(self, table: Tensor, options: Tensor, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:

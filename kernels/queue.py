@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from . import _push, reference
-from ._dispatch import (
+from .dispatch import (
     check_no_grad,
     check_not_recomputed,
     check_once,

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ._dispatch import compute_dtype, no_autocast
+from .dispatch import compute_dtype, no_autocast
 
 
 def unit(x: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from fastrm.kernels._dispatch import INTERPRETED
+from fastrm.kernels.dispatch import INTERPRETED
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu")
 

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fastrm.kernels import FeatureQueue, _blocked, _fused, _sweep, info_nce, residual_info_nce, residual_loss
-from fastrm.kernels._dispatch import triton
+from fastrm.kernels.dispatch import triton
 from tests import oracle
 from tests.interpreted import BACKENDS, INTERPRETED, TRITON, device_of, run_triton_cases
 

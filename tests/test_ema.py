@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from fastrm.kernels import EMA, _ema_kernel, _multi_tensor, ema, ema_avg_fn, fused_ema_
+from fastrm.kernels import EMA, _ema_kernel, ema, ema_avg_fn, fused_ema_, multi_tensor
 from tests.interpreted import BACKENDS, INTERPRETED, TRITON, device_of, run_triton_cases
 
 F16, BF16, F32, F64 = torch.float16, torch.bfloat16, torch.float32, torch.float64
@@ -380,7 +380,7 @@ def test_more_than_2_31_elements(backend: str, monkeypatch: pytest.MonkeyPatch) 
     except RuntimeError as error:
         pytest.skip(f"cannot reserve the memory: {error}")
     if INTERPRETED:
-        cut = _multi_tensor.cut
+        cut = multi_tensor.cut
         monkeypatch.setattr(_ema_kernel, "cut", lambda *sizes: [column[-3:] for column in cut(*sizes)])
     teacher[-5000:], student[-5000:] = 0, 1
     teacher[:5000] = 3
@@ -390,7 +390,7 @@ def test_more_than_2_31_elements(backend: str, monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_the_launch_is_on_the_tensors_device() -> None:
-    context = _multi_tensor.guard(torch.device("cuda", 1))
+    context = multi_tensor.guard(torch.device("cuda", 1))
     assert isinstance(context, torch.cuda.device)
     assert context.idx == 1
 

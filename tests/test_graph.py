@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from fastrm.errors import TrainingError
 from fastrm.kernels import EMA, fused_ema_
-from fastrm.kernels._multi_tensor import Mirror, host_value
+from fastrm.kernels.multi_tensor import Mirror, host_value
 from fastrm.methods import find
 from fastrm.models import Backbone
 from fastrm.optim import LARS, SGD, AdamW, build_optimizer

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks import kernel_report
-from fastrm.kernels._dispatch import triton
+from fastrm.kernels.dispatch import triton
 from tests.interpreted import INTERPRETED
 
 if triton is None or INTERPRETED:

@@ -16,14 +16,14 @@ from torch import Tensor
 from fastrm.kernels import (
     EMA,
     FeatureQueue,
-    _dispatch,
-    _multi_tensor,
     _sweep,
+    dispatch,
     info_nce,
+    multi_tensor,
     residual_info_nce,
     residual_loss,
 )
-from fastrm.kernels._dispatch import triton
+from fastrm.kernels.dispatch import triton
 from fastrm.optim import LARS, SGD, AdamW
 from tests.interpreted import INTERPRETED
 
@@ -59,8 +59,8 @@ def compiled(monkeypatch: pytest.MonkeyPatch) -> set[str]:
 
     monkeypatch.setattr(triton.runtime.jit.JITFunction, "run", compile_only)
     monkeypatch.setattr(triton.runtime.driver, "_active", H100())
-    monkeypatch.setattr(_dispatch, "triton_problem", lambda device: None)
-    monkeypatch.setattr(_multi_tensor, "triton_problem", lambda device: None)
+    monkeypatch.setattr(dispatch, "triton_problem", lambda device: None)
+    monkeypatch.setattr(multi_tensor, "triton_problem", lambda device: None)
     monkeypatch.setattr(_sweep, "_capacity", lambda device: (132, 9))
     return names
 

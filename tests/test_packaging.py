@@ -192,6 +192,23 @@ def test_data_flows_one_way() -> None:
     assert looked_up == LOOKED_UP
 
 
+@pytest.mark.slow
+def test_mypy_sees_the_calls_from_the_trainer_to_the_kernels(tmp_path: Path) -> None:
+    wrong = tmp_path / "wrong.py"
+    wrong.write_text("from torch import Tensor\n\nfrom fastrm.kernels import info_nce\n\n\n"
+                     "def f(x: Tensor) -> Tensor:\n    return info_nce(x, x, temprature=0.2)\n")  # fmt: skip
+    files = ("fastrm/__init__.py", "typed/fastrm/kernels", str(wrong))
+    command = [sys.executable, "-m", "mypy", "--cache-dir", str(tmp_path / "cache"), *files]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert re.search(r'wrong.py:7: error: Unexpected keyword argument "temprature" for "info_nce"', done.stdout)
+
+
+def test_nothing_outside_the_kernels_imports_what_is_private_to_them() -> None:
+    for path in (ROOT / "fastrm").rglob("*.py"):
+        text = path.read_text(encoding="utf-8")
+        assert not re.search(r"fastrm\.kernels\._|from fastrm\.kernels import .*\b_\w", text), path
+
+
 def test_the_kernels_work_without_triton(tmp_path: Path) -> None:
     """As on macOS and Windows."""
     code = """

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fastrm.kernels import FeatureQueue, enqueue_, queue
-from fastrm.kernels._dispatch import triton
+from fastrm.kernels.dispatch import triton
 from tests import oracle
 from tests.interpreted import BACKENDS, INTERPRETED, TRITON, device_of, run_triton_cases
 

@@ -7,7 +7,7 @@ import os
 import torch
 
 from fastrm.errors import UsageError
-from fastrm.kernels._dispatch import triton_problem
+from fastrm.kernels.dispatch import triton_problem
 from fastrm.settings.config import check_choice
 
 

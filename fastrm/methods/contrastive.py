@@ -25,8 +25,10 @@ class Contrastive(Method[Encoding]):
 
     def own_loss(self, direction: int, student: Encoding, key: Encoding) -> Tensor:
         """InfoNCE, scaled."""
-        keys, queue, options = self._candidates(direction, key)
-        return self.scale * info_nce(student.output, keys, queue, **options)
+        keys, queue, offset = self._candidates(direction, key)
+        return self.scale * info_nce(
+            student.output, keys, queue, temperature=self.temperature, key_offset=offset, backend=self.backend
+        )
 
     def direction(
         self, d: int, student: Encoding, key: Encoding, same: Encoding | None, residual_weight: Tensor
@@ -35,13 +37,22 @@ class Contrastive(Method[Encoding]):
         if not self.trains_residual or self.residual_at != "output":
             return super().direction(d, student, key, same, residual_weight)
         assert same is not None
-        keys, queue, options = self._candidates(d, key)
-        weights = {"residual_weight": residual_weight, "contrastive_weight": self.scale}
-        loss, contrastive, residual = residual_info_nce(student.output, keys, same.output, queue, **weights, **options)
+        keys, queue, offset = self._candidates(d, key)
+        loss, contrastive, residual = residual_info_nce(
+            student.output,
+            keys,
+            same.output,
+            queue,
+            temperature=self.temperature,
+            residual_weight=residual_weight,
+            contrastive_weight=self.scale,
+            key_offset=offset,
+            backend=self.backend,
+        )
         return loss, self.scale * contrastive, residual
 
-    def _candidates(self, direction: int, key: Encoding) -> tuple[Tensor, Tensor | None, dict[str, Any]]:
-        """Keys, queue, and what else the operations are given."""
+    def _candidates(self, direction: int, key: Encoding) -> tuple[Tensor, Tensor | None, int]:
+        """Keys, queue, and the row of the keys that is the first query's positive."""
         queue: Any = self.queues[direction].features if self.queues else None
         keys, offset = (key.output, 0) if queue is not None else gather_rows(key.output)
-        return keys, queue, {"temperature": self.temperature, "key_offset": offset, "backend": self.backend}
+        return keys, queue, offset

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -63,12 +63,14 @@ class DenseCL(Method[DenseEncoding]):
 
     def own_loss(self, direction: int, student: DenseEncoding, key: DenseEncoding) -> Tensor:
         """Each position's positive is the key position whose backbone features are nearest."""
-        options = {"temperature": self.temperature, "backend": self.backend}
-        whole, dense = self.queues[0].features, self.queues[1].features
-        own = (1 - self.dense_weight) * info_nce(student.output, key.output, whole, **options)
+        own = (1 - self.dense_weight) * self._contrast(0, student.output, key.output)
         positives = matched(student.positions, key.positions, key.dense)
-        of_dense = info_nce(student.dense.flatten(0, 1), positives.flatten(0, 1), dense, **options)
-        return own + self.dense_weight * of_dense
+        return own + self.dense_weight * self._contrast(1, student.dense.flatten(0, 1), positives.flatten(0, 1))
+
+    def _contrast(self, number: int, rows: Tensor, positives: Tensor) -> Tensor:
+        """InfoNCE against one of the queues."""
+        queue: Any = self.queues[number]
+        return info_nce(rows, positives, queue.features, temperature=self.temperature, backend=self.backend)
 
     def residual(self, student: DenseEncoding, same: DenseEncoding) -> Tensor:
         """At the output or projector (one and the same here) both kinds of vector, weighted like the loss."""

@@ -10,11 +10,11 @@ from torch import Tensor
 
 from fastrm.kernels import fused_ema_
 from fastrm.kernels import optim as launches
-from fastrm.kernels._dispatch import check_once, check_scalar, check_strided, choose
-from fastrm.kernels._local import all_plain, check_alike, is_sharded, local, localised
-from fastrm.kernels._multi_tensor import capturing, flat, in_order, launchable
-from fastrm.kernels._pairing import check as check_pairs
-from fastrm.kernels._pairing import listed
+from fastrm.kernels.dispatch import check_once, check_scalar, check_strided, choose
+from fastrm.kernels.multi_tensor import capturing, flat, in_order, launchable
+from fastrm.kernels.pairing import check as check_pairs
+from fastrm.kernels.pairing import listed
+from fastrm.kernels.sharding import all_plain, check_alike, is_sharded, local, localised
 from fastrm.optim._loading import check_group, check_state
 
 
@@ -37,7 +37,7 @@ class TeacherOptimizer(torch.optim.Optimizer):
     _step_supports_amp_scaling = True  # a GradScaler hands over grad_scale and found_inf instead of waiting for them
     found_inf: Tensor | None = None
     """A tensor of one element: where it is not 0, a step moves nothing, and on a GPU the host does not wait for it."""
-    _launch: type[launches.Step]
+    _launch: type[launches.Launch]
     _buffers: frozenset[str]  # names of what the state holds for a parameter
 
     def __init__(

@@ -7,8 +7,8 @@ from typing import Any
 
 from torch import Tensor
 
-from fastrm.kernels._dispatch import check_strided
-from fastrm.kernels._local import check_alike, local
+from fastrm.kernels.dispatch import check_strided
+from fastrm.kernels.sharding import check_alike, local
 
 # Options of torch's optimizers that change what a step computes, with the value that these optimizers stand for.
 FIXED = {"maximize": False, "amsgrad": False, "differentiable": False}

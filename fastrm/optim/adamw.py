@@ -10,8 +10,8 @@ from torch import Tensor
 from torch.optim.adamw import adamw
 
 from fastrm.kernels import optim as launches
-from fastrm.kernels._dispatch import check_scalar
-from fastrm.kernels._local import is_fake
+from fastrm.kernels.dispatch import check_scalar
+from fastrm.kernels.sharding import is_fake
 from fastrm.optim._base import TeacherOptimizer, fastest
 
 
@@ -26,7 +26,7 @@ class AdamW(TeacherOptimizer):
         ValueError, TypeError: as in :class:`fastrm.optim.LARS`.
     """
 
-    _launch = launches.AdamW
+    _launch = launches.AdamWLaunch
     _buffers = frozenset({"step", "exp_avg", "exp_avg_sq"})
 
     def __init__(

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from fastrm.kernels import optim as launches
-from fastrm.kernels._dispatch import check_scalar
-from fastrm.kernels._local import is_sharded, local, rebuilt
+from fastrm.kernels.dispatch import check_scalar
+from fastrm.kernels.sharding import is_sharded, local, rebuilt
 from fastrm.optim._base import TeacherOptimizer
 
 
@@ -49,7 +49,7 @@ class LARS(TeacherOptimizer):
             cannot be had.
     """
 
-    _launch = launches.LARS
+    _launch = launches.LARSLaunch
     _buffers = frozenset({"momentum_buffer"})
 
     def __init__(

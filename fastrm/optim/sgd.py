@@ -10,8 +10,8 @@ from torch import Tensor
 from torch.optim.sgd import sgd
 
 from fastrm.kernels import optim as launches
-from fastrm.kernels._dispatch import check_scalar
-from fastrm.kernels._local import local, rebuilt
+from fastrm.kernels.dispatch import check_scalar
+from fastrm.kernels.sharding import local, rebuilt
 from fastrm.optim._base import TeacherOptimizer, fastest
 
 
@@ -26,7 +26,7 @@ class SGD(TeacherOptimizer):
         ValueError, TypeError: as in :class:`fastrm.optim.LARS`.
     """
 
-    _launch = launches.Momentum
+    _launch = launches.MomentumLaunch
     _buffers = frozenset({"momentum_buffer"})
 
     def __init__(

@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 from torch import Tensor, nn
 
-from ._dispatch import check_strided, check_writable
-from ._local import is_fake
+from .dispatch import check_strided, check_writable
+from .sharding import is_fake
 
 Tensors = Iterable[Tensor] | nn.Module
 

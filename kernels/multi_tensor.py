@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ._dispatch import tl, triton, triton_problem
+from .dispatch import tl, triton, triton_problem
 
 BLOCK = 2048  # elements that one program handles; twice as many would spill registers in some optimizers
 WARPS = 8  # so 8 elements a thread: two 128-bit float32 loads, or one of half precision, for each operand
