@@ -308,3 +308,21 @@ def test_a_logger_that_is_not_installed_is_refused_before_anything_is_written(
     with pytest.raises(UsageError, match=f"--log-to {package} needs the package {package}"):
         train.train(small(log_to=(package,)))
     assert not any((tmp_path / "run").glob("*.json*"))
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({}, "each image is contrasted with the 15 others of its batch alone"),
+        ({}, "the teacher averages over 100 steps (--teacher-momentum 0.99), more than a tenth of the 89 steps"),
+        ({"method": "mocov2"}, "the queue holds 65,536 keys, more than the 1,437 images"),
+        ({"stem": "small"}, "test_resnet gets a small stem (3x3 at stride 1, no max-pool)"),
+    ],
+)
+def test_what_may_go_wrong_is_said_at_the_start(
+    settings: dict[str, Any], words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pretrained(tmp_path / "run", **{"max_steps": 1, **settings})
+    assert words in capsys.readouterr().out
+    pretrained(tmp_path / "run", **{"max_steps": 2, **settings})
+    assert ("contrasted" in capsys.readouterr().out) is False

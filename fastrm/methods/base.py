@@ -127,6 +127,15 @@ class Method(nn.Module, Generic[E]):
         if count != cls.views:
             raise UsageError(f"--method {cls.name} takes {cls.views} views of an image; its augmentation gives {count}")
 
+    def cautions(self, batch: int, images: int) -> Iterator[str]:
+        """What may go wrong with so many images per micro-batch, over all processes, and in all; a sentence each."""
+        size = max((len(queue.get_buffer("features")) for queue in self.queues), default=0)
+        if size > images:
+            yield (
+                f"the queue holds {size:,} keys, more than the {images:,} images: many of its negatives are of one "
+                f"image; --queue-size {max(1, images // 2)} holds half of them"
+            )
+
     @classmethod
     def prepare(cls, backbone: Backbone, arch: str) -> None:
         """Change a new backbone, of this name, as the method wants it; its ``notes`` get what could not be done."""

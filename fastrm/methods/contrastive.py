@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 from torch import Tensor, nn
@@ -10,6 +11,9 @@ from fastrm.kernels import info_nce, residual_info_nce
 from fastrm.machine.distributed import gather_rows
 from fastrm.methods.base import Encoding, Method
 from fastrm.settings.config import MethodConfig
+
+FEW = 128
+"""Images per batch below which their negatives are few; our own figure: the published batches hold 4,096."""
 
 
 class Contrastive(Method[Encoding]):
@@ -22,6 +26,15 @@ class Contrastive(Method[Encoding]):
     def __init__(self, encoder: nn.Module, config: MethodConfig, *, scale: float = 1.0, **options: Any) -> None:
         super().__init__(encoder, config, **options)
         self.temperature, self.scale = config.temperature, scale
+
+    def cautions(self, batch: int, images: int) -> Iterator[str]:
+        """As in :class:`Method`; and where the batch itself holds the negatives, that they are few."""
+        yield from super().cautions(batch, images)
+        if not self.queues and batch < FEW:
+            yield (
+                f"each image is contrasted with the {batch - 1} others of its batch alone; --method {self.name} was "
+                f"published with thousands, and --batch-size {FEW} or more has enough for small sets"
+            )
 
     def own_loss(self, direction: int, student: Encoding, key: Encoding) -> Tensor:
         """InfoNCE, scaled."""

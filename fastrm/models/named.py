@@ -25,13 +25,19 @@ def named_backbone(arch: str, *, image_size: int, stem: str) -> Backbone:
         net = timm.create_model(arch, pretrained=False, num_classes=0, **options)
     if stem == "small" and not _is_resnet(net):
         raise UsageError(f"--stem small is for ResNets; --arch {arch} has no such stem")
-    if _is_resnet(net) and (stem == "small" or (stem == "auto" and image_size <= 64)):
+    small = _is_resnet(net) and (stem == "small" or (stem == "auto" and image_size <= 64))
+    if small:
         _shrink_stem(net)
     guard_thin_convolutions(net)
     with refusing(arch, f"cannot take --image-size {image_size}"):
         features, pooled = _encoded(net, image_size)
     backbone = _measured(net, arch, features, pooled)
     backbone.options = options
+    if small:
+        backbone.notes.append(
+            f"{arch} gets a small stem (3x3 at stride 1, no max-pool), which timm's and torchvision's own networks do "
+            "not have: only safetensors and ONNX hold it; --stem imagenet can be exported to all"
+        )
     return backbone
 
 

@@ -49,11 +49,7 @@ def described(config: Config, device: torch.device, precision: str, world: World
 
 def cautions(config: Config, method: Method[Any], schedule: Schedule, images: int) -> Iterator[str]:
     """What may go wrong with these settings, while it is cheap to change them."""
-    if method.queues and config.method.queue_size > images:
-        yield (
-            f"the queue holds {config.method.queue_size:,} keys, more than the {images:,} images: most negatives will "
-            f"be of images that are in it twice; --queue-size {max(1, images // 2)} holds half of them"
-        )
+    yield from method.cautions(schedule.batch_size // schedule.accumulate, images)
     start = config.method.teacher_momentum
     horizon = 1 / (1 - start) if start < 1 else float("inf")
     if horizon > schedule.span / 10:
