@@ -128,9 +128,11 @@ def test_knn_in_parts_with_a_small_bank_and_in_constant_memory() -> None:
     assert many < few + 1 < 700  # MiB: the similarities of one part, 256, and what topk and a batch of queries take
 
 
-def test_linear_is_scikit_learns_on_fashion_mnist(fashion: tuple[NDArray[np.float32], ...]) -> None:
+@pytest.mark.parametrize("images", [15_000, pytest.param(60_000, marks=pytest.mark.slow)])
+def test_linear_is_scikit_learns_on_fashion_mnist(images: int, fashion: tuple[NDArray[np.float32], ...]) -> None:
     """Both minimise mean cross-entropy + 5e-5 |weights|^2 on standardised features."""
     bank, labels, test, truth = fashion
+    bank, labels = bank[:images], labels[:images]
     fitted = fitted_heads(torch.from_numpy(bank), torch.from_numpy(labels))
     ours = accuracies([(torch.from_numpy(test), torch.from_numpy(truth))], [fitted])["linear_quick"]
     theirs = make_pipeline(StandardScaler(), LogisticRegression(C=1 / (1e-4 * len(bank)), max_iter=1000))
