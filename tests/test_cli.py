@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -14,6 +15,7 @@ from PIL import Image
 
 from fastrm import _cli, doctor, evaluate, train
 from fastrm.config import Config
+from fastrm.data import named
 from tests.test_train import METHODS
 
 ROOT = Path(__file__).parent.parent
@@ -157,8 +159,13 @@ def test_evaluate_scores_student_and_teacher(
 
 @pytest.mark.usefixtures("few_digits")
 def test_an_evaluation_is_added_to_the_earlier_ones(
-    small: Callable[..., Config], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    small: Callable[..., Config],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    few = dataclasses.replace(named._digits(), name="synthetic")
+    monkeypatch.setattr(named, "_synthetic", lambda: few)
     train.train(small(max_steps=1))
     run = ["--checkpoint", str(tmp_path / "run"), "--workers", "0"]
     evaluate.main([*run, "--gap"])
