@@ -97,14 +97,19 @@ def run_of_one_step(arch: str, image_size: int, out: Path) -> Path:
     return out
 
 
-@pytest.fixture
-def few_digits(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The set of digits, with a few of them."""
+def leave_few_digits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Make the set of digits one with a few of them."""
     every = named_sets._digits()
     assert isinstance(every.train, ArrayImages)
     assert isinstance(every.test, ArrayImages)
     train, test = every.train.subset(np.arange(128)), every.test.subset(np.arange(32))
     monkeypatch.setattr(named_sets, "_digits", lambda: dataclasses.replace(every, train=train, bank=train, test=test))
+
+
+@pytest.fixture
+def few_digits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The set of digits, with a few of them."""
+    leave_few_digits(monkeypatch)
 
 
 @pytest.fixture

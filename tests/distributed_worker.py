@@ -141,13 +141,16 @@ def shuffle(folder: Path) -> None:
     (folder / f"shuffled{rank}").touch()
 
 
+STEPS = 8  # with 16 keys each they fill a queue of 96, and begin it anew
+
+
 def resumed(out: Path, steps: int) -> Config:
     """Settings of a run that is made in one part or in two."""
     return build(**{**SMALL, "method": "mocov2", "epochs": 2, "eval_every": 0, "max_steps": steps, "out": out})
 
 
 def trained(folder: Path, method: str, arch: str) -> None:
-    """Twenty steps of the trainer, and what each process holds afterwards."""
+    """Steps of the trainer, and what each process holds afterwards."""
     built: list[Method[Any]] = []
     ranks: list[int] = []
 
@@ -160,7 +163,7 @@ def trained(folder: Path, method: str, arch: str) -> None:
 
     with mock.patch.object(train, "build_method", kept):
         out = folder / f"{method} {arch}"
-        leaves = {"method": method, "arch": arch, "max_steps": 20, "eval_every": int(method == "mocov3"), "out": out}
+        leaves = {"method": method, "arch": arch, "max_steps": STEPS, "eval_every": int(method == "mocov3"), "out": out}
         train.train(build(**{**SMALL, **leaves}))
     torch.save(built[0].state_dict(), folder / f"rank{ranks[0]} {method} {arch}.pt")
 

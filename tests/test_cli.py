@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -13,6 +14,7 @@ import torch
 from PIL import Image
 
 from fastrm import doctor, evaluate, train
+from fastrm.data import named
 from fastrm.settings.config import Config
 from fastrm.settings.flags import read_flags
 from fastrm.terminal import shell
@@ -159,8 +161,13 @@ def test_evaluate_scores_student_and_teacher(
 
 @pytest.mark.usefixtures("few_digits")
 def test_an_evaluation_is_added_to_the_earlier_ones(
-    small: Callable[..., Config], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    small: Callable[..., Config],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    few = dataclasses.replace(named._digits(), name="synthetic")
+    monkeypatch.setattr(named, "_synthetic", lambda: few)
     train.train(small(max_steps=1))
     run = [str(tmp_path / "run"), "--workers", "0"]
     evaluate.main([*run, "--gap"])

@@ -15,7 +15,7 @@ import torch
 from fastrm import train
 from fastrm.errors import UsageError
 from fastrm.machine.distributed import processes
-from tests.distributed_worker import PARTS, TRAINED, resumed
+from tests.distributed_worker import PARTS, STEPS, TRAINED, resumed
 
 ROOT = Path(__file__).parent.parent
 METHODS = ["mocov3", "mocov2", "byol", "densecl"]
@@ -53,7 +53,7 @@ def test_shuffled_batches_give_every_image_its_own_encoding(done: Path) -> None:
 
 
 @pytest.mark.parametrize(("method", "arch"), TRAINED)
-def test_teacher_and_queue_are_the_same_everywhere_after_20_steps(method: str, arch: str, done: Path) -> None:
+def test_teacher_and_queue_are_the_same_everywhere_after_steps(method: str, arch: str, done: Path) -> None:
     first, second = (torch.load(done / f"rank{rank} {method} {arch}.pt", weights_only=True) for rank in (0, 1))
     start = torch.load(done / f"start {method} {arch}.pt", weights_only=True)
     moved = 0
@@ -63,11 +63,14 @@ def test_teacher_and_queue_are_the_same_everywhere_after_20_steps(method: str, a
         assert torch.equal(value, second[name]), name
         moved += name.startswith("teacher.") and not torch.equal(value, start[name])
     assert moved > 10
-    assert method in ("mocov3", "byol") or int(first["queues.0.pointer"]) == 20 * 16 % 96
+    assert method in ("mocov3", "byol") or int(first["queues.0.pointer"]) == STEPS * 16 % 96
     lines = [json.loads(line) for line in (done / f"{method} {arch}" / "metrics.jsonl").read_text().splitlines()]
-    scores = [20] if method == "mocov3" else []
-    assert [line["step"] for line in lines] == [*range(1, 21), *scores]  # one process records, and evaluates at the end
-    assert np.isfinite([line["loss"] for line in lines[:20]]).all()
+    scores = [STEPS] if method == "mocov3" else []
+    assert [line["step"] for line in lines] == [
+        *range(1, STEPS + 1),
+        *scores,
+    ]  # one process records, and evaluates at the end
+    assert np.isfinite([line["loss"] for line in lines[:STEPS]]).all()
 
 
 def test_a_run_of_two_processes_goes_on_where_it_was(done: Path) -> None:

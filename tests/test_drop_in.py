@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.util
 import re
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -54,21 +53,14 @@ def test_a_wrong_number_would_be_seen(compare: Any, monkeypatch: pytest.MonkeyPa
     assert compare.differences("averaged_model", steps=3, arch="test_resnet")[1] > 1e-10
 
 
-def test_the_table(tmp_path: Path) -> None:
-    command = [
-        sys.executable,
-        FOLDER / "compare.py",
-        "timm_ema",
-        "--arch",
-        "test_resnet",
-        "--steps",
-        "2",
-        "--rounds",
-        "1",
-    ]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert re.search(r"\| timm_ema \| \S+ \| \S+ \| teacher \| [\d.]+ \| [\d.]+ \| [\d.]+ \|", done.stdout)
-    wrong = subprocess.run([*command[:2], "lightning"], cwd=tmp_path, capture_output=True, text=True, timeout=300)
-    assert wrong.returncode == 2
-    assert "there is no lightning" in wrong.stderr
+def test_the_table(compare: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    flags = ["--arch", "test_resnet", "--steps", "2", "--rounds", "1"]
+    monkeypatch.setattr(sys, "argv", ["compare.py", "timm_ema", *flags])
+    compare.main()
+    row = r"\| timm_ema \| \S+ \| \S+ \| teacher \| [\d.]+ \| [\d.]+ \| [\d.]+ \|"
+    assert re.search(row, capsys.readouterr().out)
+    monkeypatch.setattr(sys, "argv", ["compare.py", "lightning"])
+    with pytest.raises(SystemExit) as stop:
+        compare.main()
+    assert stop.value.code == 2
+    assert "there is no lightning" in capsys.readouterr().err

@@ -350,14 +350,15 @@ def test_compiled_whole_and_not_again_for_another_momentum(backend: str) -> None
         compiled(2.0)
 
 
-def test_compiled_by_inductor_with_parameters_and_shadow() -> None:
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_compiled_with_parameters_and_shadow(backend: str) -> None:
     teacher, student = nn.Linear(4, 4), nn.Linear(4, 4)
     shadow = [p.detach().bfloat16() for p in teacher.parameters()]
     want = [
         definition(numpy(t), numpy(s), 0.5) for t, s in zip(teacher.parameters(), student.parameters(), strict=True)
     ]
 
-    @torch.compile(fullgraph=True)
+    @torch.compile(fullgraph=True, backend=backend)
     def step(x: Tensor) -> Tensor:
         fused_ema_(teacher, student, 0.5, shadow=shadow)
         return teacher(x)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import os
-import subprocess
+import runpy
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from fastrm import export
 from fastrm.data import open_source
@@ -19,36 +20,55 @@ from tests.conftest import run_of_one_step
 ROOT = Path(__file__).parent.parent
 
 
-def run(name: str, *arguments: str | Path, cwd: Path) -> str:
-    command = [sys.executable, str(ROOT / "examples" / name), *map(str, arguments)]
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    done = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return done.stdout
+@pytest.fixture
+def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
+    """Run an example in an empty folder, in this process, since importing torch anew takes longer than most of them."""
+    monkeypatch.chdir(tmp_path)
+
+    def of_name(name: str, *arguments: str | Path) -> str:
+        capsys.readouterr()
+        monkeypatch.setattr(sys, "argv", [name, *map(str, arguments)])
+        runpy.run_path(str(ROOT / "examples" / name), run_name="__main__")
+        return capsys.readouterr().out
+
+    return of_name
 
 
-@pytest.fixture(scope="module")
-def resnet18(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of a step."""
-    return run_of_one_step("resnet18", 96, tmp_path_factory.mktemp("resnet18"))
-
-
-def test_quickstart(tmp_path: Path) -> None:
-    shown = run("quickstart.py", "--epochs", "1", cwd=tmp_path)
+@pytest.mark.parametrize("digits", ["few_digits", pytest.param("all", marks=pytest.mark.slow)])
+def test_quickstart(digits: str, request: pytest.FixtureRequest, run: Callable[..., str], tmp_path: Path) -> None:
+    if digits != "all":
+        request.getfixturevalue(digits)
+    shown = run("quickstart.py", "--epochs", "1")
     assert "kNN of the teacher" in shown
     assert "features (4, 96)" in shown
     assert (tmp_path / "runs" / "quickstart" / "evaluation.json").is_file()
 
 
-def test_fine_tuning_with_timm(resnet18: Path, pictures: Path, tmp_path: Path) -> None:
-    export.main(["--checkpoint", str(resnet18), "--format", "timm", "--out", str(tmp_path / "mine")])
+def test_fine_tuning_with_timm(pictures: Path, run: Callable[..., str], tmp_path: Path) -> None:
+    of = run_of_one_step("test_resnet", 96, tmp_path / "run")
+    export.main(["--checkpoint", str(of), "--format", "timm", "--out", str(tmp_path / "mine")])
     data = ["--data", pictures / "split", "--epochs", "1", "--workers", "0"]
-    assert "% of val right" in run("finetune_timm.py", "--backbone", "mine", *data, cwd=tmp_path)
+    assert "% of val right" in run("finetune_timm.py", "--backbone", "mine", *data)
 
 
+@pytest.fixture
+def resnet18(tmp_path: Path) -> Path:
+    """A backbone for torchvision."""
+    of, out = run_of_one_step("resnet18", 96, tmp_path / "run"), tmp_path / "mine.safetensors"
+    export.main(["--checkpoint", str(of), "--format", "torchvision", "--out", str(out)])
+    return out
+
+
+def test_a_detector_takes_the_backbone(resnet18: Path) -> None:
+    detector = runpy.run_path(str(ROOT / "examples" / "detector_torchvision.py"))["detector"]
+    network = detector("resnet18", resnet18, 11, 96).eval()
+    assert set(network([torch.rand(3, 96, 96)])[0]) == {"boxes", "labels", "scores"}
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("resnet18")
 @pytest.mark.skipif(importlib.util.find_spec("pycocotools") is None, reason="needs pycocotools")
-def test_detection_with_torchvision(resnet18: Path, tmp_path: Path) -> None:
-    export.main(["--checkpoint", str(resnet18), "--format", "torchvision", "--out", str(tmp_path / "mine.safetensors")])
+def test_detection_with_torchvision(run: Callable[..., str], tmp_path: Path) -> None:
     digits = open_source("digits").train
     assert digits.labels is not None
     (tmp_path / "images").mkdir()
@@ -66,6 +86,6 @@ def test_detection_with_torchvision(resnet18: Path, tmp_path: Path) -> None:
     (tmp_path / "boxes.json").write_text(json.dumps({"images": images, "annotations": boxes, "categories": categories}))
     shown = run(
         "detector_torchvision.py", "--backbone", "mine.safetensors", "--arch", "resnet18", "--images", "images",
-        "--annotations", "boxes.json", "--epochs", "1", "--batch-size", "2", "--size", "96", cwd=tmp_path,
+        "--annotations", "boxes.json", "--epochs", "1", "--batch-size", "2", "--size", "96",
     )  # fmt: skip
     assert "loss_box_reg" in shown

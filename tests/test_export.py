@@ -24,7 +24,7 @@ from fastrm.models.weights import load_weights
 from fastrm.pretrained import open_pretrained
 from fastrm.run import checkpoint
 from fastrm.settings.config import Config
-from tests.conftest import run_of_one_step
+from tests.conftest import leave_few_digits, run_of_one_step
 from tests.test_cli import fails
 
 Small = Callable[..., Config]
@@ -36,7 +36,9 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """A run of a step for each of four networks, with an evaluation beside one."""
     sizes = {"resnet18": 96, "test_vit": 160, "test_resnet": 32, "test_convnext": 32}
     found = {arch: run_of_one_step(arch, size, tmp_path_factory.mktemp(arch)) for arch, size in sizes.items()}
-    evaluate.main(["--checkpoint", str(found["test_resnet"]), "--linear-quick", "--workers", "0"])
+    with pytest.MonkeyPatch.context() as patch:
+        leave_few_digits(patch)
+        evaluate.main(["--checkpoint", str(found["test_resnet"]), "--linear-quick", "--workers", "0"])
     return found
 
 
@@ -67,7 +69,7 @@ def write(run: Path, kind: str, which: str, out: Path) -> Path:
         ("resnet18", "torchvision", "it.pth"),
         ("resnet18", "torchvision", "it.safetensors"),
         ("resnet18", "safetensors", "it.safetensors"),
-        ("resnet18", "onnx", "it.onnx"),
+        pytest.param("resnet18", "onnx", "it.onnx", marks=pytest.mark.slow),
         ("test_vit", "timm", "folder"),
         ("test_vit", "timm", "it.safetensors"),
         ("test_resnet", "safetensors", "it.safetensors"),
@@ -128,6 +130,7 @@ def test_a_card_has_the_scores(runs: dict[str, Path], tmp_path: Path) -> None:
     assert f"| digits | linear_quick | {row[0]:.2f} | {row[1]:.2f} |" in out.with_name(f"{out.name}.md").read_text()
 
 
+@pytest.mark.usefixtures("few_digits")
 def test_an_exported_backbone_is_scored_as_its_run(runs: dict[str, Path], tmp_path: Path) -> None:
     out = write(runs["test_resnet"], "safetensors", "teacher", tmp_path / "it.safetensors")
     arguments = ["--linear-quick", "--workers", "0"]
@@ -208,8 +211,9 @@ def test_a_run_starts_from_published_weights(layout: str, small: Small, tmp_path
     state, weights, arch = official(layout)
     path = tmp_path / "published.pth.tar"
     torch.save(state, path)
-    size = 160 if arch == "test_vit" else 96
-    train.train(small(arch=arch, image_size=size, batch_size=4, max_steps=1, lr=1e-30, init_from=path))
+    size = 160 if arch == "test_vit" else 32
+    heads = {"hidden_dim": 16, "output_dim": 8, "predictor_hidden_dim": 16}
+    train.train(small(arch=arch, image_size=size, batch_size=4, max_steps=1, lr=1e-30, init_from=path, **heads))
     trained = open_pretrained(tmp_path / "run", CPU)
     for network in trained.networks.values():
         own = network.net.state_dict()
@@ -224,6 +228,7 @@ def test_a_run_starts_from_another(runs: dict[str, Path], small: Small, tmp_path
     torch.testing.assert_close(then.conv1.weight, first.conv1.weight, rtol=0, atol=1e-6)
 
 
+@pytest.mark.usefixtures("few_digits")
 def test_a_run_starts_from_the_backbone_of_a_convnext(
     runs: dict[str, Path], small: Small, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

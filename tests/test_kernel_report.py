@@ -24,10 +24,20 @@ IN_TRITON_3_5 = {
 }  # fmt: skip
 
 CASES = {case.name: case for cases in kernel_report.CASES for case in cases()}
+# By day the first and the last case of each kernel, which has all options; the rest by night.
+FIRST = {case.kernel: name for name, case in reversed(CASES.items())}
+LAST = {case.kernel: name for name, case in CASES.items()}
+OFTEN = {*FIRST.values(), *LAST.values()}
 
 
-@pytest.mark.parametrize("arch", [pytest.param(80, marks=pytest.mark.slow), 90])
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(
+    ("name", "arch"),
+    [
+        pytest.param(name, arch, marks=() if arch == 90 and name in OFTEN else pytest.mark.slow)
+        for name in CASES
+        for arch in (80, 90)
+    ],
+)
 def test_compiled_kernel(name: str, arch: int) -> None:
     case = CASES[name]
     if case.archs and arch not in case.archs:

@@ -73,13 +73,13 @@ def rows(count: int, width: int, dtype: torch.dtype) -> Tensor:
 @pytest.mark.parametrize(
     ("query", "bank", "width", "n", "size", "in_batch", "gradient", "in_memory", "reduction"),
     [
-        (F32, BF16, 128, 256, 65_536, False, True, True, "mean"),
+        pytest.param(F32, BF16, 128, 256, 65_536, False, True, True, "mean", marks=pytest.mark.slow),
         (BF16, BF16, 256, 1_100, 4_400, True, True, True, "mean"),
         (F32, F32, 100, 70, 500, False, True, False, "sum"),
         (F32, F32, 16, 1, 1, True, False, True, "none"),
-        (F16, F16, 512, 5, 7, False, True, True, "none"),
-        (BF16, BF16, 128, 1_100, 3_000, False, False, False, "mean"),
-        (F32, F32, 256, 70, 500, True, True, True, "none"),
+        pytest.param(F16, F16, 512, 5, 7, False, True, True, "none", marks=pytest.mark.slow),
+        pytest.param(BF16, BF16, 128, 1_100, 3_000, False, False, False, "mean", marks=pytest.mark.slow),
+        pytest.param(F32, F32, 256, 70, 500, True, True, True, "none", marks=pytest.mark.slow),
     ],
 )
 def test_losses(

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import sysconfig
 import venv
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -49,26 +50,31 @@ def built(sources: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
+def test_the_wheel_holds_every_module(sources: Path, built: Path) -> None:
+    (wheel,) = built.glob("*.whl")
+    held = {name for name in zipfile.ZipFile(wheel).namelist() if name.endswith(".py")}
+    own = {str(path.relative_to(sources)) for path in (sources / "fastrm").rglob("*.py")}
+    assert held == own | {f"fastrm/kernels/{path.name}" for path in (sources / "kernels").glob("*.py")}
+
+
 def imported(python: Path, cwd: Path) -> list[Path]:
     return [Path(line) for line in run(python, "-c", CHECK, cwd=cwd).splitlines()[-2:]]
 
 
 @pytest.mark.parametrize(
-    "how", ["editable", "wheel", *(pytest.param(how, marks=pytest.mark.slow) for how in ("folder", "sdist"))]
+    "how", ["editable", *(pytest.param(how, marks=pytest.mark.slow) for how in ("wheel", "folder", "sdist"))]
 )
-def test_installed(how: str, sources: Path, built: Path, tmp_path: Path) -> None:
+def test_installed(how: str, sources: Path, tmp_path: Path, request: pytest.FixtureRequest) -> None:
     """In an environment that has the dependencies but not fastrm."""
     environment = tmp_path / "environment"
     venv.create(environment, with_pip=False, symlinks=True)
     python = environment / "bin" / "python"
     site = Path(run(python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))", cwd=tmp_path).strip())
     (site / "dependencies.pth").write_text(sysconfig.get_path("purelib") + "\n")
-    what: list[str | Path] = {
-        "folder": [sources],
-        "editable": ["--editable", sources],
-        "wheel": list(built.glob("*.whl")),
-        "sdist": list(built.glob("*.tar.gz")),
-    }[how]
+    what: list[str | Path] = ["--editable", sources] if how == "editable" else [sources]
+    if how in ("wheel", "sdist"):
+        built: Path = request.getfixturevalue("built")
+        what = list(built.glob("*.whl" if how == "wheel" else "*.tar.gz"))
     pip = [sys.executable, "-m", "pip", "--python", python, "install", "--quiet", "--no-deps", "--no-build-isolation"]
     run(*pip, *what, cwd=tmp_path)
     (tmp_path / "elsewhere").mkdir()

@@ -175,7 +175,7 @@ def test_no_weight_of_the_teacher_is_converted_in_its_forward(method: str, small
     assert not any(tensor.data_ptr() in weights for tensor in after)
 
 
-@pytest.mark.parametrize("optimizer", ["sgd", "lars", "adamw"])
+@pytest.mark.parametrize("optimizer", ["lars", *(pytest.param(o, marks=pytest.mark.slow) for o in ("sgd", "adamw"))])
 def test_a_run_is_the_same_whether_the_teacher_has_a_low_precision_copy(
     optimizer: str, small: Small, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -184,8 +184,9 @@ def test_a_run_is_the_same_whether_the_teacher_has_a_low_precision_copy(
     for name in ("with", "without"):
         if name == "without":
             monkeypatch.setattr(TeacherPair, "keep_low_precision", lambda self, dtype: None)
-        for steps in (3, 6):
-            train.train(small(precision="bf16", optimizer=optimizer, max_steps=steps, out=tmp_path / name))
+        for steps in (2, 4):
+            leaves = {"precision": "bf16", "optimizer": optimizer, "batch_size": 8, "max_steps": steps}
+            train.train(small(**leaves, out=tmp_path / name))
         states[name] = checkpoint.load(tmp_path / name)["method"]
     assert states["with"].keys() == states["without"].keys()
     assert all(torch.equal(value, states["without"][name]) for name, value in states["with"].items())

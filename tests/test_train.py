@@ -65,7 +65,6 @@ def test_every_method_trains_on_every_kind_of_data(
     config = small(
         data=str(pictures / data) if folder else data, data_root=FASHION_MNIST, method=method, epochs=40,
         batch_size=24, max_steps=24, optimizer="sgd", lr=0.5, teacher_momentum=0.9, temperature=0.5, queue_size=72,
-        stem="small",
     )  # fmt: skip
     train.train(config)
     losses = [record["loss"] for record in records(tmp_path / "run")]
