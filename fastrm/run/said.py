@@ -70,8 +70,14 @@ def lengthened(schedule: Schedule, step: int, warmup_epochs: float) -> str:
     )
 
 
-def ended(summary: Mapping[str, Any], out: Path) -> Iterator[str]:
-    """Scores beside those of what has learned nothing, where the weights are, and the next two commands."""
+def ended(summary: Mapping[str, Any], out: Path, *, named: bool) -> Iterator[str]:
+    """Scores beside those of what has learned nothing, where the weights are, and the next two commands.
+
+    Args:
+        summary: what ``summary.json`` holds.
+        out: the run folder.
+        named: whether the images have a place that a command can be given.
+    """
     scores = [
         f"{words} {100 * summary[f'knn_{name}']:.1f} %" for name, words in _SCORED.items() if f"knn_{name}" in summary
     ]
@@ -81,5 +87,6 @@ def ended(summary: Mapping[str, Any], out: Path) -> Iterator[str]:
     if needs_module(summary["arch"]):
         yield f'next       fastrm.load("{out}", arch={summary["arch"]}(…)), from Python'
         return
-    yield f"next       python -m fastrm.evaluate {out} --knn --linear-quick"
-    yield f"           python -m fastrm.export {out} --format timm --out {out.name}-timm"
+    wanted = "--knn --linear-quick" if scores else "--gap"
+    yield f"next       python -m fastrm.evaluate {out} {wanted}" + ("" if named else " --data FOLDER")
+    yield f"           python -m fastrm.export {out} --format safetensors --out {out.name}.safetensors"

@@ -65,10 +65,10 @@ class Session:
         return end or asked.failed
 
     def finish(self) -> dict[str, Any]:
-        """Write the results, and return what ``summary.json`` holds; nothing in any process but the first."""
-        if self.run.rank:
-            return {}
-        return self.results.write(self.run.student, self.run.latest)
+        """Write the results in the first process, and return in all what ``summary.json`` holds."""
+        summary = {} if self.run.rank else self.results.write(self.run.student, self.run.latest)
+        found: dict[str, Any] = gather_objects(summary)[0]
+        return found
 
 
 def begin(parts: Parts, theirs: Iterable[Any], opened: ExitStack) -> Session:
@@ -128,7 +128,7 @@ def begin(parts: Parts, theirs: Iterable[Any], opened: ExitStack) -> Session:
     )
     if finished:
         parts.say(f"{out} holds this run, complete after {start} steps")
-        run.latest = read_json(out / SUMMARY) if world.rank == 0 else {}
+        run.latest = read_json(out / SUMMARY)
         return session
     if world.rank == 0:
         folder.prepare(out, config.flat(), fresh=start == 0 or moved)

@@ -31,7 +31,7 @@ class Result:
     Attributes:
         student, teacher: the trained backbones, in evaluation mode: images [B, C, H, W] to features [B, D].
             :func:`fastrm.load` gives the same from the folder.
-        scores: what ``summary.json`` holds; empty in all processes but the first.
+        scores: what ``summary.json`` holds, in every process.
         folder: where it lies.
     """
 
@@ -102,11 +102,13 @@ class Trainer:
                         hooks.tell("on_step", run, run.step, outputs)
                         run.flush()
                         ended = session.agree()
-                summary = session.finish() if hooks.fault is None else {}
-            hooks.tell("on_end", run, summary)
+                if hooks.fault is None:
+                    summary = session.finish()
+            if hooks.fault is None:
+                hooks.tell("on_end", run, summary)
             if hooks.fault is not None:
                 raise hooks.fault
-            for line in said.ended(summary, run.out):
+            for line in said.ended(summary, run.out, named=self._objects.data is None):
                 run.say(line)
         return Result(student.eval(), teacher.eval(), summary, run.out)
 
