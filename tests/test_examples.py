@@ -89,3 +89,27 @@ def test_detection_with_torchvision(run: Callable[..., str], tmp_path: Path) -> 
         "--annotations", "boxes.json", "--epochs", "1", "--batch-size", "2", "--size", "96",
     )  # fmt: skip
     assert "loss_box_reg" in shown
+
+
+def test_a_dataset_of_ones_own(pictures: Path, run: Callable[..., str], tmp_path: Path) -> None:
+    files = sorted((pictures / "classes").rglob("*.jpg"))
+    rows = [f"{file},{file.parent.name}" for file in files]
+    (tmp_path / "labels.csv").write_text("\n".join(["file,label", *rows]))
+    small = ["--arch", "test_resnet", "--image-size", "32", "--batch-size", "48", "--epochs", "1"]
+    shown = run("own_dataset.py", "labels.csv", *small, "--out", "run")
+    assert "96 items of Table; 10 classes; kNN is tried on a tenth" in shown
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert summary["step"] == 2
+    assert 0 <= summary["knn_student"] <= 1
+
+
+@pytest.mark.usefixtures("few_digits")
+def test_a_logger_of_ones_own(run: Callable[..., str], tmp_path: Path) -> None:
+    for steps in ("1", "2"):
+        run("own_logger.py", "--max-steps", steps, "--out", "run")
+    logged = [line.split(",") for line in (tmp_path / "run" / "log.csv").read_text().splitlines()]
+    records = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [(int(step), float(value)) for step, name, value in logged if name == "loss"] == [
+        (record["step"], record["loss"]) for record in records if "loss" in record
+    ]
+    assert [step for step, name, _ in logged if name == "knn_student"] == ["1", "2"]

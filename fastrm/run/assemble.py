@@ -170,7 +170,9 @@ def assemble(config: Config, objects: Objects, opened: ExitStack) -> Parts:
         ),
         step=step,
         online=_online(config.run, source, method, batch, device),
-        display=Display(Console(file=screen(), highlight=False, soft_wrap=True, quiet=world.rank > 0)),
+        display=Display(
+            Console(file=screen(), force_jupyter=False, highlight=False, soft_wrap=True, quiet=world.rank > 0)
+        ),
         out=config.run.out or Path("runs", name),
         workers=workers,
     )

@@ -112,7 +112,10 @@ def bar(text: str, total: float = 1.0) -> Iterator[Task]:
         with Display.current.task(text, total) as task:
             yield task
     else:
-        with Display(Console(stderr=True, quiet=world().rank > 0)) as display, display.task(text, total) as task:
+        with (
+            Display(Console(stderr=True, force_jupyter=False, quiet=world().rank > 0)) as display,
+            display.task(text, total) as task,
+        ):
             yield task
 
 
