@@ -7,11 +7,11 @@ core's cache, so the N×K logits never exist and the memory does not grow with t
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
+from ._scoring import Scoring
 from .dispatch import compute_dtype, no_autocast
 from .reference import enqueue_, reduce, unit
 
@@ -20,31 +20,19 @@ ELEMENTS = 1 << 18  # of a block of logits, and of the bank's rows behind it: 1 
 
 
 @torch.no_grad()
-def losses(
-    query: Tensor,
-    key: Tensor | None,
-    same: Tensor | None,
-    queue: Tensor | None,
-    numbers: Sequence[float | Tensor],
-    key_offset: int,
-    reduction: str,
-    gradient: bool,
-    pointer: Tensor | None,
-    push: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    """InfoNCE of ``query`` if there is a ``key``, plus the residual term if there is a ``same``-view key.
-
-    ``numbers`` are the temperature and the weights of the residual term and of InfoNCE. With ``pointer``, ``push``
-    enters the queue after it was scored.
+def blocked_losses(scoring: Scoring, gradient: bool) -> tuple[Tensor, Tensor]:
+    """The losses, and their gradient if it is asked for.
 
     Returns:
         Losses: the weighted sum a row [N] for ``reduction="none"``, else [3]: weighted sum, contrastive, residual.
-        Gradient of the (reduced) weighted sum to ``query`` [N, D], empty unless ``gradient``.
+        Gradient of the (reduced) weighted sum to the queries [N, D], empty unless ``gradient``.
     """
+    query, key, same, queue, pointer, push = scoring[:6]
+    key_offset, reduction = scoring.key_offset, scoring.reduction
     with no_autocast(query.device):
         dtype = compute_dtype(query, key, same, queue)
         temperature, residual_weight, contrastive_weight = (
-            number.to(dtype) if isinstance(number, Tensor) else number for number in numbers
+            number.to(dtype) if isinstance(number, Tensor) else number for number in scoring.numbers
         )
         rows = query.to(dtype)
         squared = rows.square().sum(dim=1, keepdim=True)

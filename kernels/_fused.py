@@ -13,15 +13,16 @@ import torch
 from torch import Tensor
 
 from . import _blocked, _sweep
+from ._scoring import Scoring
 from .dispatch import check_not_recomputed, compute_dtype
 
-BACKENDS: dict[str, Callable[..., tuple[Tensor, Tensor]]] = {
-    "cpu": _blocked.losses,
-    "triton": _sweep.losses,
+BACKENDS: dict[str, Callable[[Scoring, bool], tuple[Tensor, Tensor]]] = {
+    "cpu": _blocked.blocked_losses,
+    "triton": _sweep.swept_losses,
 }
 
 
-def _compute(
+def _gathered(
     query: Tensor,
     key: Tensor | None,
     same: Tensor | None,
@@ -34,30 +35,30 @@ def _compute(
     backend: str,
     pointer: Tensor | None = None,
     push: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Scoring, bool, str]:
+    """Put an operator's arguments, which are flat, together again."""
     if pointer is not None:
         check_not_recomputed("residual_info_nce")
-    values = [number if tensor is None else tensor for number, tensor in zip(numbers, tensors, strict=True)]
-    return BACKENDS[backend](query, key, same, queue, values, key_offset, reduction, gradient, pointer, push)
+    temperature, residual, contrastive = (
+        number if tensor is None else tensor for number, tensor in zip(numbers, tensors, strict=True)
+    )
+    weights = {"residual_weight": residual, "contrastive_weight": contrastive}
+    scoring = Scoring(
+        query, key, same, queue, pointer, push, temperature, **weights, key_offset=key_offset, reduction=reduction
+    )
+    return scoring, gradient, backend
 
 
-def _shapes(
-    query: Tensor,
-    key: Tensor | None,
-    same: Tensor | None,
-    queue: Tensor | None,
-    numbers: Sequence[float],
-    tensors: Sequence[Tensor | None],
-    key_offset: int,
-    reduction: str,
-    gradient: bool,
-    backend: str,
-    *ring: Tensor,
-) -> tuple[Tensor, Tensor]:
-    if ring:
-        check_not_recomputed("residual_info_nce")
-    dtype = compute_dtype(query, key, same, queue)
-    losses = query.new_empty(query.shape[0] if reduction == "none" else 3, dtype=dtype)
+def _compute(*flat: Any) -> tuple[Tensor, Tensor]:
+    scoring, gradient, backend = _gathered(*flat)
+    return BACKENDS[backend](scoring, gradient)
+
+
+def _shapes(*flat: Any) -> tuple[Tensor, Tensor]:
+    scoring, gradient, _ = _gathered(*flat)
+    query = scoring.query
+    dtype = compute_dtype(query, scoring.key, scoring.same, scoring.queue)
+    losses = query.new_empty(query.shape[0] if scoring.reduction == "none" else 3, dtype=dtype)
     return losses, query.new_empty(query.shape if gradient else (0,), dtype=dtype)
 
 
@@ -102,46 +103,30 @@ class _WithGradient(torch.autograd.Function):
         return (gradient * upstream.unsqueeze(-1)).to(ctx.dtype), None, None
 
 
-def differentiable(
-    backend: str,
-    query: Tensor,
-    key: Tensor | None,
-    same: Tensor | None,
-    queue: Tensor | None,
-    numbers: Sequence[float | Tensor],
-    key_offset: int,
-    reduction: str,
-    *ring: Tensor,
-) -> tuple[Tensor, Tensor]:
+def differentiable(backend: str, scoring: Scoring) -> tuple[Tensor, Tensor]:
     """InfoNCE and the residual term, weighted and summed, and then the push into the queue.
 
     Args:
         backend: of ``BACKENDS``.
-        query: [N, D].
-        key: as in :func:`fastrm.kernels.info_nce`, or None for no contrast.
-        same: [N, D] teacher outputs on the same view, or None for no residual term.
-        queue: [K, D] or None.
-        numbers: temperature, residual weight, contrastive weight.
-        key_offset: as in :func:`fastrm.kernels.info_nce`.
-        reduction: ``"mean"``, ``"sum"`` or ``"none"``.
-        ring: pointer and keys to push, or nothing.
+        scoring: what is computed.
 
     Returns:
         The loss with its graph, and all losses: like the loss for ``"none"``, else [3], sum, contrastive, residual.
     """
+    query, pointer, push = scoring.query, scoring.pointer, scoring.push
     gradient = query.requires_grad and torch.is_grad_enabled()
-    losses, to_query = (_losses_and_push if ring else _losses)(
+    flat = (
         query.detach(),
-        key,
-        same,
-        queue,
-        [0.0 if isinstance(number, Tensor) else float(number) for number in numbers],
-        [number if isinstance(number, Tensor) else None for number in numbers],
-        key_offset,
-        reduction,
+        scoring.key,
+        scoring.same,
+        scoring.queue,
+        [0.0 if isinstance(number, Tensor) else float(number) for number in scoring.numbers],
+        [number if isinstance(number, Tensor) else None for number in scoring.numbers],
+        scoring.key_offset,
+        scoring.reduction,
         gradient,
         backend,
-        *ring,
     )
-    loss = losses if reduction == "none" else losses[0]
+    losses, to_query = _losses(*flat) if pointer is None else _losses_and_push(*flat, pointer, push)
+    loss = losses if scoring.reduction == "none" else losses[0]
     return _WithGradient.apply(query, loss, to_query) if gradient else loss, losses

@@ -13,7 +13,6 @@ a fixed order, so the bits are the same each time.
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -21,6 +20,7 @@ from torch import Tensor
 
 from . import _blocked
 from ._push import apart, block_d, block_r, fits, launch_push
+from ._scoring import Scoring
 from .dispatch import INTERPRETED, triton
 from .multi_tensor import guard, host_value
 
@@ -116,19 +116,10 @@ def _capacity(device: torch.device) -> tuple[int, int]:
 
 
 @torch.no_grad()
-def losses(
-    query: Tensor,
-    key: Tensor | None,
-    same: Tensor | None,
-    queue: Tensor | None,
-    numbers: Sequence[float | Tensor],
-    key_offset: int,
-    reduction: str,
-    gradient: bool,
-    pointer: Tensor | None,
-    push: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    """The same as :func:`fastrm.kernels._blocked.losses`, to which it leaves what the kernels do not take."""
+def swept_losses(scoring: Scoring, gradient: bool) -> tuple[Tensor, Tensor]:
+    """The same as :func:`._blocked.blocked_losses`, to which it leaves what the kernels do not take."""
+    query, key, same, queue, pointer, push = scoring[:6]
+    key_offset, reduction = scoring.key_offset, scoring.reduction
     (n, dim), device = query.shape, query.device
     bank = key if queue is None else queue
     size = 0 if bank is None else len(bank)
@@ -137,7 +128,7 @@ def losses(
     fitting = not empty_one and fits(query, key, same, queue, push) and (queue is None or queue.is_contiguous())
     work = plan(n, size, dim, kind, *_capacity(device)) if fitting else None
     if work is None:
-        return _blocked.losses(query, key, same, queue, numbers, key_offset, reduction, gradient, pointer, push)
+        return _blocked.blocked_losses(scoring, gradient)
 
     groups = triton.cdiv(n, work.block_r)
 
@@ -152,7 +143,7 @@ def losses(
         number
         if isinstance(number, Tensor) and number.device == device
         else host_value("the loss", "temperature, or a weight,", number)
-        for number in numbers
+        for number in scoring.numbers
     )
     written = queue if pointer is not None else None
     shared = {

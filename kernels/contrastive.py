@@ -15,65 +15,28 @@ import torch
 from torch import Tensor
 
 from . import _fused, reference
+from ._scoring import Scoring
 from .dispatch import check_no_grad, check_once, check_rows, check_scalar, choose_derivable
 from .queue import ENQUEUE, as_scored, check_ring
 
 _REDUCTIONS = ("mean", "sum", "none")
 
 
-def _info_nce(
-    backend: str,
-    query: Tensor,
-    key: Tensor,
-    queue: Tensor | None,
-    temperature: float | Tensor,
-    key_offset: int,
-    reduction: str,
-) -> Tensor:
-    return _fused.differentiable(backend, query, key, None, queue, (temperature, 0.0, 1.0), key_offset, reduction)[0]
+def _loss(backend: str, scoring: Scoring) -> Tensor:
+    return _fused.differentiable(backend, scoring)[0]
 
 
-def _residual_loss(backend: str, student: Tensor, teacher: Tensor, reduction: str) -> Tensor:
-    return _fused.differentiable(backend, student, None, teacher, None, (1.0, 1.0, 0.0), 0, reduction)[0]
-
-
-def _residual_info_nce(
-    backend: str,
-    query: Tensor,
-    key: Tensor,
-    same_view_key: Tensor,
-    queue: Tensor | None,
-    pointer: Tensor | None,
-    temperature: float | Tensor,
-    residual_weight: float | Tensor,
-    contrastive_weight: float | Tensor,
-    key_offset: int,
-    push: Tensor,
-) -> tuple[Tensor, Tensor, Tensor]:
-    numbers = (temperature, residual_weight, contrastive_weight)
-    ring = () if pointer is None else (pointer, push)
-    loss, losses = _fused.differentiable(backend, query, key, same_view_key, queue, numbers, key_offset, "mean", *ring)
+def _loss_and_parts(backend: str, scoring: Scoring) -> tuple[Tensor, Tensor, Tensor]:
+    loss, losses = _fused.differentiable(backend, scoring)
     return loss, losses[1], losses[2]
 
 
-def _plain_residual_info_nce(
-    query: Tensor,
-    key: Tensor,
-    same_view_key: Tensor,
-    queue: Tensor | None,
-    pointer: Tensor | None,
-    temperature: float | Tensor,
-    residual_weight: float | Tensor,
-    contrastive_weight: float | Tensor,
-    key_offset: int,
-    push: Tensor,
-) -> tuple[Tensor, Tensor, Tensor]:
-    numbers = (temperature, residual_weight, contrastive_weight)
-    if queue is None or pointer is None:
-        return reference.residual_info_nce(query, key, same_view_key, queue, *numbers, key_offset)
+def _plain_residual_info_nce(scoring: Scoring) -> tuple[Tensor, Tensor, Tensor]:
+    if scoring.queue is None or scoring.pointer is None:
+        return reference.residual_info_nce(scoring)
     # The backward pass needs the queue as it was scored, and the push overwrites rows of it.
-    found = reference.residual_info_nce(query, key, same_view_key, as_scored(queue), *numbers, key_offset)
-    ENQUEUE["reference"](queue, pointer, push, None)
+    found = reference.residual_info_nce(scoring._replace(queue=as_scored(scoring.queue)))
+    ENQUEUE["reference"](scoring.queue, scoring.pointer, scoring.push, None)
     return found
 
 
@@ -81,9 +44,9 @@ def _backends(plain: Callable[..., Any], fused: Callable[..., Any]) -> dict[str,
     return {"reference": plain} | {backend: partial(fused, backend) for backend in _fused.BACKENDS}
 
 
-_INFO_NCE = _backends(reference.info_nce, _info_nce)
-_RESIDUAL = _backends(reference.residual_loss, _residual_loss)
-_RESIDUAL_INFO_NCE = _backends(_plain_residual_info_nce, _residual_info_nce)
+_INFO_NCE = _backends(reference.info_nce, _loss)
+_RESIDUAL = _backends(reference.residual_loss, _loss)
+_RESIDUAL_INFO_NCE = _backends(_plain_residual_info_nce, _loss_and_parts)
 
 
 def _check_number(op: str, name: str, value: float | Tensor, device: torch.device, **limits: Any) -> None:
@@ -160,8 +123,9 @@ def info_nce(
     _check_contrast("info_nce", query, key, queue, key_offset)
     _check_number("info_nce", "temperature", temperature, query.device, low=0, open_low=True)
     _check_reduction("info_nce", reduction)
-    run = choose_derivable("info_nce", backend, _INFO_NCE, query)
-    return run(query, key, queue, temperature, key_offset, reduction)
+    scoring = Scoring(query, key, queue=queue, temperature=temperature, key_offset=key_offset, reduction=reduction)
+    loss: Tensor = choose_derivable("info_nce", backend, _INFO_NCE, query)(scoring)
+    return loss
 
 
 def residual_loss(student: Tensor, teacher: Tensor, *, reduction: str = "mean", backend: str | None = None) -> Tensor:
@@ -191,7 +155,9 @@ def residual_loss(student: Tensor, teacher: Tensor, *, reduction: str = "mean", 
             "they must be alike"
         )
     _check_reduction("residual_loss", reduction)
-    return choose_derivable("residual_loss", backend, _RESIDUAL, student)(student, teacher, reduction)
+    scoring = Scoring(student, same=teacher, residual_weight=1.0, contrastive_weight=0.0, reduction=reduction)
+    loss: Tensor = choose_derivable("residual_loss", backend, _RESIDUAL, student)(scoring)
+    return loss
 
 
 def residual_info_nce(
@@ -254,15 +220,17 @@ def residual_info_nce(
         if pointer is None:
             raise ValueError(f"{op}: push is given without the pointer that says where it goes")
         check_rows(op, "push", push, dim=query.shape[1], device=query.device)
-    return choose_derivable(op, backend, _RESIDUAL_INFO_NCE, query)(
+    scoring = Scoring(
         query,
         key,
         same_view_key,
         queue,
         pointer,
+        None if pointer is None else key if push is None else push,
         temperature,
         residual_weight,
         contrastive_weight,
         key_offset,
-        key if push is None else push,
     )
+    found: tuple[Tensor, Tensor, Tensor] = choose_derivable(op, backend, _RESIDUAL_INFO_NCE, query)(scoring)
+    return found

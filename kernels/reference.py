@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ._scoring import Scoring
 from .dispatch import compute_dtype, no_autocast
 
 
@@ -49,46 +50,40 @@ def ema_(
             shadow[i].copy_(new)
 
 
-def info_nce(
-    query: Tensor, key: Tensor, queue: Tensor | None, temperature: float | Tensor, key_offset: int, reduction: str
-) -> Tensor:
+def info_nce(scoring: Scoring) -> Tensor:
     """Cross-entropy of each query's positive key among its candidates (van den Oord et al., arXiv 1807.03748)."""
+    query, key, queue = scoring.query, scoring.key, scoring.queue
+    assert key is not None
     with no_autocast(query.device):
         dtype = compute_dtype(query, key, queue)
         q, k = unit(query.to(dtype)), unit(key.to(dtype))
         if queue is None:
             logits = q @ k.T
-            target = torch.arange(len(q), device=q.device) + key_offset
+            target = torch.arange(len(q), device=q.device) + scoring.key_offset
         else:
             positive = (q * k).sum(dim=1, keepdim=True)
             logits = torch.cat([positive, q @ queue.to(dtype).T], dim=1)
             target = torch.zeros(len(q), dtype=torch.int64, device=q.device)
-        return reduce(F.cross_entropy(logits / temperature, target, reduction="none"), reduction)
+        rows = F.cross_entropy(logits / scoring.temperature, target, reduction="none")
+        return reduce(rows, scoring.reduction)
 
 
-def residual_loss(student: Tensor, teacher: Tensor, reduction: str) -> Tensor:
-    """2 - 2 cos(student, teacher), row by row."""
-    with no_autocast(student.device):
-        dtype = compute_dtype(student, teacher)
-        cosine = (unit(student.to(dtype)) * unit(teacher.to(dtype))).sum(dim=1)
-        return reduce(2 - 2 * cosine, reduction)
+def residual_loss(scoring: Scoring) -> Tensor:
+    """2 - 2 cos(query, same-view key), row by row."""
+    query, same = scoring.query, scoring.same
+    assert same is not None
+    with no_autocast(query.device):
+        dtype = compute_dtype(query, same)
+        cosine = (unit(query.to(dtype)) * unit(same.to(dtype))).sum(dim=1)
+        return reduce(2 - 2 * cosine, scoring.reduction)
 
 
-def residual_info_nce(
-    query: Tensor,
-    key: Tensor,
-    same_view_key: Tensor,
-    queue: Tensor | None,
-    temperature: float | Tensor,
-    residual_weight: float | Tensor,
-    contrastive_weight: float | Tensor,
-    key_offset: int,
-) -> tuple[Tensor, Tensor, Tensor]:
+def residual_info_nce(scoring: Scoring) -> tuple[Tensor, Tensor, Tensor]:
     """Weighted sum of both losses and the two parts, detached."""
-    query = query.to(compute_dtype(query, key, same_view_key, queue))  # both terms in the same precision
-    contrastive = info_nce(query, key, queue, temperature, key_offset, "mean")
-    residual = residual_loss(query, same_view_key, "mean")
-    loss = contrastive_weight * contrastive + residual_weight * residual
+    dtype = compute_dtype(scoring.query, scoring.key, scoring.same, scoring.queue)
+    scoring = scoring._replace(query=scoring.query.to(dtype))  # both terms in the same precision
+    contrastive, residual = info_nce(scoring), residual_loss(scoring)
+    loss = scoring.contrastive_weight * contrastive + scoring.residual_weight * residual
     return loss, contrastive.detach(), residual.detach()
 
 

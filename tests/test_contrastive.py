@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fastrm.kernels import FeatureQueue, _blocked, _fused, _sweep, info_nce, residual_info_nce, residual_loss
+from fastrm.kernels._scoring import Scoring
 from fastrm.kernels.dispatch import triton
 from tests import oracle
 from tests.interpreted import BACKENDS, INTERPRETED, TRITON, device_of, run_triton_cases
@@ -498,7 +499,7 @@ def test_no_block_of_the_cpu_path_grows_with_the_bank() -> None:
         query, key, queue = Case(300, size, 64).inputs()
         assert queue is not None
         with Largest() as largest:
-            _blocked.losses(query, key, key, queue, (0.2, 1.0, 1.0), 0, "mean", True, None, None)
+            _blocked.blocked_losses(Scoring(query, key, key, queue, None, None, 0.2, 1.0, 1.0), True)
         found.append(largest.elements)
     assert found[0] == found[1] <= _blocked.ELEMENTS
 

@@ -1,0 +1,39 @@
+"""What a loss is asked to compute: the one value that all backends take."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+
+class Scoring(NamedTuple):
+    """Queries, what they are scored against, and how; checked by the public functions.
+
+    The loss is ``contrastive_weight`` times InfoNCE, where there is a ``key``, plus ``residual_weight`` times the
+    residual term, where there is a ``same``-view key. Numbers may be 0-d tensors.
+    """
+
+    query: Tensor
+    """[N, D]"""
+    key: Tensor | None = None
+    """[N, D] with a queue, else [M, D]."""
+    same: Tensor | None = None
+    """[N, D] teacher outputs on the view of the queries."""
+    queue: Tensor | None = None
+    """[K, D] negatives; None for those of ``key``."""
+    pointer: Tensor | None = None
+    """0-d int64, the row of the queue that is written next; None for no push."""
+    push: Tensor | None = None
+    """[B, D] what enters the queue once it was scored."""
+    temperature: float | Tensor = 1.0
+    residual_weight: float | Tensor = 0.0
+    contrastive_weight: float | Tensor = 1.0
+    key_offset: int = 0
+    """The row of ``key`` that is the positive of query 0."""
+    reduction: str = "mean"
+
+    @property
+    def numbers(self) -> tuple[float | Tensor, ...]:
+        """Temperature, residual and contrastive weight."""
+        return self.temperature, self.residual_weight, self.contrastive_weight
