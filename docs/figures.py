@@ -11,11 +11,30 @@ from pathlib import Path
 import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
 
 OUT = Path(__file__).parent / "images"
 BLUE, RED, GREY = "#0072b2", "#d55e00", "#888888"  # Okabe and Ito's
 
 Parts = Sequence[tuple[str, float]]
+
+# Rows of packages, from those that know all to the one that knows none, and those that all rows but the last use.
+ROWS: Sequence[Sequence[tuple[str, str]]] = (
+    (("train, evaluate, export, report, data, doctor", "the commands; from Python pretrain, Trainer and load"),),
+    (("exports", "files for others"), ("reports", "pages"), ("pretrained", "runs and files, read")),
+    (("run", "the loop, its step and graph; folder, checkpoints, resume, faults"),),
+    (("hooks", "metrics, loggers, checkpoints, evaluation, warnings; yours"),),
+    (("probes", "kNN, linear, fine-tuning, neighbours, gap, collapse"),),
+    (("methods", "heads, loss, published settings, views; yours"),),
+    (("data", "images, views"), ("models", "backbones, weights"), ("optim", "optimizers, schedules")),
+    (("kernels", "fused operations on three backends; know nothing of fastrm"),),
+)
+BESIDE: Sequence[tuple[str, str]] = (
+    ("settings", "every setting,\nits range, flags"),
+    ("machine", "devices, memory,\nprocesses, signals"),
+    ("terminal", "progress, errors\nin one line"),
+    ("files, own", "whole files, and\nwhose they are"),
+)
 
 # Bytes a parameter, by what is read and written.
 TEACHER: Mapping[str, Parts] = {
@@ -89,6 +108,33 @@ def step(path: Path) -> None:
     save(figure, path)
 
 
+def layout(path: Path) -> None:
+    """The package: whatever is in a row may use the rows below it, and none above."""
+    figure = Figure(figsize=(9, 5.6), layout="constrained")
+    axes = figure.add_subplot()
+    width, gap = 7.0, 0.15
+    for y, row in enumerate(ROWS):
+        side = (width - gap * (len(row) - 1)) / len(row)
+        for x, (name, text) in enumerate(row):
+            box(axes, x * (side + gap), y, side, 0.66, name, text, BLUE if y < len(ROWS) - 1 else RED)
+        if y:
+            axes.annotate("", (width / 2, y), (width / 2, y - 0.34), arrowprops={"arrowstyle": "-|>", "color": GREY})
+    height = (len(ROWS) - 1.34) / len(BESIDE)
+    for i, (name, text) in enumerate(BESIDE):
+        box(axes, width + 0.4, i * height, 1.9, height - 0.2, name, text, GREY)
+    axes.set(xlim=(-0.1, width + 2.4), ylim=(len(ROWS) - 0.2, -0.1))
+    axes.axis("off")
+    save(figure, path)
+
+
+def box(axes: Axes, x: float, y: float, width: float, height: float, name: str, text: str, colour: str) -> None:
+    """A frame with a name and what it is."""
+    axes.add_patch(Rectangle((x, y), width, height, facecolor="white", edgecolor=colour, linewidth=1.5))
+    low = text.count("\n")
+    axes.text(x + width / 2, y + height / 2 - 0.13 - 0.12 * low, name, ha="center", va="center", fontweight="bold")
+    axes.text(x + width / 2, y + height / 2 + 0.15, text, ha="center", va="center", fontsize=8.5)
+
+
 def arrow(axes: Axes, boxes: Mapping[str, tuple[float, float, str]], start: str, end: str, text: str) -> None:
     """An arrow between two boxes, with a word on it."""
     (x0, y0, _), (x1, y1, _) = boxes[start], boxes[end]
@@ -112,6 +158,7 @@ def main() -> None:
     sweep = [name for name in CONTRASTIVE if "sweep" in name]
     bars("Contrastive loss and gradient: memory traffic", "MB", CONTRASTIVE, sweep, OUT / "contrastive.svg")
     step(OUT / "step.svg")
+    layout(OUT / "layout.svg")
 
 
 if __name__ == "__main__":

@@ -215,6 +215,12 @@ def test_nothing_outside_the_kernels_imports_what_is_private_to_them() -> None:
         assert not re.search(r"fastrm\.kernels\._|from fastrm\.kernels import .*\b_\w", text), path
 
 
+def test_the_picture_of_the_layout_shows_every_part() -> None:
+    shown = re.findall(r"\w+", (ROOT / "docs" / "images" / "layout.svg").read_text(encoding="utf-8"))
+    ground = {"errors", "version", "checkout", "machine.memory", "__main__", "pretraining"}
+    assert set(FLOW) - ground <= set(shown)
+
+
 def test_the_kernels_work_without_triton(tmp_path: Path) -> None:
     """As on macOS and Windows."""
     code = """
