@@ -116,7 +116,9 @@ def assert_as_uninterrupted(out: Path, whole: Path) -> None:
     assert timeless[0] == timeless[1]
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(
+    "method", ["mocov3", "mocov2", *(pytest.param(m, marks=pytest.mark.slow) for m in ("byol", "densecl"))]
+)
 def test_a_resumed_run_ends_as_the_uninterrupted_one(method: str, small: Small, pictures: Path, tmp_path: Path) -> None:
     leaves = {"data": str(pictures / "flat"), "method": method, "accumulate": 2, "epochs": 2, "max_steps": 8}
     whole, cut = tmp_path / "whole", tmp_path / "cut"
