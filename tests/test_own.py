@@ -407,12 +407,13 @@ def test_an_export_takes_the_place_of_an_export_only(kind: str, name: str, a_res
 
 def test_exports_beside_each_other_have_cards_of_their_own(a_resnet: Path, tmp_path: Path) -> None:
     for kind, name, which in (
-        ("timm", "it.safetensors", "teacher"), ("timm", "it.pth", "student"), ("onnx", "it.onnx", "teacher")
+        ("timm", "it.safetensors", "teacher"), ("timm", "it.pth", "student"),
+        ("safetensors", "own.safetensors", "teacher"),
     ):  # fmt: skip
         write(a_resnet, kind, tmp_path / name, which)
     cards = {path.name: path.read_text() for path in tmp_path.glob("*.md")}
     assert {name: ", teacher of" in text for name, text in cards.items()} == {
-        "it.safetensors.md": True, "it.pth.md": False, "it.onnx.md": True,
+        "it.safetensors.md": True, "it.pth.md": False, "own.safetensors.md": True,
     }  # fmt: skip
 
 

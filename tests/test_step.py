@@ -22,6 +22,7 @@ from fastrm.optim import build_optimizer
 from fastrm.profiling import PARTS
 from fastrm.step import Step
 from fastrm.verify import warning as verification_warning
+from tests.test_train import PAIRS
 
 Small = Callable[..., Config]
 METHODS = ["mocov3", "mocov2", "byol", "densecl"]
@@ -115,8 +116,7 @@ def states(kind: type[Step], config: Config, device: torch.device) -> dict[str, 
     return {name: value.cpu() for name, value in method.state_dict().items()}
 
 
-@pytest.mark.parametrize("optimizer", ["sgd", "lars", "adamw"])
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(("method", "optimizer"), PAIRS)
 def test_what_changes_may_lie_in_tensors(
     method: str, optimizer: str, small: Small, monkeypatch: pytest.MonkeyPatch
 ) -> None:
