@@ -412,7 +412,7 @@ def compiled_as_eager(compiler: str, backend: str) -> None:
             torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", [*FUSED, pytest.param("reference", marks=pytest.mark.slow)])
 def test_a_whole_step_compiles_without_graph_breaks(backend: str) -> None:
     compiled_as_eager("aot_eager", backend)
 

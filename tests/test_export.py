@@ -64,11 +64,11 @@ def write(run: Path, kind: str, which: str, out: Path) -> Path:
     ("arch", "kind", "name"),
     [
         ("resnet18", "timm", "it.safetensors"),
-        ("resnet18", "timm", "it.pth"),
+        pytest.param("resnet18", "timm", "it.pth", marks=pytest.mark.slow),
         ("resnet18", "timm", "folder"),
         ("resnet18", "torchvision", "it.pth"),
         ("resnet18", "torchvision", "it.safetensors"),
-        ("resnet18", "safetensors", "it.safetensors"),
+        pytest.param("resnet18", "safetensors", "it.safetensors", marks=pytest.mark.slow),
         pytest.param("resnet18", "onnx", "it.onnx", marks=pytest.mark.slow),
         ("test_vit", "timm", "folder"),
         ("test_vit", "timm", "it.safetensors"),

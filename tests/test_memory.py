@@ -192,7 +192,7 @@ def test_the_other_commands_say_it_too(
 def test_a_run_that_is_too_large_for_its_process_ends_in_one_line(tmp_path: Path) -> None:
     script = (
         "import resource, sys; from fastrm import train; from fastrm.terminal import shell\n"
-        "most = int(open('/proc/self/statm').read().split()[0]) * resource.getpagesize() + (2 << 30)\n"
+        "most = int(open('/proc/self/statm').read().split()[0]) * resource.getpagesize() + (1 << 30)\n"
         "resource.setrlimit(resource.RLIMIT_AS, (most, most)); shell.run(lambda: train.main(sys.argv[1:]))"
     )
     flags = ["--data", "digits", "--arch", "test_resnet", "--image-size", "512", "--batch-size", "1024", "--workers",

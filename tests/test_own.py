@@ -381,7 +381,7 @@ EXPORTS = [("safetensors", "it.safetensors"), ("onnx", "it.onnx"), ("timm", "fol
 
 @pytest.fixture(scope="module")
 def a_resnet(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return run_of_one_step("resnet10t", 96, tmp_path_factory.mktemp("own") / "run")
+    return run_of_one_step("test_resnet", 96, tmp_path_factory.mktemp("own") / "run")
 
 
 def write(run: Path, kind: str, out: Path, which: str = "student") -> dict[str, bytes | None]:
@@ -409,12 +409,13 @@ def test_an_export_takes_the_place_of_an_export_only(kind: str, name: str, a_res
 
 def test_exports_beside_each_other_have_cards_of_their_own(a_resnet: Path, tmp_path: Path) -> None:
     for kind, name, which in (
-        ("timm", "it.safetensors", "teacher"), ("timm", "it.pth", "student"), ("onnx", "it.onnx", "teacher")
+        ("timm", "it.safetensors", "teacher"), ("timm", "it.pth", "student"),
+        ("safetensors", "own.safetensors", "teacher"),
     ):  # fmt: skip
         write(a_resnet, kind, tmp_path / name, which)
     cards = {path.name: path.read_text() for path in tmp_path.glob("*.md")}
     assert {name: ", teacher of" in text for name, text in cards.items()} == {
-        "it.safetensors.md": True, "it.pth.md": False, "it.onnx.md": True,
+        "it.safetensors.md": True, "it.pth.md": False, "own.safetensors.md": True,
     }  # fmt: skip
 
 
@@ -480,18 +481,20 @@ def test_an_evaluation_takes_the_place_of_an_evaluation_only(
     assert content(a_run) == before
 
 
-@pytest.mark.parametrize("name", ["index.html", "loss.png", "knn.png"])
 def test_a_report_takes_the_place_of_a_report_only(
-    name: str, a_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    a_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    out = tmp_path / "pages"
-    report.main([str(a_run), "--out", str(out)])
-    report.main([str(a_run), "--out", str(out)])
-    assert own.plot(out / "loss.png")
-    (out / "index.html").unlink()
-    PHOTOGRAPH.save(out / name, format="png")
-    (out / "mine.txt").write_text("mine")
-    before = content(out)
-    assert f"holds {name}, which fastrm did not write" in fails(report.main, [str(a_run), "--out", str(out)], capsys)
-    assert content(out) == before
+    pages = tmp_path / "pages"
+    report.main([str(a_run), "--out", str(pages)])
+    report.main([str(a_run), "--out", str(pages)])
+    assert own.plot(pages / "loss.png")
+    for name in ("index.html", "loss.png", "knn.png"):
+        out = shutil.copytree(pages, tmp_path / name)
+        (out / "index.html").unlink()
+        PHOTOGRAPH.save(out / name, format="png")
+        (out / "mine.txt").write_text("mine")
+        before = content(out)
+        said = fails(report.main, [str(a_run), "--out", str(out)], capsys)
+        assert f"holds {name}, which fastrm did not write" in said
+        assert content(out) == before
     assert "is a run folder itself" in fails(report.main, [str(a_run), "--out", str(a_run)], capsys)

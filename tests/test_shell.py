@@ -84,7 +84,12 @@ def test_no_home_at_all(common: Path) -> None:
     command = [*unknown_user(), sys.executable, "-m", "fastrm.train", "--data", "digits", *TINY, "--max-steps", "1"]
     surroundings = {"PATH": os.environ["PATH"], "PYTHONPATH": str(ROOT)}
     done = subprocess.run(
-        [*command, "--out", "run"], cwd=common, env=surroundings, capture_output=True, text=True, timeout=500
+        [*command, "--eval-every", "0", "--out", "run"],
+        cwd=common,
+        env=surroundings,
+        capture_output=True,
+        text=True,
+        timeout=500,
     )
     assert done.returncode == 0, done.stderr
     assert [path.name for path in common.iterdir()] == ["run"]  # and no folder that is called ~

@@ -13,6 +13,7 @@ import pytest
 from fastrm.data.dali_loader import dali_problem
 
 ROOT = Path(__file__).parent.parent
+KINDS = ("torch", "eval", "memory", *(() if dali_problem() else ("dali",)))
 LIMIT = 60  # seconds for a script to end
 SCRIPT = """\
 import os, sys
@@ -74,10 +75,11 @@ def run(*command: str) -> tuple[int, str, str]:
     return started.returncode, *said
 
 
-def test_a_script_ends_with_its_own_status_whatever_loader_it_holds(script: Path, pictures: Path) -> None:
-    status = {"comes to its end": 0, "raises": 1}
-    kinds = ["torch", "eval", "memory", *([] if dali_problem() else ["dali"])]
-    want = {f"{kind},{ending}": str(code) for kind in kinds for ending, code in status.items()}
+@pytest.mark.parametrize("raising", [("torch",), pytest.param(KINDS, marks=pytest.mark.slow)], ids=["often", "all"])
+def test_a_script_ends_with_its_own_status_whatever_loader_it_holds(
+    raising: tuple[str, ...], script: Path, pictures: Path
+) -> None:
+    want = {f"{kind},comes to its end": "0" for kind in KINDS} | {f"{kind},raises": "1" for kind in raising}
     want["torch,is killed"] = str(-signal.SIGKILL)
     many = script.with_name("many.py")
     many.write_text(MANY)

@@ -24,6 +24,7 @@ from fastrm.run import checkpoint
 from fastrm.run.graph import GraphedStep
 from fastrm.run.step import Step
 from fastrm.settings.config import Config
+from tests.test_train import PAIRS
 
 Small = Callable[..., Config]
 METHODS = ["mocov3", "mocov2", "byol", "densecl"]
@@ -117,8 +118,7 @@ def states(kind: type[Step], config: Config, device: torch.device) -> dict[str, 
     return {name: value.cpu() for name, value in method.state_dict().items()}
 
 
-@pytest.mark.parametrize("optimizer", ["sgd", "lars", "adamw"])
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(("method", "optimizer"), PAIRS)
 def test_what_changes_may_lie_in_tensors(
     method: str, optimizer: str, small: Small, monkeypatch: pytest.MonkeyPatch
 ) -> None:

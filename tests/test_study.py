@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -53,7 +54,12 @@ def test_trials_have_names_of_their_own_and_a_plain_one_each() -> None:
 
 
 @pytest.mark.usefixtures("tiny")
-def test_a_small_study_goes_on_where_it_was_cut_off(idx_folder: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("jobs", ["threads", pytest.param("processes", marks=pytest.mark.slow)])
+def test_a_small_study_goes_on_where_it_was_cut_off(
+    jobs: str, idx_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if jobs == "threads":  # a process takes longer to start than all that the study does
+        monkeypatch.setattr(study, "ProcessPoolExecutor", lambda number, **_: ThreadPoolExecutor(number))
     data = study.subset(idx_folder, 32, tmp_path)
     for seed in range(2):
         for question in study.QUESTIONS:

@@ -27,6 +27,13 @@ from tests.conftest import FASHION_MNIST
 
 Small = Callable[..., Config]
 METHODS = ["mocov3", "mocov2", "byol", "densecl"]
+OPTIMIZERS = ["lars", "sgd", "adamw"]
+# Each method with one optimizer or another; the rest by night.
+PAIRS = [
+    pytest.param(method, name, marks=() if i % 3 == j else pytest.mark.slow)
+    for i, method in enumerate(METHODS)
+    for j, name in enumerate(OPTIMIZERS)
+]
 
 
 def records(out: Path) -> list[dict[str, Any]]:
@@ -118,7 +125,9 @@ def assert_as_uninterrupted(out: Path, whole: Path) -> None:
     assert timeless[0] == timeless[1]
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(
+    "method", ["mocov3", "mocov2", *(pytest.param(m, marks=pytest.mark.slow) for m in ("byol", "densecl"))]
+)
 def test_a_resumed_run_ends_as_the_uninterrupted_one(method: str, small: Small, pictures: Path, tmp_path: Path) -> None:
     leaves = {"data": str(pictures / "flat"), "method": method, "accumulate": 2, "epochs": 2, "max_steps": 8}
     whole, cut = tmp_path / "whole", tmp_path / "cut"
@@ -209,8 +218,7 @@ def poisoned_views(monkeypatch: pytest.MonkeyPatch, poisoned: Callable[[int], bo
     monkeypatch.setattr("fastrm.run.assemble.make_loader", lambda *args, **options: Poisoned(plain(*args, **options)))
 
 
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("optimizer", ["sgd", "lars", "adamw"])
+@pytest.mark.parametrize(("method", "optimizer"), PAIRS)
 def test_a_step_without_a_finite_gradient_moves_nothing(
     method: str, optimizer: str, small: Small, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
