@@ -10,12 +10,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from fastrm.data import Batch
 from fastrm.errors import TrainingError
 from fastrm.kernels import EMA, fused_ema_
 from fastrm.kernels.multi_tensor import Mirror, host_value
 from fastrm.methods import find
 from fastrm.models import Backbone
 from fastrm.optim import LARS, SGD, AdamW, build_optimizer
+from fastrm.optim.schedules import Rates
 from fastrm.run.graph import GraphedStep
 from fastrm.run.step import Step
 from fastrm.settings.config import Config
@@ -58,9 +60,10 @@ def trained(step: Step, bad: Callable[[int], bool], count: int) -> list[dict[str
         if bad(number):
             first = first * math.inf
         (output,) = step(
-            [(first, second)], lr=0.1 / (number + 1), residual_weight=number / count,
-            teacher_momentum=0.5 + number / 100, measure=number in MEASURED,
-        )  # fmt: skip
+            [Batch((first, second), [0, 1, 2, 3])],
+            Rates(lr=0.1 / (number + 1), residual_weight=number / count, teacher_momentum=0.5 + number / 100),
+            measure=number in MEASURED,
+        )
         said = {name: str(float(v)) for name in ("loss", "gap") if (v := getattr(output, name)) is not None}
         try:
             said["skipped"] = str(step.check(number + 1))

@@ -37,6 +37,12 @@ from tests import oracle
 ROOT = Path(fastrm.methods.__file__).parent.parent
 
 
+TINY: dict[str, Any] = {
+    "hidden_dim": 8, "output_dim": 4, "queue_size": 96, "image_size": 16, "batch_size": 32, "epochs": 1, "workers": 0,
+    "eval_every": 0, "log_to": [], "device": "cpu",
+}  # fmt: skip
+
+
 @pytest.fixture(autouse=True)
 def _as_it_was() -> Iterator[None]:
     """What a test registers is gone after it."""
@@ -123,9 +129,7 @@ def test_the_example_is_a_whole_method_in_less_than_forty_lines(tmp_path: Path) 
     student, teacher = (x / x.sum(axis=1, keepdims=True) for x in (student, teacher))
     np.testing.assert_allclose(found, -(teacher * np.log(student)).sum(axis=1).mean(), rtol=1e-5)
 
-    tiny: dict[str, Any] = {"hidden_dim": 8, "output_dim": 4, "queue_size": 96, "image_size": 16, "batch_size": 32}
-    run: dict[str, Any] = {"epochs": 1, "workers": 0, "eval_every": 0, "log_to": [], "device": "cpu", **tiny}
-    result = fastrm.pretrain("digits", arch="test_resnet", method="ressl", max_steps=2, out=tmp_path / "run", **run)
+    result = fastrm.pretrain("digits", arch="test_resnet", method="ressl", max_steps=2, out=tmp_path / "run", **TINY)
     assert result.scores["step"] == 2
     assert checkpoint.load(tmp_path / "run")["method"]["queues.0.pointer"] == 2 * 32
 
@@ -190,15 +194,23 @@ def test_what_a_method_does_not_say_is_said() -> None:
         make_loader("digits", method=ThreeViews, image_size=16, batch_size=4, device="cpu", workers=0, seed=1)
 
 
-def test_a_method_that_takes_three_views_is_trained_on_three() -> None:
+def test_a_method_that_takes_three_views_is_trained_on_three(tmp_path: Path) -> None:
+    seen = []
+
     class ThreeViews(MoCoV2):
         views = 3
 
+        @classmethod
+        def augmentation(cls, crop_min: float) -> Augmentation:
+            return Augmentation(views=(View(crop_scale=(crop_min, 1.0)),) * 3)
+
         def forward(self, first: Tensor, second: Tensor, third: Tensor, *rest: Any, **options: Any) -> Any:  # type: ignore[override]
+            seen.append((first.shape, second.shape, third.shape))
             return super().forward(first, second + third, *rest, **options)
 
-    built = build_method(small(method=ThreeViews), kind=ThreeViews)
-    assert built.notes == []
+    result = fastrm.pretrain("digits", arch="test_resnet", method=ThreeViews, out=tmp_path / "run", max_steps=1, **TINY)
+    assert result.scores["method"] == "ThreeViews"
+    assert seen[-1] == ((32, 3, 16, 16),) * 3
 
 
 def test_a_file_of_a_method_that_is_not_known_is_scored_all_the_same(capsys: pytest.CaptureFixture[str]) -> None:

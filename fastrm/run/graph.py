@@ -27,7 +27,7 @@ class GraphedStep(Step):
         super().__init__(*args, **options)
         self.lr = torch.zeros((), dtype=torch.float64, device=self.device)
         self.teacher_momentum = torch.zeros_like(self.lr)
-        self.images: list[tuple[Tensor, Tensor]] = []
+        self.images: list[tuple[Tensor, ...]] = []
         self.eager = {False: 0, True: 0}
         self.captured: dict[bool, tuple[torch.cuda.CUDAGraph, list[StepOutput]]] = {}
         self.stream = torch.cuda.Stream(self.device)
@@ -38,12 +38,12 @@ class GraphedStep(Step):
         super()._set(self.lr, self.teacher_momentum)
 
     def _run(self, batches: Iterable[tuple[Tensor, ...]], measure: bool) -> list[StepOutput]:
-        pairs = list(batches)
+        given = list(batches)
         if not self.images:
-            self.images = [(self._like(first), self._like(second)) for first, second in pairs]
-        for (first, second), (own_first, own_second) in zip(pairs, self.images, strict=True):
-            own_first.copy_(first, non_blocking=True)
-            own_second.copy_(second, non_blocking=True)
+            self.images = [tuple(map(self._like, views)) for views in given]
+        for views, own in zip(given, self.images, strict=True):
+            for view, image in zip(views, own, strict=True):
+                image.copy_(view, non_blocking=True)
         if self.eager[measure] < EAGER:
             self.eager[measure] += 1
             return self._beside(measure)

@@ -114,10 +114,10 @@ class Step:
     def _run(self, batches: Iterable[tuple[Tensor, ...]], measure: bool) -> list[StepOutput]:
         statistics = self.statistics.clone()
         outputs = []
-        for number, (first, second) in enumerate(batches, start=1):
+        for number, views in enumerate(batches, start=1):
             last = number == self.accumulate
             with contextlib.nullcontext() if last or isinstance(self.network, Method) else self.network.no_sync():
-                outputs.append(self._micro_batch(first, second, measure))
+                outputs.append(self._micro_batch(views, measure))
         with record_function("optimizer and teacher update"):
             skip = self._move()
             self.statistics.copy_(torch.where(skip != 0, statistics, self.statistics))
@@ -126,10 +126,10 @@ class Step:
                 self.method.push(output.keys, skip=skip)
         return outputs
 
-    def _micro_batch(self, first: Tensor, second: Tensor, measure: bool) -> StepOutput:
-        first, second = (view.contiguous(memory_format=self.layout) for view in (first, second))
+    def _micro_batch(self, views: tuple[Tensor, ...], measure: bool) -> StepOutput:
+        arranged = [view.contiguous(memory_format=self.layout) for view in views]
         with torch.autocast(self.device.type, self.autocast, enabled=self.autocast is not None):
-            output: StepOutput = self.network(first, second, self.residual_weight, measure=measure)
+            output: StepOutput = self.network(*arranged, self.residual_weight, measure=measure)
         with record_function("backward"):
             self._scaled(output.loss).backward()
         return output._replace(loss=output.loss.detach())
@@ -160,9 +160,9 @@ class Step:
 
     def verify(self, views: tuple[Tensor, ...]) -> dict[str, float]:
         """Compare the fused losses with the reference on a micro-batch: :func:`fastrm.methods.verify.verify`."""
-        first, second = (view.contiguous(memory_format=self.layout) for view in views)
+        arranged = tuple(view.contiguous(memory_format=self.layout) for view in views)
         with torch.autocast(self.device.type, self.autocast, enabled=self.autocast is not None):
-            return verify(self.method, (first, second), self.residual_weight, scaled=self._scaled)
+            return verify(self.method, arranged, self.residual_weight, scaled=self._scaled)
 
     def check(self, done: int) -> int:
         """Steps that were skipped so far; the host waits for the device.
