@@ -33,6 +33,8 @@ def named(data: Any, arch: Any, method: Any, augmentation: Any) -> tuple[dict[st
     Raises:
         UsageError: an argument is of a kind that cannot be used.
     """
+    if data is None:
+        raise UsageError("data is None; it must be a path, the name of a set, a Dataset, a list of paths, or an array")
     if isinstance(data, Path):
         data = str(data)
     if isinstance(arch, type) and issubclass(arch, nn.Module):
