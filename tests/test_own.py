@@ -67,7 +67,7 @@ def theirs(path: Path) -> None:
 
 
 NAMES = [
-    "config.json", "metrics.jsonl", "checkpoint.pt", "checkpoint-12.pt", "backbone.safetensors", "summary.json",
+    "config.json", "metrics.jsonl", "checkpoint.pt", "checkpoint-best.pt", "best.json", "checkpoint-12.pt", "backbone.safetensors", "summary.json",
     "skipped.txt", "evaluation.json", "trace.json", ".fastrm.lock", "tensorboard/other/notes.txt", "report/index.html",
     "checkpoint.pt/notes.txt",
 ]  # fmt: skip
@@ -121,7 +121,7 @@ def test_only_what_fastrm_wrote_is_removed_by_a_fresh_run(small: Small, tmp_path
     train.train(small(**tiny, max_steps=4, checkpoint_every=1, profile=1))
     written = content(out)
     assert {"trace.json", "checkpoint-3.pt"} <= written.keys()
-    for name in ("thesis.tex", "checkpoint-best.pt", "my.json", "tensorboard/other/notes.txt", "tensorboard/notes.txt"):
+    for name in ("thesis.tex", "checkpoint-mine.pt", "my.json", "tensorboard/other/notes.txt", "tensorboard/notes.txt"):
         (out / name).parent.mkdir(exist_ok=True)
         (out / name).write_text("mine")
     writer = SummaryWriter(str(out / "tensorboard"))
