@@ -16,7 +16,7 @@ import torch
 from hypothesis import settings
 from PIL import Image
 
-from fastrm import train
+from fastrm import pretraining, train
 from fastrm.data import named as named_sets
 from fastrm.data import open_source
 from fastrm.data.sources import ArrayImages
@@ -104,6 +104,16 @@ def leave_few_digits(monkeypatch: pytest.MonkeyPatch) -> None:
     assert isinstance(every.test, ArrayImages)
     train, test = every.train.subset(np.arange(128)), every.test.subset(np.arange(32))
     monkeypatch.setattr(named_sets, "_digits", lambda: dataclasses.replace(every, train=train, bank=train, test=test))
+
+
+@pytest.fixture
+def small_heads(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What takes the most time of a short run is small in each call of fastrm.pretrain, and nothing runs beside it."""
+    pretrain, small = (
+        pretraining.pretrain,
+        {"hidden_dim": 16, "predictor_hidden_dim": 16, "output_dim": 8, "workers": 0},
+    )
+    monkeypatch.setattr(pretraining, "pretrain", lambda data, **settings: pretrain(data, **{**settings, **small}))
 
 
 @pytest.fixture

@@ -9,7 +9,6 @@ import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urldefrag, urlparse
@@ -17,7 +16,7 @@ from urllib.parse import unquote, urldefrag, urlparse
 import pytest
 import timm
 
-from fastrm import doctor, evaluate, export, pretraining, report
+from fastrm import doctor, evaluate, export, report
 from fastrm.data import __main__ as views
 from fastrm.methods import recipes
 from fastrm.settings import command_line
@@ -75,18 +74,11 @@ def command(line: str, run: bool) -> None:
             pytest.fail(f"a command that nothing tests: {line}")
 
 
-def with_small_heads(pretrain: Callable[..., Any]) -> Callable[..., Any]:
-    """The same call with what takes the most time made small."""
-    small = {name: SMALL[name] for name in ("hidden_dim", "predictor_hidden_dim", "output_dim", "workers")}
-    return lambda data, **settings: pretrain(data, **{**settings, **small})
-
-
 @named
-@pytest.mark.usefixtures("few_digits")
+@pytest.mark.usefixtures("few_digits", "small_heads")
 def test_code_blocks_run(page: Path, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "photos").symlink_to(pictures / "split")
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(pretraining, "pretrain", with_small_heads(pretraining.pretrain))
     names: dict[str, Any] = {}
     for language, text in blocks(page):
         assert language in ("python", "sh", "toml"), f"{page.name} has a block of {language} that nothing tests"

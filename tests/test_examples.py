@@ -91,6 +91,7 @@ def test_detection_with_torchvision(run: Callable[..., str], tmp_path: Path) -> 
     assert "loss_box_reg" in shown
 
 
+@pytest.mark.usefixtures("small_heads")
 def test_a_dataset_of_ones_own(pictures: Path, run: Callable[..., str], tmp_path: Path) -> None:
     files = sorted((pictures / "classes").rglob("*.jpg"))
     rows = [f"{file},{file.parent.name}" for file in files]
@@ -103,7 +104,7 @@ def test_a_dataset_of_ones_own(pictures: Path, run: Callable[..., str], tmp_path
     assert 0 <= summary["knn_student"] <= 1
 
 
-@pytest.mark.usefixtures("few_digits")
+@pytest.mark.usefixtures("few_digits", "small_heads")
 def test_a_logger_of_ones_own(run: Callable[..., str], tmp_path: Path) -> None:
     for steps in ("1", "2"):
         run("own_logger.py", "--max-steps", steps, "--out", "run")
