@@ -27,11 +27,12 @@ from torchvision.transforms import v2
 
 from benchmarks._timing import DEVICE
 from fastrm import train
-from fastrm.data import Source, open_source
+from fastrm.data import Batch, Source, open_source
 from fastrm.data.augmentation import IMAGENET_MEAN, IMAGENET_STD, View
 from fastrm.machine.device import available_cores
 from fastrm.methods import build_method, find
 from fastrm.optim import build_optimizer
+from fastrm.optim.schedules import Rates
 from fastrm.run.graph import GraphedStep
 from fastrm.run.step import AUTOCAST, Step
 from fastrm.settings.config import Config, build
@@ -281,7 +282,7 @@ def test_the_step_on_a_gpu(
             layout=torch.channels_last,
         )  # fmt: skip
         return lambda: step(
-            [(first, second)], lr=0.1, residual_weight=1.0, teacher_momentum=0.99, measure=False
+            [Batch((first, second), [])], Rates(0.1, 1.0, 0.99), measure=False
         )  # fmt: skip
 
     method = build_method(config, device=DEVICE).train()

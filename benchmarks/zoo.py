@@ -23,12 +23,14 @@ from typing import Any, NamedTuple
 import timm
 import torch
 
+from fastrm.data import Batch
 from fastrm.errors import UsageError, first_line
 from fastrm.export import ExportConfig, export
 from fastrm.methods import Method, build_method
 from fastrm.models import build_backbone, read_backbone
 from fastrm.models.weights import load_weights, metadata, read_weights, write_backbone
 from fastrm.optim import build_optimizer
+from fastrm.optim.schedules import Rates
 from fastrm.probes.gap import stages_of
 from fastrm.run.step import Step
 from fastrm.settings.config import Config, build
@@ -116,7 +118,7 @@ def two_steps(config: Config) -> Method[Any]:
     size = config.input.image_size
     for _ in range(2):
         views = torch.randn(2, BATCH, 3, size, size)
-        (output,) = step([(views[0], views[1])], lr=1e-3, residual_weight=0.1, teacher_momentum=0.9, measure=True)
+        (output,) = step([Batch((views[0], views[1]), [])], Rates(1e-3, 0.1, 0.9), measure=True)
         if not math.isfinite(float(output.loss)) or step.check(2):
             raise ArithmeticError(f"the loss is {float(output.loss)}, or its gradient is not finite")
     moved = {name: not torch.equal(p, start[name]) for name, p in method.named_parameters()}

@@ -67,7 +67,8 @@ def theirs(path: Path) -> None:
 
 
 NAMES = [
-    "config.json", "metrics.jsonl", "checkpoint.pt", "checkpoint-best.pt", "best.json", "checkpoint-12.pt", "backbone.safetensors", "summary.json",
+    "config.json", "metrics.jsonl", "checkpoint.pt", "checkpoint-best.pt", "best.json", "checkpoint-12.pt",
+    "backbone.safetensors", "summary.json",
     "skipped.txt", "evaluation.json", "trace.json", ".fastrm.lock", "tensorboard/other/notes.txt", "report/index.html",
     "checkpoint.pt/notes.txt",
 ]  # fmt: skip

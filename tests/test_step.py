@@ -15,11 +15,13 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastrm import train
+from fastrm.data import Batch
 from fastrm.hooks.profile import PARTS
 from fastrm.hooks.verification import warning as verification_warning
 from fastrm.methods import build_method
 from fastrm.methods.pair import TeacherPair
 from fastrm.optim import build_optimizer
+from fastrm.optim.schedules import Rates
 from fastrm.run import checkpoint
 from fastrm.run.graph import GraphedStep
 from fastrm.run.step import Step
@@ -62,7 +64,7 @@ class Reads(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def ready(config: Config, device: torch.device) -> tuple[Step, list[tuple[Tensor, Tensor]]]:
+def ready(config: Config, device: torch.device) -> tuple[Step, list[Batch]]:
     torch.manual_seed(0)
     method = build_method(config, device=device).train()
     optimizer = build_optimizer(method, config.optim)
@@ -70,7 +72,7 @@ def ready(config: Config, device: torch.device) -> tuple[Step, list[tuple[Tensor
         method, optimizer, precision="fp32", accumulate=2, clip_norm=1.0, layout=torch.channels_last
     )  # fmt: skip
     first, second = torch.randn(2, 16, 3, 32, 32, device=device)
-    return step, [(first, second)] * 2
+    return step, [Batch((first, second), [])] * 2
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "lars", "adamw"])
@@ -80,7 +82,7 @@ def test_one_value_a_step_is_read_on_the_cpu(method: str, optimizer: str, small:
     step, batches = ready(small(method=method, optimizer=optimizer), torch.device("cpu"))
     for number in range(3):
         with Reads() as reads:
-            step(batches, lr=0.1, residual_weight=1.0, teacher_momentum=0.9, measure=False)
+            step(batches, Rates(0.1, 1.0, 0.9), measure=False)
         assert reads.count <= 1 or number == 0
 
 
@@ -88,11 +90,11 @@ def test_one_value_a_step_is_read_on_the_cpu(method: str, optimizer: str, small:
 @pytest.mark.parametrize("method", METHODS)
 def test_the_host_never_waits_for_the_gpu(method: str, small: Small) -> None:
     step, batches = ready(small(method=method), torch.device("cuda"))
-    step(batches, lr=0.1, residual_weight=1.0, teacher_momentum=0.9, measure=False)
+    step(batches, Rates(0.1, 1.0, 0.9), measure=False)
     torch.cuda.set_sync_debug_mode("error")
     try:
         for _ in range(3):
-            step(batches, lr=0.1, residual_weight=1.0, teacher_momentum=0.9, measure=False)
+            step(batches, Rates(0.1, 1.0, 0.9), measure=False)
     finally:
         torch.cuda.set_sync_debug_mode("default")
 
@@ -109,10 +111,9 @@ def states(kind: type[Step], config: Config, device: torch.device) -> dict[str, 
         layout=torch.channels_last,
     )  # fmt: skip
     for number, views in enumerate(VIEWS.to(device)):
-        pairs = [(first * math.inf if number == 3 else first, second) for first, second in views]
+        pairs = [Batch((first * math.inf if number == 3 else first, second), []) for first, second in views]
         # measured: 0, 3; so with a CUDA graph 4 and 5 are replayed
-        outputs = step(pairs, lr=0.1 / (number + 1), residual_weight=number / 6, teacher_momentum=0.9 + number / 100,
-                       measure=number in (0, 3))  # fmt: skip
+        outputs = step(pairs, Rates(0.1 / (number + 1), number / 6, 0.9 + number / 100), measure=number in (0, 3))
         assert len(outputs) == 2
     assert step.check(6) == 1
     return {name: value.cpu() for name, value in method.state_dict().items()}
@@ -219,8 +220,8 @@ def test_accumulated_micro_batches_give_the_mean_gradient(small: Small) -> None:
             layout=torch.channels_last,
         )  # fmt: skip
         views = torch.randn(2, 16, 3, 32, 32, generator=torch.Generator().manual_seed(1))
-        halves = [(part[0], part[1]) for part in views.chunk(accumulate, dim=1)]
-        step(halves, lr=1.0, residual_weight=1.0, teacher_momentum=0.9, measure=False)
+        halves = [Batch((part[0], part[1]), []) for part in views.chunk(accumulate, dim=1)]
+        step(halves, Rates(1.0, 1.0, 0.9), measure=False)
         moved.append([p.detach() - q for p, q in zip(method.parameters(), start, strict=True)])
     for whole, parts in zip(*moved, strict=True):
         torch.testing.assert_close(parts, whole, rtol=1e-4, atol=1e-6)
@@ -257,7 +258,7 @@ def test_verification_gives_the_operations_what_training_gives_them(
         built.pair.keep_low_precision(torch.bfloat16)
     first, second = torch.randn(2, 8, 3, 32, 32, generator=torch.Generator().manual_seed(1))
     with Given("cpu") as trained:
-        step([(first, second)] * 2, lr=0.0, residual_weight=0.5, teacher_momentum=1.0, measure=False)
+        step([Batch((first, second), [])] * 2, Rates(0.0, 0.5, 1.0), measure=False)
     with Given("cpu") as verified:
         found = step.verify((first, second))
     assert verified.calls == trained.calls[: len(verified.calls)]
