@@ -50,6 +50,8 @@ def theirs(path: Path) -> None:
         "config.json": lambda: path.write_text('{"model_type": "bert", "hidden_size": 768}'),
         "metrics.jsonl": lambda: path.write_text('{"step": 1, "epoch": 0.1, "loss": 3.2}\n'),
         "checkpoint.pt": lambda: torch.save({"config": {}, "step": 3, "method": {}, "format": 3}, path),
+        "checkpoint-best.pt": lambda: torch.save({"state_dict": {}}, path),
+        "best.json": lambda: path.write_text('{"value": 0.7}'),
         "checkpoint-12.pt": lambda: torch.save({"state_dict": {}}, path),
         "backbone.safetensors": lambda: save_file({"a": torch.ones(2)}, path, metadata={"format": "pt"}),
         "summary.json": lambda: path.write_text('{"step": 3, "accuracy": 0.9}'),
