@@ -201,7 +201,7 @@ def poisoned_views(monkeypatch: pytest.MonkeyPatch, poisoned: Callable[[int], bo
 
     class Poisoned:
         def __init__(self, loader: Any) -> None:
-            self.loader, self.number, self.broken = loader, 0, loader.broken
+            self.loader, self.number, self.broken, self.views = loader, 0, loader.broken, loader.views
 
         def __len__(self) -> int:
             return len(self.loader)
