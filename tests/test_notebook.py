@@ -58,6 +58,9 @@ def test_the_notebook_runs_with_less(tmp_path: Path) -> None:
     assert json.loads((run / "summary.json").read_text())["step"] == 2
     assert (run / "teacher.safetensors").is_file()
     assert len(pictures(cells["run"])) == 1
+    said = "".join(output.text for output in cells["run"].outputs if output.output_type == "stream")
+    assert "step      2  epoch   1.00" in said
+    assert "\x1b" not in said
     assert len(pictures(cells["neighbours"])) == 1
     assert "[4, 192]" in cells["export"].outputs[-1].data["text/plain"]
 

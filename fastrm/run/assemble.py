@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from rich.console import Console
 from torch import nn
 from torch.profiler import record_function
 
@@ -39,7 +38,7 @@ from fastrm.run.graph import GraphedStep
 from fastrm.run.objects import Objects
 from fastrm.run.step import AUTOCAST, Step
 from fastrm.settings.config import Config, InputConfig, RunConfig, resolved
-from fastrm.terminal.progress import Display
+from fastrm.terminal.progress import Display, console
 from fastrm.terminal.shell import screen
 
 
@@ -170,9 +169,7 @@ def assemble(config: Config, objects: Objects, opened: ExitStack) -> Parts:
         ),
         step=step,
         online=_online(config.run, source, method, batch, device),
-        display=Display(
-            Console(file=screen(), force_jupyter=False, highlight=False, soft_wrap=True, quiet=world.rank > 0)
-        ),
+        display=Display(console(file=screen(), highlight=False, soft_wrap=True, quiet=world.rank > 0)),
         out=config.run.out or Path("runs", name),
         workers=workers,
     )

@@ -105,6 +105,12 @@ class Display:
             self.console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
+def console(**options: Any) -> Console:
+    """A console, which in a notebook writes lines of text alone: there no cursor moves, whatever the kernel says."""
+    made = Console(**options)
+    return Console(**options, force_jupyter=False, force_terminal=False) if made.is_jupyter else made
+
+
 @contextmanager
 def bar(text: str, total: float = 1.0) -> Iterator[Task]:
     """Show a task on the display that is there, or on one of its own on standard error; only in the first process."""
@@ -112,10 +118,7 @@ def bar(text: str, total: float = 1.0) -> Iterator[Task]:
         with Display.current.task(text, total) as task:
             yield task
     else:
-        with (
-            Display(Console(stderr=True, force_jupyter=False, quiet=world().rank > 0)) as display,
-            display.task(text, total) as task,
-        ):
+        with Display(console(stderr=True, quiet=world().rank > 0)) as display, display.task(text, total) as task:
             yield task
 
 
