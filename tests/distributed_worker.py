@@ -161,7 +161,7 @@ def trained(folder: Path, method: str, arch: str) -> None:
             torch.save(built[0].state_dict(), folder / f"start {method} {arch}.pt")
         return built[0]
 
-    with mock.patch.object(train, "build_method", kept):
+    with mock.patch("fastrm.run.assemble.build_method", kept):
         out = folder / f"{method} {arch}"
         leaves = {"method": method, "arch": arch, "max_steps": STEPS, "eval_every": int(method == "mocov3"), "out": out}
         train.train(build(**{**SMALL, **leaves}))
@@ -182,7 +182,10 @@ PARTS: dict[str, Callable[[Path], object]] = {
 
 def main(where: Path, *names: str) -> None:
     """Parts by name, in one process group: leaving one and joining the next is a race."""
-    with processes(torch.device("cpu")) as here, mock.patch.object(train, "processes", return_value=nullcontext(here)):
+    with (
+        processes(torch.device("cpu")) as here,
+        mock.patch("fastrm.machine.joined.processes", return_value=nullcontext(here)),
+    ):
         for name in names:
             PARTS[name](where)
 

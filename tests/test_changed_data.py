@@ -77,7 +77,7 @@ def test_spellings_of_one_path(small: Small, images: Path, tmp_path: Path, monke
         begun = resumed(small, spelling)
         assert (begun.step, begun.notes, begun.images.shift) == (3, (), 0), spelling
     monkeypatch.chdir(images)
-    assert resumed(small, ".").note == ""
+    assert resumed(small, ".").notes == ()
 
 
 def test_changed_images_are_refused_with_both_counts(small: Small, images: Path) -> None:

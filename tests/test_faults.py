@@ -20,10 +20,10 @@ import torch
 
 from fastrm import train
 from fastrm.errors import Stopped, TrainingError, UsageError
-from fastrm.hooks.verification import verify
-from fastrm.hooks.verification import warning as verification_warning
 from fastrm.machine.signals import Signals
 from fastrm.methods import build_method
+from fastrm.methods.verify import verify
+from fastrm.methods.verify import warning as verification_warning
 from fastrm.run import checkpoint
 from fastrm.settings.config import Config
 from tests.test_train import METHODS, assert_as_uninterrupted, records, same

@@ -17,9 +17,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from fastrm import train
 from fastrm.data import Batch
 from fastrm.hooks.profile import PARTS
-from fastrm.hooks.verification import warning as verification_warning
 from fastrm.methods import build_method
 from fastrm.methods.pair import TeacherPair
+from fastrm.methods.verify import warning as verification_warning
 from fastrm.optim import build_optimizer
 from fastrm.optim.schedules import Rates
 from fastrm.run import checkpoint
