@@ -274,7 +274,7 @@ def test_a_full_disk_keeps_the_last_checkpoint(small: Small, little_disk: Path, 
 def test_an_output_folder_that_vanishes_ends_the_run_in_one_line(small: Small, tmp_path: Path, stop_after: Any) -> None:
     # Renamed, not deleted file by file: TensorBoard's thread may write into the folder meanwhile.
     stop_after(2, lambda: (tmp_path / "run").rename(tmp_path / "gone"))
-    with pytest.raises(TrainingError, match="No such file or directory|does not exist") as caught:
+    with pytest.raises(TrainingError, match=r"No such file or directory|does not exist") as caught:
         train.train(small(max_steps=4, checkpoint_every=1))
     assert "\n" not in str(caught.value)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -89,9 +90,10 @@ class Hooks:
 
     def close(self) -> None:
         """Tell all that the run is over."""
-        for hook in self._all:
-            if (close := getattr(hook, "close", None)) is not None:
-                close()
+        with ExitStack() as closing:  # all of them, whatever one of them raises
+            for hook in reversed(self._all):
+                if (close := getattr(hook, "close", None)) is not None:
+                    closing.callback(close)
 
     def _stateful(self) -> Iterator[tuple[str, Any]]:
         for hook in self._all:

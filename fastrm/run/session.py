@@ -17,7 +17,7 @@ from fastrm.machine.lock import Lock
 from fastrm.machine.signals import Signals
 from fastrm.run import checkpoint, folder, said
 from fastrm.run.assemble import Parts, built_in
-from fastrm.run.faults import again
+from fastrm.run.faults import again, faults
 from fastrm.run.results import SUMMARY, Results, complete
 from fastrm.run.resume import Start, origin, resume
 from fastrm.run.run import OF_THE_WAY, Run
@@ -132,6 +132,7 @@ def begin(parts: Parts, theirs: Iterable[Any], opened: ExitStack) -> Session:
         return session
     if world.rank == 0:
         folder.prepare(out, config.flat(), fresh=start == 0 or moved)
+    opened.enter_context(faults(out, world, resumes=session.resumes))
     opened.enter_context(parts.display)
     opened.enter_context(closing(hooks))
     opened.enter_context(closing(saver))

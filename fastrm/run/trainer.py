@@ -17,7 +17,6 @@ from fastrm.machine.distributed import mean
 from fastrm.run import said
 from fastrm.run.assemble import assemble
 from fastrm.run.dry_run import dry_run
-from fastrm.run.faults import faults
 from fastrm.run.objects import named
 from fastrm.run.session import begin
 from fastrm.run.step import Output
@@ -84,32 +83,30 @@ class Trainer:
 
             parts.method.train()
             batches = parts.batches(run.schedule, run.step)
-            with faults(run.out, parts.world, resumes=session.resumes):
-                hooks.tell("on_start", run)
-                ended = session.agree()
-                while not ended:
-                    rates = run.schedule.at(run.step)
-                    run.advance()
-                    micro_batches = islice(batches, run.schedule.accumulate)
-                    outputs = make_step(micro_batches, rates, measure=run.logging)
-                    if run.logging or parts.device.type == "cpu":  # a GPU is not waited for in between
-                        skipped = make_step.check(run.step)
-                    if run.logging:
-                        run.log({**averaged(outputs), "lr": rates.lr, "teacher_momentum": rates.teacher_momentum})
-                        speed = run.schedule.batch_size * run.clock.lap()
-                        run.log({"skipped_steps": skipped, "images_per_second": speed})
-                    with run.clock.paused():
-                        hooks.tell("on_step", run, run.step, outputs)
-                        run.flush()
-                        ended = session.agree()
-                if hooks.fault is None:
-                    summary = session.finish()
+            hooks.tell("on_start", run)
+            ended = session.agree()
+            while not ended:
+                rates = run.schedule.at(run.step)
+                run.advance()
+                micro_batches = islice(batches, run.schedule.accumulate)
+                outputs = make_step(micro_batches, rates, measure=run.logging)
+                if run.logging or parts.device.type == "cpu":  # a GPU is not waited for in between
+                    skipped = make_step.check(run.step)
+                if run.logging:
+                    run.log({**averaged(outputs), "lr": rates.lr, "teacher_momentum": rates.teacher_momentum})
+                    speed = run.schedule.batch_size * run.clock.lap()
+                    run.log({"skipped_steps": skipped, "images_per_second": speed})
+                with run.clock.paused():
+                    hooks.tell("on_step", run, run.step, outputs)
+                    run.flush()
+                    ended = session.agree()
             if hooks.fault is None:
+                summary = session.finish()
                 hooks.tell("on_end", run, summary)
-            if hooks.fault is not None:
-                raise hooks.fault
-            for line in said.ended(summary, run.out, named=self._objects.data is None):
-                run.say(line)
+        if hooks.fault is not None:
+            raise hooks.fault
+        for line in said.ended(summary, run.out, named=self._objects.data is None):
+            run.say(line)
         return Result(student.eval(), teacher.eval(), summary, run.out)
 
 
