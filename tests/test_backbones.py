@@ -72,8 +72,10 @@ def test_last_norm_of_each_residual_block_starts_at_zero() -> None:
 def fixed(arch: str, **options: Any) -> tuple[Any, set[str], list[str]]:
     """A network prepared for MoCo-v3, what is frozen of it, and what was left out."""
     backbone = build_backbone(arch, image_size=64, **options)
+    before = len(backbone.notes)
     find("mocov3").prepare(backbone, arch)
-    return backbone.net, {n for n, p in backbone.net.named_parameters() if not p.requires_grad}, backbone.notes
+    frozen = {n for n, p in backbone.net.named_parameters() if not p.requires_grad}
+    return backbone.net, frozen, backbone.notes[before:]
 
 
 def test_moco_vit_has_fixed_positions_and_a_frozen_projection() -> None:

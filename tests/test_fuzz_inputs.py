@@ -214,7 +214,7 @@ def test_pictures_of_any_bytes_are_the_same_to_the_scan_to_training_and_to_evalu
     why = fault(content)
     held = Held([content, picture("PNG")])
     training = _Views(held, SUPERVISED, 8, BatchSampler(2, 1, 0, 0, 1))
-    indices, (views,), _ = training[Request(0, 0, [0])]
+    indices, (views,), *_ = training[Request(0, 0, [0])]
     assert views.shape == (1, 3, 8, 8)
     passed_on: dict[str, str | None] = {}
     _, seen = _EvalImages(Held([content]), 8)[0]
