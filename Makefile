@@ -23,10 +23,11 @@ demo: install
 	@echo "The pictures above are the nearest neighbours and the curves. Try --residual-weight 0 or 1, or your own"
 	@echo "pictures: .venv/bin/python -m fastrm.train --arch resnet18 --image-size 64 --data FOLDER"
 
-# One process of tests per core, each with one thread: pytest-xdist deals out whole files. Threads wait asleep, since those
-# that spin made some tests twenty times slower where other work has the cores.
+# One process of tests per core, each with one thread. pytest-xdist gives each a stretch of the files, so that a fixture of
+# a file is made once, and what is left of one stretch to whoever is done. Threads wait asleep, since those that spin made
+# some tests twenty times slower where other work has the cores.
 PYTEST := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive $(BIN)/python -m pytest
-SPREAD := --numprocesses logical --maxprocesses 8 --dist loadfile
+SPREAD := --numprocesses logical --maxprocesses 8 --dist worksteal
 
 test: install
 	$(PYTEST) tests $(SPREAD)

@@ -41,7 +41,7 @@ from fastrm.methods import contrastive
 from fastrm.pretrained import open_pretrained
 from fastrm.probes import Pixels, frozen_scores
 from fastrm.probes.features import Setting
-from fastrm.report import COLOURS
+from fastrm.reports.plots import COLOURS
 from fastrm.settings.config import ResidualPlace, build
 from fastrm.terminal import shell
 from fastrm.train import train

@@ -255,6 +255,7 @@ def test_convolutions_that_would_damage_memory_are_contiguous() -> None:
     assert seen == [True]
 
 
+@pytest.mark.slow
 def test_a_network_with_such_a_convolution_is_trained() -> None:
     """In a process of its own, which damaged memory would end."""
     program = """

@@ -37,6 +37,13 @@ COMMANDS: dict[str, tuple[Any, type]] = {
     "fastrm.data": (views, views.Options),
 }
 named = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+# The quick start's commands are those of examples/quickstart.py and of the other pages.
+SLOW = {ROOT / "docs" / "quickstart.md"}
+run = pytest.mark.parametrize(
+    "page",
+    [pytest.param(page, marks=[pytest.mark.slow] if page in SLOW else []) for page in PAGES],
+    ids=lambda page: str(page.relative_to(ROOT)),
+)
 
 
 def blocks(page: Path) -> list[tuple[str, str]]:
@@ -74,7 +81,7 @@ def command(line: str, run: bool) -> None:
             pytest.fail(f"a command that nothing tests: {line}")
 
 
-@named
+@run
 @pytest.mark.usefixtures("few_digits", "small_heads")
 def test_code_blocks_run(page: Path, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "photos").symlink_to(pictures / "split")
@@ -135,6 +142,7 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return work / "html"
 
 
+@pytest.mark.slow
 def test_the_site_says_what_the_code_is(site: Path) -> None:
     shown = {
         page: (site / f"{page}.html").read_text(encoding="utf-8") for page in ("api/kernels", "recipes", "drop-in")
@@ -146,6 +154,7 @@ def test_the_site_says_what_the_code_is(site: Path) -> None:
     assert ":func:" not in shown["api/kernels"]
 
 
+@pytest.mark.slow
 def test_no_dead_link_inside_the_site(site: Path, browser: Any) -> None:
     """A browser loads every page that it can reach from the first, with its pictures, styles and scripts."""
     waiting, seen, targets = [(site / "index.html").as_uri()], set(), set()

@@ -333,6 +333,7 @@ def test_a_clock_that_is_set_back_changes_nothing(
     assert_as_uninterrupted(tmp_path / "run", tmp_path / "whole")
 
 
+@pytest.mark.slow
 def test_one_of_two_processes_that_is_killed_ends_the_other(tmp_path: Path) -> None:
     arguments = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "fastrm.train", *FLAGS]
     run = subprocess.Popen(

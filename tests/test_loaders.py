@@ -200,6 +200,7 @@ def test_a_file_that_is_damaged_inside_stops_nothing(pictures: Path, tmp_path: P
             assert sum(len(batch.indices) for batch in loader) == 24
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", [DALI, "torch"])
 def test_memory_stays_flat(pictures: Path, kind: str) -> None:
     status = Path("/proc/self/statm")

@@ -189,6 +189,7 @@ def test_the_other_commands_say_it_too(
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="limits the address space, which Linux heeds")
+@pytest.mark.slow
 def test_a_run_that_is_too_large_for_its_process_ends_in_one_line(tmp_path: Path) -> None:
     script = (
         "import resource, sys; from fastrm import train; from fastrm.terminal import shell\n"

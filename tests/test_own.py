@@ -379,7 +379,10 @@ def test_photographs_are_never_taken_for_fastrms(number: int, tmp_path: Path) ->
 
 
 PHOTOGRAPH = Image.radial_gradient("L").resize((64, 48)).convert("RGB")
-EXPORTS = [("safetensors", "it.safetensors"), ("onnx", "it.onnx"), ("timm", "folder"), ("timm", "it.pth")]
+EXPORTS = [
+    ("safetensors", "it.safetensors"), pytest.param("onnx", "it.onnx", marks=pytest.mark.slow), ("timm", "folder"),
+    ("timm", "it.pth"),
+]  # fmt: skip
 
 
 @pytest.fixture(scope="module")

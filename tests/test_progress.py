@@ -78,6 +78,7 @@ def test_the_evaluations_of_a_run_show_how_far_they_are(
         assert said.count(f"evaluation of the {name}, 96 images begins\n") == 1
 
 
+@pytest.mark.slow
 def test_every_score_shows_how_far_it_is(pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = run_of_one_step("test_resnet", 16, tmp_path / "run")
     capsys.readouterr()
