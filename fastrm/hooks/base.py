@@ -5,7 +5,6 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
@@ -141,18 +140,6 @@ def check(hooks: Any) -> list[Any]:
         if not methods:
             raise UsageError(f"hooks: {hook!r:.80} has none of a hook's methods: {', '.join(EVENTS)}")
     return listed
-
-
-def extra(name: str) -> Any:
-    """Import the package of a logger.
-
-    Raises:
-        UsageError: it is not installed.
-    """
-    try:
-        return import_module(name)
-    except ImportError as error:
-        raise UsageError(f"--log-to {name} needs the package {name}: {error}; pip install 'fastrm[{name}]'") from None
 
 
 def _not_plain(value: Any) -> Any:

@@ -10,14 +10,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
 from fastrm.files import write_text
-from fastrm.hooks.base import Hook
+from fastrm.hooks.logger import Logger
 from fastrm.own import METRICS
 
 if TYPE_CHECKING:
     from fastrm.run.run import Run
 
 
-class JsonLines(Hook):
+class JsonLines(Logger):
     """Appends an object to metrics.jsonl for each logged step and each evaluation.
 
     Values that are not finite become null. What a run that was cut off recorded after its last checkpoint is dropped
@@ -43,10 +43,6 @@ class JsonLines(Hook):
             finite = {k: v if not isinstance(v, float) or math.isfinite(v) else None for k, v in record.items()}
             self._file.write(json.dumps(finite) + "\n")  # one write per line: a reader never sees half of one
             self._file.flush()
-
-    def on_evaluate(self, run: Run, step: int, scores: Mapping[str, float]) -> None:
-        """Append an evaluation."""
-        self.on_log(run, step, scores)
 
     def sync(self) -> None:
         """Put what was recorded on the disk, before a checkpoint that counts on it."""

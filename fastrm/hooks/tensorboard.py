@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from fastrm.hooks.base import Hook
+from fastrm.hooks.logger import Logger
 from fastrm.own import EVENTS, TENSORBOARD
 
 if TYPE_CHECKING:
     from fastrm.run.run import Run
 
 
-class TensorBoard(Hook):
+class TensorBoard(Logger):
     """Writes values and scores as scalars to the run's folder."""
 
     def __init__(self) -> None:
@@ -31,10 +31,6 @@ class TensorBoard(Hook):
         if self._writer is not None:
             for name, value in values.items():
                 self._writer.add_scalar(name, value, step)
-
-    def on_evaluate(self, run: Run, step: int, scores: Mapping[str, float]) -> None:
-        """Write an evaluation."""
-        self.on_log(run, step, scores)
 
     def on_checkpoint(self, *_: object) -> None:
         """Hand what was written to the system."""

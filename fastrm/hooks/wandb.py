@@ -7,13 +7,13 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from fastrm.errors import UsageError
-from fastrm.hooks.base import Hook, extra
+from fastrm.hooks.logger import Tracker
 
 if TYPE_CHECKING:
     from fastrm.run.run import Run
 
 
-class WandB(Hook):
+class WandB(Tracker):
     """Logs a run's settings, values and scores to Weights & Biases. Its files lie in the run's folder.
 
     Without a network or an account set ``WANDB_MODE=offline``, as W&B's own documentation says. A resumed run
@@ -28,32 +28,27 @@ class WandB(Hook):
     """
 
     def __init__(self, project: str = "fastrm", **options: Any) -> None:
-        self._wandb = extra("wandb")
+        super().__init__("wandb")
         self._options = {"project": project, **options}
-        self._id: str | None = None
         self._run: Any = None
 
     def on_start(self, run: Run) -> None:
         """Start the W&B run, or continue the one that the checkpoint names."""
         if run.rank != 0:
             return
-        if self._id is None:
-            self._id = secrets.token_hex(4)
+        if self.id is None:
+            self.id = secrets.token_hex(4)
         try:
-            self._run = self._wandb.init(
-                id=self._id, resume="allow", name=run.out.name, dir=run.out, config=run.config.flat(), **self._options
+            self._run = self.package.init(
+                id=self.id, resume="allow", name=run.out.name, dir=run.out, config=run.config.flat(), **self._options
             )
-        except (self._wandb.Error, OSError) as error:
+        except (self.package.Error, OSError) as error:
             raise UsageError(f"--log-to wandb: {error}; WANDB_MODE=offline logs without an account") from None
 
     def on_log(self, run: Run, step: int, values: Mapping[str, float]) -> None:
         """Log the values of a step."""
         if self._run is not None:
             self._run.log({"epoch": run.epoch, **values}, step=step)
-
-    def on_evaluate(self, run: Run, step: int, scores: Mapping[str, float]) -> None:
-        """Log the scores of an evaluation."""
-        self.on_log(run, step, scores)
 
     def on_end(self, run: Run, summary: Mapping[str, Any]) -> None:
         """Write the summary."""
@@ -65,11 +60,3 @@ class WandB(Hook):
         if self._run is not None:
             self._run.finish()
             self._run = None
-
-    def state_dict(self) -> dict[str, Any]:
-        """Which W&B run it is."""
-        return {"id": self._id}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue that W&B run."""
-        self._id = state["id"]

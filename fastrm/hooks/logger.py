@@ -1,0 +1,53 @@
+"""What hooks that send values elsewhere have in common."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from fastrm.errors import UsageError
+from fastrm.hooks.base import Hook
+
+if TYPE_CHECKING:
+    from fastrm.run.run import Run
+
+
+class Logger(Hook):
+    """Takes the scores of an evaluation as it takes the values of a step."""
+
+    def on_evaluate(self, run: Run, step: int, scores: Mapping[str, float]) -> None:
+        """Log the scores of an evaluation."""
+        self.on_log(run, step, scores)
+
+
+class Tracker(Logger):
+    """Logs to a service through its own package, as one run of that service over all resumes.
+
+    Args:
+        package: name of the package, which is also the value of ``--log-to`` and an extra of fastrm.
+
+    Attributes:
+        package: the package.
+        id: of the service's run; None before it was started.
+
+    Raises:
+        UsageError: the package is not installed.
+    """
+
+    def __init__(self, package: str) -> None:
+        try:
+            self.package: Any = import_module(package)
+        except ImportError as error:
+            raise UsageError(
+                f"--log-to {package} needs the package {package}: {error}; pip install 'fastrm[{package}]'"
+            ) from None
+        self.id: str | None = None
+
+    def state_dict(self) -> dict[str, Any]:
+        """Which run of the service it is."""
+        return {"id": self.id}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue that run."""
+        self.id = state["id"]
