@@ -18,7 +18,7 @@ from fastrm.models import Backbone, untrained
 from fastrm.models.layout import lay_out
 from fastrm.models.weights import backbone_of, metadata, read_backbone
 from fastrm.run import checkpoint
-from fastrm.settings.config import check_choice, check_path, check_range, from_flat
+from fastrm.settings.config import check_choice, check_path, check_value, from_flat
 
 NETWORKS = ("student", "teacher")
 
@@ -95,7 +95,7 @@ def read_pretrained(path: Path, *, arch: nn.Module | None = None, networks: Sequ
     settings, tensors = state["config"], state["method"]
     with checkpoint.fitting(path):
         about = metadata(settings, "student")
-        check_range("image_size", settings["image_size"])
+        check_value("image_size", settings["image_size"])
         parts = {which: _part(tensors, f"{which}.backbone.net.") for which in networks}
     found = {which: backbone_of(part, about, path, arch=arch) for which, part in parts.items()}
     return Pretrained(

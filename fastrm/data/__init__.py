@@ -18,7 +18,7 @@ from fastrm.data.opening import located, open_source
 from fastrm.data.sources import ArrayImages, FileImages, Images, Source
 from fastrm.data.torch_loader import TorchLoader
 from fastrm.errors import UsageError
-from fastrm.settings.config import check_choice, check_range
+from fastrm.settings.config import check_value
 
 __all__ = [
     "SUPERVISED",
@@ -93,21 +93,21 @@ def make_loader(
         if not isinstance(number, int) or isinstance(number, bool):
             raise UsageError(f"{name} is {number!r:.80}; it must be a whole number")
     for name in ("image_size", "workers", "seed"):
-        check_range(name, whole[name])
+        check_value(name, whole[name])
     if batch_size < 1:
         raise UsageError(f"--batch-size {batch_size} is out of range; it must be at least 1")
     if not 0 <= rank < world_size:
         raise UsageError(f"rank {rank} is out of range; it must be at least 0 and below world_size {world_size}")
     if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
         raise UsageError(f"dtype {dtype} cannot hold views; it must be torch.float32 or another floating one")
-    check_range("crop_min", crop_min)
+    check_value("crop_min", crop_min)
     recipe: Augmentation | Augment
     if isinstance(method, Augmentation) or (callable(method) and not isinstance(method, type)):
         recipe = method
     else:
         recipe = _published(method, crop_min)
     place = _device(device)
-    check_choice("loader", loader)
+    check_value("loader", loader)
     source = open_source(data, data_root)
     wanted = batch_size * world_size
     if wanted > len(source.train):

@@ -8,7 +8,7 @@ import torch
 
 from fastrm.errors import UsageError
 from fastrm.kernels.dispatch import triton_problem
-from fastrm.settings.config import check_choice
+from fastrm.settings.config import check_value
 
 
 def choose_device(wanted: str) -> torch.device:
@@ -17,7 +17,7 @@ def choose_device(wanted: str) -> torch.device:
     Raises:
         UsageError: a GPU is asked for and there is none, or the name is unknown.
     """
-    check_choice("device", wanted)
+    check_value("device", wanted)
     if wanted == "auto":
         wanted = "cuda" if torch.cuda.is_available() else "cpu"
     if wanted == "cuda" and not torch.cuda.is_available():
@@ -38,7 +38,7 @@ def choose_precision(wanted: str, device: torch.device) -> str:
     Raises:
         UsageError: the device cannot compute in the precision that is asked for, or the name is unknown.
     """
-    check_choice("precision", wanted)
+    check_value("precision", wanted)
     if device.type == "cpu":
         if wanted == "fp16":
             raise UsageError("--precision fp16 needs a GPU; on the CPU use fp32 or bf16")
@@ -57,7 +57,7 @@ def choose_compile(wanted: str, device: torch.device) -> bool:
     Raises:
         UsageError: it is neither auto, on nor off.
     """
-    check_choice("compile", wanted)
+    check_value("compile", wanted)
     return device.type == "cuda" and triton_problem(device) is None if wanted == "auto" else wanted == "on"
 
 
@@ -83,7 +83,7 @@ def choose_kernels(wanted: str, device: torch.device) -> str | None:
     Raises:
         UsageError: the backend cannot run here, or the name is unknown.
     """
-    check_choice("kernels", wanted)
+    check_value("kernels", wanted)
     if wanted == "auto":
         return None
     from fastrm.kernels import enqueue_

@@ -27,7 +27,7 @@ from fastrm.models import build_backbone, mlp, module_name
 from fastrm.models.layout import lay_out
 from fastrm.models.named import refusing
 from fastrm.models.weights import load_weights, read_weights
-from fastrm.settings.config import Config, check_choice
+from fastrm.settings.config import Config, check_value
 
 __all__ = [
     "BYOL",
@@ -78,7 +78,7 @@ def build_method(
             name is unknown.
     """
     kind = find(config.method.method if kind is None else kind)
-    check_choice("residual_at", config.method.residual_at)
+    check_value("residual_at", config.method.residual_at)
     device = device or torch.device("cpu")
     size, name = config.input.image_size, config.model.arch if arch is None else module_name(arch)
     backbone = build_backbone(config.model.arch if arch is None else arch, image_size=size, stem=config.model.stem)

@@ -8,7 +8,7 @@ from fastrm.errors import UsageError
 from fastrm.models.backbone import Backbone
 from fastrm.models.module import module_backbone, renew
 from fastrm.models.named import named_backbone
-from fastrm.settings.config import check_choice
+from fastrm.settings.config import check_value
 
 
 def build_backbone(arch: str | nn.Module, *, image_size: int, stem: str = "auto") -> Backbone:
@@ -29,7 +29,7 @@ def build_backbone(arch: str | nn.Module, *, image_size: int, stem: str = "auto"
         UsageError: timm has no such model; the network cannot take this image size or stem; or the module cannot be
             copied, gives something else, or has nothing to train.
     """
-    check_choice("stem", stem)
+    check_value("stem", stem)
     if isinstance(arch, str):
         return named_backbone(arch, image_size=image_size, stem=stem)
     if not isinstance(arch, nn.Module):

@@ -13,7 +13,7 @@ from fastrm.optim.adamw import AdamW
 from fastrm.optim.lamb import fused_lamb
 from fastrm.optim.lars import LARS
 from fastrm.optim.sgd import SGD
-from fastrm.settings.config import OptimConfig, check_choice
+from fastrm.settings.config import OptimConfig, check_value
 
 if TYPE_CHECKING:
     from fastrm.methods import Method
@@ -30,7 +30,7 @@ def build_optimizer(method: Method[Any], config: OptimConfig, *, backend: str | 
     Raises:
         UsageError: the optimizer cannot be had here, or the name is unknown.
     """
-    check_choice("optimizer", config.optimizer)
+    check_value("optimizer", config.optimizer)
     params = [p for p in method.parameters() if p.requires_grad]
     decay = config.weight_decay
     if config.optimizer == "lamb":

@@ -36,7 +36,7 @@ __all__ = [
     "check_choice",
     "check_fields",
     "check_path",
-    "check_range",
+    "check_value",
     "defaults",
     "flag",
     "from_flat",
@@ -115,14 +115,14 @@ def from_flat(leaves: Mapping[str, Any]) -> Config:
     return config
 
 
-def check_choice(name: str, value: object, choices: Iterable[str] | None = None) -> None:
-    """Raise a UsageError unless the value of a setting is one of ``choices``; None stands for those of its field."""
-    refuse(name, problem(value, KINDS[name]) if choices is None else unknown(value, choices))
-
-
-def check_range(name: str, value: object) -> None:
-    """Raise a UsageError unless the value of a setting is a number as its field says."""
+def check_value(name: str, value: object) -> None:
+    """Raise a UsageError unless the value of a setting is what its field says."""
     refuse(name, problem(value, KINDS[name]))
+
+
+def check_choice(name: str, value: object, choices: Iterable[str]) -> None:
+    """Raise a UsageError unless a value is one of ``choices``."""
+    refuse(name, unknown(value, choices))
 
 
 def check_path(name: str, value: str | Path | None) -> None:
