@@ -205,7 +205,7 @@ def _plain(results: Any) -> Any:
 
 
 def _scores(options: EvaluateConfig, trained: Pretrained, source: Source, setting: Setting) -> Scores:
-    networks: dict[str, nn.Module] = {**trained.networks, "random": _untrained(trained, setting)}
+    networks: dict[str, nn.Module] = {**trained.networks, "random": trained.untrained().to(setting.device)}
     scores: Scores = {}
     for name, network in {**networks, "pixels": Pixels()}.items():
         scores[name] = frozen_scores(
@@ -250,13 +250,6 @@ def _protocol(method: str) -> LinearProtocol:
     protocol = LinearProtocol()
     print(f"notice     --linear: the method {method or 'of the file'} is not known here; trained as for {names()[0]}")
     return protocol
-
-
-def _untrained(trained: Pretrained, setting: Setting) -> Backbone:
-    """The same network with its first weights, from a seed of its own."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        return trained.untrained().to(setting.device)
 
 
 def _table(results: dict[str, Any]) -> str:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-import torch
 from torch import nn
 
 from fastrm.data import Source
@@ -85,8 +84,7 @@ class KNN(Hook):
         """kNN accuracy, k = 20, of what has learned nothing."""
         networks: dict[str, nn.Module] = {"pixels": Pixels()}
         if self._untrained is not None:
-            with torch.random.fork_rng():
-                networks["untrained"] = self._untrained().to(self._setting.device)
+            networks["untrained"] = self._untrained().to(self._setting.device)
         return {
             f"knn_{name}": frozen_scores(network, self._source, self._setting, knn=True, name=name)["knn20"].value
             for name, network in networks.items()

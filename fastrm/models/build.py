@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import nn
 
 from fastrm.errors import UsageError
@@ -38,11 +39,13 @@ def build_backbone(arch: str | nn.Module, *, image_size: int, stem: str = "auto"
 
 
 def untrained(arch: str | nn.Module, *, image_size: int, stem: str = "auto") -> Backbone:
-    """The same backbone with weights that have learned nothing, on the CPU.
+    """The same backbone with weights that have learned nothing, from a seed of its own, on the CPU.
 
     Of a module those are new that belong to layers of ``torch.nn``; others are as they were given.
     """
-    backbone = build_backbone(arch, image_size=image_size, stem=stem)
-    if isinstance(arch, nn.Module):
-        renew(backbone)
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(0)  # torch.manual_seed would change the GPUs' generators too
+        backbone = build_backbone(arch, image_size=image_size, stem=stem)
+        if isinstance(arch, nn.Module):
+            renew(backbone)
     return backbone
