@@ -325,4 +325,4 @@ def test_what_may_go_wrong_is_said_at_the_start(
     pretrained(tmp_path / "run", **{"max_steps": 1, **settings})
     assert words in capsys.readouterr().out
     pretrained(tmp_path / "run", **{"max_steps": 2, **settings})
-    assert ("contrasted" in capsys.readouterr().out) is False
+    assert "contrasted" not in capsys.readouterr().out

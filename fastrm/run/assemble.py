@@ -10,7 +10,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import nn
@@ -24,8 +24,8 @@ from fastrm.data.scan import scan, unreadable
 from fastrm.errors import UsageError
 from fastrm.files import as_utf8
 from fastrm.machine.device import available_cores
-from fastrm.machine.distributed import World, first_alone
-from fastrm.machine.joined import joined
+from fastrm.machine.distributed import first_alone
+from fastrm.machine.joined import Machine, joined
 from fastrm.machine.memory import enough
 from fastrm.methods import Method, build_method, find
 from fastrm.models import untrained
@@ -48,9 +48,7 @@ class Parts:
 
     config: Config
     """Resolved: nothing in it is left to the machine or to the data."""
-    world: World
-    device: torch.device
-    precision: str
+    machine: Machine
     source: Source
     broken: dict[str, str]
     """Images that are left out, by name, and what is wrong with them."""
@@ -101,6 +99,7 @@ def assemble(config: Config, objects: Objects, opened: ExitStack) -> Parts:
     batch, accumulate = config.input.batch_size, config.optim.accumulate
     assert batch is not None
 
+    kind = find(objects.method or config.method.method)
     workers = min(available_cores(), 8) if config.input.workers is None else config.input.workers
     source, broken = _opened(objects.data, config.input, config.run, workers)
     # A run is evaluated from other folders than it was started in.
@@ -109,7 +108,7 @@ def assemble(config: Config, objects: Objects, opened: ExitStack) -> Parts:
     config = config.replace(data=place, data_root=root and root.absolute())
     loader = make_loader(
         source,
-        method=cast(Any, objects.augmentation or objects.method or config.method.method),
+        method=objects.augmentation or kind,
         image_size=config.input.image_size,
         batch_size=batch // (world.size * accumulate),
         device=device,
@@ -121,7 +120,7 @@ def assemble(config: Config, objects: Objects, opened: ExitStack) -> Parts:
         rank=world.rank,
         world_size=world.size,
     )
-    (objects.method or find(config.method.method)).check_views(loader.views)
+    kind.check_views(loader.views)
     steps_per_epoch = len(loader) // accumulate
     if steps_per_epoch == 0:
         raise UsageError(f"--batch-size {batch} is more than the {len(source.train)} images")
@@ -133,7 +132,7 @@ def assemble(config: Config, objects: Objects, opened: ExitStack) -> Parts:
         precision=precision,
         backend=machine.backend,
         arch=objects.arch,
-        kind=objects.method,
+        kind=kind,
     )
     if precision in AUTOCAST:
         method.pair.keep_low_precision(AUTOCAST[precision])
@@ -152,9 +151,7 @@ def assemble(config: Config, objects: Objects, opened: ExitStack) -> Parts:
     name = f"{as_utf8(source.name)}-{config.method.method}-{config.model.arch}"
     return Parts(
         config=config,
-        world=world,
-        device=device,
-        precision=precision,
+        machine=machine,
         source=source,
         broken=broken,
         images=inventory(source.train, left_out=len(broken), steps_per_epoch=steps_per_epoch),
@@ -214,7 +211,7 @@ def built_in(
     after += [listeners.LOGGERS[name]() for name in settings.log_to]
     after.append(listeners.Checkpoints(settings.checkpoint_every, keep_best if settings.keep_best else None))
     if settings.eval_every and source.test is not None:
-        images = Setting(parts.config.input.image_size, parts.device, parts.workers)
+        images = Setting(parts.config.input.image_size, parts.machine.device, parts.workers)
         after.append(
             listeners.KNN(source, images, every=settings.eval_every, online=parts.online, untrained=parts.untrained)
         )

@@ -39,7 +39,7 @@ def dry_run(parts: Parts) -> dict[str, Any]:
     """
     folder.claim(parts.out)
     parts.say(f"data       {parts.source.about}")
-    parts.say(f"settings   {described(parts.config, parts.device, parts.precision, parts.world)}")
+    parts.say(f"settings   {described(parts.config, parts.machine)}")
     parts.method.pair.refresh()
     schedule, step_once, loader = parts.schedule, parts.step, parts.loader
     batches = parts.batches(schedule, 0)
@@ -64,7 +64,7 @@ def dry_run(parts: Parts) -> dict[str, Any]:
             break
     steady = times[ahead:] or times
     everyone = gather_objects((memory.peak(step_once.device), sum(steady) / len(steady), first))
-    if parts.world.rank:
+    if parts.machine.world.rank:
         return {}
     peaks, means, firsts = zip(*everyone, strict=True)
     seconds = max(means)

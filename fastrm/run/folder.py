@@ -63,7 +63,8 @@ def prepare(out: Path, settings: dict[str, Any], *, fresh: bool) -> None:
                 path.unlink()
             with contextlib.suppress(OSError):  # where something else is in it, it stays
                 board.rmdir()
-        for name in ("checkpoint.pt", "backbone.safetensors", "summary.json", "metrics.jsonl", "skipped.txt"):
+        written = ("checkpoint.pt", "backbone.safetensors", "summary.json", "metrics.jsonl", "skipped.txt")
+        for name in (*written, own.BEST, own.BEST_SCORE):
             (out / f".{name}.partial").unlink(missing_ok=True)  # which a run that was killed left half written
         write_json(out / "config.json", settings)
 

@@ -54,15 +54,15 @@ def resume(now: Mapping[str, Any], out: Path, images: Inventory, parts: Mapping[
 
     With ``auto`` a damaged newest checkpoint is passed over, with a notice, for the one before it.
 
-    Raises:
-        UsageError: there is no such checkpoint, all are damaged, it is of a run with other settings, or of one on other
-            images and ``--allow-changed-data`` is not given.
-
     Args:
         now: settings by name, resolved.
         out: the run folder.
         images: what is trained on.
         parts: what has a state, by name.
+
+    Raises:
+        UsageError: there is no such checkpoint, all are damaged, it is of a run with other settings, or of one on other
+            images and ``--allow-changed-data`` is not given.
     """
     wish, there = now["resume"], own(out)
     if wish == "never" or (wish == "auto" and not there):

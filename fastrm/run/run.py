@@ -107,15 +107,16 @@ class Run:
         if self._values:
             values = {name: v.item() if isinstance(v, Tensor) else v for name, v in self._values.items()}
             self._values = {}
-            self._record(values)
+            self.remember(values)
             self._hooks.tell("on_log", self, self.step, values)
 
     def evaluated(self, scores: Mapping[str, float]) -> None:
         """Record the scores of an evaluation."""
-        self._record(scores)
+        self.remember(scores)
         self._hooks.tell("on_evaluate", self, self.step, scores)
 
-    def _record(self, values: Mapping[str, float]) -> None:
+    def remember(self, values: Mapping[str, float]) -> None:
+        """Take over what was recorded of this step, but for what says something of the steps before it."""
         self.latest |= {"step": self.step, "epoch": self.epoch}
         self.latest |= {name: value for name, value in values.items() if name not in OF_THE_WAY}
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from fastrm.machine.distributed import World
+from fastrm.machine.joined import Machine
 from fastrm.methods import Method
 from fastrm.models.module import needs_module
 from fastrm.models.weights import BACKBONE
@@ -30,18 +31,20 @@ def asked(config: Config, world: World) -> str:
     )
 
 
-def described(config: Config, device: torch.device, precision: str, world: World) -> str:
+def described(config: Config, machine: Machine) -> str:
     """What ``auto`` chose, in one line."""
+    device, world = machine.device, machine.world
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu, {torch.get_num_threads()} threads"
     settings = config.method
     residual = f"residual weight {settings.residual_weight:g} at the {settings.residual_at}"
     extras = {
-        "compiled": config.device.compile == "on",
+        "compiled": machine.compiled,
         "one CUDA graph": config.device.cuda_graph,
         f"{world.size} processes": world.size > 1,
     }
     parts = [
-        f"{settings.method}, {residual}; {config.model.arch}; batch {config.input.batch_size}; {name}; {precision}",
+        f"{settings.method}, {residual}; {config.model.arch}; batch {config.input.batch_size}; {name}; "
+        f"{machine.precision}",
         *(extra for extra, chosen in extras.items() if chosen),
     ]
     return ", ".join(parts)

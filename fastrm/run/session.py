@@ -20,7 +20,7 @@ from fastrm.run.assemble import Parts, built_in
 from fastrm.run.faults import again, faults
 from fastrm.run.results import SUMMARY, Results, complete
 from fastrm.run.resume import Start, origin, resume
-from fastrm.run.run import OF_THE_WAY, Run
+from fastrm.run.run import Run
 from fastrm.run.saver import Saver
 
 
@@ -31,14 +31,13 @@ class Session:
     Attributes:
         run, hooks: the handle, and those that listen.
         finished: whether the folder holds this run complete; nothing is written then.
-        saver, lock, results: what :meth:`agree` and :meth:`finish` need.
+        lock, results: what :meth:`agree` and :meth:`finish` need.
         resumes: whether the same command goes on.
     """
 
     run: Run
     hooks: Hooks
     finished: bool
-    saver: Saver
     lock: Lock
     results: Results
     resumes: bool
@@ -52,17 +51,15 @@ class Session:
         """
         self.lock.check()
         asked = self.run.asked()
-        end = asked.stop or self.run.step >= self.run.total_steps
-        if asked.save or asked.failed or end:
-            self.run.save()
-        if asked.end or asked.failed or end:  # whatever happens from here on, the steps are safe
-            self.saver.wait()
+        ends = self.run.step >= self.run.total_steps or asked.stop or asked.failed or asked.end != 0
+        if asked.save or ends:
+            self.run.save(wait=ends)  # whatever happens from here on, the steps are safe
         if asked.failed and self.hooks.fault is None:
             raise TrainingError(f"a hook failed in another process, after step {self.run.step}, which is saved")
         if asked.end:
             words = f"stopped after step {self.run.step} and saved; {again(self.resumes)}"
             raise Stopped(words, 128 + asked.end)
-        return end or asked.failed
+        return ends
 
     def finish(self) -> dict[str, Any]:
         """Write the results in the first process, and return in all what ``summary.json`` holds."""
@@ -77,7 +74,7 @@ def begin(parts: Parts, theirs: Iterable[Any], opened: ExitStack) -> Session:
     Raises:
         UsageError: the folder is another's, or its run has other settings, images or processes.
     """
-    config, out, world, wish = parts.config, parts.out, parts.world, parts.config.run.resume
+    config, out, world, wish = parts.config, parts.out, parts.machine.world, parts.config.run.resume
     lock = opened.enter_context(folder.held(out))
     states: dict[str, Any] = {"method": parts.method, "optimizer": parts.step.optimizer, "scaler": parts.step.scaler}
     metrics = JsonLines()
@@ -115,13 +112,11 @@ def begin(parts: Parts, theirs: Iterable[Any], opened: ExitStack) -> Session:
         scored="knn_student" in known,
     )
     if ended:
-        run.latest = {"step": start, "epoch": schedule.epoch(start)}
-        run.latest |= {name: value for name, value in known.items() if name not in OF_THE_WAY}
+        run.remember(known)
     session = Session(
         run=run,
         hooks=hooks,
         finished=finished,
-        saver=saver,
         lock=lock,
         results=Results(out, config, parts.source),
         resumes=wish != "never",
@@ -149,7 +144,7 @@ def _say(parts: Parts, begun: Start, run: Run, ended: bool) -> None:
     lines = [("data", parts.source.about), *(("notice", note) for note in begun.notes)]
     if begun.settings:
         lines.append(("notice", said.lengthened(run.schedule, start, run.config.optim.warmup_epochs)))
-    lines.append(("settings", said.described(run.config, parts.device, parts.precision, parts.world)))
+    lines.append(("settings", said.described(run.config, parts.machine)))
     lines.append(("folder", f"{run.out}" + (f", continued after step {start}" if start else "")))
     lines += [("network", note) for note in parts.method.notes]
     if not start:
@@ -163,4 +158,4 @@ def _say(parts: Parts, begun: Start, run: Run, ended: bool) -> None:
         total = run.total_steps
         lines.append(("steps", f"{start} are done of {total} asked for: only missing results are made"))
     for title, text in lines:
-        parts.say(f"{title:<11}{text}" if len(title) < 11 else f"{title} {text}")
+        parts.say(f"{title:<11}{text}")

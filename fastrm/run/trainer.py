@@ -90,7 +90,7 @@ class Trainer:
                 run.advance()
                 micro_batches = islice(batches, run.schedule.accumulate)
                 outputs = make_step(micro_batches, rates, measure=run.logging)
-                if run.logging or parts.device.type == "cpu":  # a GPU is not waited for in between
+                if run.logging or parts.machine.device.type == "cpu":  # a GPU is not waited for in between
                     skipped = make_step.check(run.step)
                 if run.logging:
                     run.log({**averaged(outputs), "lr": rates.lr, "teacher_momentum": rates.teacher_momentum})
