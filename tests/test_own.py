@@ -189,16 +189,21 @@ def test_a_disk_that_is_too_small_for_the_checkpoints_is_said_at_the_start(
 
 
 HOLD = """
-import sys, time, pathlib, multiprocessing
+import os, sys, time, pathlib, multiprocessing
 from fastrm.machine import lock
 sys.modules["fastrm.machine.lock"].BEAT = float(sys.argv[2])
 if sys.argv[3] == "unguarded":
     lock.fcntl = None
 held = lock.Lock(pathlib.Path(sys.argv[1]))
 held.acquire()
-child = multiprocessing.get_context("fork").Process(target=time.sleep, args=(600,), daemon=True)
-child.start()
-print("held", child.pid, flush=True)
+
+
+def live():
+    print("held", os.getpid(), flush=True)  # said by the forked process, once it lives a life of its own
+    time.sleep(600)
+
+
+multiprocessing.get_context("fork").Process(target=live, daemon=True).start()
 time.sleep(600)
 """
 
