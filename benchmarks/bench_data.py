@@ -25,7 +25,8 @@ from benchmarks._timing import DEVICE
 from fastrm.data import Source, make_loader, open_source
 from fastrm.data.augmentation import IMAGENET_MEAN, IMAGENET_STD, Augmentation, View
 from fastrm.data.dali_loader import dali_problem
-from fastrm.data.sources import FileImages, Images
+from fastrm.data.encoded import FileImages
+from fastrm.data.sources import Images
 from fastrm.data.torch_loader import TorchLoader
 from fastrm.machine.device import available_cores
 

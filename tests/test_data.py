@@ -15,7 +15,8 @@ from torchvision.transforms import v2
 from fastrm.data import Source, eval_loader, make_loader, open_source
 from fastrm.data.decode import BrokenImage, decode
 from fastrm.data.draws import BatchSampler
-from fastrm.data.sources import ArrayImages, FileImages
+from fastrm.data.encoded import FileImages
+from fastrm.data.sources import ArrayImages
 from fastrm.errors import UsageError
 from fastrm.methods import find
 from tests.conftest import FASHION_MNIST

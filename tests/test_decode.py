@@ -23,8 +23,9 @@ from fastrm.data import scan as scanning
 from fastrm.data.augmentation import Augmentation, View
 from fastrm.data.dali_loader import dali_problem
 from fastrm.data.decode import BrokenImage, decode, inspect, reason
+from fastrm.data.encoded import FileImages
 from fastrm.data.scan import fault, scan
-from fastrm.data.sources import FileImages, Source
+from fastrm.data.sources import Source
 from fastrm.errors import UsageError
 
 RAMP = np.linspace(0, 1, 48 * 32).reshape(32, 48)  # from black to white

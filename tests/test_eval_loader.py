@@ -18,9 +18,9 @@ from torchvision.transforms import v2
 
 from fastrm import train
 from fastrm.data import Source, eval_loader, make_loader, open_source
+from fastrm.data.encoded import FileImages
 from fastrm.data.eval_loader import eval_view
 from fastrm.data.scan import scan
-from fastrm.data.sources import FileImages
 from fastrm.errors import UsageError
 from fastrm.evaluate import EvaluateConfig, evaluate
 from fastrm.methods import LinearProtocol, build_method

@@ -12,7 +12,8 @@ from PIL import Image, features
 
 from fastrm.data import Source, open_source
 from fastrm.data.__main__ import main
-from fastrm.data.sources import FileImages, endings
+from fastrm.data.encoded import FileImages
+from fastrm.data.sources import endings
 from fastrm.errors import UsageError
 from fastrm.files import write_json
 from fastrm.settings.config import build
@@ -296,8 +297,7 @@ def test_a_folder_of_shards(tmp_path: Path) -> None:
     )
     shutil.rmtree(tmp_path / "pictures")
     source = open_source(str(tmp_path))
-    assert isinstance(source.train, FileImages)
-    assert source.train.paths == [tmp_path / "9.tar" / "0.jpg", tmp_path / "10.tar" / "0.jpg"]
+    assert [source.train.name(index) for index in (0, 1)] == [str(tmp_path / f"{shard}.tar/0.jpg") for shard in (9, 10)]
     assert source.about == "2 images in 2 shards; without labels; passed over: 1 .json, 1 .parquet"
     (tmp_path / "10.tar").rename(tmp_path / "val-10.tar")
     with pytest.raises(UsageError, match=r"and by their names for others, such as val-10.tar; give"):

@@ -29,12 +29,12 @@ from fastrm.data.augmentation import SUPERVISED
 from fastrm.data.dali_loader import encoded, uncompressed
 from fastrm.data.decode import BROKEN, BrokenImage, decode, inspect, several
 from fastrm.data.draws import BatchSampler, Request
+from fastrm.data.encoded import FileImages
 from fastrm.data.eval_loader import _EvalImages
 from fastrm.data.inventory import Inventory
 from fastrm.data.named import open_named
 from fastrm.data.scan import fault
 from fastrm.data.shards import ShardImages, open_shards
-from fastrm.data.sources import FileImages
 from fastrm.data.torch_loader import _Views
 from fastrm.errors import UsageError
 from fastrm.run import checkpoint

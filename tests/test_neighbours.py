@@ -15,8 +15,9 @@ from torch import Tensor, nn
 
 from fastrm import evaluate, train
 from fastrm.data import Source, open_source, sheets
+from fastrm.data.encoded import FileImages
 from fastrm.data.patches import LARGEST, LEFT, PHOTOGRAPHS, SHORT, SMALLEST
-from fastrm.data.sources import ArrayImages, FileImages
+from fastrm.data.sources import ArrayImages
 from fastrm.errors import UsageError
 from fastrm.own import sheet
 from fastrm.probes.features import Setting

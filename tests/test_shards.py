@@ -42,7 +42,7 @@ def samples(*keys: str, ending: str = "jpg") -> list[tuple[str, bytes]]:
 
 def names(source: Source) -> list[str]:
     assert isinstance(source.train, ShardImages)
-    return [path.name for path in source.train.paths]
+    return [Path(source.train.name(index)).name for index in range(len(source.train))]
 
 
 def labels(source: Source) -> list[int]:

@@ -10,12 +10,13 @@ import torch
 from fastrm.data.augmentation import SUPERVISED, Augmentation, View
 from fastrm.data.called import Augment
 from fastrm.data.dali_loader import DaliLoader, dali_problem
+from fastrm.data.encoded import EncodedImages
 from fastrm.data.eval_loader import EvalLoader
 from fastrm.data.items import ItemImages
 from fastrm.data.loader import Batch, Loader
 from fastrm.data.memory_loader import MemoryLoader
 from fastrm.data.opening import located, open_source
-from fastrm.data.sources import ArrayImages, FileImages, Images, Source
+from fastrm.data.sources import ArrayImages, Images, Source
 from fastrm.data.torch_loader import TorchLoader
 from fastrm.errors import UsageError
 from fastrm.settings.config import check_value
@@ -132,7 +133,7 @@ def make_loader(
             assert isinstance(source.train, ArrayImages)
             return MemoryLoader(source.train, recipe, **common)
         if kind == "dali":
-            assert isinstance(source.train, FileImages)
+            assert isinstance(source.train, EncodedImages)
             return DaliLoader(source.train, recipe, workers=workers, **common)
     return TorchLoader(source.train, recipe, workers=workers, **common)
 
@@ -154,7 +155,7 @@ def _published(method: Any, crop_min: float) -> Augmentation:
 
 def _kind(loader: str, images: Images, recipe: Augmentation | Augment, device: torch.device) -> str:
     """Which loader it will be."""
-    held, files = isinstance(images, ArrayImages), isinstance(images, FileImages)
+    held, files = isinstance(images, ArrayImages), isinstance(images, EncodedImages)
     called = not isinstance(recipe, Augmentation)
     if loader == "auto":
         if called or not (held or files):

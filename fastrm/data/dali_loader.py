@@ -22,9 +22,9 @@ from fastrm.data import batched
 from fastrm.data.augmentation import Augmentation, View
 from fastrm.data.decode import decode, inspect
 from fastrm.data.draws import Draws, Request, blur_radius, draw_views
+from fastrm.data.encoded import EncodedImages
 from fastrm.data.loader import Batch, Loader
 from fastrm.data.scan import report
-from fastrm.data.sources import FileImages
 
 _AHEAD = 2  # batches that are read and cropped while one is in use
 
@@ -75,7 +75,7 @@ class DaliLoader(Loader):
 
     def __init__(
         self,
-        images: FileImages,
+        images: EncodedImages,
         augmentation: Augmentation,
         *,
         image_size: int,

@@ -10,9 +10,10 @@ from typing import NamedTuple
 
 import numpy as np
 
+from fastrm.data.encoded import FileImages
 from fastrm.data.listing import Folder, listed
 from fastrm.data.shards import check_one_part, open_shard_files
-from fastrm.data.sources import LOOKED_FOR, FileImages, Source, natural, passed_over, without_validation
+from fastrm.data.sources import LOOKED_FOR, Source, natural, passed_over, without_validation
 from fastrm.errors import UsageError
 
 _TRAIN = ("train", "training")

@@ -7,8 +7,6 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any
 
-import numpy as np
-import torch
 from torch import Tensor
 
 from fastrm.data.augmentation import IMAGENET_MEAN, IMAGENET_STD

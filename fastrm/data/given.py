@@ -14,9 +14,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
+from fastrm.data.encoded import FileImages
 from fastrm.data.items import ItemImages, Items
 from fastrm.data.pixels import array_of
-from fastrm.data.sources import ArrayImages, FileImages, Images, Source, held_out, without_validation
+from fastrm.data.sources import ArrayImages, Images, Source, held_out, without_validation
 from fastrm.errors import UsageError
 from fastrm.files import at_home
 

@@ -19,7 +19,8 @@ from PIL import features
 
 from fastrm.data import decode as rules
 from fastrm.data.decode import BROKEN, BrokenImage, decode, reason, several
-from fastrm.data.sources import FileImages, Images, Source
+from fastrm.data.encoded import EncodedImages
+from fastrm.data.sources import Images, Source
 from fastrm.errors import UsageError
 from fastrm.files import cache_root, write_text
 from fastrm.terminal.progress import tracked
@@ -65,7 +66,7 @@ def scan(source: Source, *, workers: int) -> tuple[Source, dict[str, str]]:
 
     def without_broken(images: Images | None) -> Images | None:
         nonlocal further
-        if not isinstance(images, FileImages):
+        if not isinstance(images, EncodedImages):
             return images
         if id(images) not in sound:  # the images for kNN may be those for training, or a part of them
             names = [images.name(index) for index in range(len(images))]
@@ -88,7 +89,7 @@ def scan(source: Source, *, workers: int) -> tuple[Source, dict[str, str]]:
     return kept, broken
 
 
-def _looked_at(images: FileImages, workers: int) -> list[_Found]:
+def _looked_at(images: EncodedImages, workers: int) -> list[_Found]:
     found: dict[int, _Found] = {}
     kept = cache_root() / "scans" / f"{_state(images)}.json"
     with contextlib.suppress(OSError, ValueError, TypeError, AttributeError):
@@ -118,7 +119,7 @@ def _looked_at(images: FileImages, workers: int) -> list[_Found]:
     return [found[index] for index in range(len(images))]
 
 
-def _state(images: FileImages) -> str:
+def _state(images: EncodedImages) -> str:
     """A digest of the files, of what they are read with and of the rules; when it changes they are looked at again."""
     digest = hashlib.sha256(f"{PIL.__version__}\0{sorted(features.get_supported())}\0".encode())
     digest.update(Path(rules.__file__).read_bytes())
@@ -129,8 +130,8 @@ def _state(images: FileImages) -> str:
         except (OSError, RuntimeError) as error:  # a link that leads nowhere, or round in a circle
             about = f"{path}\0{reason(error)}\0"
         digest.update(about.encode(errors="surrogateescape"))
-    for path in images.paths:
-        digest.update(os.fsencode(path) + b"\0")
+    for index in range(len(images)):
+        digest.update(os.fsencode(images.name(index)) + b"\0")
     return digest.hexdigest()[:32]
 
 

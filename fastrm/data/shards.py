@@ -17,7 +17,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from fastrm.data.sources import LOOKED_FOR, FileImages, Source, natural, passed_over, without_validation
+from fastrm.data.encoded import EncodedImages
+from fastrm.data.sources import LOOKED_FOR, Source, natural, passed_over, without_validation
 from fastrm.data.tar import Member, Shard, read_shard
 from fastrm.errors import UsageError
 from fastrm.files import at_home
@@ -28,14 +29,22 @@ COMPRESSED = re.compile(r"\.(tgz|tbz2?|txz|tzst|tar\.(gz|bz2|xz|zst|lz4|z))$", r
 _VALIDATION = re.compile(r"(?<![a-z])(val|valid|validation|dev|test)(?![a-z])", re.IGNORECASE)
 
 
-class ShardImages(FileImages):
-    """Images in tar files; their paths are the shard's followed by the member's name."""
+class ShardImages(EncodedImages):
+    """Images in tar files."""
 
     def __init__(self, members: Sequence[Member]) -> None:
         labels = [member.label for member in members]
         known = None if None in labels else np.array(labels, dtype=np.int64)
-        super().__init__([Path(f"{member.shard}/{member.name}") for member in members], known)
+        super().__init__(known)
         self._members = members
+
+    def __len__(self) -> int:
+        return len(self._members)
+
+    def name(self, index: int) -> str:
+        """The shard's path, followed by the member's name."""
+        member = self._members[index]
+        return f"{member.shard}/{member.name}"
 
     def content(self, index: int) -> bytes:
         """The bytes of a member."""
@@ -48,7 +57,7 @@ class ShardImages(FileImages):
         """What tells each image from others: the names of its shard and itself, and its size in bytes."""
         return (os.fsencode(f"{m.shard.name}/{m.name}") + b"\0%d" % m.size for m in self._members)
 
-    def stored_in(self) -> list[Path]:
+    def stored_in(self) -> Sequence[Path]:
         """The shards."""
         return sorted({member.shard for member in self._members})
 
@@ -82,7 +91,7 @@ def open_shard_files(shards: Sequence[Path], data: str, *, passed: Counter[str] 
     with ThreadPoolExecutor(min(32, 4 * (os.cpu_count() or 1))) as threads:  # waiting for the disk, mostly
         read = list(threads.map(read_shard, shards))
     images = ShardImages([member for shard in read for member in shard.members])
-    if not images.paths:
+    if not len(images):
         said = passed_over(sum((shard.passed for shard in read), Counter()))
         raise UsageError(f"--data {data} holds no image{said}; looked for {LOOKED_FOR}")
     about = [f"{len(images):,} images in {len(shards)} shards", *_notes(read, images)]

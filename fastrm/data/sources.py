@@ -1,17 +1,13 @@
-"""Images that are trained on, in memory or in files."""
+"""Images that are trained on, wherever they are, and the data set that they make up."""
 
 from __future__ import annotations
 
-import itertools
-import os
 import re
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -19,12 +15,9 @@ from numpy.typing import NDArray
 from PIL import Image, features
 from torch import Tensor
 
-from fastrm.data.decode import BROKEN, NOT_DECODED, BrokenImage, decode, reason, stored
-from fastrm.errors import UsageError
+from fastrm.data.decode import NOT_DECODED
 
-T = TypeVar("T")
 _KINDS_TOLD = 8
-_AT_ONCE = 1024
 
 
 class Images(ABC):
@@ -112,92 +105,6 @@ class ArrayImages(Images):
         return ArrayImages(self.pixels[indices], None if self.labels is None else self.labels[indices])
 
 
-class FileImages(Images):
-    """Images in files, decoded when they are asked for.
-
-    Args:
-        paths: N files.
-        labels: int64 [N], or None.
-        root: the folder of the data, which the names of the images start from; None is what the paths have in common.
-    """
-
-    NOUN = "files"
-
-    def __init__(self, paths: Sequence[Path], labels: NDArray[np.int64] | None, root: Path | None = None) -> None:
-        super().__init__(labels)
-        self.paths = paths
-        self.root = root
-
-    def __len__(self) -> int:
-        return len(self.paths)
-
-    def __getitem__(self, index: int) -> Image.Image:
-        return decode(self.content(index))
-
-    def given(self, index: int) -> Image.Image | Tensor:
-        """The picture; gray of 16 bits as a tensor, uint16 [1, H, W]."""
-        picture = stored(self.content(index))
-        return picture if isinstance(picture, Image.Image) else torch.from_numpy(picture)[None]
-
-    def name(self, index: int) -> str:
-        """Its path."""
-        return str(self.paths[index])
-
-    def content(self, index: int) -> bytes:
-        """The bytes of a file.
-
-        Raises:
-            OSError, BrokenImage: it cannot be read, or is no file; reading a pipe would wait for ever.
-        """
-        path = self.paths[index]
-        if not path.is_file() and path.exists():
-            raise BrokenImage("it is not a regular file")
-        return path.read_bytes()
-
-    def identities(self) -> Iterator[bytes]:
-        """What tells each image from others: its path from the root on, and its size in bytes."""
-        root = str(self.root or os.path.commonpath([path.parent for path in self.paths]))
-        begin = 0 if root == os.curdir else len(root.rstrip(os.sep)) + 1
-        starts = range(0, len(self.paths), _AT_ONCE)
-        with ThreadPoolExecutor(_AT_ONCE // 64) as threads:  # waiting for the disk, mostly
-            sizes = threads.map(lambda at: [_size(path) for path in self.paths[at : at + _AT_ONCE]], starts)
-            for path, size in zip(self.paths, itertools.chain.from_iterable(sizes), strict=True):
-                yield os.fsencode(str(path)[begin:].replace(os.sep, "/")) + b"\0%d" % size
-
-    def stored_in(self) -> list[Path]:
-        """The files on disk that hold the images."""
-        return list(self.paths)
-
-    def read(self, index: int, read: Callable[[bytes], T]) -> tuple[int, T]:
-        """Apply ``read`` to the bytes of a file, or where that fails to those of the next one that it can read.
-
-        Returns:
-            The index of the file that was read, and what ``read`` made of it.
-        """
-        for step in range(len(self.paths)):
-            at = (index + step) % len(self.paths)
-            if at in self.unreadable:
-                continue
-            try:
-                return at, read(self.content(at))
-            except BROKEN as error:
-                self.unreadable[at] = reason(error)
-        raise UsageError(f"none of the {len(self.paths)} image files can be read; the first is {self.paths[0]}")
-
-    def subset(self, indices: NDArray[np.int64]) -> FileImages:
-        """Return the images at ``indices``."""
-        labels = None if self.labels is None else self.labels[indices]
-        return FileImages([self.paths[i] for i in indices], labels, self.root)
-
-
-def _size(path: Path) -> int:
-    """Bytes of a file; -1 where it cannot be looked at."""
-    try:
-        return os.stat(path).st_size
-    except OSError:
-        return -1
-
-
 @dataclass(frozen=True, kw_only=True)
 class Source:
     """A data set: what is trained on, and what a kNN classifier is built from and tried on."""
@@ -242,7 +149,7 @@ def passed_over(kinds: Mapping[str, int]) -> str:
 
 
 def without_validation(
-    name: str, train: FileImages, about: str, passed: Mapping[str, int], *, why: str = "there is no val folder"
+    name: str, train: Images, about: str, passed: Mapping[str, int], *, why: str = "there is no val folder"
 ) -> Source:
     """A source whose labelled images, if it has labels, are split for kNN; ``why`` says why there are no others."""
     bank: Images | None = None

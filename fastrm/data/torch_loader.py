@@ -16,12 +16,13 @@ from fastrm.data.augmentation import IMAGENET_MEAN, IMAGENET_STD, Augmentation
 from fastrm.data.called import Augment, CalledViews
 from fastrm.data.decode import BROKEN, BrokenImage, Header, decode, inspect, reason
 from fastrm.data.draws import BatchSampler, Request, blur_radius, boxes, draw_views
+from fastrm.data.encoded import EncodedImages
 from fastrm.data.items import ItemImages
 from fastrm.data.loader import Batch, Loader
 from fastrm.data.pixels import as_bytes
 from fastrm.data.scan import check_share, readable, report
 from fastrm.data.seeding import seeded
-from fastrm.data.sources import ArrayImages, FileImages, Images
+from fastrm.data.sources import ArrayImages, Images
 from fastrm.data.workers import Loaded, check_travels
 from fastrm.errors import UsageError
 from fastrm.machine.signals import leave_to_the_trainer
@@ -55,7 +56,7 @@ class _Views(Dataset[Loaded]):
             return Loaded(request.images, views, {})
         if isinstance(images, ItemImages):
             return self._of_items(images, request)
-        assert isinstance(images, FileImages)
+        assert isinstance(images, EncodedImages)
         while True:
             # The sizes, which the crops are drawn for, come from the headers, so that one picture at a time is held.
             try:
@@ -86,7 +87,7 @@ class _Views(Dataset[Loaded]):
             return Loaded([], (), faults, str(error))
         return Loaded(indices, views, faults)
 
-    def _decoded(self, images: FileImages, files: list[tuple[int, tuple[Header, bytes]]], i: int) -> Tensor:
+    def _decoded(self, images: EncodedImages, files: list[tuple[int, tuple[Header, bytes]]], i: int) -> Tensor:
         """uint8 [3, H, W] of one of the files."""
         index, (header, content) = files[i]
         try:
