@@ -226,7 +226,7 @@ def subset(data_root: Path, images: int | None, folder: Path) -> Path:
     for prefix, part, which in (("train", source.train, chosen), ("t10k", source.test, slice(None))):
         assert isinstance(part, ArrayImages)
         assert part.labels is not None
-        for name, array in (("images-idx3", part.pixels), ("labels-idx1", part.labels.astype(np.uint8))):
+        for name, array in (("images-idx3", part.arrays), ("labels-idx1", part.labels.astype(np.uint8))):
             head = struct.pack(f">HBB{array.ndim}I", 0, 8, array.ndim, *array[which].shape)
             content = head + array[which].tobytes()
             write_whole(out / f"{prefix}-{name}-ubyte", lambda path, content=content: path.write_bytes(content))

@@ -76,7 +76,7 @@ def test_digits_are_the_real_ones() -> None:
     assert (len(source.train), len(source.test)) == (1437, 360)
     assert source.train.labels is not None
     assert np.bincount(source.train.labels).min() > 100
-    assert source.train[0].size == (8, 8)
+    assert source.train.picture(0).size == (8, 8)
 
 
 def test_fashion_mnist_from_idx_files_plain_or_gzip(idx_folder: Path) -> None:
@@ -85,7 +85,7 @@ def test_fashion_mnist_from_idx_files_plain_or_gzip(idx_folder: Path) -> None:
     assert (len(source.train), len(source.test)) == (40, 12)
     want = np.random.default_rng(0).integers(0, 256, (40, 28, 28), dtype=np.uint8)
     assert isinstance(source.train, ArrayImages)
-    assert (source.train.pixels == want).all()
+    assert (source.train.arrays == want).all()
     (idx_folder / "train-images-idx3-ubyte.gz").write_bytes(b"junk")
     with pytest.raises(UsageError, match=r"train-images-idx3-ubyte\.gz cannot be read"):
         open_source("fashion-mnist", idx_folder)
@@ -136,7 +136,7 @@ def test_an_unreadable_file_is_named_and_in_training_another_takes_its_place(tmp
     assert (index, picture.getpixel((0, 0))) == (1, (255, 0, 0))
     assert images.unreadable == {0: "cannot identify image file"}
     with pytest.raises(BrokenImage, match=r"^cannot identify image file$"):
-        images[0]
+        images.pixels(0)
     (tmp_path / "b.png").write_bytes(b"")
     with pytest.raises(UsageError, match="none of the 2 image files"):
         FileImages(images.paths, None).read(0, decode)
@@ -226,7 +226,7 @@ def test_evaluation_sees_the_centre_of_large_pictures_and_all_of_small_ones() ->
     pixels = rng.integers(0, 256, (3, 300, 260, 3), dtype=np.uint8)
     images = ArrayImages(pixels, None)
     (((batch,), _),) = eval_loader(images, image_size=224, batch_size=4, workers=0)
-    want = v2.functional.center_crop(v2.functional.resize(images[1], 256, antialias=True), 224)
+    want = v2.functional.center_crop(v2.functional.resize(images.picture(1), 256, antialias=True), 224)
     mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
     pixels_back = batch[1].permute(1, 2, 0) * std + mean
     np.testing.assert_allclose(pixels_back.numpy(), np.asarray(want) / 255, atol=1e-6)

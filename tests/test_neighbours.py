@@ -51,7 +51,7 @@ def test_the_nearest_are_those_of_the_whole_matrix_of_cosines() -> None:
     mean, std = np.array((0.485, 0.456, 0.406)), np.array((0.229, 0.224, 0.225))
 
     def directions(images: ArrayImages) -> Any:
-        rows = ((images.pixels / 255 - mean) / std).transpose(0, 3, 1, 2).reshape(len(images), -1)
+        rows = ((images.arrays / 255 - mean) / std).transpose(0, 3, 1, 2).reshape(len(images), -1)
         return rows / np.linalg.norm(rows, axis=1, keepdims=True)
 
     cosine = directions(source.test)[found.test] @ directions(source.bank).T  # type: ignore[arg-type]
@@ -66,7 +66,7 @@ def test_files_that_cannot_be_read_are_neither_asked_for_nor_found(tmp_path: Pat
     paths = []
     for i in range(24):
         paths.append(tmp_path / f"{i}.png")
-        Image.fromarray(some(24, 2, 0).pixels[i]).save(paths[-1])
+        Image.fromarray(some(24, 2, 0).arrays[i]).save(paths[-1])
     for i in (3, 8):
         paths[i].write_bytes(b"no picture")
     images = FileImages(paths, np.arange(24) % 2)
@@ -81,17 +81,17 @@ def test_files_that_cannot_be_read_are_neither_asked_for_nor_found(tmp_path: Pat
 
 def test_the_picture_frames_in_green_what_is_of_the_same_class() -> None:
     bank = ArrayImages(np.zeros((4, 8, 8, 3), np.uint8), np.array([0, 0, 1, 1]))
-    bank.pixels[:] = np.arange(60, 100, 10, dtype=np.uint8)[:, None, None, None]
+    bank.arrays[:] = np.arange(60, 100, 10, dtype=np.uint8)[:, None, None, None]
     source = source_of(bank, bank.subset(np.array([0, 3])))
     found = nearest(Flat(), source, SETTING, count=2, k=4)._replace(bank=torch.tensor([[1, 2, 0, 3], [2, 0, 3, 1]]))
     drawn = np.asarray(picture(found, source, side=20))
     step = 28
     for row, (own, others) in enumerate(((0, [1, 2, 0, 3]), (3, [2, 0, 3, 1]))):
-        assert (drawn[row * step + 14, 14] == bank.pixels[own, 0, 0]).all()
+        assert (drawn[row * step + 14, 14] == bank.arrays[own, 0, 0]).all()
         assert (drawn[row * step + 1, 14] == 255).all()  # it is no neighbour
         for column, other in enumerate(others, start=1):
             at = column * step + step // 4
-            assert (drawn[row * step + 14, at + 14] == bank.pixels[other, 0, 0]).all()
+            assert (drawn[row * step + 14, at + 14] == bank.arrays[other, 0, 0]).all()
             framed = tuple(drawn[row * step + 2, at + 14]) == sheets.GREEN
             assert framed == (bank.labels[other] == bank.labels[own])  # type: ignore[index]
 
@@ -139,12 +139,12 @@ def test_photo_patches_are_of_two_parts_of_each_photograph() -> None:
     train, test = source.train, source.test
     assert isinstance(train, ArrayImages)
     assert isinstance(test, ArrayImages)
-    assert train.pixels.shape == (1920, 32, 32, 3)
-    assert test.pixels.shape == (480, 32, 32, 3)
+    assert train.arrays.shape == (1920, 32, 32, 3)
+    assert test.arrays.shape == (480, 32, 32, 3)
     assert np.bincount(train.labels).tolist() == [120] * 16  # type: ignore[arg-type]
     assert np.bincount(test.labels).tolist() == [30] * 16  # type: ignore[arg-type]
     again = open_source("photo-patches").train
-    assert (again.pixels == train.pixels).all()  # type: ignore[union-attr]
+    assert (again.arrays == train.arrays).all()  # type: ignore[union-attr]
     # The two halves of the cameraman differ in brightness, and so do their patches.
     label = PHOTOGRAPHS.index("camera.png")
     with Image.open(files("skimage") / "data" / "camera.png") as opened:  # type: ignore[arg-type]
@@ -153,7 +153,7 @@ def test_photo_patches_are_of_two_parts_of_each_photograph() -> None:
     assert SMALLEST < LARGEST < (1 - LEFT) * SHORT
     left, right = pixels[:, : round(LEFT * SHORT)], pixels[:, round(LEFT * SHORT) :]
     for images, part in ((train, left), (test, right)):
-        own = images.pixels[images.labels == label].astype(np.float64)
+        own = images.arrays[images.labels == label].astype(np.float64)
         assert abs(own.mean() - part.mean()) < abs(own.mean() - (pixels.sum() - part.sum()) / (pixels.size - part.size))
 
 

@@ -77,7 +77,7 @@ def fashion() -> tuple[NDArray[np.float32], NDArray[np.int64], NDArray[np.float3
     for images in (source.train, source.test):
         assert isinstance(images, ArrayImages)
         assert images.labels is not None
-        blocks = images.pixels.reshape(-1, 7, 4, 7, 4).mean(axis=(2, 4)).reshape(-1, 49) / 255
+        blocks = images.arrays.reshape(-1, 7, 4, 7, 4).mean(axis=(2, 4)).reshape(-1, 49) / 255
         parts += [blocks.astype(np.float32), images.labels]
     return tuple(parts)  # type: ignore[return-value]
 
@@ -101,7 +101,7 @@ def test_knn_is_scikit_learns_exactly_in_float64() -> None:
     # Noise, so that the classifier has something to get wrong.
     rng = np.random.default_rng(0)
     bank, test = (
-        images.pixels.reshape(len(images), -1) / 255 + rng.normal(0, 0.45, (len(images), 64))
+        images.arrays.reshape(len(images), -1) / 255 + rng.normal(0, 0.45, (len(images), 64))
         for images in (source.train, source.test)
     )
     labels, truth = torch.tensor(source.train.labels), torch.tensor(source.test.labels)

@@ -12,10 +12,12 @@ from fastrm.data.called import Augment
 from fastrm.data.dali_loader import DaliLoader, dali_problem
 from fastrm.data.encoded import EncodedImages
 from fastrm.data.eval_loader import EvalLoader
+from fastrm.data.formats import PixelFormat
 from fastrm.data.items import ItemImages
 from fastrm.data.loader import Batch, Loader
 from fastrm.data.memory_loader import MemoryLoader
 from fastrm.data.opening import located, open_source
+from fastrm.data.settling import PixelOptions, settled
 from fastrm.data.sources import ArrayImages, Images, Source
 from fastrm.data.torch_loader import TorchLoader
 from fastrm.errors import UsageError
@@ -27,6 +29,8 @@ __all__ = [
     "Batch",
     "EvalLoader",
     "Loader",
+    "PixelFormat",
+    "PixelOptions",
     "Source",
     "View",
     "eval_loader",
@@ -51,6 +55,7 @@ def make_loader(
     data_root: Path | None = None,
     rank: int = 0,
     world_size: int = 1,
+    pixels: PixelOptions | None = None,
 ) -> Loader:
     """Return a loader of augmented views.
 
@@ -79,11 +84,13 @@ def make_loader(
         crop_min: smallest share of the area that a crop takes, in a method's augmentation.
         data_root: where a named set lies.
         rank, world_size: this process among all; together they see every image once an epoch.
+        pixels: how the images are taken: channels, value range, mean, std, pages; None finds it out, as
+            :func:`fastrm.data.settling.settled` says.
 
     Returns:
         A :class:`Loader`: iterate it for one epoch of :class:`Batch`, whose ``views`` are (first, second), or as many
-        as an augmentation of your own has, [B, 3, H, W] each, channels last, normalised by ImageNet's mean and
-        standard deviation; ``len`` is the number of batches an epoch.
+        as an augmentation of your own has, [B, C, H, W] each, channels last, normalised by the mean and standard
+        deviation of the images' format, which are ImageNet's for RGB; ``len`` is the number of batches per epoch.
 
     Raises:
         UsageError: the data cannot be opened or holds less than a batch, or an argument is of the wrong kind or
@@ -109,7 +116,7 @@ def make_loader(
         recipe = _published(method, crop_min)
     place = _device(device)
     check_value("loader", loader)
-    source = open_source(data, data_root)
+    source = settled(open_source(data, data_root), pixels, workers=workers)
     wanted = batch_size * world_size
     if wanted > len(source.train):
         raise UsageError(
@@ -160,7 +167,9 @@ def _kind(loader: str, images: Images, recipe: Augmentation | Augment, device: t
     if loader == "auto":
         if called or not (held or files):
             return "torch"
-        return "memory" if held else "dali" if device.type == "cuda" and not dali_problem() else "torch"
+        if held and images.format.bytes:
+            return "memory"
+        return "dali" if files and images.format.rgb and device.type == "cuda" and not dali_problem() else "torch"
     if loader != "torch" and called:
         raise UsageError(f"--loader {loader} has the built-in augmentations only; for a callable give torch or auto")
     if loader == "memory" and not held:
@@ -169,6 +178,10 @@ def _kind(loader: str, images: Images, recipe: Augmentation | Augment, device: t
     if loader == "dali" and not files:
         other = "a named set give memory, torch or auto" if held else "a Dataset give torch or auto"
         raise UsageError(f"--loader dali reads files only; for {other}")
+    if loader == "dali" and not images.format.rgb:
+        raise UsageError("--loader dali reads RGB of 8 bits per channel only; for other values give torch or auto")
+    if loader == "memory" and not images.format.bytes:
+        raise UsageError("--loader memory holds bytes only; for another --value-range give torch or auto")
     if loader == "dali" and (problem := dali_problem()):
         raise UsageError(f"--loader dali cannot be used: {problem}")
     return loader
@@ -182,7 +195,7 @@ def _device(device: str | torch.device) -> torch.device:
 
 
 def eval_loader(images: Images, *, image_size: int, batch_size: int, workers: int) -> EvalLoader:
-    """Return the images in order, as the evaluation sees them: batches of one view each, float32 [B, 3, H, W].
+    """Return the images in order, as the evaluation sees them: batches of one view each, float32 [B, C, H, W].
 
     An image that cannot be read is left out with a warning: the ``indices`` of a batch say which images it holds. The
     loader's ``broken`` says which files are left out and why; more than a tenth of them is a :class:`UsageError`.

@@ -64,10 +64,10 @@ class Augmentation:
 
     views: tuple[View, ...]
     """Two for pre-training, one for training with labels."""
-    mean: tuple[float, float, float] = IMAGENET_MEAN
-    """Subtracted a channel, after scaling to [0, 1]."""
-    std: tuple[float, float, float] = IMAGENET_STD
-    """Divided by a channel."""
+    mean: tuple[float, ...] | None = None
+    """Subtracted per channel, after scaling to [0, 1]; None: the data's, which are ImageNet's for RGB."""
+    std: tuple[float, ...] | None = None
+    """Divided by per channel; None: as for ``mean``."""
 
     def __post_init__(self) -> None:
         if not isinstance(self.views, tuple | list) or not self.views:
@@ -75,8 +75,10 @@ class Augmentation:
         for view in self.views:
             if not isinstance(view, View):
                 raise ValueError(f"Augmentation: views has a {type(view).__name__} in it; each must be a View")
-        _check_numbers(self, "mean", count=3, low=-math.inf, rising=False)
-        _check_numbers(self, "std", count=3, above=True, rising=False)
+        if self.mean is not None:
+            _check_numbers(self, "mean", count=len(self.mean), low=-math.inf, rising=False)
+        if self.std is not None:
+            _check_numbers(self, "std", count=len(self.std), above=True, rising=False)
 
 
 def _check_numbers(

@@ -1,7 +1,7 @@
 """The operations of a view on a batch at once, on any device; defined by torchvision's v2 functional transforms.
 
-Images are float32 [B, C, H, W] from 0 to 255. A gray picture may stay at C = 1 all the way: saturation, hue and
-grayscale leave it as it is.
+Images are float32 [B, C, H, W], in which 0 and 255 are black and white. Saturation, hue and grayscale need RGB, and
+leave pictures of other bands as they are; a gray picture may stay at C = 1 all the way.
 """
 
 from __future__ import annotations
@@ -50,17 +50,17 @@ def _where(images: Tensor, mask: Tensor, change_: Callable[[Tensor, Tensor], obj
 
 
 def crop(picture: Tensor, box: Sequence[int], flip: bool, size: int, interpolation: str) -> Tensor:
-    """Crop, resize with antialiasing in bytes, and flip one picture, on the CPU.
+    """Crop, resize with antialiasing, and flip one picture, in its own dtype, on the CPU.
 
     Args:
-        picture: uint8 [C, H, W].
+        picture: uint8 or float32 [C, H, W].
         box: top, left, height, width.
         flip: left to right.
         size: S.
         interpolation: ``"bilinear"`` or ``"bicubic"``.
 
     Returns:
-        uint8 [1, C, S, S].
+        [1, C, S, S].
     """
     top, left, height, width = box
     part = picture[None, :, top : top + height, left : left + width]
@@ -115,7 +115,7 @@ def jitter_(images: Tensor, chosen: Tensor, factors: Tensor, order: Tensor) -> N
         factors: float32 [B, 4].
         order: int64 [B, 4].
     """
-    changes = (brightness_, contrast_) if images.shape[1] == 1 else (brightness_, contrast_, saturation_, hue_)
+    changes = (brightness_, contrast_, saturation_, hue_) if images.shape[1] == 3 else (brightness_, contrast_)
     for place in order.unbind(1):
         for column in sorted(set(place[chosen].tolist())):
             if column < len(changes):
@@ -140,9 +140,9 @@ def saturation_(images: Tensor, factor: Tensor) -> None:
 
 
 def luma(images: Tensor) -> Tensor:
-    """Gray [B, 1, H, W] of [B, C, H, W]."""
-    if images.shape[1] == 1:
-        return images
+    """Gray [B, 1, H, W] of [B, C, H, W]: of RGB as in ITU-R BT.601, of other bands the mean."""
+    if images.shape[1] != 3:
+        return images.mean(dim=1, keepdim=True)
     red, green, blue = images.split(1, dim=1)
     return (_LUMA[0] * red).add_(green, alpha=_LUMA[1]).add_(blue, alpha=_LUMA[2])
 
@@ -195,7 +195,7 @@ def solarize_(images: Tensor) -> None:
 
 
 def normalise(images: Tensor, mean: tuple[float, ...], std: tuple[float, ...], *, out: Tensor) -> Tensor:
-    """Write ``(images / 255 - mean) / std`` of [B, 1 or 3, H, W] into ``out`` [B, 3, H, W], in its dtype and order."""
+    """Write ``(images / 255 - mean) / std`` of [B, 1 or C, H, W] into ``out`` [B, C, H, W], in its dtype and order."""
     work = out if out.dtype == torch.float32 else torch.empty_like(out, dtype=torch.float32)
     height, width = images.shape[2:]
     # Converted first: an operation on two dtypes is not vectorised on a CPU.
@@ -205,12 +205,14 @@ def normalise(images: Tensor, mean: tuple[float, ...], std: tuple[float, ...], *
 
 @lru_cache(maxsize=8)  # made once: a tensor of the host's numbers makes the host wait for a GPU
 def _spread(values: tuple[float, ...], height: int, width: int, device: torch.device) -> Tensor:
-    """255 times a number a channel, for each value [1, 3, H, W]: a number a channel would be loops of three."""
-    channels = torch.tensor([255 * value for value in values], device=device).view(1, 3, 1, 1)
-    return channels.expand(1, 3, height, width).contiguous(memory_format=torch.channels_last)
+    """255 times a number per channel, for each value [1, C, H, W]: a number per channel would be loops of C."""
+    channels = torch.tensor([255 * value for value in values], device=device).view(1, -1, 1, 1)
+    return channels.expand(-1, -1, height, width).contiguous(memory_format=torch.channels_last)
 
 
-def empty_views(count: int, size: int | Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """[B, 3, S, S], or [B, 3, H, W] of a size (H, W), in channels-last order, not yet filled."""
+def empty_views(
+    count: int, size: int | Sequence[int], dtype: torch.dtype, device: torch.device, *, channels: int = 3
+) -> Tensor:
+    """[B, C, S, S], or [B, C, H, W] of a size (H, W), in channels-last order, not yet filled."""
     height, width = (size, size) if isinstance(size, int) else size
-    return torch.empty((count, 3, height, width), dtype=dtype, device=device, memory_format=torch.channels_last)
+    return torch.empty((count, channels, height, width), dtype=dtype, device=device, memory_format=torch.channels_last)

@@ -16,7 +16,7 @@ from torch.utils.data import Dataset
 
 from fastrm.data.decode import BrokenImage, reason
 from fastrm.data.draws import BatchSampler, Request
-from fastrm.data.pixels import as_bytes
+from fastrm.data.pixels import values_in
 from fastrm.data.scan import readable
 from fastrm.data.seeding import seeded
 from fastrm.data.sources import Images
@@ -47,6 +47,7 @@ class CalledViews(Dataset[Loaded]):
 
     Attributes:
         kinds: of the first image's views; all others must be like them.
+        channels: of its views; 3 or more where a view of bytes is gray.
 
     Raises:
         UsageError: the callable raises, or what it gives are no views.
@@ -57,6 +58,8 @@ class CalledViews(Dataset[Loaded]):
         self.kinds: tuple[_Kind, ...] = ()
         _, views = readable(images, 0, partial(self._views, 0), {})
         self.kinds = tuple(map(_kind, views))
+        floats = [kind.shape[0] for kind in self.kinds if kind.dtype != torch.uint8]
+        self.channels = floats[0] if floats else images.format.channels
 
     def __getitem__(self, request: Request) -> Loaded:
         faults: dict[int, str] = {}
@@ -78,7 +81,7 @@ class CalledViews(Dataset[Loaded]):
                 at = traceback.extract_tb(error.__traceback__)[-1]
                 where = f"{Path(at.filename).name}, line {at.lineno}"
                 raise UsageError(f"augmentation: {reason(error)} ({where}), called with {name}") from error
-        views = _checked(made, name)
+        views = _checked(made, name, self.images.format.channels)
         for position, (kind, first) in enumerate(zip(map(_kind, views), self.kinds, strict=False)):
             if kind != first:
                 raise UsageError(
@@ -94,21 +97,22 @@ def _kind(view: Tensor) -> _Kind:
     return _Kind(tuple(view.shape), view.dtype)
 
 
-def _checked(made: Any, name: str) -> list[Tensor]:
+def _checked(made: Any, name: str, channels: int) -> list[Tensor]:
     """What a callable gave, as tensors."""
     wanted = "it must give a tuple of views, each a tensor [C, H, W] of floats or uint8, or a PIL image"
     if not isinstance(made, tuple | list) or not made:
         shape = f" of shape {list(made.shape)}" if isinstance(made, Tensor | np.ndarray) else ""
         raise UsageError(f"augmentation gave a {type(made).__name__}{shape} for {name}; {wanted}")
     return [
-        _view(view, f"augmentation gave for view {position} of {name}", wanted) for position, view in enumerate(made)
+        _view(view, f"augmentation gave for view {position} of {name}", wanted, channels)
+        for position, view in enumerate(made)
     ]
 
 
-def _view(view: Any, gave: str, wanted: str) -> Tensor:
+def _view(view: Any, gave: str, wanted: str, channels: int) -> Tensor:
     if isinstance(view, Image.Image):
         try:
-            return as_bytes(view)
+            view = torch.from_numpy(values_in(view).transpose(2, 0, 1).copy())
         except BrokenImage as error:
             raise UsageError(f"{gave} a PIL image that is none of RGB: {error}") from None
     if not isinstance(view, Tensor):
@@ -118,8 +122,10 @@ def _view(view: Any, gave: str, wanted: str) -> Tensor:
     met = f"{gave} a tensor {_kind(view)}"
     if view.ndim != 3 or 0 in view.shape or not (view.is_floating_point() or view.dtype == torch.uint8):
         raise UsageError(f"{met}; {wanted}")
-    if view.dtype == torch.uint8 and len(view) not in (1, 3):
-        raise UsageError(f"{met}; uint8 views are normalised by ImageNet's mean and std, and need 1 or 3 channels")
+    if view.dtype == torch.uint8 and len(view) not in (1, channels):
+        raise UsageError(
+            f"{met}; uint8 views are normalised by the data's mean and std, and need 1 or {channels} channels"
+        )
     if view.device.type != "cpu":
         raise UsageError(f"{met} on {view.device}; views are made on the CPU, and moved to the device together")
     return view

@@ -23,7 +23,7 @@ from fastrm.data.augmentation import Augmentation, View
 from fastrm.data.decode import decode, inspect
 from fastrm.data.draws import Draws, Request, blur_radius, draw_views
 from fastrm.data.encoded import EncodedImages
-from fastrm.data.loader import Batch, Loader
+from fastrm.data.loader import Batch, Loader, normalising
 from fastrm.data.scan import report
 
 _AHEAD = 2  # batches that are read and cropped while one is in use
@@ -86,7 +86,8 @@ class DaliLoader(Loader):
         **sampling: int,
     ) -> None:
         super().__init__(len(images), **sampling)
-        self._augmentation, self.views = augmentation, len(augmentation.views)
+        self._augmentation, self.views, self.channels = augmentation, len(augmentation.views), 3
+        self._mean, self._std = normalising(augmentation, images.format)
         self._images, self._device, self._dtype, self._size = images, device, dtype, image_size
         batch_size = sampling["batch_size"]
         threads = max(1, workers)
@@ -150,7 +151,7 @@ class DaliLoader(Loader):
         images = crops.permute(0, 3, 1, 2).to(torch.float32, memory_format=torch.contiguous_format)
         batched.recolour_(images, draws, blur_radius=blur_radius(view, self._size))
         out = batched.empty_views(len(images), self._size, self._dtype, self._device)
-        return batched.normalise(images, self._augmentation.mean, self._augmentation.std, out=out)
+        return batched.normalise(images, self._mean, self._std, out=out)
 
 
 def _pipeline(

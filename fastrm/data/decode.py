@@ -1,6 +1,6 @@
 """A file's bytes as a picture: 8 bits per channel, RGB, upright; or in one line why they cannot be read as one.
 
-Every loader, the evaluation and the search for broken files read pictures here, so that all agree on what is broken.
+:mod:`fastrm.data.stored` reads the same files with every value that is stored in them.
 """
 
 from __future__ import annotations
@@ -44,6 +44,10 @@ class BrokenImage(ValueError):
     """Bytes that cannot be read rightly as a picture; the message is one line that says why."""
 
 
+class UnknownLayout(BrokenImage):
+    """Bytes of a layout that Pillow does not know."""
+
+
 BROKEN = (OSError, BrokenImage)
 """What is raised for a file that cannot be read, and for bytes that cannot be decoded."""
 
@@ -68,7 +72,7 @@ class Header(NamedTuple):
     """``"JPEG"`` or ``"PNG"`` where any decoder shows it as :func:`decode` does."""
 
 
-def decode(content: bytes, *, reduced: bool = False) -> Image.Image:
+def decode(content: bytes) -> Image.Image:
     """Read a picture as RGB of 8 bits per channel, upright as its EXIF orientation says.
 
     16-bit values are scaled by their full range. Transparency is dropped, colour profiles are not applied, and of
@@ -76,86 +80,54 @@ def decode(content: bytes, *, reduced: bool = False) -> Image.Image:
 
     Args:
         content: the file's bytes.
-        reduced: decode a JPEG at an eighth of its size, which finds the same faults sooner.
 
     Raises:
         BrokenImage: the bytes are no picture, a damaged one, or one whose values have no known black and white.
     """
-    with _opened(content) as image:
-        wide = _sixteen_bits(image)
-        if reduced:
-            image.draft(None, (max(1, image.width // 8), max(1, image.height // 8)))
-        image.load()
-        turn = _UPRIGHT.get(_orientation(image))
-        colours = _colours(image, wide)
-        return colours if turn is None else colours.transpose(turn)
-
-
-def stored(content: bytes) -> Image.Image | NDArray[np.uint16]:
-    """Read a picture as :func:`decode` does, but gray of 16 bits as it is stored: uint16 [H, W]. Raises as decode."""
-    with _opened(content) as image:
-        if image.mode.startswith("I"):
-            turn = _UPRIGHT.get(_orientation(image))
-            return np.asarray(image if turn is None else image.transpose(turn)).astype(np.uint16)
-    return decode(content)
-
-
-def rgb(image: Image.Image) -> Image.Image:
-    """A picture that Pillow has opened, as RGB of 8 bits per channel: by the rules of :func:`decode`, but not turned.
-
-    Raises:
-        BrokenImage: it is damaged, or its values have no known black and white.
-    """
-    with told():
+    with opened(content) as image:
         _check_values(image)
-        wide = _sixteen_bits(image)
+        wide = sixteen_bits(image)
         image.load()
-        return _colours(image, wide)
+        turn = _UPRIGHT.get(orientation(image))
+        picture = colours(image, wide=wide)
+        return picture if turn is None else picture.transpose(turn)
 
 
 def inspect(content: bytes) -> Header:
     """Read a picture's header; raises as :func:`decode`."""
-    with _opened(content) as image:
+    with opened(content) as image:
+        _check_values(image)
         width, height = image.size
         if image.format == "TIFF":  # newer releases of Pillow give the upright size, older ones the stored one
             width, height = image.tag_v2[256], image.tag_v2[257]  # type: ignore[attr-defined]
-        wide = _sixteen_bits(image)
+        wide = sixteen_bits(image)
         if image.format == "PNG":
             image.load()  # its EXIF block may follow the pixels
-        orientation = _orientation(image)
+        turn = orientation(image)
         plain = (
             image.format in _ENDS
             and image.mode in ("RGB", "L")
             and not wide
             and content.endswith(_ENDS[image.format])
             and "transparency" not in image.info
-            and orientation == 1
+            and turn == 1
         )
-        return Header((width, height) if orientation >= 5 else (height, width), image.format if plain else None)
-
-
-def several(content: bytes) -> bool:
-    """Whether a sound file holds more pictures than the one that is read; the aids in a phone's JPEG do not count."""
-    try:
-        with _opened(content) as image:
-            return image.format != "MPO" and bool(getattr(image, "is_animated", False))
-    except BrokenImage:  # the others are damaged, and are not read
-        return True
+        return Header((width, height) if turn >= 5 else (height, width), image.format if plain else None)
 
 
 @contextmanager
-def _opened(content: bytes) -> Iterator[Image.Image]:
+def opened(content: bytes) -> Iterator[Image.Image]:
     """Open a picture, and raise whatever its decoder raises as a BrokenImage."""
     if not content:
         raise BrokenImage("the file is empty")
     with told():
         try:
             with Image.open(io.BytesIO(content)) as image:
-                _check_values(image)
+                check_kind(image)
                 yield image
         except UnidentifiedImageError as error:
             tiff = content.startswith((b"II*\0", b"MM\0*"))
-            raise BrokenImage(
+            raise UnknownLayout(
                 f"Pillow cannot read this TIFF; if it is whole, {_CONVERT}" if tiff else reason(error)
             ) from None
 
@@ -173,6 +145,12 @@ def told() -> Iterator[None]:
         raise BrokenImage(reason(error)) from None
 
 
+def check_kind(image: Image.Image) -> None:
+    """Refuse what Pillow opens and is not made of pixels."""
+    if image.format in NOT_DECODED:
+        raise BrokenImage(f"it is {image.format}, not a picture made of pixels")
+
+
 def _check_values(image: Image.Image) -> None:
     """Refuse an opened picture whose values have no known black and white, as far as its header tells."""
     if (problem := _unknown_values(image)) is not None:
@@ -181,8 +159,6 @@ def _check_values(image: Image.Image) -> None:
 
 def _unknown_values(image: Image.Image) -> str | None:
     """Why the values of an opened picture cannot be read as 8 bits, as far as its header tells."""
-    if image.format in NOT_DECODED:
-        return f"it is {image.format}, not a picture made of pixels"
     tags = getattr(image, "tag_v2", {})  # of a TIFF
     if image.mode == "F":
         return f"its values are floating-point numbers, whose black and white are not known; {_CONVERT}"
@@ -198,7 +174,7 @@ def _unknown_values(image: Image.Image) -> str | None:
     return None
 
 
-def _sixteen_bits(image: Image.Image) -> bool:
+def sixteen_bits(image: Image.Image) -> bool:
     """Whether an opened picture has 12 or 16 bits per channel, of which Pillow may give the upper 8.
 
     A Netpbm file with another largest value than 65,535 says what is white, and Pillow scales by it.
@@ -207,7 +183,7 @@ def _sixteen_bits(image: Image.Image) -> bool:
     return image.mode.startswith("I;16") or any(re.search(r";1[26]|65535", layout) for layout in layouts)
 
 
-def _orientation(image: Image.Image) -> int:
+def orientation(image: Image.Image) -> int:
     """From 1 to 8; 1, which is upright, where the EXIF block is damaged: the pixels are sound nevertheless."""
     try:
         value = image.getexif().get(_ORIENTATION, 1)
@@ -218,8 +194,8 @@ def _orientation(image: Image.Image) -> int:
     return value if isinstance(value, int) and value in _UPRIGHT else 1
 
 
-def _colours(image: Image.Image, wide: bool) -> Image.Image:
-    """RGB of 8 bits per channel of a loaded picture."""
+def colours(image: Image.Image, *, wide: bool) -> Image.Image:
+    """RGB of 8 bits per channel of an opened picture; ``wide``: it has 16, of which Pillow gives the upper 8."""
     if image.mode.startswith("I"):  # 16 bits; a plain conversion would clip everything above 255
         values = np.asarray(image)
         if wide:
@@ -231,10 +207,16 @@ def _colours(image: Image.Image, wide: bool) -> Image.Image:
         check_depth(256 * upper + 255 if upper else 0)
     if image.mode in ("RGBA", "LA", "PA") or (image.mode == "P" and "transparency" in image.info):
         image = image.convert("RGBA")
-        *colours, (least, most) = np.reshape(image.getextrema(), (4, 2)).tolist()
-        if all(low == high for low, high in colours) and least < most:
-            raise BrokenImage("it is drawn in its transparency alone: all colours are the same; give it a background")
+        check_drawn(np.asarray(image))
     return image.convert("RGB")
+
+
+def check_drawn(values: NDArray[np.uint8]) -> None:
+    """Refuse values [H, W, bands] with transparency as the last band, if there is nothing but that."""
+    flat = values.reshape(-1, values.shape[-1])
+    least, most = flat.min(axis=0), flat.max(axis=0)
+    if (least[:-1] == most[:-1]).all() and least[-1] < most[-1]:
+        raise BrokenImage("it is drawn in its transparency alone: all colours are the same; give it a background")
 
 
 def check_depth(top: int) -> None:

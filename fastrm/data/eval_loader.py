@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms.v2 import functional
 
-from fastrm.data.augmentation import IMAGENET_MEAN, IMAGENET_STD
 from fastrm.data.decode import BROKEN, reason
+from fastrm.data.formats import RGB, PixelFormat
 from fastrm.data.items import ItemImages
 from fastrm.data.loader import Batch
 from fastrm.data.scan import report
@@ -28,25 +29,35 @@ _Views = tuple[list[int], Tensor | None, dict[int, str]]
 _LONG = 16  # times the shorter side: what is resized whole; of longer pictures just the part that is seen
 
 
-def eval_view(picture: Image.Image, image_size: int) -> Tensor:
+def eval_view(pixels: Tensor, image_size: int, format: PixelFormat = RGB) -> Tensor:
     """The customary evaluation view: shorter side to 256/224 of the size and the centre; small pictures whole.
 
     Args:
-        picture: RGB, of any shape; memory is bounded by the picture and the view.
+        pixels: [C, H, W] as ``format`` fits them, of any shape; memory is bounded by the picture and the view.
         image_size: S; up to 64, the whole picture is seen, in a square.
+        format: of the pixels.
 
     Returns:
-        float32 [3, S, S], normalised by ImageNet's mean and standard deviation.
+        float32 [channels, S, S], normalised by the format's mean and standard deviation.
     """
-    if image_size <= 64:
-        seen = _squared(picture, image_size)
-    else:
-        seen = _centre(picture, round(image_size * 256 / 224), image_size)
-    return functional.normalize(
-        functional.to_dtype(functional.to_image(seen), torch.float32, scale=True),
-        list(IMAGENET_MEAN),
-        list(IMAGENET_STD),
-    )
+    short = round(image_size * 256 / 224)
+    seen = [
+        functional.to_image(_squared(part, image_size) if image_size <= 64 else _centre(part, short, image_size))
+        for part in _parts(pixels)
+    ]
+    scaled = torch.cat([functional.to_dtype(part, torch.float32, scale=True) for part in seen])
+    if not format.bytes:
+        scaled = scaled / 255
+    views = scaled.expand(format.channels, -1, -1)
+    return functional.normalize(views, list(format.mean), list(format.std))
+
+
+def _parts(pixels: Tensor) -> list[Image.Image]:
+    """What Pillow resizes at once: RGB of bytes, or a band."""
+    arrays = pixels.numpy()
+    if pixels.dtype == torch.uint8 and len(arrays) == 3:
+        return [Image.fromarray(np.ascontiguousarray(arrays.transpose(1, 2, 0)))]
+    return [Image.fromarray(np.ascontiguousarray(band)) for band in arrays]
 
 
 def _squared(picture: Image.Image, size: int) -> Image.Image:
@@ -118,7 +129,7 @@ class _EvalImages(Dataset[_View]):
         if index in self.images.unreadable:
             return index, self.images.unreadable[index]
         try:
-            return index, eval_view(self.images[index], self.image_size)
+            return index, eval_view(self.images.pixels(index), self.image_size, self.images.format)
         except BROKEN as error:
             return index, reason(error)
 

@@ -132,5 +132,4 @@ def _open_items(items: Items) -> Source:
         else:
             about.append("labels, which no attribute targets tells, are asked of each item when they are needed")
         about.append("kNN is tried on a tenth of those trained on")
-    about += items.notes()
     return Source(name=items.name, train=train, bank=bank, test=test, about="; ".join(about))

@@ -7,17 +7,16 @@ from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from PIL import Image
 from torch import Tensor
 from torch.utils.data import ConcatDataset, Dataset, Subset, TensorDataset, get_worker_info
 
 from fastrm.data.decode import BrokenImage, told
-from fastrm.data.pixels import LABEL_KEY, Item, as_bytes, digest, parted, whole_number
+from fastrm.data.pixels import LABEL_KEY, Item, digest, parted, values_in, whole_number
 from fastrm.data.scan import MOST
 from fastrm.data.seeding import seeded
 from fastrm.data.sources import Images
+from fastrm.data.stored import Values
 from fastrm.errors import UsageError
 from fastrm.terminal.progress import tracked
 
@@ -39,8 +38,8 @@ class Items:
     Attributes:
         name: of its class.
         first: the first item that can be read.
-        unseen: why the first item cannot be seen as RGB of 8 bits per channel, as the built-in augmentations and the
-            evaluations see it; None where it can.
+        unseen: why the first item is no image, as the built-in augmentations and the evaluations see it; None where it
+            is one.
         same: whether an item is the same when it is asked for twice under the same random numbers.
         labelled: whether its items have labels that are whole numbers.
         known: whether these are known without asking each item.
@@ -63,14 +62,6 @@ class Items:
 
     def __len__(self) -> int:
         return self._count
-
-    def notes(self) -> list[str]:
-        """What a user should know of the pixels."""
-        dtype = getattr(self.first.image, "dtype", None)
-        if self.unseen is not None or dtype in (None, torch.uint8, np.uint8):
-            return []
-        scaled = f"{dtype} pixels".removeprefix("torch.")
-        return [f"{scaled} are scaled to 8 bits by the built-in augmentations and the evaluations"]
 
     def item(self, place: int) -> Item:
         """An item, as it is under random numbers of its own that are the same each time.
@@ -176,9 +167,13 @@ class ItemImages(Images):
     def __len__(self) -> int:
         return len(self._places)
 
-    def __getitem__(self, index: int) -> Image.Image:
-        pixels = as_bytes(self.items.item(int(self._places[index])).image)
-        return Image.fromarray(pixels.expand(3, -1, -1).permute(1, 2, 0).numpy())
+    def values(self, index: int) -> Values:
+        """The values of an item, as it is under random numbers of its own that are the same each time."""
+        return values_in(self.items.item(int(self._places[index])).image, self.format.channels)
+
+    def drawn(self, index: int) -> Tensor:
+        """The pixels of an item under the random numbers as they are."""
+        return self.format.fitted(values_in(self.given(index), self.format.channels))
 
     def given(self, index: int) -> Any:
         """The image as the Dataset gives it, under the random numbers as they are."""
@@ -199,9 +194,9 @@ class ItemImages(Images):
 
 def _problem(image: Any, name: str) -> str | None:
     try:
-        as_bytes(image)
+        values_in(image)
     except BrokenImage as error:
-        return f"{name} cannot be seen as RGB of 8 bits per channel: {error}"
+        return f"{name} cannot be seen as an image: {error}"
     return None
 
 

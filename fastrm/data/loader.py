@@ -8,7 +8,10 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from fastrm.data.augmentation import Augmentation
 from fastrm.data.draws import BatchSampler
+from fastrm.data.formats import PixelFormat
+from fastrm.errors import UsageError
 
 
 class Batch(NamedTuple):
@@ -20,6 +23,21 @@ class Batch(NamedTuple):
     """B places in the data set."""
 
 
+def normalising(augmentation: Augmentation, format: PixelFormat) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and standard deviation per channel: the augmentation's where it says them, and else the data's.
+
+    Raises:
+        UsageError: the augmentation has another number of channels.
+    """
+    for name in ("mean", "std"):
+        values = getattr(augmentation, name)
+        if values is not None and len(values) != format.channels:
+            raise UsageError(
+                f"augmentation: {name} has {len(values)} numbers, and the images {format.channels} channels"
+            )
+    return augmentation.mean or format.mean, augmentation.std or format.std
+
+
 class Loader(ABC):
     """Batches of augmented views; each pass over it is the next epoch, in a new order.
 
@@ -27,10 +45,12 @@ class Loader(ABC):
 
     Attributes:
         views: how many there are of each image.
+        channels: C of the views.
         broken: images that were left out while reading, by name, and what is wrong with them.
     """
 
     views: int
+    channels: int
 
     def __init__(self, length: int, *, batch_size: int, seed: int, rank: int, world_size: int) -> None:
         self._sampler = BatchSampler(length, batch_size, seed, rank, world_size)
@@ -45,7 +65,7 @@ class Loader(ABC):
         self._sampler.seek(batch)
 
     def __iter__(self) -> Iterator[Batch]:
-        """Yield the views of the same images, [B, 3, H, W] each: two, or as many as the augmentation gives."""
+        """Yield the views of the same images, [B, C, H, W] each: two, or as many as the augmentation gives."""
         yield from self._batches()
         self._sampler.next_epoch()
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from fastrm.data import batched
 from fastrm.data.augmentation import Augmentation, View
 from fastrm.data.draws import Draws, Request, blur_radius, draw_views
-from fastrm.data.loader import Batch, Loader
+from fastrm.data.loader import Batch, Loader, normalising
 from fastrm.data.sources import ArrayImages
 
 _TINY = 2**11  # values of a picture below which a call for each costs more than the wasted arithmetic of all together
@@ -32,6 +32,8 @@ class MemoryLoader(Loader):
         super().__init__(len(images), **sampling)
         self._augmentation, self.views = augmentation, len(augmentation.views)
         self._size, self._dtype = image_size, dtype
+        self.channels = images.format.channels
+        self._mean, self._std = normalising(augmentation, images.format)
         self._pixels = images.tensor().to(device)
 
     def _batches(self) -> Iterator[Batch]:
@@ -47,8 +49,8 @@ class MemoryLoader(Loader):
     def _view(self, request: Request, view: View, draws: Draws) -> Tensor:
         images = self._cropped(request, draws, view.interpolation)
         batched.recolour_(images, draws, blur_radius=blur_radius(view, self._size))
-        out = batched.empty_views(len(images), self._size, self._dtype, images.device)
-        return batched.normalise(images, self._augmentation.mean, self._augmentation.std, out=out)
+        out = batched.empty_views(len(images), self._size, self._dtype, images.device, channels=self.channels)
+        return batched.normalise(images, self._mean, self._std, out=out)
 
     def _cropped(self, request: Request, draws: Draws, interpolation: str) -> Tensor:
         """float32 [B, C, S, S]: in one go on a GPU or where the pictures are tiny; else picture by picture in bytes."""

@@ -39,7 +39,7 @@ def open_named(name: str, root: Path) -> Source:
 
 
 def _arrays(name: str, train: ArrayImages, test: ArrayImages) -> Source:
-    shape = "x".join(map(str, train.pixels.shape[1:3]))
+    shape = "x".join(map(str, train.arrays.shape[1:3]))
     about = f"{name}: {len(train):,} images of {shape} pixels; {len(test):,} for validation"
     return Source(name=name, train=train, bank=train, test=test, about=about)
 
@@ -148,6 +148,6 @@ def _stl10(root: Path) -> Source:
         return ArrayImages(pixels, opened.labels.astype(np.int64))  # type: ignore[attr-defined]
 
     labelled, test = part("train"), part("test")
-    train = ArrayImages(part("train+unlabeled").pixels, None)
+    train = ArrayImages(part("train+unlabeled").arrays, None)
     about = f"stl10: {len(train):,} images of 96x96 pixels, {len(labelled):,} with labels; {len(test):,} for validation"
     return Source(name="stl10", train=train, bank=labelled, test=test, about=about)

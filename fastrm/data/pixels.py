@@ -1,4 +1,4 @@
-"""What a Dataset gives, taken apart: an image and a label; and the image as bytes."""
+"""What a Dataset gives, taken apart: an image and a label; and the values of the image."""
 
 from __future__ import annotations
 
@@ -13,12 +13,11 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from fastrm.data.decode import BrokenImage, check_depth, rgb, told
+from fastrm.data.decode import BrokenImage, check_drawn, told
+from fastrm.data.stored import Values, checked, values_of
 
 _IMAGE_KEYS = ("image", "img")
 LABEL_KEY = "label"
-_BEYOND = 1e-3
-"""How far floats may be beyond 0 and 1, by rounding."""
 
 
 class Item(NamedTuple):
@@ -56,28 +55,26 @@ def whole_number(label: Any) -> int | None:
     return label if isinstance(label, int) and not isinstance(label, bool) else None
 
 
-def as_bytes(image: Any) -> Tensor:
-    """An image as uint8 [1 or 3, H, W], by the rules for files: transparency is dropped, 16 bits are scaled.
+def values_in(image: Any, channels: int | None = None) -> Values:
+    """The values [H, W, bands] of an image that a script gives, in their own dtype.
+
+    Transparency is dropped: of PIL images, and the second or fourth band of uint8 tensors and arrays.
 
     Args:
-        image: a PIL image; or a tensor [C, H, W] or [H, W], or an array [H, W, C] or [H, W], with 1 to 4 channels, of
-            uint8, uint16 or floats from 0 to 1.
+        image: a PIL image; or a tensor [C, H, W] or [H, W], or an array [H, W, C] or [H, W].
+        channels: so many bands of uint8 have no transparency among them.
 
     Raises:
         BrokenImage: it is something else; the message says what was met.
     """
     if isinstance(image, Image.Image):
-        return torch.from_numpy(np.array(rgb(image))).permute(2, 0, 1)
+        return values_of(image)
     with told():
-        values = _scaled(_planes(image))
-        if len(values) in (2, 4):  # with transparency
-            last = np.ascontiguousarray(values.transpose(1, 2, 0))
-            return as_bytes(Image.fromarray(last, "LA" if len(values) == 2 else "RGBA"))
-        if len(values) not in (1, 3):
-            raise BrokenImage(
-                f"it has {len(values)} channels, where the built-in augmentations and evaluations take 1 to 4"
-            )
-        return torch.from_numpy(values if values.flags.writeable else values.copy())  # torch warns of others
+        values = checked(_planes(image).transpose(1, 2, 0))
+        if values.dtype == np.uint8 and values.shape[2] in (2, 4) and values.shape[2] != channels:
+            check_drawn(values)
+            return values[..., :-1]
+        return values
 
 
 def _planes(image: Any) -> NDArray[Any]:
@@ -102,27 +99,8 @@ def _planes(image: Any) -> NDArray[Any]:
     return values if kind == "tensor" else values.transpose(2, 0, 1)
 
 
-def _scaled(values: NDArray[Any]) -> NDArray[np.uint8]:
-    """Bytes of uint8, uint16, or floats from 0 to 1."""
-    if values.dtype == np.uint8:
-        return np.ascontiguousarray(values)
-    if values.dtype == np.uint16:
-        check_depth(int(values.max()))
-        return np.ascontiguousarray((values >> 8).astype(np.uint8))
-    if not np.issubdtype(values.dtype, np.floating):
-        raise BrokenImage(f"its values are {values.dtype}; they must be uint8, uint16, or floats from 0 to 1")
-    low, high = float(values.min()), float(values.max())
-    if not (low >= -_BEYOND and high <= 1 + _BEYOND):  # nor where they are not numbers
-        raise BrokenImage(
-            f"its values are floats from {low:.4g} to {high:.4g}; they must be from 0 to 1 and not normalised, "
-            "which the built-in augmentations do"
-        )
-    scaled: NDArray[np.uint8] = np.ascontiguousarray((values.clip(0, 1) * 255).round().astype(np.uint8))
-    return scaled
-
-
 def digest(image: Any) -> bytes:
-    """16 bytes that tell an image from others: of its kind, shape and values. Raises as :func:`as_bytes`."""
+    """16 bytes that tell an image from others: of its kind, shape and values. Raises as :func:`values_in`."""
     found = blake2b(type(image).__name__.encode(), digest_size=16)
     with told():
         if isinstance(image, Image.Image):

@@ -17,10 +17,11 @@ import numpy as np
 import PIL
 from PIL import features
 
-from fastrm.data import decode as rules
-from fastrm.data.decode import BROKEN, BrokenImage, decode, reason, several
+from fastrm.data import decode, stored
+from fastrm.data.decode import BROKEN, BrokenImage, reason
 from fastrm.data.encoded import EncodedImages
 from fastrm.data.sources import Images, Source
+from fastrm.data.stored import examined
 from fastrm.errors import UsageError
 from fastrm.files import cache_root, write_text
 from fastrm.terminal.progress import tracked
@@ -29,15 +30,6 @@ T = TypeVar("T")
 SKIPPED = "skipped.txt"
 MOST = 0.1  # share of broken files with which a run goes on
 _IN_A_ROW = 100
-
-
-def fault(content: bytes) -> str | None:
-    """Why bytes cannot be read as a picture; None where they can. They are decoded as for training."""
-    try:
-        decode(content, reduced=True)
-    except BrokenImage as error:
-        return str(error)
-    return None
 
 
 class _Found(NamedTuple):
@@ -104,8 +96,10 @@ def _looked_at(images: EncodedImages, workers: int) -> list[_Found]:
             return _Found(reason(error), passing=True)
         except BrokenImage as error:
             return _Found(str(error))
-        why = fault(content)
-        return _Found(why, several=why is None and several(content))
+        try:
+            return _Found(several=examined(content).pages > 1)
+        except BrokenImage as error:
+            return _Found(str(error))
 
     if left:
         with ThreadPoolExecutor(max(1, workers)) as threads:  # Pillow decodes without holding the interpreter
@@ -122,7 +116,8 @@ def _looked_at(images: EncodedImages, workers: int) -> list[_Found]:
 def _state(images: EncodedImages) -> str:
     """A digest of the files, of what they are read with and of the rules; when it changes they are looked at again."""
     digest = hashlib.sha256(f"{PIL.__version__}\0{sorted(features.get_supported())}\0".encode())
-    digest.update(Path(rules.__file__).read_bytes())
+    for rules in (decode, stored):
+        digest.update(Path(rules.__file__).read_bytes())
     for path in images.stored_in():
         try:
             state = path.stat()

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import re
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
-from typing import Any, ClassVar
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, TypeVar
 
 import numpy as np
 import torch
@@ -16,17 +17,21 @@ from PIL import Image, features
 from torch import Tensor
 
 from fastrm.data.decode import NOT_DECODED
+from fastrm.data.formats import RGB, PixelFormat
+from fastrm.data.stored import Values
 
+Some = TypeVar("Some", bound="Images")
 _KINDS_TOLD = 8
 
 
 class Images(ABC):
-    """Images in an order, as RGB pictures; wherever they are.
+    """Images in an order, wherever they are.
 
     Args:
         labels: int64 [N], or None.
 
     Attributes:
+        format: how their values become what a network is given.
         unreadable: what is wrong with the images that could not be read, by index.
     """
 
@@ -35,6 +40,7 @@ class Images(ABC):
 
     def __init__(self, labels: NDArray[np.int64] | None) -> None:
         self._labels = labels
+        self.format = RGB
         self.unreadable: dict[int, str] = {}
 
     @property
@@ -46,12 +52,34 @@ class Images(ABC):
     def __len__(self) -> int: ...
 
     @abstractmethod
-    def __getitem__(self, index: int) -> Image.Image:
-        """An image as RGB of 8 bits per channel; one of ``BROKEN`` is raised where it cannot be read."""
+    def values(self, index: int) -> Values:
+        """What is stored of an image, [H, W, bands]; one of ``BROKEN`` is raised where it cannot be read."""
+
+    def pixels(self, index: int) -> Tensor:
+        """An image as its views are made of it, by the format: see :meth:`PixelFormat.fitted`; raises as values."""
+        return self.format.fitted(self.values(index))
+
+    def picture(self, index: int) -> Image.Image:
+        """An image to look at, RGB of 8 bits per channel: of other bands the first three, or one; raises as values."""
+        pixels = self.arrays(index)
+        shown = (pixels[:3] if len(pixels) >= 3 else pixels[:1].expand(3, -1, -1)).permute(1, 2, 0)
+        return Image.fromarray(np.ascontiguousarray(shown.float().round().clamp(0, 255).byte().numpy()))
 
     def given(self, index: int) -> Any:
-        """What a callable of the user's is given to make views of; raises as ``[index]``."""
-        return self[index]
+        """What a callable of the user's is given to make views of: a PIL image of gray or RGB of 8 bits per channel.
+
+        Of other values a tensor [bands, H, W] in their own dtype. Raises as :meth:`values`.
+        """
+        values = self.values(index)
+        if values.dtype == np.uint8 and values.shape[2] in (1, 3):
+            return Image.fromarray(values if values.shape[2] == 3 else values[..., 0]).convert("RGB")
+        return torch.from_numpy(np.ascontiguousarray(values.transpose(2, 0, 1)))
+
+    def formatted(self: Some, format: PixelFormat) -> Some:
+        """The same images, taken in another way."""
+        twin = copy.copy(self)
+        twin.format = format
+        return twin
 
     @abstractmethod
     def name(self, index: int) -> str:
@@ -70,39 +98,44 @@ class ArrayImages(Images):
     """Images held in memory.
 
     Args:
-        pixels: uint8 [N, H, W] (gray) or [N, H, W, 3] (RGB).
+        arrays: uint8 [N, H, W] (gray) or [N, H, W, 3] (RGB).
         labels: int64 [N], or None.
     """
 
-    def __init__(self, pixels: NDArray[np.uint8], labels: NDArray[np.int64] | None) -> None:
+    def __init__(self, arrays: NDArray[np.uint8], labels: NDArray[np.int64] | None) -> None:
         super().__init__(labels)
-        self.pixels = pixels
+        self.arrays = arrays
 
     def __len__(self) -> int:
-        return len(self.pixels)
+        return len(self.arrays)
 
-    def __getitem__(self, index: int) -> Image.Image:
-        return Image.fromarray(self.pixels[index]).convert("RGB")
+    def values(self, index: int) -> Values:
+        """uint8 [H, W, 1 or 3]."""
+        values = self.arrays[index]
+        return values[..., None] if values.ndim == 2 else values
 
     def name(self, index: int) -> str:
         """Its number."""
         return f"image {index}"
 
     def tensor(self) -> Tensor:
-        """The same memory as uint8 [N, 1 or 3, H, W]."""
+        """All images as uint8 [N, 1 or 3, H, W]: the same memory, unless colours become gray."""
+        arrays = self.arrays
+        if arrays.ndim == 4 and self.format.channels == 1:
+            arrays = np.stack([self.pixels(index)[0].numpy() for index in range(len(self))])
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # of an array that cannot be written, which nothing does
-            pixels = torch.from_numpy(self.pixels)
+            pixels = torch.from_numpy(arrays)
         return pixels[:, None] if pixels.ndim == 3 else pixels.permute(0, 3, 1, 2)
 
     def identities(self) -> Iterator[bytes]:
         """What tells each image from others: its shape and pixels."""
-        shape = repr(self.pixels.shape[1:]).encode()
-        return (shape + image.tobytes() for image in self.pixels)
+        shape = repr(self.arrays.shape[1:]).encode()
+        return (shape + image.tobytes() for image in self.arrays)
 
     def subset(self, indices: NDArray[np.int64]) -> ArrayImages:
         """Return the images at ``indices``."""
-        return ArrayImages(self.pixels[indices], None if self.labels is None else self.labels[indices])
+        return ArrayImages(self.arrays[indices], None if self.labels is None else self.labels[indices])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,6 +151,27 @@ class Source:
     """Labelled images that it is tried on; none of them is in ``bank``."""
     about: str
     """One line for the person who starts the run."""
+    format: PixelFormat | None = None
+    """How all of them become what a network is given; None before it is settled (:mod:`fastrm.data.settling`)."""
+
+    def each(self, change: Callable[[Images], Images]) -> Source:
+        """The same set with all images changed, each of them once: those for kNN may be those that are trained on."""
+        changed: dict[int, Images] = {}
+
+        def once(images: Images | None) -> Images | None:
+            if images is None:
+                return None
+            if id(images) not in changed:
+                changed[id(images)] = change(images)
+            return changed[id(images)]
+
+        train = once(self.train)
+        assert train is not None
+        return replace(self, train=train, bank=once(self.bank), test=once(self.test))
+
+    def formatted(self, format: PixelFormat) -> Source:
+        """The same set, taken in another way."""
+        return replace(self.each(lambda images: images.formatted(format)), format=format)
 
 
 _FEATURES = {"AVIF": "avif", "JPEG": "jpg", "JPEG2000": "jpg_2000", "WEBP": "webp"}

@@ -81,8 +81,8 @@ def picture(found: Neighbours, source: Source, *, side: int = 64) -> Image.Image
     assert theirs is not None
     rows = [
         [
-            (source.test[i], None),
-            *((source.bank[j], GREEN if theirs[j] == ours[i] else None) for j in row),
+            (source.test.picture(i), None),
+            *((source.bank.picture(j), GREEN if theirs[j] == ours[i] else None) for j in row),
         ]
         for i, row in zip(found.test, found.bank.tolist(), strict=True)
     ]

@@ -18,9 +18,11 @@ from torch.profiler import record_function
 
 from fastrm import hooks as listeners
 from fastrm.data import Loader, Source, located, make_loader, open_source
+from fastrm.data.formats import PixelFormat
 from fastrm.data.inventory import Inventory, inventory
 from fastrm.data.loader import Batch
 from fastrm.data.scan import scan, unreadable
+from fastrm.data.settling import PixelOptions, formatted, settled
 from fastrm.errors import UsageError
 from fastrm.files import as_utf8
 from fastrm.machine.device import available_cores
@@ -32,12 +34,12 @@ from fastrm.models import untrained
 from fastrm.optim import Schedule, build_optimizer
 from fastrm.probes import OnlineLinear
 from fastrm.probes.features import Setting
-from fastrm.run import said
+from fastrm.run import checkpoint, said
 from fastrm.run.faults import LOWER
 from fastrm.run.graph import GraphedStep
 from fastrm.run.objects import Objects
 from fastrm.run.step import AUTOCAST, Step
-from fastrm.settings.config import Config, InputConfig, RunConfig, resolved
+from fastrm.settings.config import Config, RunConfig, resolved
 from fastrm.terminal.progress import Display, console
 from fastrm.terminal.shell import screen
 
@@ -63,6 +65,11 @@ class Parts:
     display: Display
     out: Path
     workers: int
+
+    @property
+    def format(self) -> PixelFormat:
+        """How the images become what the network is given."""
+        return self.source.train.format
 
     @property
     def say(self) -> Callable[[str], None]:
@@ -101,7 +108,7 @@ def assemble(config: Config, objects: Objects, opened: ExitStack) -> Parts:
 
     kind = find(objects.method or config.method.method)
     workers = min(available_cores(), 8) if config.input.workers is None else config.input.workers
-    source, broken = _opened(objects.data, config.input, config.run, workers)
+    source, broken = _opened(objects.data, config, workers)
     # A run is evaluated from other folders than it was started in.
     root = config.input.data_root
     place = config.input.data if objects.data is not None else located(config.input.data)
@@ -148,7 +155,6 @@ def assemble(config: Config, objects: Objects, opened: ExitStack) -> Parts:
         clip_norm=config.optim.clip_norm,
         layout=torch.channels_last if config.device.channels_last else torch.contiguous_format,
     )
-    name = f"{as_utf8(source.name)}-{config.method.method}-{config.model.arch}"
     return Parts(
         config=config,
         machine=machine,
@@ -167,18 +173,45 @@ def assemble(config: Config, objects: Objects, opened: ExitStack) -> Parts:
         step=step,
         online=_online(config.run, source, method, batch, device),
         display=Display(console(file=screen(), highlight=False, soft_wrap=True, quiet=world.rank > 0)),
-        out=config.run.out or Path("runs", name),
+        out=_folder(config, source),
         workers=workers,
     )
 
 
-def _opened(data: Any, settings: InputConfig, run: RunConfig, workers: int) -> tuple[Source, dict[str, str]]:
+def _opened(data: Any, config: Config, workers: int) -> tuple[Source, dict[str, str]]:
     """The images, without those that cannot be read, and what is wrong with these."""
-    with first_alone():  # it may download the images, and leaves the others what its scan found
+    settings, broken = config.input, dict[str, str]()
+    with first_alone():  # it may download the images, and leaves the others what it found
         source = open_source(settings.data if data is None else data, settings.data_root)
-        if settings.scan and not run.dry_run:  # what the search finds is kept, and a dry run writes nothing
-            return scan(source, workers=workers)
-    return source, {}
+        if settings.scan and not config.run.dry_run:  # what the search finds is kept, and a dry run writes nothing
+            source, broken = scan(source, workers=workers)
+        if (format := _format_of_before(config, source)) is not None:
+            return formatted(source, format), broken
+        limits = settings.value_range
+        options = PixelOptions(
+            channels=None if settings.channels == "auto" else settings.channels,
+            value_range=None if limits is None else (limits[0], limits[1]),
+            mean=settings.mean,
+            std=settings.std,
+            pages=settings.pages,
+        )
+        return settled(source, options, workers=workers), broken
+
+
+def _folder(config: Config, source: Source) -> Path:
+    """The run folder."""
+    return config.run.out or Path("runs", f"{as_utf8(source.name)}-{config.method.method}-{config.model.arch}")
+
+
+def _format_of_before(config: Config, source: Source) -> PixelFormat | None:
+    """How the run that is to go on takes its images, whatever is in its folder of data by now."""
+    wish = config.run.resume
+    if wish == "never":
+        return None
+    if wish != "auto":
+        return checkpoint.format_in(Path(wish))
+    found = checkpoint.own(_folder(config, source))
+    return checkpoint.format_in(found[0]) if found else None
 
 
 def _online(

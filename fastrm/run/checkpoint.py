@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastrm.data.formats import PixelFormat
 from fastrm.errors import UsageError
 from fastrm.files import load_tensors
 from fastrm.machine.memory import exhausted
@@ -67,6 +68,15 @@ def load(path: Path) -> dict[str, Any]:
     if state.pop("checksum", None) != checksum(state):
         raise UsageError(f"{found} is damaged: its checksum is not that of its content")
     return state
+
+
+def format_in(path: Path) -> PixelFormat | None:
+    """How the run of a checkpoint takes its images, without reading the rest; None where it cannot be read."""
+    try:
+        state = torch.load(locate(path), mmap=True, weights_only=True, map_location="cpu")
+        return PixelFormat.of(state.get("pixels"))
+    except Exception:  # what is wrong with it is said when it is loaded
+        return None
 
 
 @contextmanager

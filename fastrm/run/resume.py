@@ -15,7 +15,7 @@ from fastrm.errors import UsageError
 from fastrm.machine.distributed import world
 from fastrm.run.checkpoint import fitting, load, locate, own
 from fastrm.run.saver import Stateful
-from fastrm.settings.config import flag
+from fastrm.settings.config import Config, flag
 
 # Settings that may differ between a run and its continuation, since they do not change what is learned.
 FREE_ON_RESUME = frozenset(
@@ -96,7 +96,7 @@ def _same_settings(
     path: Path, state: Mapping[str, Any], now: Mapping[str, Any], steps_per_epoch: int
 ) -> Mapping[str, Any]:
     """Hold the settings against those of a checkpoint, and return what of those stays although another is given."""
-    then = state["config"]
+    then = Config().flat() | state["config"]  # settings that are newer than the checkpoint had their defaults
     free = FREE_ON_RESUME if "images" in state or now["allow_changed_data"] else FREE_ON_RESUME - {"data"}
     changed = {name for name in now if name not in free and then.get(name) != now[name]}
     if "data" in changed and _same_file(then["data"], now["data"]):

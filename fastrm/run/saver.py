@@ -52,19 +52,21 @@ class Saver:
     ) -> None:
         self.out, self.parts, self.keep, self.keep_every, self.before = out, parts, keep, keep_every, before
         self.settings: dict[str, Any] = {}
+        self.pixels: dict[str, Any] = {}
         self.newest = 0
         self._writer: threading.Thread | None = None
         self._fault: BaseException | None = None
 
-    def goes_on(self, step: int, settings: dict[str, Any], images: Stateful) -> None:
+    def goes_on(self, step: int, settings: dict[str, Any], images: Stateful, pixels: dict[str, Any]) -> None:
         """Say what is the same in all checkpoints from here on.
 
         Args:
             step: the step that the newest one in the folder is of; 0 without one.
             settings: of the run, resolved, by name.
             images: that it trains on.
+            pixels: how they are taken: :meth:`fastrm.data.formats.PixelFormat.plain`.
         """
-        self.newest, self.settings, self.parts["images"] = step, settings, images
+        self.newest, self.settings, self.pixels, self.parts["images"] = step, settings, pixels, images
 
     def save(self, step: int) -> Path:
         """Save all that an exact resume needs, and return where; to be called in all processes.
@@ -83,7 +85,8 @@ class Saver:
         self.wait()
         self.before()
         states = {name: _copied(part.state_dict()) for name, part in self.parts.items()}
-        state = {"format": FORMAT, "config": self.settings, "step": step, "random": everyone, **states}
+        about = {"format": FORMAT, "config": self.settings, "pixels": self.pixels, "step": step}
+        state = {**about, "random": everyone, **states}
         self._writer = threading.Thread(target=self._write, args=(step, state), name="checkpoint")
         self._writer.start()
         return self.out / NAME

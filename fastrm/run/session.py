@@ -85,7 +85,7 @@ def begin(parts: Parts, theirs: Iterable[Any], opened: ExitStack) -> Session:
     begun = resume(config.flat(), out, parts.images, states)
     start, config = begun.step, config.replace(**begun.settings)
     schedule = replace(parts.schedule, optim=config.optim, shift=begun.images.shift)
-    saver.goes_on(start, config.flat(), images=begun.images)
+    saver.goes_on(start, config.flat(), images=begun.images, pixels=parts.format.plain())
     parts.method.pair.refresh()
 
     ended = start >= schedule.total

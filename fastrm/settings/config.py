@@ -141,6 +141,10 @@ def validate(config: Config) -> None:
     check_path("resume", config.run.resume)
     if not config.input.data:
         raise UsageError("--data is missing; give a folder of images, or a named set such as digits")
+    limits = config.input.value_range
+    if limits is not None and (len(limits) != 2 or limits[0] >= limits[1]):
+        given = ",".join(f"{number:g}" for number in limits)
+        raise UsageError(f"--value-range {given} must be two numbers, the lower one first, as in 0,4095")
     optim, method = config.optim, config.method
     if optim.warmup_epochs >= optim.epochs:
         raise UsageError(

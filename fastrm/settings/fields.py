@@ -56,6 +56,19 @@ class InputConfig:
     scan: bool = True
     """Before the run, look for broken files in a folder, leave them out and list them in skipped.txt. Without it, what
     cannot be read is left out when it is met, and DALI shows some damaged JPEGs that are left out otherwise."""
+    channels: Literal["auto"] | Annotated[int, Range(at_least=1, at_most=256)] = "auto"
+    """Bands that the network gets. auto: 3 for images of which any is RGB, or all are gray of 8 bits; otherwise the
+    bands that they have."""
+    value_range: tuple[float, ...] | None = None
+    """The values that become black and white, as in 0,4095. unset: 0 and 255 in uint8; in another dtype the .1 and 99.9
+    percentiles of each band, measured once; where there are several dtypes, the range of each."""
+    mean: tuple[float, ...] | None = None
+    """Subtracted per channel once black is 0 and white is 1; unset: ImageNet's for RGB of 8 bits, else measured."""
+    std: tuple[Annotated[float, Range(above=0)], ...] | None = None
+    """Divided by per channel; unset: as for --mean."""
+    pages: Literal["auto", "first", "bands", "images"] = "auto"
+    """What is read of TIFF and other files with several pages: the first, all as the bands of one image, or each as an
+    image. auto: as bands where all files have as many gray ones of one size, and else the first."""
     workers: Workers | None = None
     """Loader processes a training process, 0 for none; unset: as many as cores, at most 8."""
 

@@ -42,7 +42,14 @@ def problem(value: Any, kind: Any) -> str | None:
     """
     origin, inner = get_origin(kind), get_args(kind)
     if origin in (Union, UnionType):
-        return None if value is None else problem(value, _set(kind))
+        options = [option for option in inner if option is not NoneType]
+        if value is None and NoneType in inner:
+            return None
+        found = [problem(value, option) for option in options]
+        if None in found:
+            return None
+        words = [word for option in options for word in get_args(option) if get_origin(option) is Literal]
+        return f"{found[-1]}, or {', '.join(words)}" if words else found[0]
     if origin is Annotated:
         found = problem(value, inner[0])
         return found or next((limit.problem(value) for limit in inner[1:] if isinstance(limit, Range)), None)
@@ -56,11 +63,6 @@ def problem(value: Any, kind: Any) -> str | None:
     if not right or (isinstance(value, bool) and kind is not bool):
         return _of_another_kind(value, kind.__name__)
     return unusable(value) if kind is Path else None
-
-
-def _set(kind: Any) -> Any:
-    """The type of a setting that is set: of ``X | None`` the X."""
-    return next(option for option in get_args(kind) if option is not NoneType)
 
 
 def _of_another_kind(value: object, wanted: str) -> str:
@@ -113,7 +115,8 @@ def taken(value: Any, kind: Any) -> Any:
     if origin is Annotated:
         return taken(value, inner[0])
     if origin in (Union, UnionType):
-        return taken(value, _set(kind))
+        fitting = (form for option in inner if problem(form := taken(value, option), option) is None)
+        return next(fitting, value)
     if kind is Path and isinstance(value, str):
         return Path(value)
     if kind is str and isinstance(value, Path):

@@ -1,0 +1,205 @@
+"""How a set's pictures are taken: found out from the pictures, said, and the same each time."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Literal, NamedTuple
+
+from fastrm.data.decode import BROKEN
+from fastrm.data.encoded import EncodedImages
+from fastrm.data.formats import RGB, PixelFormat
+from fastrm.data.items import ItemImages
+from fastrm.data.measuring import Measured, measured, spread_over
+from fastrm.data.pages import PageImages
+from fastrm.data.pixels import values_in
+from fastrm.data.scan import MOST
+from fastrm.data.sources import ArrayImages, Images, Source
+from fastrm.data.stored import examined
+from fastrm.data.stored import pages as pages_in
+from fastrm.errors import UsageError
+
+_LOOKED_AT = 100
+"""Images, where there is no index that knows them all."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PixelOptions:
+    """What a user says of the pictures; None and ``"auto"`` are found out."""
+
+    channels: int | None = None
+    """Of the views."""
+    value_range: tuple[float, float] | None = None
+    """What becomes 0 and what becomes 1, in all dtypes; of several in all but uint8."""
+    mean: tuple[float, ...] | None = None
+    std: tuple[float, ...] | None = None
+    pages: Literal["auto", "first", "bands", "images"] = "auto"
+
+
+class _Kind(NamedTuple):
+    """What pictures have in common."""
+
+    dtype: str
+    bands: int
+    pages: int = 1
+
+
+def settled(source: Source, options: PixelOptions | None = None, *, workers: int = 1) -> Source:
+    """Return a source whose format is settled, with what there is to say of it; one that is settled stays.
+
+    - Channels are 3 for a set with any RGB, or of gray pictures of 8 bits only; otherwise the files' own bands.
+    - uint8 is 0 to 255. One other dtype gets the 0.1 and 99.9 percentiles of each band. Of several dtypes each gets
+      its own range: uint16 that of the bits that it uses, floats 0 to 1; and where values are beyond that, the
+      percentiles. Floats from 0 to 1 that a script gives have that range always.
+    - Mean and standard deviation are ImageNet's for RGB of uint8, and measured otherwise.
+
+    Args:
+        source: the images.
+        options: what the user says.
+        workers: threads that decode.
+
+    Raises:
+        UsageError: the pictures have several numbers of bands that no one number of channels holds, or a wish does
+            not fit them.
+    """
+    if source.format is not None:
+        return source
+    options = options or PixelOptions()
+    kinds = _kinds(source.train, options.channels)
+    if not kinds:  # a Dataset whose items are images only for a callable of the user's
+        return source.formatted(RGB)
+    source, pages, said = _paged(source, kinds, options.pages)
+    if pages == "bands":
+        kinds = Counter({kind._replace(bands=kind.bands * kind.pages): count for kind, count in kinds.items()})
+    channels = options.channels or _channels(kinds)
+    _check_bands(kinds, channels)
+    taken = PixelFormat(channels=channels, pages=pages)
+    dtypes = sorted({kind.dtype for kind in kinds})
+    notes = list(said)
+    if dtypes != ["uint8"] or not taken.rgb or options.value_range is not None:
+        found = measured(source.train.formatted(taken), dtypes, options.value_range, workers=workers)
+        taken = replace(taken, limits=found.limits, mean=found.mean, std=found.std)
+        notes.append(f"{channels} channel{'s' * (channels > 1)}")
+        notes += _ranges(found, options)
+        if channels not in (1, 3):
+            notes.append("hue, saturation and grayscale need RGB and are left out")
+    given = {name: _per_channel(name, getattr(options, name), channels) for name in ("mean", "std")}
+    taken = replace(taken, **{name: values for name, values in given.items() if values is not None})
+    return replace(source.formatted(taken), about="; ".join([source.about, *notes]))
+
+
+def formatted(source: Source, format: PixelFormat) -> Source:
+    """A source whose images are taken as those of a run were."""
+    return (_in_pages(source) if format.pages == "images" else source).formatted(format)
+
+
+def _in_pages(source: Source) -> Source:
+    def paged(images: Images) -> Images:
+        return PageImages.of(images, _counts(images)) if isinstance(images, EncodedImages) else images
+
+    return source.each(paged)
+
+
+def _kinds(images: Images, channels: int | None) -> Counter[_Kind]:
+    """How many pictures there are of each kind, or how many of those that are looked at."""
+    if isinstance(images, ArrayImages):
+        return Counter({_Kind("uint8", 1 if images.arrays.ndim == 3 else images.arrays.shape[3]): len(images)})
+    found: Counter[_Kind] = Counter()
+    for index in spread_over(len(images), _LOOKED_AT):
+        try:
+            if isinstance(images, EncodedImages):
+                look = examined(images.content(index))
+                found[_Kind(look.dtype, look.bands, look.pages)] += 1
+            elif isinstance(images, ItemImages):
+                values = values_in(images.items.item(index).image, channels)
+                found[_Kind(values.dtype.name, values.shape[2])] += 1
+        except BROKEN:  # which is said when it is read
+            continue
+    return found
+
+
+def _paged(
+    source: Source, kinds: Counter[_Kind], wish: str
+) -> tuple[Source, Literal["first", "bands", "images"], list[str]]:
+    """The source, what of its files' pages is read, and what is to be said of that."""
+    several = sum(count for kind, count in kinds.items() if kind.pages > 1)
+    if not several or not isinstance(source.train, EncodedImages):
+        return source, "first", []
+    if wish == "bands" or (wish == "auto" and len({kind.pages for kind in kinds}) == 1 and _alike(source.train, kinds)):
+        return source, "bands", ["the pages of a file are the bands of one picture"]
+    if wish == "images":
+        split = _in_pages(source)
+        return split, "images", [f"each page is an image: {len(split.train):,} in {len(source.train):,} files"]
+    which = f"{several:,} of {kinds.total():,} files looked at hold several pages, of which the first is read"
+    return source, "first", [which + ("" if wish == "first" else "; --pages bands or images reads all")]
+
+
+def _alike(images: EncodedImages, kinds: Counter[_Kind]) -> bool:
+    """Whether the pages of a file can be the bands of one picture: gray, and of one size."""
+    if any(kind.bands != 1 for kind in kinds):
+        return False
+    try:
+        images.formatted(PixelFormat(pages="bands")).values(0)
+    except BROKEN:
+        return False
+    return True
+
+
+def _counts(images: EncodedImages) -> list[int]:
+    """The number of pages of each file; one that cannot be read counts as one, and is met when it is read."""
+
+    def count(index: int) -> int:
+        try:
+            return pages_in(images.content(index))
+        except BROKEN:
+            return 1
+
+    return [count(index) for index in range(len(images))]
+
+
+def _channels(kinds: Counter[_Kind]) -> int:
+    """C of the views, where the user does not say it."""
+    bands = {kind.bands for kind in kinds}
+    if 3 in bands or all(kind.bands == 1 and kind.dtype == "uint8" for kind in kinds):
+        return 3
+    return Counter({band: sum(n for kind, n in kinds.items() if kind.bands == band) for band in bands}).most_common(1)[
+        0
+    ][0]
+
+
+def _check_bands(kinds: Counter[_Kind], channels: int) -> None:
+    """Raise a UsageError if more pictures than may be left out have bands that do not become these channels."""
+    odd = {kind: count for kind, count in kinds.items() if kind.bands not in (channels, {3: 1, 1: 3}.get(channels))}
+    if sum(odd.values()) > MOST * kinds.total():
+        counts = Counter[int]()
+        for kind, count in kinds.items():
+            counts[kind.bands] += count
+        told = ", ".join(f"{count:,} have {bands}" for bands, count in counts.most_common())
+        raise UsageError(
+            f"--channels {channels} does not fit the bands of the pictures ({told}); one band stands for three and "
+            "three make one, and others must be as many: give the number that they have, or a part of the data"
+        )
+
+
+def _ranges(found: Measured, options: PixelOptions) -> Iterator[str]:
+    """What becomes black and white, in words."""
+    for dtype, (low, high) in found.limits.items():
+        if dtype == "uint8" and len(found.limits) == 1:
+            continue
+        ends = ", ".join(f"{a:.6g} to {b:.6g}" for a, b in zip(low[:4], high[:4], strict=True))
+        more = ", …" if len(low) > 4 else ""
+        how = (
+            "" if options.value_range or dtype == "uint8" else f" (measured on {found.images:,} images; --value-range)"
+        )
+        yield f"{dtype} from {ends}{more}{how}"
+
+
+def _per_channel(name: str, values: tuple[float, ...] | None, channels: int) -> tuple[float, ...] | None:
+    if values is None or len(values) == channels:
+        return values
+    if len(values) == 1:
+        return values * channels
+    raise UsageError(
+        f"--{name} has {len(values)} numbers; it must have 1, or {channels}, as many as there are channels"
+    )
