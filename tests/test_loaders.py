@@ -349,3 +349,47 @@ def test_the_scan_reads_every_file_once(pictures: Path) -> None:
         found, faults = scan(open_source(str(pictures / "classes")), workers=2)
     assert look.call_count == len(found.train) == 96
     assert not faults
+
+
+# Kept in memory
+
+
+def kept_loader(folder: Path, **options: Any) -> Any:
+    defaults = {"method": "mocov3", "image_size": 24, "batch_size": 8, "device": "cpu", "workers": 0, "seed": 5}
+    return make_loader(folder, **{**defaults, **options})
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_kept_images_give_the_same_views_and_are_decoded_once(
+    workers: int, pictures: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = kept_loader(pictures / "classes", loader="torch")
+    kept = kept_loader(pictures / "classes", loader="memory", workers=workers)
+    assert "decoded images are kept in memory" in kept.notes[0]
+    for _ in range(2):
+        for mine, other in zip(kept, plain, strict=True):
+            assert mine.indices == other.indices
+            assert all(torch.equal(a, b) for a, b in zip(mine.views, other.views, strict=True))
+    if not workers:
+        monkeypatch.setattr("fastrm.data.encoded.FileImages.content", lambda *_: pytest.fail("read again"))
+        assert len(list(kept)) == len(plain)
+
+
+def test_what_does_not_fit_at_full_size_is_shrunk_or_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for index in range(8):
+        Image.new("RGB", (300, 200), (30 * index, 100, 200)).save(tmp_path / f"{index}.png")
+    full = 8 * 300 * 200 * 3
+    for capacity, said in ((4 * full, "are kept in memory"), (full, "is shrunk to 54 pixels")):
+        monkeypatch.setattr("fastrm.data.kept.capacity", lambda device, capacity=capacity: capacity)
+        loader = kept_loader(tmp_path, loader="memory")
+        assert said in loader.notes[0]
+        (((first, _), _),) = loader
+        assert first.shape == (8, 3, 24, 24)
+    images = loader._images
+    assert images.values(3).shape == (54, 81, 3)
+    assert (images.values(3) == [90, 100, 200]).all()
+    monkeypatch.setattr("fastrm.data.kept.capacity", lambda device: 10_000)
+    with pytest.raises(
+        UsageError, match=r"--loader memory: the images take .* even if .*; give --loader torch or auto"
+    ):
+        kept_loader(tmp_path, loader="memory")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from fastrm.data.encoded import EncodedImages
 from fastrm.data.eval_loader import EvalLoader
 from fastrm.data.formats import PixelFormat
 from fastrm.data.items import ItemImages
+from fastrm.data.kept import keep
 from fastrm.data.loader import Batch, Loader
 from fastrm.data.memory_loader import MemoryLoader
 from fastrm.data.opening import located, open_source
@@ -77,10 +79,10 @@ def make_loader(
         workers: loader processes; 0 loads in this one.
         seed: the same seed gives the same views, whatever the number of workers.
         dtype: of the views; that in which the network computes saves a conversion.
-        loader: ``"memory"`` holds the whole set on the device and needs a named one, or an array of bytes; ``"dali"``
-            reads files; ``"torch"`` uses worker processes, and alone takes Datasets and callables; ``"auto"`` is memory
-            for named sets and arrays, for files dali on a GPU where it is installed, and else torch, which is the
-            faster of the two on a CPU.
+        loader: ``"memory"`` holds named sets and arrays of bytes on the device, and keeps what it decodes of others in
+            the host's memory, shrunk where that does not suffice; ``"dali"`` reads files; ``"torch"`` uses worker
+            processes; ``"auto"`` is memory for named sets and arrays, for files dali on a GPU where it is installed,
+            and else torch, which is the faster of the two on a CPU.
         crop_min: smallest share of the area that a crop takes, in a method's augmentation.
         data_root: where a named set lies.
         rank, world_size: this process among all; together they see every image once an epoch.
@@ -136,13 +138,20 @@ def make_loader(
     if isinstance(recipe, Augmentation):
         if isinstance(source.train, ItemImages) and source.train.items.unseen is not None:
             raise UsageError(f"data: {source.train.items.unseen}; a callable as augmentation may take it")
-        if kind == "memory":
-            assert isinstance(source.train, ArrayImages)
+        if kind == "memory" and isinstance(source.train, ArrayImages) and source.train.format.bytes:
             return MemoryLoader(source.train, recipe, **common)
         if kind == "dali":
             assert isinstance(source.train, EncodedImages)
             return DaliLoader(source.train, recipe, workers=workers, **common)
-    return TorchLoader(source.train, recipe, workers=workers, **common)
+    images, notes = source.train, []
+    if kind == "memory" and not isinstance(images, ArrayImages):
+        views = recipe.views if isinstance(recipe, Augmentation) else (View(),)
+        here = int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
+        images, said = keep(images, views, image_size, processes=here)
+        notes.append(said)
+    made = TorchLoader(images, recipe, workers=workers, **common)
+    made.notes += notes
+    return made
 
 
 def _published(method: Any, crop_min: float) -> Augmentation:
@@ -170,18 +179,18 @@ def _kind(loader: str, images: Images, recipe: Augmentation | Augment, device: t
         if held and images.format.bytes:
             return "memory"
         return "dali" if files and images.format.rgb and device.type == "cuda" and not dali_problem() else "torch"
-    if loader != "torch" and called:
-        raise UsageError(f"--loader {loader} has the built-in augmentations only; for a callable give torch or auto")
-    if loader == "memory" and not held:
-        other = "files give dali, torch or auto" if files else "a Dataset give torch or auto"
-        raise UsageError(f"--loader memory holds named sets only, and arrays of bytes; for {other}")
+    if loader == "dali" and called:
+        raise UsageError("--loader dali has the built-in augmentations only; for a callable give torch or auto")
+    if loader == "memory" and isinstance(images, ItemImages) and not images.items.same:
+        raise UsageError(
+            f"--loader memory keeps images, and an item of {images.items.name} is another one each time; for such a "
+            "Dataset give torch or auto"
+        )
     if loader == "dali" and not files:
         other = "a named set give memory, torch or auto" if held else "a Dataset give torch or auto"
         raise UsageError(f"--loader dali reads files only; for {other}")
     if loader == "dali" and not images.format.rgb:
         raise UsageError("--loader dali reads RGB of 8 bits per channel only; for other values give torch or auto")
-    if loader == "memory" and not images.format.bytes:
-        raise UsageError("--loader memory holds bytes only; for another --value-range give torch or auto")
     if loader == "dali" and (problem := dali_problem()):
         raise UsageError(f"--loader dali cannot be used: {problem}")
     return loader

@@ -46,6 +46,7 @@ class Loader(ABC):
     Attributes:
         views: how many there are of each image.
         channels: C of the views.
+        notes: what a user should know, a sentence each.
         broken: images that were left out while reading, by name, and what is wrong with them.
     """
 
@@ -55,6 +56,7 @@ class Loader(ABC):
     def __init__(self, length: int, *, batch_size: int, seed: int, rank: int, world_size: int) -> None:
         self._sampler = BatchSampler(length, batch_size, seed, rank, world_size)
         self.broken: dict[str, str] = {}
+        self.notes: list[str] = []
 
     def __len__(self) -> int:
         """Batches an epoch."""

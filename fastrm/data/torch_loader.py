@@ -24,6 +24,7 @@ from fastrm.machine.signals import leave_to_the_trainer
 
 AHEAD = 2
 """Batches that each loader process makes ready ahead."""
+_HELD = 8
 _CPU = torch.device("cpu")
 
 
@@ -41,7 +42,7 @@ class _Views(Dataset[Loaded]):
             return Loaded([], (), faults, str(error))
 
     def _views(self, request: Request, faults: dict[int, str]) -> Loaded:
-        """Views [B, C, S, S], channels last; one picture at a time is held, whose size the crops are found for."""
+        """Views [B, C, S, S], channels last; a few pictures at a time are held, for whose sizes the crops are found."""
         size, views, images = self.image_size, self.augmentation.views, self.images
         indices = list(request.images)
         count, format = len(indices), images.format
@@ -54,16 +55,20 @@ class _Views(Dataset[Loaded]):
             with seeded(self.sampler.seed, request.epoch, at) if isinstance(images, ItemImages) else nullcontext():
                 return images.drawn(at) if isinstance(images, ItemImages) else images.pixels(at)
 
-        for i in range(count):
-            indices[i], picture = readable(images, indices[i], read, faults)
-            height, width = torch.tensor(picture.shape[1:]).split(1)
-            for view, draws, flip, out in zip(views, drawn, flips, outs, strict=True):
-                box = boxes(view, draws.tries[i : i + 1], height, width)[0].tolist()
-                crop = batched.crop(picture, box, flip[i], size, view.interpolation)
-                image = crop.to(torch.float32, memory_format=torch.contiguous_format)
-                batched.recolour_(image, draws.part(slice(i, i + 1)), blur_radius=blur_radius(view, size))
-                # First to bytes, then to channels last: twice as fast.
-                out[i] = image[0].round_().to(dtype) if format.bytes else image[0]
+        for start in range(0, count, _HELD):
+            held = [readable(images, at, read, faults) for at in indices[start : start + _HELD]]
+            indices[start : start + _HELD] = [at for at, _ in held]
+            sides = torch.tensor([picture.shape[1:] for _, picture in held]).unbind(1)
+            tries = [draws.tries[start : start + _HELD] for draws in drawn]
+            crops = [boxes(view, found, *sides).tolist() for view, found in zip(views, tries, strict=True)]
+            for i, (_, picture) in enumerate(held):
+                at = start + i
+                for view, draws, box, flip, out in zip(views, drawn, crops, flips, outs, strict=True):
+                    crop = batched.crop(picture, box[i], flip[at], size, view.interpolation)
+                    image = crop.to(torch.float32, memory_format=torch.contiguous_format)
+                    batched.recolour_(image, draws.part(slice(at, at + 1)), blur_radius=blur_radius(view, size))
+                    # First to bytes, then to channels last: twice as fast.
+                    out[at] = image[0].round_().to(dtype) if format.bytes else image[0]
         return Loaded(indices, tuple(outs), faults)
 
 

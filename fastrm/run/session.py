@@ -146,6 +146,7 @@ def _say(parts: Parts, begun: Start, run: Run, ended: bool) -> None:
         lines.append(("notice", said.lengthened(run.schedule, start, run.config.optim.warmup_epochs)))
     lines.append(("settings", said.described(run.config, parts.machine)))
     lines.append(("folder", f"{run.out}" + (f", continued after step {start}" if start else "")))
+    lines += [("loader", note) for note in parts.loader.notes]
     lines += [("network", note) for note in parts.method.notes]
     if not start:
         found = said.cautions(run.config, parts.method, run.schedule, len(parts.source.train))

@@ -51,8 +51,9 @@ class InputConfig:
     """Images an optimizer step, over all processes; unset: 256 a process."""
     loader: Literal["auto", "dali", "torch", "memory"] = "auto"
     """What reads and augments the images.
-    auto: memory, the whole set on the device, for named sets; for files dali on a GPU where it is
-    installed, and else torch, worker processes."""
+    memory: named sets on the device; of others each image is decoded once, and kept at full size, or shrunk where
+    memory does not suffice. auto: memory for named sets; for files dali on a GPU where it is installed, and else torch,
+    worker processes."""
     scan: bool = True
     """Before the run, look for broken files in a folder, leave them out and list them in skipped.txt. Without it, what
     cannot be read is left out when it is met, and DALI shows some damaged JPEGs that are left out otherwise."""

@@ -1,0 +1,188 @@
+"""Decoded images that stay in memory: each is decoded once, by whichever process needs it first, and shared by all."""
+
+from __future__ import annotations
+
+import mmap
+import multiprocessing
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.nn import functional
+
+from fastrm.data.augmentation import View
+from fastrm.data.decode import BROKEN
+from fastrm.data.measuring import spread_over
+from fastrm.data.sources import Images
+from fastrm.data.stored import DTYPES, Values
+from fastrm.errors import UsageError
+from fastrm.machine.memory import capacity, size
+
+SHARE = 0.5
+"""Of the memory, for the images of all processes on a machine together."""
+_SAMPLED = 64
+_MARGIN = 1.1
+"""By which a set may be larger than its sample says."""
+_ALIGNED = 8
+
+
+class Room(NamedTuple):
+    """What a set's images take in memory."""
+
+    full: int
+    """Bytes at full size."""
+    shrunk: int
+    """Bytes if their shorter side is at most ``side``."""
+    side: int
+    """In pixels: a crop of the smallest share of the area still has as many pixels as its view."""
+
+
+def room_for(images: Images, views: Sequence[View], image_size: int) -> Room:
+    """Estimate what a set takes, from a sample that is spread evenly over it.
+
+    Args:
+        images: with their format.
+        views: that are made of them.
+        image_size: side of the views, in pixels.
+    """
+    side = max(int(np.ceil(image_size / np.sqrt(view.crop_scale[0]))) for view in views)
+    full = shrunk = read = 0
+    for index in spread_over(len(images), _SAMPLED):
+        with suppress(*BROKEN):  # which is said when it is read
+            values = _values(images, index)
+            read += 1
+            full += values.nbytes
+            scale = min(1.0, side / min(values.shape[:2]))
+            shrunk += int(values.nbytes * scale * scale)
+    each = _MARGIN * len(images) / max(1, read)
+    return Room(int(full * each), int(shrunk * each), side)
+
+
+def _values(images: Images, index: int) -> Values:
+    """What is kept of an image, [H, W, bands]."""
+    if images.format.rgb:
+        return images.pixels(index).permute(1, 2, 0).numpy()
+    return images.values(index)
+
+
+def keep(images: Images, views: Sequence[View], image_size: int, *, processes: int = 1) -> tuple[KeptImages, str]:
+    """Return the images as they are kept, and in words how much memory they will take.
+
+    Args:
+        images: with their format.
+        views, image_size: that are made of them.
+        processes: on this machine, each of which keeps all.
+
+    Raises:
+        UsageError: they do not fit, even if they are shrunk.
+    """
+    room, there = room_for(images, views, image_size), capacity(torch.device("cpu"))
+    bound = int(SHARE * there / processes) if there is not None else room.full
+    whose = f"half of the memory{f' of {processes} processes' if processes > 1 else ''}, {size(bound)}"
+    if room.full <= bound:
+        return KeptImages(images, room.full, None), f"about {size(room.full)} of decoded images are kept in memory"
+    if room.shrunk <= bound:
+        words = (
+            f"the decoded images would take {size(room.full)}, more than {whose}: their shorter side is shrunk to "
+            f"{room.side} pixels, which changes the views a little, and about {size(room.shrunk)} are kept"
+        )
+        return KeptImages(images, room.shrunk, room.side), words
+    raise UsageError(
+        f"--loader memory: the images take {size(room.shrunk)} even if their shorter side is shrunk to {room.side} "
+        f"pixels, more than {whose}; give --loader torch or auto"
+    )
+
+
+class KeptImages(Images):
+    """Images that are decoded once.
+
+    Loader processes that are forked share the memory; where they are started afresh it is shared through torch.
+
+    Args:
+        images: what is decoded.
+        most: bytes that may be kept; further images are decoded each time.
+        side: to which the shorter side is shrunk, or None.
+    """
+
+    def __init__(self, images: Images, most: int, side: int | None) -> None:
+        super().__init__(None)
+        self.images, self.side, self.format, self.NOUN = images, side, images.format, images.NOUN
+        self._room = _shared(max(most, _ALIGNED))
+        # A row per image: its offset, 0 for none; height, width, bands; its dtype. In the last row: what is taken.
+        self._places = _shared(8 * 5 * (len(images) + 1)).view(torch.int64).view(-1, 5)
+        self._places[-1, 0] = _ALIGNED
+        self._lock = multiprocessing.Lock()
+
+    @property
+    def labels(self) -> NDArray[np.int64] | None:
+        """int64 [N], or None."""
+        return self.images.labels
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def values(self, index: int) -> Values:
+        """What is kept of an image, [H, W, bands], which is decoded if it is not there yet."""
+        with self._lock:
+            offset, height, width, bands, kind = self._places[index].tolist()
+        if offset:
+            dtype = np.dtype(DTYPES[kind])
+            count = height * width * bands * dtype.itemsize
+            kept: Values = self._room[offset : offset + count].numpy().view(dtype).reshape(height, width, bands)
+            return kept
+        values = np.ascontiguousarray(self._shrunk(_values(self.images, index)))
+        with self._lock:
+            offset = int(self._places[-1, 0])
+            end = offset + -(-values.nbytes // _ALIGNED) * _ALIGNED
+            if end <= len(self._room):
+                self._places[-1, 0] = end
+        if end <= len(self._room):
+            self._room[offset : offset + values.nbytes].numpy()[:] = values.reshape(-1).view(np.uint8)
+            row = torch.tensor([offset, *values.shape, DTYPES.index(values.dtype.name)])
+            with self._lock:
+                self._places[index] = row
+        return values
+
+    def _shrunk(self, values: Values) -> Values:
+        if self.side is None or min(values.shape[:2]) <= self.side:
+            return values
+        scale = self.side / min(values.shape[:2])
+        size = [max(self.side, round(length * scale)) for length in values.shape[:2]]
+        planes = torch.from_numpy(values.transpose(2, 0, 1).copy())
+        wide = planes if planes.dtype == torch.uint8 else planes.double()
+        resized = functional.interpolate(wide[None], size, mode="bilinear", antialias=True)[0].permute(1, 2, 0).numpy()
+        if values.dtype.kind in "ui" and values.dtype != np.uint8:
+            resized = resized.round()
+        shrunk: Values = resized.astype(values.dtype)
+        return shrunk
+
+    def pixels(self, index: int) -> Tensor:
+        """An image as its views are made of it."""
+        values = self.values(index)
+        if self.format.rgb:
+            return torch.from_numpy(values).permute(2, 0, 1)
+        return self.format.fitted(values)
+
+    def name(self, index: int) -> str:
+        """As the image is known."""
+        return self.images.name(index)
+
+    def identities(self) -> Iterator[bytes]:
+        """What tells each image from others."""
+        return self.images.identities()
+
+    def subset(self, indices: NDArray[np.int64]) -> Images:
+        """The images at ``indices``, which are not kept."""
+        return self.images.subset(indices)
+
+
+def _shared(count: int) -> Tensor:
+    """Bytes, all 0, that loader processes share; memory is taken as it is written."""
+    if multiprocessing.get_start_method() == "fork":
+        memory: Any = mmap.mmap(-1, count)
+        return torch.frombuffer(memory, dtype=torch.uint8)
+    return torch.zeros(count, dtype=torch.uint8).share_memory_()
