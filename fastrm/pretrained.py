@@ -11,12 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from fastrm import own
+from fastrm.data.formats import RGB, PixelFormat
 from fastrm.errors import UsageError
 from fastrm.files import at_home
 from fastrm.methods import Method, build_method
 from fastrm.models import Backbone, untrained
 from fastrm.models.layout import lay_out
-from fastrm.models.weights import backbone_of, metadata, read_backbone
+from fastrm.models.weights import backbone_of, metadata, pixels_of, read_backbone
 from fastrm.run import checkpoint
 from fastrm.settings.config import check_choice, check_path, check_value, from_flat
 
@@ -35,6 +36,7 @@ class Pretrained:
         settings: of the run, if it is one, by name: what ``config.json`` holds.
         step: optimizer steps that the run has made.
         state: of the run's method, by name.
+        pixels: what the values of pictures mean to the networks.
     """
 
     path: Path
@@ -44,6 +46,7 @@ class Pretrained:
     settings: Mapping[str, Any] | None = None
     step: int | None = None
     state: Mapping[str, Tensor] = field(default_factory=dict, repr=False)
+    pixels: PixelFormat = RGB
 
     @property
     def folder(self) -> Path:
@@ -60,7 +63,8 @@ class Pretrained:
 
         Of a module those are new that belong to layers of ``torch.nn``; others are as they were given.
         """
-        return untrained(self.arch, image_size=self.image_size, stem=self.about["stem"])
+        size, channels = self.image_size, self.pixels.channels
+        return untrained(self.arch, image_size=size, stem=self.about["stem"], channels=channels)
 
     def method(self, device: torch.device) -> Method[Any]:
         """Student and teacher with their heads, on a device.
@@ -70,7 +74,9 @@ class Pretrained:
         """
         assert self.settings is not None
         module = self.arch if isinstance(self.arch, nn.Module) else None
-        method = build_method(from_flat(self.settings), device=device, trained=False, arch=module)
+        method = build_method(
+            from_flat(self.settings), device=device, trained=False, channels=self.pixels.channels, arch=module
+        )
         with checkpoint.fitting(self.path):
             method.load_state_dict(self.state)
         return method
@@ -90,11 +96,18 @@ def read_pretrained(path: Path, *, arch: nn.Module | None = None, networks: Sequ
     if path.is_file() and (path.suffix == ".safetensors" or (path.suffix == ".pth" and own.safely(own.state, path))):
         backbone, about = read_backbone(path, arch=arch)
         found = {about["which"]: backbone}
-        return Pretrained(path=path, networks=found, about=about, arch=about["arch"] if arch is None else arch)
+        return Pretrained(
+            path=path,
+            networks=found,
+            about=about,
+            arch=about["arch"] if arch is None else arch,
+            pixels=pixels_of(about, path),
+        )
     state = checkpoint.load(path)
     settings, tensors = state["config"], state["method"]
     with checkpoint.fitting(path):
-        about = metadata(settings, "student")
+        pixels = PixelFormat.of(state.get("pixels"))
+        about = metadata(settings, "student", pixels)
         check_value("image_size", settings["image_size"])
         parts = {which: _part(tensors, f"{which}.backbone.net.") for which in networks}
     found = {which: backbone_of(part, about, path, arch=arch) for which, part in parts.items()}
@@ -106,6 +119,7 @@ def read_pretrained(path: Path, *, arch: nn.Module | None = None, networks: Sequ
         settings=settings,
         step=state["step"],
         state=tensors,
+        pixels=pixels,
     )
 
 

@@ -59,6 +59,42 @@ def test_small_images_get_the_small_stem() -> None:
         build_backbone("convnext_atto", image_size=64, stem="small")
 
 
+@pytest.mark.parametrize("channels", [1, 3, 4, 8, 13])
+@pytest.mark.parametrize(
+    ("arch", "stem"),
+    [("test_resnet", "imagenet"), ("test_resnet", "small"), ("test_convnext", "auto"), ("test_vit", "auto")],
+)
+def test_images_of_any_number_of_channels(arch: str, stem: str, channels: int) -> None:
+    torch.manual_seed(1)
+    backbone = build_backbone(arch, image_size=32, stem=stem, channels=channels)
+    assert backbone.channels == channels
+    assert backbone.options.get("in_chans", 3) == channels
+    if stem != "small":
+        torch.manual_seed(1)
+        theirs = timm.create_model(arch, num_classes=0, **{**backbone.options, "in_chans": channels}).state_dict()
+        assert list(theirs) == list(ours := backbone.net.state_dict())
+        assert all(torch.equal(value, ours[name]) for name, value in theirs.items())
+    images = torch.randn(2, channels, 32, 32, requires_grad=True)
+    backbone.eval()(images).square().sum().backward()
+    assert images.grad is not None
+    assert (images.grad.abs().sum(dim=(0, 2, 3)) > 0).all()  # every band counts
+    if arch == "test_vit":
+        find("mocov3").prepare(backbone, arch)
+        assert not backbone.notes
+        assert not backbone.net.patch_embed.proj.weight.requires_grad
+
+
+def test_channels_that_a_network_cannot_take_are_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    def other(arch: str, **options: Any) -> Any:
+        raise TypeError(f"unexpected keyword {', '.join(options)}")
+
+    monkeypatch.setattr(timm, "create_model", other)
+    with pytest.raises(
+        UsageError, match=r"^--arch test_vit cannot be built for --image-size 32 and 8 channels: .*in_chans"
+    ):
+        build_backbone("test_vit", image_size=32, channels=8)
+
+
 def test_weights_load_strictly_into_timm() -> None:
     net = build_backbone("resnet18", image_size=224).net
     timm.create_model("resnet18", num_classes=0).load_state_dict(net.state_dict(), strict=True)

@@ -141,6 +141,9 @@ def test_channels_are_those_of_the_first_convolution() -> None:
             return self.second(self.first(images))
 
     assert build_backbone(Late(), image_size=32).channels == 3
+    assert build_backbone(Late(), image_size=32, channels=8).channels == 3  # they are its own
+    flat = nn.Sequential(nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(8 * 2 * 2, 5))
+    assert build_backbone(flat, image_size=32, channels=8).channels == 8  # and here those of the images
 
 
 def test_what_is_frozen_stays_and_other_kinds_of_numbers_become_float32() -> None:

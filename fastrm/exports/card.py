@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from fastrm import own
+from fastrm.data.formats import PixelFormat
 from fastrm.errors import UsageError
 from fastrm.exports.base import About
 from fastrm.files import read_json
@@ -37,11 +38,35 @@ def model_card(trained: Pretrained, kind: str, about: About, dim: int, loading: 
         loading,
         "```",
         "",
-        f"**Images:** RGB in [0, 1], {size}x{size} pixels, less the mean {about['mean']}, divided by {about['std']}.",
+        *_images(trained.pixels, size),
         *_trained_how(trained),
         *_scored(trained, about["which"]),
     ]
     return "\n".join(lines) + "\n"
+
+
+def _images(pixels: PixelFormat, size: str) -> list[str]:
+    """What images the network takes, and how they are made of what files hold."""
+    plain = pixels.plain()
+    mean, std = plain["mean"], plain["std"]
+    what = "RGB" if pixels.rgb else f"{pixels.channels} channel{'s' * (pixels.channels != 1)}"
+    if not pixels.limits:
+        return [f"**Images:** {what}, {size}x{size} pixels, as the run's own augmentation made them."]
+    limits = "; ".join(f"{dtype} {low} and {high}" for dtype, (low, high) in plain["limits"].items())
+    return [
+        f"**Images:** {what} in [0, 1], {size}x{size} pixels, less the mean {mean}, divided by {std}.",
+        "",
+        f"What becomes 0 and what becomes 1, per channel or in all, by a file's dtype: {limits}. From a NumPy "
+        f"array [{size}, {size}, {pixels.channels}] of such values to what the network takes:",
+        "",
+        "```python",
+        "def prepared(values):",
+        f"    low, high = {plain['limits']}[values.dtype.name]",
+        "    scaled = numpy.nan_to_num((values - numpy.array(low)) / numpy.subtract(high, low), posinf=0, neginf=0)",
+        f"    normalised = (scaled - {mean}) / {std}",
+        "    return torch.from_numpy(normalised).permute(2, 0, 1)[None].float()",
+        "```",
+    ]
 
 
 def _trained_how(trained: Pretrained) -> list[str]:

@@ -22,31 +22,34 @@ def write(backbone: Backbone, about: About, out: Path) -> None:
         raise UsageError(f"--format timm holds networks of timm's, and {about['arch']} is none; safetensors holds it")
     size = int(about["image_size"])
     timms = backbone.net.pretrained_cfg
-    fixed = backbone.options
-    require_fit(backbone, timm.create_model(about["arch"], num_classes=0, **fixed), about, "timm's")
+    options, channels = backbone.options, backbone.channels
+    require_fit(backbone, timm.create_model(about["arch"], num_classes=0, **options), about, "timm's")
     if out.suffix:
         write_state(backbone, about, out)
         return
     write_state(backbone, about, out / "model.safetensors")
+    # What timm gives up when a number of classes or channels of one's own is asked for. Older versions take the first
+    # layer in a file for one of RGB, and would draw another one anew.
+    given_up = ("classifier", "first_conv") if channels == 3 else ("classifier",)
     preprocessing = {
-        "input_size": [3, size, size],
-        "fixed_input_size": bool(fixed),
+        "input_size": [channels, size, size],
+        "fixed_input_size": "img_size" in options,
         "interpolation": "bilinear",
         "crop_pct": 1.0 if size <= 64 else 0.875,
         "mean": json.loads(about["mean"]),
         "std": json.loads(about["std"]),
         "num_classes": 0,
-        # What timm gives up when a number of classes or channels of one's own is asked for.
-        **{name: timms[name] for name in ("classifier", "first_conv") if name in timms},
+        **{name: timms[name] for name in given_up if name in timms},
     }
-    config = {"architecture": about["arch"], "num_classes": 0, "num_features": backbone.dim, "model_args": fixed}
+    config = {"architecture": about["arch"], "num_classes": 0, "num_features": backbone.dim, "model_args": options}
     write_json(out / "config.json", {own.MARK: __version__, **config, "pretrained_cfg": preprocessing})
 
 
-def loading(_: Backbone, about: About, out: Path) -> str:
+def loading(backbone: Backbone, about: About, out: Path) -> str:
     """From a file or a folder."""
     if out.suffix:
-        return f'timm.create_model("{about["arch"]}", num_classes=0, checkpoint_path="{out.name}")'
+        options = "".join(f", {name}={value!r}" for name, value in backbone.options.items())
+        return f'timm.create_model("{about["arch"]}", num_classes=0{options}, checkpoint_path="{out.name}")'
     return f'timm.create_model("local-dir:{out.name}", pretrained=True)'
 
 

@@ -18,6 +18,11 @@ def write(backbone: Backbone, about: About, out: Path) -> None:
     arch = about["arch"]
     if arch not in torchvision.models.list_models() or type(backbone.net).__name__ != "ResNet":
         raise UsageError(f"--format torchvision holds ResNets only, and {arch} is none that torchvision has")
+    if backbone.channels != 3:
+        raise UsageError(
+            f"--format torchvision holds networks for images of 3 channels only, and {arch} takes {backbone.channels}; "
+            "safetensors and onnx hold it, and timm unless it has a small stem"
+        )
     other = torchvision.models.get_model(arch)
     other.fc = nn.Identity()
     require_fit(backbone, other, about, "torchvision's")

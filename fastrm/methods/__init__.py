@@ -26,7 +26,7 @@ from fastrm.methods.unused import counted, freeze_unused
 from fastrm.models import build_backbone, mlp, module_name
 from fastrm.models.layout import lay_out
 from fastrm.models.named import refusing
-from fastrm.models.weights import load_weights, read_weights
+from fastrm.models.weights import adapted, load_weights, read_weights
 from fastrm.settings.config import Config, check_value
 
 __all__ = [
@@ -56,6 +56,7 @@ def build_method(
     precision: str = "fp32",
     backend: str | None = None,
     trained: bool = True,
+    channels: int = 3,
     arch: nn.Module | None = None,
     kind: type[Method[Any]] | None = None,
 ) -> Method[Any]:
@@ -69,6 +70,7 @@ def build_method(
         trained: whether it is to be trained. It then makes one pass over random images, which finds what cannot be
             trained, freezes what gets no gradient, starts from the weights that the settings name, and lets BatchNorm
             see the images of all processes where the method wants it.
+        channels: of the images.
         arch: a module that becomes the backbone in place of the network that the settings name; it is copied, as
             :func:`fastrm.models.build_backbone` says.
         kind: the method in place of the one that the settings name.
@@ -81,7 +83,8 @@ def build_method(
     check_value("residual_at", config.method.residual_at)
     device = device or torch.device("cpu")
     size, name = config.input.image_size, config.model.arch if arch is None else module_name(arch)
-    backbone = build_backbone(config.model.arch if arch is None else arch, image_size=size, stem=config.model.stem)
+    wanted = config.model.arch if arch is None else arch
+    backbone = build_backbone(wanted, image_size=size, stem=config.model.stem, channels=channels)
     with refusing(name, f"cannot be prepared for --method {kind.name}"):
         kind.prepare(backbone, name)
     method: Method[Any] = kind(backbone, config.method, backend=backend).to(device)
@@ -103,11 +106,13 @@ def build_method(
 def _start(method: Method[Any], init_from: Path | None) -> None:
     """Load the weights that the backbone is to start from, if there are any."""
     if init_from is not None:
-        weights, _ = read_weights(init_from)
+        weights, source = read_weights(init_from)[0], f"--init-from {init_from}"
         for network in (method.student, method.teacher):
-            left_out = load_weights(network.backbone, weights, source=f"--init-from {init_from}")
-        note = f"the backbone starts from {len(weights) - len(left_out)} tensors of {init_from}"
-        method.notes.append(note + (f"; {counted(left_out)} of a classifier are left out" if left_out else ""))
+            fitting, change = adapted(network.backbone, weights, source=source)
+            left_out = load_weights(network.backbone, fitting, source=source)
+        notes = [f"the backbone starts from {len(weights) - len(left_out)} tensors of {init_from}"]
+        notes += [f"{counted(left_out)} of a classifier are left out"] if left_out else []
+        method.notes.append("; ".join([*notes, *([change] if change else [])]))
 
 
 @contextmanager

@@ -62,7 +62,7 @@ class MoCoV3(Contrastive):
         if isinstance(backbone, ModuleBackbone):
             backbone.notes.append(f"MoCo-v3's changes to a ViT are not made to {arch}, which is a module of yours")
             return
-        for reason in prepare_moco_vit(backbone.net):
+        for reason in prepare_moco_vit(backbone.net, backbone.channels):
             backbone.notes.append(f"of MoCo-v3's changes to a ViT one is left out for {arch}: {reason}")
 
     def __init__(self, backbone: Backbone, config: MethodConfig, *, backend: str | None = None) -> None:

@@ -12,7 +12,7 @@ from fastrm.models.named import named_backbone
 from fastrm.settings.config import check_value
 
 
-def build_backbone(arch: str | nn.Module, *, image_size: int, stem: str = "auto") -> Backbone:
+def build_backbone(arch: str | nn.Module, *, image_size: int, stem: str = "auto", channels: int = 3) -> Backbone:
     """Build a backbone: an untrained network of timm's, or a copy of a module.
 
     A module is copied, never changed, and keeps its weights. The copy is on the CPU and in float32. Its width is found
@@ -22,30 +22,31 @@ def build_backbone(arch: str | nn.Module, *, image_size: int, stem: str = "auto"
         arch: timm's name of a network; or a module from images [B, C, H, W] to features [B, D], or to a map
             [B, D, h, w], whose mean over the positions are the features. Parameters that require no gradient stay as
             they are. One with attention that gives no map counts as a transformer. C is that of its first convolution,
-            or 3.
+            whatever ``channels`` says.
         image_size: side of the images in pixels; at 64 and below ``stem="auto"`` gives timm's ResNets a small stem.
         stem: ``"auto"``, ``"imagenet"`` or ``"small"`` (3×3 at stride 1, no max-pool; timm's ResNets only).
+        channels: C of the images; what timm calls ``in_chans``.
 
     Raises:
-        UsageError: timm has no such model; the network cannot take this image size or stem; or the module cannot be
-            copied, gives something else, or has nothing to train.
+        UsageError: timm has no such model; the network cannot take this image size, stem or number of channels; or the
+            module cannot be copied, gives something else, or has nothing to train.
     """
     check_value("stem", stem)
     if isinstance(arch, str):
-        return named_backbone(arch, image_size=image_size, stem=stem)
+        return named_backbone(arch, image_size=image_size, stem=stem, channels=channels)
     if not isinstance(arch, nn.Module):
         raise UsageError(f"arch={arch!r:.80} must be the name of a network of timm's, or a torch.nn.Module")
-    return module_backbone(arch, image_size=image_size, stem=stem)
+    return module_backbone(arch, image_size=image_size, stem=stem, channels=channels)
 
 
-def untrained(arch: str | nn.Module, *, image_size: int, stem: str = "auto") -> Backbone:
+def untrained(arch: str | nn.Module, *, image_size: int, stem: str = "auto", channels: int = 3) -> Backbone:
     """The same backbone with weights that have learned nothing, from a seed of its own, on the CPU.
 
     Of a module those are new that belong to layers of ``torch.nn``; others are as they were given.
     """
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(0)  # torch.manual_seed would change the GPUs' generators too
-        backbone = build_backbone(arch, image_size=image_size, stem=stem)
+        backbone = build_backbone(arch, image_size=image_size, stem=stem, channels=channels)
         if isinstance(arch, nn.Module):
             renew(backbone)
     return backbone

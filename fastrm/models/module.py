@@ -78,7 +78,7 @@ def _plain(module: nn.Module) -> nn.Module:
     return inner
 
 
-def module_backbone(module: nn.Module, *, image_size: int, stem: str) -> Backbone:
+def module_backbone(module: nn.Module, *, image_size: int, stem: str, channels: int) -> Backbone:
     """Build a backbone of a copy of a module: :func:`fastrm.models.build_backbone`."""
     module, name = _plain(module), module_name(module)
     if stem == "small":
@@ -90,7 +90,7 @@ def module_backbone(module: nn.Module, *, image_size: int, stem: str) -> Backbon
             raise
         raise UsageError(f"arch={name} cannot be copied: {first_line(error)}") from None
     notes = _on_the_host(net, name)
-    channels, out = _tried(net, name, image_size)
+    channels, out = _tried(net, name, image_size, channels)
     frozen = sum(not p.requires_grad for p in net.parameters())
     if not any(p.requires_grad for p in net.parameters()):
         raise UsageError(f"arch={name} has no parameter that requires a gradient: there is nothing to train")
@@ -125,15 +125,17 @@ def _on_the_host(net: nn.Module, name: str) -> list[str]:
     return [f"{name} was given in {' and '.join(sorted(others))}, and is trained in float32, as every network"]
 
 
-def _tried(net: nn.Module, name: str, image_size: int) -> tuple[int, Tensor]:
+def _tried(net: nn.Module, name: str, image_size: int, wanted: int) -> tuple[int, Tensor]:
     """Channels of the images that a network takes, and what it gives for them in evaluation mode.
 
+    One that does not say how many it takes, by a convolution, is tried with those that are ``wanted``.
     Only layers that wait for their first images to take a form (``torch.nn.LazyLinear``) are changed: they take it.
     """
     first = next((part for part in net.modules() if isinstance(part, nn.Conv2d)), None)
     guess = first.in_channels if first is not None else 0
     faults = []
-    for channels in dict.fromkeys((guess or 3, 3)):  # the first layer by name is not always the first that sees images
+    # The first layer by name is not always the first that sees images.
+    for channels in dict.fromkeys((guess or wanted, wanted, 3)):
         generator = torch.Generator().manual_seed(0)
         images = torch.randn(IMAGES, channels, image_size, image_size, generator=generator)
         try:

@@ -16,22 +16,24 @@ from fastrm.models.backbone import Backbone, channels_last
 from fastrm.models.layout import guard_thin_convolutions
 
 
-def named_backbone(arch: str, *, image_size: int, stem: str) -> Backbone:
+def named_backbone(arch: str, *, image_size: int, stem: str, channels: int) -> Backbone:
     """Build an untrained backbone by timm's name of it: :func:`fastrm.models.build_backbone`."""
     import timm
 
-    options = _options(arch, image_size)
-    with refusing(arch, f"cannot be built for --image-size {image_size}"):
+    options = _options(arch, image_size, channels)
+    images = f"--image-size {image_size}" + (f" and {channels} channels" if channels != 3 else "")
+    with refusing(arch, f"cannot be built for {images}"):
         net = timm.create_model(arch, pretrained=False, num_classes=0, **options)
     if stem == "small" and not _is_resnet(net):
         raise UsageError(f"--stem small is for ResNets; --arch {arch} has no such stem")
     small = _is_resnet(net) and (stem == "small" or (stem == "auto" and image_size <= 64))
     if small:
-        _shrink_stem(net)
+        _shrink_stem(net, channels)
     guard_thin_convolutions(net)
-    with refusing(arch, f"cannot take --image-size {image_size}"):
-        features, pooled = _encoded(net, image_size)
+    with refusing(arch, f"cannot take {images}"):
+        features, pooled = _encoded(net, image_size, channels)
     backbone = _measured(net, arch, features, pooled)
+    backbone.channels = channels
     backbone.options = options
     if small:
         backbone.notes.append(
@@ -41,8 +43,8 @@ def named_backbone(arch: str, *, image_size: int, stem: str) -> Backbone:
     return backbone
 
 
-def _options(arch: str, image_size: int) -> dict[str, Any]:
-    """What timm needs to make a network of this name take this size."""
+def _options(arch: str, image_size: int, channels: int) -> dict[str, Any]:
+    """What timm needs to make a network of this name take this size and these channels."""
     import timm
 
     names = timm.list_models()
@@ -56,7 +58,8 @@ def _options(arch: str, image_size: int) -> dict[str, Any]:
             + (f"near it: {', '.join(near)}" if near else "see timm.list_models()")
         )
     published = _published(arch)
-    return {"img_size": image_size} if published is not None and published.fixed_input_size else {}
+    size = {"img_size": image_size} if published is not None and published.fixed_input_size else {}
+    return size | ({"in_chans": channels} if channels != 3 else {})  # some of timm's take no such option
 
 
 def _published(arch: str) -> Any:
@@ -83,17 +86,17 @@ def _is_resnet(net: Any) -> bool:
     return type(net).__name__ == "ResNet"
 
 
-def _shrink_stem(net: Any) -> None:
-    net.conv1 = nn.Conv2d(3, net.bn1.num_features, kernel_size=3, stride=1, padding=1, bias=False)
+def _shrink_stem(net: Any, channels: int) -> None:
+    net.conv1 = nn.Conv2d(channels, net.bn1.num_features, kernel_size=3, stride=1, padding=1, bias=False)
     nn.init.kaiming_normal_(net.conv1.weight, mode="fan_out", nonlinearity="relu")
     net.maxpool = nn.Identity()
 
 
-def _encoded(net: Any, image_size: int) -> tuple[Any, Any]:
+def _encoded(net: Any, image_size: int, channels: int) -> tuple[Any, Any]:
     """Features before and behind the pooling, of one picture."""
     net.eval()
     with torch.no_grad():
-        features = net.forward_features(torch.zeros(1, 3, image_size, image_size))
+        features = net.forward_features(torch.zeros(1, channels, image_size, image_size))
         pooled = net.forward_head(features, pre_logits=True)
     net.train()
     return features, pooled

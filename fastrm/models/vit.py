@@ -20,11 +20,15 @@ def is_vit(net: Any) -> bool:
     return hasattr(_embedding(net), "proj") and any(_has_attention(block) for block in blocks)
 
 
-def prepare_moco_vit(net: Any) -> list[str]:
+def prepare_moco_vit(net: Any, channels: int = 3) -> list[str]:
     """Give a ViT Xavier-uniform weights, a frozen random patch projection and fixed sin-cos positions.
 
     What the network does not have is left out: a convolutional stem is trained, as MoCo-v3 trains it, and so are
     positions of other kinds.
+
+    Args:
+        net: the network.
+        channels: of the images that it takes.
 
     Returns:
         What was left out and why, a phrase each.
@@ -34,7 +38,7 @@ def prepare_moco_vit(net: Any) -> list[str]:
             _xavier(module, thirds=name.endswith("qkv"))
     if isinstance(token := getattr(_tokens(net), "cls_token", None), nn.Parameter):
         nn.init.normal_(token, std=1e-6)
-    return [problem for problem in (_freeze_projection(net), _fix_positions(net)) if problem]
+    return [problem for problem in (_freeze_projection(net, channels), _fix_positions(net)) if problem]
 
 
 def _embedding(net: Any) -> Any:
@@ -60,11 +64,11 @@ def _xavier(linear: nn.Linear, *, thirds: bool = False) -> None:
         nn.init.zeros_(linear.bias)
 
 
-def _freeze_projection(net: Any) -> str | None:
+def _freeze_projection(net: Any, channels: int) -> str | None:
     """Freeze the layer from pixels to tokens at random values; why not, where it is not one projection."""
     projection = _embedding(net).proj
     patches = isinstance(projection, nn.Conv2d) and projection.kernel_size == projection.stride
-    if not (patches or isinstance(projection, nn.Linear)) or (patches and projection.in_channels != 3):
+    if not (patches or isinstance(projection, nn.Linear)) or (patches and projection.in_channels != channels):
         return "its stem is no projection of patches and is trained"
     fan_in = projection.weight[0].numel()
     bound = math.sqrt(6 / (fan_in + len(projection.weight)))

@@ -12,7 +12,7 @@ import safetensors.torch
 from torch import Tensor, nn
 
 from fastrm import own
-from fastrm.data.augmentation import IMAGENET_MEAN, IMAGENET_STD
+from fastrm.data.formats import RGB, PixelFormat
 from fastrm.errors import UsageError
 from fastrm.files import as_utf8, load_tensors, write_whole
 from fastrm.models.backbone import Backbone
@@ -37,24 +37,42 @@ _PREFIXES = (
 _HEADS = ("fc.", "head.", "classifier.")
 
 
-def metadata(settings: Mapping[str, Any], which: str) -> dict[str, str]:
+def metadata(settings: Mapping[str, Any], which: str, pixels: PixelFormat = RGB) -> dict[str, str]:
     """What a file of weights says of itself: how to build the network, and what images it expects.
 
     Args:
         settings: of the run, by name: :meth:`fastrm.settings.config.Config.flat`.
         which: ``"student"`` or ``"teacher"``.
+        pixels: what the values of its pictures meant; :func:`pixels_of` reads it back.
     """
     return {
         "which": which,
         "arch": settings["arch"],
         "stem": settings["stem"],
         "image_size": str(settings["image_size"]),
-        "mean": json.dumps(IMAGENET_MEAN),
-        "std": json.dumps(IMAGENET_STD),
+        **{name: json.dumps(value) for name, value in pixels.plain().items()},
         "method": settings["method"],
         "data": settings["data"],
         "fastrm": __version__,
     }
+
+
+def pixels_of(about: Mapping[str, str], path: Path) -> PixelFormat:
+    """What the values of pictures mean to the network of a file; RGB of 8 bits where an old one does not say it.
+
+    Args:
+        about: what the file says of itself.
+        path: the file.
+
+    Raises:
+        UsageError: it says something else in this place.
+    """
+    if "channels" not in about:
+        return RGB
+    try:
+        return PixelFormat.of({name: json.loads(about[name]) for name in RGB.plain() if name in about})
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise UsageError(f"{path} does not say soundly what its pixels are: {', '.join(RGB.plain())}") from None
 
 
 def write_backbone(path: Path, backbone: Backbone, about: dict[str, str]) -> None:
@@ -129,10 +147,58 @@ def load_weights(backbone: Backbone, state: Mapping[str, Tensor], *, source: str
 
 
 def _classifiers(backbone: Backbone) -> tuple[str, ...]:
-    """What the names of a classifier's tensors begin with; some networks of timm have several."""
-    named = (getattr(backbone.net, "pretrained_cfg", None) or {}).get("classifier") or ()
-    parts = (named,) if isinstance(named, str) else named
-    return (*_HEADS, *(part.partition(".")[0] + "." for part in parts))
+    """What the names of a classifier's tensors begin with."""
+    return (*_HEADS, *(part.partition(".")[0] + "." for part in _published(backbone, "classifier")))
+
+
+def _published(backbone: Backbone, part: str) -> tuple[str, ...]:
+    """Names of the layers that timm calls ``classifier`` or ``first_conv``; some networks have several."""
+    named = (getattr(backbone.net, "pretrained_cfg", None) or {}).get(part) or ()
+    return (named,) if isinstance(named, str) else tuple(named)
+
+
+def adapted(backbone: Backbone, state: Mapping[str, Tensor], *, source: str) -> tuple[dict[str, Tensor], str]:
+    """Weights of RGB images for a backbone that takes others: the first layer's are repeated, or added up, as in timm.
+
+    Args:
+        backbone: what they are for.
+        state: tensors by timm's names, as :func:`read_weights` gives them.
+        source: the setting and the path that they are of, for the message.
+
+    Returns:
+        The weights, and what was done to them; nothing, and an empty text, where the channels are the same.
+
+    Raises:
+        UsageError: they are of images with other channels than three, or timm does not know how.
+    """
+    from timm.models import adapt_input_conv
+
+    state, ours, said = dict(state), backbone.net.state_dict(), ""
+    for name in _first_layers(backbone):
+        theirs, wanted = (list(tensors[name].shape) if name in tensors else [] for tensors in (state, ours))
+        if theirs == wanted or len(theirs) < 2 or theirs[:1] + theirs[2:] != wanted[:1] + wanted[2:]:
+            continue  # where it is of another network, load_weights says it
+        channels = theirs[1] * backbone.channels // wanted[1]
+        which = f"{source}: its first layer ({name}) is of images of {channels} channels, and these have"
+        if channels != 3:
+            raise UsageError(f"{which} {backbone.channels}; only weights of 3 are adapted")
+        try:
+            state[name] = adapt_input_conv(backbone.channels, state[name])
+        except (NotImplementedError, AssertionError):
+            raise UsageError(f"{which} {backbone.channels}; timm does not adapt layers of this form") from None
+        said = f"first layer adapted from 3 to {backbone.channels} channels"
+    return state, said
+
+
+def _first_layers(backbone: Backbone) -> list[str]:
+    """Names of the weights that see the images."""
+    found = [f"{layer}.weight" for layer in _published(backbone, "first_conv")]
+    modules = dict(backbone.net.named_modules())
+    if all(name.removesuffix(".weight") in modules for name in found) and found:
+        return found
+    # A module of the user's, or a network with a small stem in the place of its own.
+    takes = (n for n, m in modules.items() if isinstance(m, nn.Conv2d) and m.in_channels == backbone.channels)
+    return [f"{name}.weight" for name in takes][:1]
 
 
 def misfit(ours: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> str:
@@ -165,7 +231,8 @@ def backbone_of(
     if arch is not None and not needs_module(about["arch"]):
         raise UsageError(f"{path} is of timm's {about['arch']}; arch={module_name(arch)} must be left out")
     wanted = about["arch"] if arch is None else arch
-    backbone = build_backbone(wanted, image_size=int(about["image_size"]), stem=about["stem"])
+    pixels = pixels_of(about, path)
+    backbone = build_backbone(wanted, image_size=int(about["image_size"]), stem=about["stem"], channels=pixels.channels)
     if arch is None:
         load_weights(backbone, state, source=f"--checkpoint {path}")
     elif problem := misfit(backbone.net.state_dict(), state):

@@ -53,7 +53,7 @@ def evaluating(network: nn.Module) -> Iterator[None]:
 
 
 def batches(images: Images, setting: Setting) -> Iterator[tuple[Tensor, list[int]]]:
-    """All images that can be read in order, as the evaluation sees them, float32 [B, 3, H, W], and their indices."""
+    """All images that can be read in order, as the evaluation sees them, float32 [B, C, H, W], and their indices."""
     loader = eval_loader(images, image_size=setting.image_size, batch_size=BATCH, workers=setting.workers)
     for batch in loader:
         yield batch.views[0].to(setting.device, non_blocking=True), batch.indices

@@ -30,7 +30,7 @@ from fastrm.machine.distributed import first_alone
 from fastrm.machine.joined import Machine, joined
 from fastrm.machine.memory import enough
 from fastrm.methods import Method, build_method, find
-from fastrm.models import untrained
+from fastrm.models import Backbone, untrained
 from fastrm.optim import Schedule, build_optimizer
 from fastrm.probes import OnlineLinear
 from fastrm.probes.features import Setting
@@ -68,8 +68,14 @@ class Parts:
 
     @property
     def format(self) -> PixelFormat:
-        """How the images become what the network is given."""
-        return self.source.train.format
+        """How the images become what the network is given.
+
+        Without limits where a callable of the user's makes views of other channels than the images have.
+        """
+        format, count = self.source.train.format, self.loader.channels
+        if count == format.channels:
+            return format
+        return PixelFormat(channels=count, limits={}, mean=(0.0,) * count, std=(1.0,) * count)
 
     @property
     def say(self) -> Callable[[str], None]:
@@ -138,9 +144,11 @@ def assemble(config: Config, objects: Objects, opened: ExitStack) -> Parts:
         device=device,
         precision=precision,
         backend=machine.backend,
+        channels=loader.channels,
         arch=objects.arch,
         kind=kind,
     )
+    _check_channels(config, method.student.backbone, loader, source)
     if precision in AUTOCAST:
         method.pair.keep_low_precision(AUTOCAST[precision])
     optimizer = build_optimizer(method, config.optim, backend=machine.backend)
@@ -169,6 +177,7 @@ def assemble(config: Config, objects: Objects, opened: ExitStack) -> Parts:
             objects.arch or config.model.arch,
             image_size=config.input.image_size,
             stem=config.model.stem,
+            channels=loader.channels,
         ),
         step=step,
         online=_online(config.run, source, method, batch, device),
@@ -212,6 +221,18 @@ def _format_of_before(config: Config, source: Source) -> PixelFormat | None:
         return checkpoint.format_in(Path(wish))
     found = checkpoint.own(_folder(config, source))
     return checkpoint.format_in(found[0]) if found else None
+
+
+def _check_channels(config: Config, backbone: Backbone, loader: Loader, source: Source) -> None:
+    """Raise a UsageError unless the network takes the images that it will be given."""
+    given = {"the views": loader.channels}
+    if config.run.eval_every and source.test is not None:
+        given["the images of an evaluation (--eval-every 0 makes none)"] = source.test.format.channels
+    for what, channels in given.items():
+        if channels != backbone.channels:
+            raise UsageError(
+                f"--arch {config.model.arch} takes images of {backbone.channels} channels, and {what} have {channels}"
+            )
 
 
 def _online(

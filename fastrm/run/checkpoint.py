@@ -74,7 +74,8 @@ def format_in(path: Path) -> PixelFormat | None:
     """How the run of a checkpoint takes its images, without reading the rest; None where it cannot be read."""
     try:
         state = torch.load(locate(path), mmap=True, weights_only=True, map_location="cpu")
-        return PixelFormat.of(state.get("pixels"))
+        found = PixelFormat.of(state.get("pixels"))
+        return found if found.limits else None  # of views that a callable made
     except Exception:  # what is wrong with it is said when it is loaded
         return None
 

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from fastrm.data import Source
+from fastrm.data.formats import PixelFormat
 from fastrm.errors import UsageError
 from fastrm.files import read_json, write_json
 from fastrm.models import Backbone
@@ -27,11 +28,12 @@ class Results:
         out: the run folder.
         config: settings of the run, resolved.
         source: its images.
+        format: how they become what the network is given.
     """
 
-    def __init__(self, out: Path, config: Config, source: Source) -> None:
+    def __init__(self, out: Path, config: Config, source: Source, format: PixelFormat) -> None:
         self.out = out
-        self._weights = metadata(config.flat(), "student")
+        self._weights = metadata(config.flat(), "student", format)
         self._about = {
             "images": len(source.train),
             "method": config.method.method,

@@ -118,7 +118,7 @@ def begin(parts: Parts, theirs: Iterable[Any], opened: ExitStack) -> Session:
         hooks=hooks,
         finished=finished,
         lock=lock,
-        results=Results(out, config, parts.source),
+        results=Results(out, config, parts.source, parts.format),
         resumes=wish != "never",
     )
     if finished:

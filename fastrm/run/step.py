@@ -40,7 +40,7 @@ class Output(NamedTuple):
     indices: list[int]
     """Which of the images they are."""
     views: tuple[Tensor, ...]
-    """Views of the images, [B, 3, H, W] each."""
+    """Views of the images, [B, C, H, W] each."""
 
 
 class Step:
