@@ -110,7 +110,7 @@ class KeptImages(Images):
 
     def __init__(self, images: Images, most: int, side: int | None) -> None:
         super().__init__(None)
-        self.images, self.side, self.format, self.NOUN = images, side, images.format, images.NOUN
+        self.images, self.side, self.format = images, side, images.format
         self._room = _shared(max(most, _ALIGNED))
         # A row per image: its offset, 0 for none; height, width, bands; its dtype. In the last row: what is taken.
         self._places = _shared(8 * 5 * (len(images) + 1)).view(torch.int64).view(-1, 5)

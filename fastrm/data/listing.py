@@ -17,6 +17,7 @@ _SYSTEM = frozenset(
     {"__MACOSX", "@eaDir", "#recycle", "$RECYCLE.BIN", "System Volume Information", "lost+found", "__pycache__"}
     | {"Thumbs.db", "desktop.ini"}
 )
+ARRAY = ".npy"
 _SHEETS = (".png", ".jpg", ".jpeg")
 
 
@@ -85,6 +86,7 @@ def listed(root: Path) -> Folder:
         bisect.insort(parent.folders, folder, key=lambda folder: folder.name)
         reading.fill(folder)
     _leave_out_runs(top)
+    _leave_out_arrays(top)
     return top
 
 
@@ -136,7 +138,7 @@ class _Reading:
                 folder.passed["special files"] += 1
             elif ending == ".tar":
                 folder.shards.append(path)
-            elif ending not in self.endings:
+            elif ending not in self.endings and ending != ARRAY:
                 folder.passed[ending or "without an ending"] += 1
             else:
                 folder.images.append(path)
@@ -161,6 +163,17 @@ def _leave_out_runs(top: Folder) -> None:
     for sheet in [path for path in top.images if is_sheet(path)]:
         top.images.remove(sheet)
         top.passed["contact sheets of fastrm"] += 1
+
+
+def _leave_out_arrays(top: Folder) -> None:
+    """Beside pictures, arrays are labels, features and the like; alone they are the pictures."""
+    if all(path.suffix.lower() == ARRAY for folder in top for path in folder.images):
+        return
+    for folder in top:
+        kept = [path for path in folder.images if path.suffix.lower() != ARRAY]
+        if len(kept) < len(folder.images):
+            folder.passed[ARRAY] += len(folder.images) - len(kept)
+            folder.images = kept
 
 
 def is_sheet(path: Path) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import inspect
 import json
 import os
 import warnings
@@ -117,7 +118,7 @@ def _state(images: EncodedImages) -> str:
     """A digest of the files, of what they are read with and of the rules; when it changes they are looked at again."""
     digest = hashlib.sha256(f"{PIL.__version__}\0{sorted(features.get_supported())}\0".encode())
     for rules in (decode, stored):
-        digest.update(Path(rules.__file__).read_bytes())
+        digest.update(inspect.getsource(rules).encode())
     for path in images.stored_in():
         try:
             state = path.stat()

@@ -84,8 +84,8 @@ def settled(source: Source, options: PixelOptions | None = None, *, workers: int
         notes += _ranges(found, options)
         if channels not in (1, 3):
             notes.append("hue, saturation and grayscale need RGB and are left out")
-    given = {name: _per_channel(name, getattr(options, name), channels) for name in ("mean", "std")}
-    taken = replace(taken, **{name: values for name, values in given.items() if values is not None})
+    mean, std = (_per_channel(name, getattr(options, name), channels) for name in ("mean", "std"))
+    taken = replace(taken, mean=mean or taken.mean, std=std or taken.std)
     return replace(source.formatted(taken), about="; ".join([source.about, *notes]))
 
 

@@ -61,7 +61,7 @@ class Images(ABC):
 
     def picture(self, index: int) -> Image.Image:
         """An image to look at, RGB of 8 bits per channel: of other bands the first three, or one; raises as values."""
-        pixels = self.arrays(index)
+        pixels = self.pixels(index)
         shown = (pixels[:3] if len(pixels) >= 3 else pixels[:1].expand(3, -1, -1)).permute(1, 2, 0)
         return Image.fromarray(np.ascontiguousarray(shown.float().round().clamp(0, 255).byte().numpy()))
 
@@ -176,7 +176,7 @@ class Source:
 
 _FEATURES = {"AVIF": "avif", "JPEG": "jpg", "JPEG2000": "jpg_2000", "WEBP": "webp"}
 
-LOOKED_FOR = "what Pillow reads here, such as .jpg, .png and .webp"
+LOOKED_FOR = "what Pillow reads here, such as .jpg, .png and .webp, or .npy"
 
 
 def endings() -> frozenset[str]:

@@ -216,6 +216,8 @@ def _by_pillow(image: Image.Image) -> bool:
     if max(bits) <= 8:
         fourth_band = tags.get(277) == 4 and tags.get(338) == (0,)  # not transparency, but near infrared, say
         return kinds == {_UNSIGNED} and not fourth_band and image.mode != "F"
+    if tags.get(277, 1) != 1:
+        return False
     if image.mode == "F":
         return bits == {32} and kinds == {_FLOAT}
     if image.mode == "I":

@@ -6,7 +6,7 @@ import dataclasses
 import math
 import os
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import NoneType, UnionType
@@ -45,11 +45,7 @@ def problem(value: Any, kind: Any) -> str | None:
         options = [option for option in inner if option is not NoneType]
         if value is None and NoneType in inner:
             return None
-        found = [problem(value, option) for option in options]
-        if None in found:
-            return None
-        words = [word for option in options for word in get_args(option) if get_origin(option) is Literal]
-        return f"{found[-1]}, or {', '.join(words)}" if words else found[0]
+        return _of_options(value, options)
     if origin is Annotated:
         found = problem(value, inner[0])
         return found or next((limit.problem(value) for limit in inner[1:] if isinstance(limit, Range)), None)
@@ -63,6 +59,15 @@ def problem(value: Any, kind: Any) -> str | None:
     if not right or (isinstance(value, bool) and kind is not bool):
         return _of_another_kind(value, kind.__name__)
     return unusable(value) if kind is Path else None
+
+
+def _of_options(value: Any, options: Sequence[Any]) -> str | None:
+    """What is wrong with a value that may be of several types; None for nothing."""
+    problems = [problem(value, option) for option in options]
+    if None in problems:
+        return None
+    words = [word for option in options if get_origin(option) is Literal for word in get_args(option)]
+    return f"{problems[-1]}, or {', '.join(words)}" if words else problems[0]
 
 
 def _of_another_kind(value: object, wanted: str) -> str:
