@@ -18,7 +18,7 @@ def pretrain(
     *,
     arch: str | nn.Module | None = None,
     method: str | type[Method[Any]] | None = None,
-    augmentation: Augmentation | Callable[[Any], Sequence[Any]] | None = None,
+    augmentation: Augmentation | str | Path | Callable[[Any], Sequence[Any]] | None = None,
     hooks: Iterable[Any] = (),
     out: str | Path | None = None,
     **settings: Any,
@@ -31,7 +31,8 @@ def pretrain(
         arch: a timm name, or a module: images [B, C, H, W] to features [B, D] or a map [B, D, h, w]. It is copied.
             None is the recipe's, or ResNet-50.
         method: a name, or a subclass of :class:`fastrm.methods.Method`. None is the recipe's, or MoCo-v3.
-        augmentation: an :class:`fastrm.data.Augmentation`, or a callable: one image to a tuple of views [C, H, W], as
+        augmentation: an :class:`fastrm.data.Augmentation`; what ``--augmentation`` takes: a TOML file, a run's
+            ``config.json``, or ``2x224,8x96``; or a callable: one image to a tuple of views [C, H, W], as
             many as the method takes. None is the method's own.
         hooks: called besides the built-in ones (:class:`fastrm.hooks.Hook`).
         out: the run folder; None is ``runs/DATA-METHOD-ARCH``. A run that is in it goes on.

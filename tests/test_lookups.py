@@ -145,10 +145,13 @@ def test_a_view_says_what_is_wrong_with_it(name: str, value: Any, wanted: str) -
         ({"views": ()}, r"views is \(\); it must be a tuple of one View or more"),
         ({"views": View()}, "views is View.*; it must be a tuple"),
         ({"views": (v2.RandomHorizontalFlip(),)}, "views has a RandomHorizontalFlip in it; each must be a View"),
-        ({"views": (View(),), "mean": 0.5}, "mean is 0.5; it must be 3 numbers"),
-        ({"views": (View(),), "std": (0.2, 0.2)}, r"std is \(0.2, 0.2\); it must be 3 numbers above 0"),
-        ({"views": (View(),), "std": (0.2, 0.0, 0.2)}, "std is .*; it must be 3 numbers above 0"),
-        ({"views": (View(),), "mean": (0.0, float("nan"), 0.0)}, "mean is .*; it must be 3 numbers"),
+        ({"views": (View(),), "mean": 0.5}, "mean is 0.5; it must be a number per channel"),
+        (
+            {"views": (View(),), "std": (0.2,), "mean": (0.2, 0.2)},
+            "mean has 2 numbers and std 1; it must be one per channel",
+        ),
+        ({"views": (View(),), "std": (0.2, 0.0, 0.2)}, "std is .*; it must be a number per channel above 0"),
+        ({"views": (View(),), "mean": (0.0, float("nan"), 0.0)}, "mean is .*; it must be a number per channel"),
     ],
 )
 def test_an_augmentation_says_what_is_wrong_with_it(fields: dict[str, Any], message: str) -> None:

@@ -76,7 +76,7 @@ def test_files_that_cannot_be_read_are_neither_asked_for_nor_found(tmp_path: Pat
     assert sorted(found.test) == sorted({*range(24)} - {3, 8})
     assert not {3, 8} & set(found.bank.flatten().tolist())
     assert [row[0] for row in found.bank.tolist()] == found.test  # each is nearest to itself
-    assert picture(found, source, side=16).height == 22 * 24
+    assert picture(found, source, side=16).height > 22 * 16
 
 
 def test_the_picture_frames_in_green_what_is_of_the_same_class() -> None:
@@ -85,22 +85,30 @@ def test_the_picture_frames_in_green_what_is_of_the_same_class() -> None:
     source = source_of(bank, bank.subset(np.array([0, 3])))
     found = nearest(Flat(), source, SETTING, count=2, k=4)._replace(bank=torch.tensor([[1, 2, 0, 3], [2, 0, 3, 1]]))
     drawn = np.asarray(picture(found, source, side=20))
-    step = 28
-    for row, (own, others) in enumerate(((0, [1, 2, 0, 3]), (3, [2, 0, 3, 1]))):
-        assert (drawn[row * step + 14, 14] == bank.arrays[own, 0, 0]).all()
-        assert (drawn[row * step + 1, 14] == 255).all()  # it is no neighbour
-        for column, other in enumerate(others, start=1):
-            at = column * step + step // 4
-            assert (drawn[row * step + 14, at + 14] == bank.arrays[other, 0, 0]).all()
-            framed = tuple(drawn[row * step + 2, at + 14]) == sheets.GREEN
-            assert framed == (bank.labels[other] == bank.labels[own])  # type: ignore[index]
+    top = 0
+    for own, others in ((0, [1, 2, 0, 3]), (3, [2, 0, 3, 1])):
+        # The gray levels tell the pictures apart: 16 pixels wide, since each of 8 is drawn as a square.
+        shown = (drawn[top:] == bank.arrays[own, 0, 0]).all(axis=2)
+        y, left = np.argwhere(shown & np.roll(shown, -15, axis=0) & np.roll(shown, -15, axis=1))[0]
+        top += y
+        assert (drawn[top - 3, left : left + 16] == 255).all()  # it is no neighbour
+        for other in others:
+            row = (drawn[top, left + 16 :] == bank.arrays[other, 0, 0]).all(axis=1)
+            left += 16 + int(row.argmax())
+            assert (drawn[top : top + 16, left : left + 16] == bank.arrays[other, 0, 0]).all()
+            framed = [tuple(drawn[y, x]) == sheets.GREEN for y in (top - 3, top + 18) for x in (left - 3, left + 18)]
+            assert framed == [bank.labels[other] == bank.labels[own]] * 4  # type: ignore[index]
+        top += 16
 
 
 def test_rows_of_pictures_of_any_shape() -> None:
-    wide = Image.new("L", (90, 30), 200)
-    drawn = sheets.draw([[(wide, None)], [(wide, sheets.GREEN), (wide, None), (wide, None)], []], side=32)
-    assert drawn.size == (3 * 40 + 10, 3 * 40)
-    assert sheets.draw([]).size == (1, 1)
+    wide, high = (sheets.whole(Image.new("L", size, 200), 32) for size in ((90, 30), (1, 4000)))
+    assert (wide.size, high.size) == ((32, 11), (1, 32))
+    tiles = [sheets.Tile(wide), sheets.Tile(high, sheets.GREEN), sheets.Tile(wide)]
+    drawn = sheets.draw([sheets.Row("a", "", tiles[:1]), sheets.Row("b", "", tiles), sheets.Row("c", "", [])])
+    assert drawn.width >= 32 + 1 + 32
+    assert drawn.height >= 11 + 32
+    assert sheets.draw([]).width == 1
 
 
 def test_evaluate_draws_neighbours_and_leaves_pictures_of_others(
@@ -127,7 +135,8 @@ def test_evaluate_draws_neighbours_and_leaves_pictures_of_others(
         assert str(out) in capsys.readouterr().out
         assert sheet(out)
     with Image.open(out) as drawn:
-        assert drawn.size == (6 * 72 + 18, 16 * 72)
+        assert drawn.width > 6 * 128  # an image and five neighbours, enlarged
+        assert drawn.height > 16 * 128
     evaluate.main(["--checkpoint", str(tmp_path / "run" / "backbone.safetensors"), *run[2:], f"--neighbours={out}"])
 
 

@@ -152,7 +152,7 @@ FLOW = (
 )
 """Parts of the package, from those that know nothing of the others to those that know all."""
 # A setting's values and a loader's views may follow from a method's name, which is looked up when it is known.
-LOOKED_UP = {("settings/fields.py", "methods"), ("data/__init__.py", "methods")}
+LOOKED_UP = {("settings/fields.py", "methods")}
 
 
 def part_of(module: str) -> str:

@@ -22,6 +22,7 @@ from fastrm.data.opening import located, open_source
 from fastrm.data.settling import PixelOptions, settled
 from fastrm.data.sources import ArrayImages, Images, Source
 from fastrm.data.torch_loader import TorchLoader
+from fastrm.data.views import augmentation_of
 from fastrm.errors import UsageError
 from fastrm.settings.config import check_value
 
@@ -35,6 +36,7 @@ __all__ = [
     "PixelOptions",
     "Source",
     "View",
+    "augmentation_of",
     "eval_loader",
     "located",
     "make_loader",
@@ -115,7 +117,7 @@ def make_loader(
     if isinstance(method, Augmentation) or (callable(method) and not isinstance(method, type)):
         recipe = method
     else:
-        recipe = _published(method, crop_min)
+        recipe = augmentation_of(method, crop_min)
     place = _device(device)
     check_value("loader", loader)
     source = settled(open_source(data, data_root), pixels, workers=workers)
@@ -152,21 +154,6 @@ def make_loader(
     made = TorchLoader(images, recipe, workers=workers, **common)
     made.notes += notes
     return made
-
-
-def _published(method: Any, crop_min: float) -> Augmentation:
-    """The augmentation that a method says."""
-    from fastrm import methods  # which get their augmentations' form from here
-
-    if not isinstance(method, str | type):
-        raise UsageError(
-            f"method is a {type(method).__name__}; it must be one of {', '.join(methods.names())}, a "
-            "fastrm.data.Augmentation, or a callable from one image to a tuple of views"
-        )
-    kind = methods.find(method)
-    augmentation = kind.augmentation(crop_min)
-    kind.check_views(len(augmentation.views))
-    return augmentation
 
 
 def _kind(loader: str, images: Images, recipe: Augmentation | Augment, device: torch.device) -> str:

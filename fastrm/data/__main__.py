@@ -1,30 +1,35 @@
-"""Draw a contact sheet of what the network sees: a column for each image, its two views below each other.
+"""Draw a contact sheet of what the network sees: a row for each image, the picture and beside it its views.
 
 python -m fastrm.data --data digits --image-size 32 --out views.png
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated
 
 import torch
+from PIL import Image
+from torch import Tensor
 
-from fastrm.data import make_loader, open_source, sheets
-from fastrm.data.augmentation import IMAGENET_MEAN, IMAGENET_STD
+from fastrm.data import augmentation_of, make_loader, open_source, sheets
+from fastrm.data.items import ItemImages
+from fastrm.data.loader import normalising
+from fastrm.data.settling import settled
+from fastrm.data.sources import Images
 from fastrm.machine.memory import enough
 from fastrm.settings import command_line
 from fastrm.settings.config import defaults
-from fastrm.settings.fields import ImageSize, Seed
+from fastrm.settings.fields import CropMin, ImageSize, Seed
 from fastrm.settings.kinds import Range, checked
 from fastrm.terminal import shell
 
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """Draw both views of some images."""
+    """Draw some images, and the views of each."""
 
     data: str
     """A folder, shards, or the name of a set, as in fastrm.train."""
@@ -34,6 +39,10 @@ class Options:
     """Where a named set lies."""
     method: str = field(default_factory=lambda: defaults().method.method)
     """Whose augmentation."""
+    augmentation: str | None = None
+    """What differs from it, as in fastrm.train: 2x224,8x96, a TOML file, or a run's config.json."""
+    crop_min: CropMin | None = None
+    """Smallest share of the picture's area that a random crop takes; unset: the method's."""
     image_size: ImageSize = 224
     """Side of the views, in pixels."""
     loader: str = "auto"
@@ -50,16 +59,15 @@ def contact_sheet(options: Options) -> None:
     Raises:
         UsageError: the data cannot be opened, or the picture cannot be written.
     """
-    from PIL import Image
-    from torchvision.utils import make_grid
-
     options = checked(options)
     sheets.check("--out", options.out)
-    source = open_source(options.data, options.data_root)
+    crop_min = defaults(method=options.method).input.crop_min if options.crop_min is None else options.crop_min
+    recipe = augmentation_of(options.method, crop_min, options.augmentation, options.image_size)
+    source = settled(open_source(options.data, options.data_root))
     count = min(options.images, len(source.train))
     loader = make_loader(
         source,
-        method=options.method,
+        method=recipe,
         image_size=options.image_size,
         batch_size=count,
         device="cpu",
@@ -67,18 +75,56 @@ def contact_sheet(options: Options) -> None:
         seed=options.seed,
         loader=options.loader,
     )
-    views = torch.cat(next(iter(loader)).views)
-    mean, std = (torch.tensor(values).view(1, 3, 1, 1) for values in (IMAGENET_MEAN, IMAGENET_STD))
-    grid = make_grid((views * std + mean).clamp(0, 1), nrow=count).mul(255).round().byte().permute(1, 2, 0)
-    sheets.save("--out", options.out, Image.fromarray(grid.numpy()))
+    views, indices = next(iter(loader))
+    mean, std = normalising(recipe, source.train.format)
+    seen = [[sheets.enlarged(picture) for picture in shown(batch, mean, std)] for batch in views]
+    side = max(picture.height for column in seen for picture in column)
+    rows = []
+    for i, at in enumerate(indices):
+        picture = source.train.picture(at)
+        about = f"{picture.width} x {picture.height} pixels{_label(source.train, at)}"
+        tiles = [sheets.Tile(sheets.whole(picture, side)), *(sheets.Tile(column[i]) for column in seen)]
+        rows.append(sheets.Row(source.train.name(at), about, tiles))
+    titles = ["original", *(f"view {number}\n{_size(batch)}" for number, batch in enumerate(views, start=1))]
+    sheets.save("--out", options.out, sheets.draw(rows, titles=titles))
     print(f"data       {source.about}")
-    print(f"{options.out}: {count} images of {source.name}, first views above second ones")
+    bands = _bands(len(mean))
+    print(f"{options.out}: {count} images of {source.name}, and beside each its {len(views)} views{bands}")
+
+
+def shown(views: Tensor, mean: Sequence[float], std: Sequence[float]) -> Iterator[Image.Image]:
+    """Pictures of views [B, C, H, W] that were normalised: of their first three bands, or of one."""
+    by, to = (torch.tensor(values).view(1, -1, 1, 1) for values in (std, mean))
+    bands = (views * by + to)[:, : 3 if len(mean) >= 3 else 1]
+    pixels = bands.clamp(0, 1).mul(255).round().byte().permute(0, 2, 3, 1).squeeze(-1)
+    return map(Image.fromarray, pixels.numpy())
+
+
+def _bands(channels: int) -> str:
+    """What is shown of views of so many channels, where it is not all."""
+    if channels in (1, 3):
+        return ""
+    return f"; of {channels} bands " + (
+        "the first three as red, green and blue" if channels > 3 else "the first as gray"
+    )
+
+
+def _size(views: Tensor) -> str:
+    side = views.shape[-1]
+    larger = sheets.times(side)
+    return f"{side} pixels" + (f", drawn {larger}x" if larger > 1 else "")
+
+
+def _label(images: Images, index: int) -> str:
+    """What an image is labelled with, where that is known without asking a Dataset for all of its items."""
+    labels = None if isinstance(images, ItemImages) else images.labels
+    return "" if labels is None else f", label {labels[index]}"
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Entry point."""
     options = command_line.parse(Options, argv, prog="python -m fastrm.data")
-    asked = f"both views of {options.images} images of {options.image_size} pixels"
+    asked = f"the views of {options.images} images of {options.image_size} pixels"
     with enough(torch.device("cpu"), lambda: asked, "Lower --images or --image-size"):
         contact_sheet(options)
 

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from numbers import Real
-from typing import Literal, get_args
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from fastrm.settings.fields import ImageSize
+from fastrm.settings.kinds import problem
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
 Interpolation = Literal["bilinear", "bicubic"]
+_TOLD = 3  # differences that are named
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,6 +48,8 @@ class View:
     """Inverts values of 128 and above (of 255)."""
     flip_probability: float = 0.5
     """Left to right."""
+    size: int | None = None
+    """Side of the square view, in pixels; None is that of the run, ``--image-size``."""
 
     def __post_init__(self) -> None:
         if self.interpolation not in get_args(Interpolation):
@@ -55,7 +62,13 @@ class View:
         _check_numbers(self, "hue", high=1 / 3)
         _check_numbers(self, "crop_scale", count=2, above=True, high=1)
         _check_numbers(self, "crop_ratio", count=2, above=True)
-        _check_numbers(self, "blur_sigma", count=2, above=True)
+        _check_numbers(self, "blur_sigma", count=2, above=True, high=64)  # beyond, the kernel is wider than the view
+        if (wrong := problem(self.size, ImageSize | None)) is not None:
+            raise ValueError(f"View: size {wrong}")
+
+    def side(self, image_size: int) -> int:
+        """The view's side in pixels, in a run on images of this size."""
+        return image_size if self.size is None else self.size
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,36 +89,86 @@ class Augmentation:
             if not isinstance(view, View):
                 raise ValueError(f"Augmentation: views has a {type(view).__name__} in it; each must be a View")
         if self.mean is not None:
-            _check_numbers(self, "mean", count=len(self.mean), low=-math.inf, rising=False)
+            _check_numbers(self, "mean", count=None, low=-math.inf, rising=False)
         if self.std is not None:
-            _check_numbers(self, "std", count=len(self.std), above=True, rising=False)
+            _check_numbers(self, "std", count=None, above=True, rising=False)
+        if self.mean is not None and self.std is not None and len(self.mean) != len(self.std):
+            raise ValueError(
+                f"Augmentation: mean has {len(self.mean)} numbers and std {len(self.std)}; it must be one per channel"
+            )
+
+    @classmethod
+    def read(cls, given: str | Path, *, base: Augmentation | None = None, image_size: int = 224) -> Augmentation:
+        """Read what ``--augmentation`` takes: a TOML file, a run's ``config.json``, or views such as ``2x224,8x96``.
+
+        Args:
+            given: says what differs from the base.
+            base: whose numbers hold where nothing else is given, as a method's; None stands for two views of
+                ``View()``.
+            image_size: of the run, in pixels: the size of views without one.
+
+        Raises:
+            UsageError: it cannot be read, or what it says is unknown or out of range.
+        """
+        from fastrm.data.views import read_augmentation
+
+        return read_augmentation(given, base or cls(views=(View(), View())), image_size)
+
+    def plain(self) -> dict[str, Any]:
+        """Every number of every view as JSON has it: what a run's ``config.json`` and checkpoints hold."""
+        found = asdict(self)
+        found["view"] = found.pop("views")
+        return {name: _plain(value) for name, value in found.items()}
+
+    def difference(self, then: Mapping[str, Any]) -> str:
+        """How this one differs from another that :meth:`plain` wrote down, in one line; empty where it does not."""
+        now, usual = self.plain(), Augmentation(views=(View(),)).plain()["view"][0]
+        if len(then["view"]) != len(now["view"]):
+            return f"there were {len(then['view'])} views, and are {len(now['view'])}"
+        found = []
+        for i, (old, new) in enumerate(zip(then["view"], now["view"], strict=True), start=1):
+            old = {**usual, **old}  # what is newer than the record
+            found += [f"{name} of view {i} was {old[name]}, is {new[name]}" for name in new if old[name] != new[name]]
+        found += [f"{name} was {then[name]}, is {now[name]}" for name in ("mean", "std") if then[name] != now[name]]
+        return "; ".join(found[:_TOLD]) + (f"; and {len(found) - _TOLD} more" if len(found) > _TOLD else "")
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {name: _plain(inner) for name, inner in value.items()}
+    if isinstance(value, tuple | list):
+        return [_plain(inner) for inner in value]
+    return value if value is None or isinstance(value, str | int) else float(value)
 
 
 def _check_numbers(
     of: View | Augmentation,
     name: str,
     *,
-    count: int = 1,
+    count: int | None = 1,
     low: float = 0,
     high: float = math.inf,
     above: bool = False,
     rising: bool = True,
 ) -> None:
-    """Raise a ValueError unless a field holds so many finite numbers in a range, and pairs in rising order."""
+    """Raise a ValueError unless a field holds so many finite numbers in a range, and pairs in rising order.
+
+    A count of None stands for one number per channel.
+    """
     given = getattr(of, name)
     values = given if isinstance(given, Sequence) and not isinstance(given, str) else [given]
-    right = len(values) == count and (count == 1) == (values is not given)
+    right = len(values) == (count or max(1, len(values))) and (count == 1) == (values is not given)
     for value in values:
         number = isinstance(value, Real) and not isinstance(value, bool)
         right = right and number and math.isfinite(value) and value <= high and (value > low if above else value >= low)
     if right and (not rising or list(values) == sorted(values)):
         return
-    wanted = "a number" if count == 1 else f"{count} numbers"
+    wanted = "a number" if count == 1 else f"{count} numbers" if count else "a number per channel"
     if low > -math.inf:
         wanted += f" {'above' if above else 'from'} {low:g}"
     if high < math.inf:
         wanted += f" {'up ' * above}to {'a third' if high == 1 / 3 else f'{high:g}'}"
-    order = ", the lower one first" if count > 1 and rising else ""
+    order = ", the lower one first" if count != 1 and rising else ""
     raise ValueError(f"{type(of).__name__}: {name} is {given!r:.80}; it must be {wanted}{order}")
 
 

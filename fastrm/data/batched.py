@@ -203,7 +203,7 @@ def normalise(images: Tensor, mean: tuple[float, ...], std: tuple[float, ...], *
     return work if work is out else out.copy_(work)
 
 
-@lru_cache(maxsize=8)  # made once: a tensor of the host's numbers makes the host wait for a GPU
+@lru_cache(maxsize=32)  # made once: a tensor of the host's numbers makes the host wait for a GPU
 def _spread(values: tuple[float, ...], height: int, width: int, device: torch.device) -> Tensor:
     """255 times a number per channel, for each value [1, C, H, W]: a number per channel would be loops of C."""
     channels = torch.tensor([255 * value for value in values], device=device).view(1, -1, 1, 1)

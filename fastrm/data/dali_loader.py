@@ -128,15 +128,17 @@ class DaliLoader(Loader):
         for number, draws in enumerate(drawn):
             inputs |= {f"box{number}": draws.box.int().numpy(), f"flip{number}": draws.flip.int().numpy()}
         outputs = self._pipeline.run(**inputs)
-        return indices, [(self._copied(crops), draws) for crops, draws in zip(outputs, drawn, strict=True)]
+        sides = [view.side(self._size) for view in self._augmentation.views]
+        each = zip(outputs, drawn, sides, strict=True)
+        return indices, [(self._copied(crops, side), draws) for crops, draws, side in each]
 
-    def _copied(self, output: Any) -> Tensor:
+    def _copied(self, output: Any, side: int) -> Tensor:
         """A copy of our own, uint8 [B, S, S, 3]: DALI writes into its buffers again."""
         if self._device.type == "cpu":
             return torch.from_numpy(np.array(output.as_tensor()))
         from nvidia.dali.plugin.pytorch import feed_ndarray
 
-        copy = torch.empty((len(output), self._size, self._size, 3), dtype=torch.uint8, device=self._device)
+        copy = torch.empty((len(output), side, side, 3), dtype=torch.uint8, device=self._device)
         feed_ndarray(output.as_tensor(), copy, cuda_stream=torch.cuda.current_stream(self._device))
         return copy
 
@@ -149,13 +151,13 @@ class DaliLoader(Loader):
 
     def _recoloured(self, crops: Tensor, draws: Draws, view: View) -> Tensor:
         images = crops.permute(0, 3, 1, 2).to(torch.float32, memory_format=torch.contiguous_format)
-        batched.recolour_(images, draws, blur_radius=blur_radius(view, self._size))
-        out = batched.empty_views(len(images), self._size, self._dtype, self._device)
+        batched.recolour_(images, draws, blur_radius=blur_radius(view, images.shape[-1]))
+        out = batched.empty_views(len(images), images.shape[-1], self._dtype, self._device)
         return batched.normalise(images, self._mean, self._std, out=out)
 
 
 def _pipeline(
-    augmentation: Augmentation, size: int, batch_size: int, device: torch.device, threads: int, *, regions: bool
+    augmentation: Augmentation, image_size: int, batch_size: int, device: torch.device, threads: int, *, regions: bool
 ) -> Any:
     """Files and boxes in, a crop for each view out, uint8 [B, S, S, 3]; one definition for GPU and CPU.
 
@@ -182,13 +184,13 @@ def _pipeline(
         for number, view in enumerate(augmentation.views):
             box = fn.external_source(name=f"box{number}", dtype=types.INT32, ndim=1)
             flip = fn.external_source(name=f"flip{number}", dtype=types.INT32, ndim=0)
-            start, shape = box[0:2], box[2:4]
+            start, shape, side = box[0:2], box[2:4], view.side(image_size)
             if regions:
                 picture = fn.decoders.image_slice(file, start, shape, axes=(0, 1), **decoder)
             else:
                 picture = fn.slice(whole, start, shape, axes=(0, 1))
             resized = fn.resize(
-                picture, resize_x=size, resize_y=size, interp_type=filters[view.interpolation], antialias=True
+                picture, resize_x=side, resize_y=side, interp_type=filters[view.interpolation], antialias=True
             )
             views.append(fn.flip(resized, horizontal=flip, vertical=0))
         return tuple(views)

@@ -85,7 +85,7 @@ class Draws:
         return Draws(**{field.name: getattr(self, field.name)[which] for field in fields(self)})
 
 
-def draw(view: View, heights: Tensor, widths: Tensor, image_size: int, generator: torch.Generator) -> Draws:
+def draw(view: View, heights: Tensor, widths: Tensor, side: int, generator: torch.Generator) -> Draws:
     """Draw a view's parameters for B images.
 
     They are drawn on the CPU, so that the same seed gives the same views on every device, and so that the images that
@@ -94,7 +94,7 @@ def draw(view: View, heights: Tensor, widths: Tensor, image_size: int, generator
     Args:
         view: the distributions.
         heights, widths: int64 [B], of the pictures in pixels.
-        image_size: side of the view, in pixels.
+        side: of the view, in pixels.
         generator: on the CPU.
     """
     count = len(heights)
@@ -108,7 +108,7 @@ def draw(view: View, heights: Tensor, widths: Tensor, image_size: int, generator
     tries = _tries(view, count, generator)
     strengths = (view.brightness, view.contrast, view.saturation)
     factors = [uniform(max(0.0, 1 - strength), 1 + strength) for strength in strengths]
-    scale = image_size / 224
+    scale = side / 224
     return Draws(
         box=boxes(view, tries, heights, widths),
         jitter=chosen(view.jitter_probability),
@@ -122,9 +122,9 @@ def draw(view: View, heights: Tensor, widths: Tensor, image_size: int, generator
     )
 
 
-def blur_radius(view: View, image_size: int) -> int:
+def blur_radius(view: View, side: int) -> int:
     """Taps of the blur on each side of a pixel: wide enough for three of the largest standard deviation."""
-    return max(1, int(np.ceil(3 * view.blur_sigma[1] * image_size / 224)))
+    return max(1, int(np.ceil(3 * view.blur_sigma[1] * side / 224)))
 
 
 def _tries(view: View, count: int, generator: torch.Generator) -> Tensor:
@@ -162,6 +162,6 @@ def boxes(view: View, tries: Tensor, heights: Tensor, widths: Tensor) -> Tensor:
 def draw_views(
     views: Sequence[View], sizes: Sequence[tuple[int, int]], image_size: int, generator: torch.Generator
 ) -> list[Draws]:
-    """Draw the parameters of each view for images of these (height, width)."""
+    """Draw the parameters of each view for images of these (height, width); ``image_size`` is that of views without."""
     heights, widths = torch.tensor(sizes, dtype=torch.int64).reshape(-1, 2).unbind(1)
-    return [draw(view, heights, widths, image_size, generator) for view in views]
+    return [draw(view, heights, widths, view.side(image_size), generator) for view in views]

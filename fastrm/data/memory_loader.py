@@ -47,21 +47,22 @@ class MemoryLoader(Loader):
         return tuple(self._view(request, *pair) for pair in zip(self._augmentation.views, drawn, strict=True))
 
     def _view(self, request: Request, view: View, draws: Draws) -> Tensor:
-        images = self._cropped(request, draws, view.interpolation)
-        batched.recolour_(images, draws, blur_radius=blur_radius(view, self._size))
-        out = batched.empty_views(len(images), self._size, self._dtype, images.device, channels=self.channels)
+        side = view.side(self._size)
+        images = self._cropped(request, draws, side, view.interpolation)
+        batched.recolour_(images, draws, blur_radius=blur_radius(view, side))
+        out = batched.empty_views(len(images), side, self._dtype, images.device, channels=self.channels)
         return batched.normalise(images, self._mean, self._std, out=out)
 
-    def _cropped(self, request: Request, draws: Draws, interpolation: str) -> Tensor:
+    def _cropped(self, request: Request, draws: Draws, side: int, interpolation: str) -> Tensor:
         """float32 [B, C, S, S]: in one go on a GPU or where the pictures are tiny; else picture by picture in bytes."""
         if self._pixels.device.type == "cuda" or self._pixels[0].numel() < _TINY:
             index = torch.tensor(request.images).to(self._pixels.device, non_blocking=True)
             bicubic = interpolation == "bicubic"
             return batched.crop_resize(
-                self._pixels.index_select(0, index), draws.box, draws.flip, self._size, bicubic=bicubic
+                self._pixels.index_select(0, index), draws.box, draws.flip, side, bicubic=bicubic
             )
-        out = torch.empty(len(request.images), self._pixels.shape[1], self._size, self._size)
+        out = torch.empty(len(request.images), self._pixels.shape[1], side, side)
         places = zip(request.images, draws.box.tolist(), draws.flip.tolist(), strict=True)
         for row, (at, box, flip) in zip(out, places, strict=True):
-            row.copy_(batched.crop(self._pixels[at], box, flip, self._size, interpolation)[0])
+            row.copy_(batched.crop(self._pixels[at], box, flip, side, interpolation)[0])
         return out

@@ -1,43 +1,117 @@
-"""Pictures of pictures: drawn in rows, and written so that fastrm knows them again."""
+"""Pictures of pictures: drawn in rows with their names, and written so that fastrm knows them again."""
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
-from PIL import Image, ImageOps
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 from PIL.PngImagePlugin import PngInfo
 
 from fastrm.errors import UsageError
-from fastrm.files import write_whole, writing
+from fastrm.files import as_utf8, write_whole, writing
 from fastrm.own import SHEET, require, sheet
 from fastrm.settings.config import check_path
 
 FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG"}
 """By ending: those that can say what they are, so that they are neither trained on nor taken for a photograph."""
 GREEN = (0, 158, 115)
+SIDE = 128
+"""Pixels that the longer side of a picture has at least, so that a person sees what is in it."""
 _MARGIN = 4  # pixels around a picture, in which its frame is
+_APART = 16  # pixels between the first column and the others
+_TEXT = 14  # pixels
+_INK = (64, 64, 64)
+_LONGEST = 400  # characters of a name that are looked at
 
 
-def draw(rows: Sequence[Sequence[tuple[Image.Image, tuple[int, int, int] | None]]], *, side: int = 64) -> Image.Image:
+class Tile(NamedTuple):
+    """A picture, and the colour of its frame."""
+
+    picture: Image.Image
+    frame: tuple[int, int, int] | None = None
+
+
+class Row(NamedTuple):
+    """Pictures beside each other."""
+
+    name: str
+    """What stands above them, shortened at its start where it is too long."""
+    about: str
+    """What stands behind the name."""
+    tiles: Sequence[Tile]
+
+
+def enlarged(picture: Image.Image, side: int = SIDE) -> Image.Image:
+    """A picture with each pixel drawn as a square, so that its longer side is ``side`` or more; or as it is."""
+    return ImageOps.scale(picture.convert("RGB"), times(max(picture.size), side), Image.Resampling.NEAREST)
+
+
+def times(length: int, side: int = SIDE) -> int:
+    """How many times as long a picture of this length is drawn."""
+    return math.ceil(side / length)
+
+
+def whole(picture: Image.Image, side: int = SIDE) -> Image.Image:
+    """A picture in a square of this side: shrunk to it, or each pixel drawn as a square."""
+    picture = picture.convert("RGB")
+    if max(picture.size) > side:
+        picture.thumbnail((side, side))
+        return picture
+    return ImageOps.scale(picture, side // max(picture.size), Image.Resampling.NEAREST)
+
+
+def draw(rows: Sequence[Row], *, titles: Sequence[str] = ()) -> Image.Image:
     """Draw rows of pictures; the first of each row stands apart, as what the others belong to.
 
     Args:
-        rows: pictures of any size, which are cropped to a square, each with the colour of its frame or None.
-        side: of the squares, in pixels.
+        rows: pictures of any size, each row with a name.
+        titles: of the columns.
     """
-    step = side + 2 * _MARGIN
-    width = max((len(row) for row in rows), default=0)
-    drawn = Image.new("RGB", ((width * step + step // 4) if width else 1, max(1, len(rows) * step)), "white")
-    for j, row in enumerate(rows):
-        for i, (picture, frame) in enumerate(row):
-            square = ImageOps.fit(picture.convert("RGB"), (side, side), Image.Resampling.BICUBIC)
+    font = ImageFont.load_default(_TEXT)
+    measured = ImageDraw.Draw(Image.new("RGB", (1, 1)))
+    heads = [tuple(map(math.ceil, measured.multiline_textbbox((0, 0), title, font)[2:])) for title in titles]
+    columns = range(max([len(heads), *(len(row.tiles) for row in rows)]))
+    wide = [
+        max([head[0] for head in heads[i : i + 1]] + [row.tiles[i].picture.width for row in rows if i < len(row.tiles)])
+        for i in columns
+    ]
+    left = [sum(wide[:i]) + (2 * i + 1) * _MARGIN + (i > 0) * _APART for i in columns]
+    width = left[-1] + wide[-1] + _MARGIN if left else 1
+    line, top = _TEXT + 3 * _MARGIN, max((head[1] for head in heads), default=0) + _MARGIN
+    high = [max((tile.picture.height for tile in row.tiles), default=0) + 2 * _MARGIN + line for row in rows]
+    sheet = Image.new("RGB", (width, top + sum(high)), "white")
+    drawn = ImageDraw.Draw(sheet)
+    for x, title in zip(left, titles, strict=False):
+        drawn.multiline_text((x, _MARGIN // 2), title, _INK, font)
+    for row, height in zip(rows, high, strict=True):
+        about = f"   {row.about}" if row.about else ""
+        room = width - 2 * _MARGIN - font.getlength(about)
+        drawn.text((_MARGIN, top + 2 * _MARGIN), _shortened(row.name, room, font) + about, _INK, font)
+        for x, (picture, frame) in zip(left, row.tiles, strict=False):
+            y = top + line + _MARGIN
             if frame is not None:
-                square = ImageOps.expand(square, _MARGIN - 1, frame)
-            edge = _MARGIN - (_MARGIN - 1) * (frame is not None)
-            drawn.paste(square, (i * step + (i > 0) * (step // 4) + edge, j * step + edge))
-    return drawn
+                edge = _MARGIN - 1
+                drawn.rectangle(
+                    (x - edge, y - edge, x + picture.width + edge - 1, y + picture.height + edge - 1), frame
+                )
+            sheet.paste(picture, (x, y))
+        top += height
+    return sheet
+
+
+def _shortened(name: str, room: float, font: ImageFont.FreeTypeFont | ImageFont.ImageFont) -> str:
+    """A name in one line of so many pixels; of a longer one the end, which tells it from others."""
+    name = " ".join(as_utf8(name).split())
+    short = name if len(name) <= _LONGEST else ""
+    for start in range(max(0, len(name) - _LONGEST), len(name) + 1):
+        if short and font.getlength(short) <= room:
+            break
+        short = "…" + name[start + 1 :]
+    return short
 
 
 def check(flag: str, out: Path) -> None:

@@ -43,13 +43,14 @@ class _Views(Dataset[Loaded]):
 
     def _views(self, request: Request, faults: dict[int, str]) -> Loaded:
         """Views [B, C, S, S], channels last; a few pictures at a time are held, for whose sizes the crops are found."""
-        size, views, images = self.image_size, self.augmentation.views, self.images
+        views, images = self.augmentation.views, self.images
+        sizes = [view.side(self.image_size) for view in views]
         indices = list(request.images)
         count, format = len(indices), images.format
         dtype = torch.uint8 if format.bytes else torch.float32
-        drawn = draw_views(views, [(1, 1)] * count, size, self.sampler.generator(request))
+        drawn = draw_views(views, [(1, 1)] * count, self.image_size, self.sampler.generator(request))
         flips = [draws.flip.tolist() for draws in drawn]
-        outs = [batched.empty_views(count, size, dtype, _CPU, channels=format.channels) for _ in views]
+        outs = [batched.empty_views(count, size, dtype, _CPU, channels=format.channels) for size in sizes]
 
         def read(at: int) -> Tensor:
             with seeded(self.sampler.seed, request.epoch, at) if isinstance(images, ItemImages) else nullcontext():
@@ -63,7 +64,7 @@ class _Views(Dataset[Loaded]):
             crops = [boxes(view, found, *sides).tolist() for view, found in zip(views, tries, strict=True)]
             for i, (_, picture) in enumerate(held):
                 at = start + i
-                for view, draws, box, flip, out in zip(views, drawn, crops, flips, outs, strict=True):
+                for view, size, draws, box, flip, out in zip(views, sizes, drawn, crops, flips, outs, strict=True):
                     crop = batched.crop(picture, box[i], flip[at], size, view.interpolation)
                     image = crop.to(torch.float32, memory_format=torch.contiguous_format)
                     batched.recolour_(image, draws.part(slice(at, at + 1)), blur_radius=blur_radius(view, size))
@@ -80,7 +81,7 @@ class TorchLoader(Loader):
     Args:
         images: what the views are of.
         augmentation: a built-in one, or a callable.
-        image_size: side of a built-in augmentation's views.
+        image_size: side of a built-in augmentation's views that say none themselves.
         device, dtype: of the views.
         workers: loader processes.
         sampling: as :class:`Loader` takes it.

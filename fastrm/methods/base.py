@@ -125,7 +125,7 @@ class Method(nn.Module, Generic[E]):
     def check_views(cls, count: int) -> None:
         """Raise a UsageError unless an augmentation gives as many views of an image as the method takes."""
         if count != cls.views:
-            raise UsageError(f"--method {cls.name} takes {cls.views} views of an image; its augmentation gives {count}")
+            raise UsageError(f"--method {cls.name} takes {cls.views} views of an image; the augmentation gives {count}")
 
     def cautions(self, batch: int, images: int) -> Iterator[str]:
         """What may go wrong with so many images per micro-batch, over all processes, and in all; a sentence each."""

@@ -11,7 +11,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from fastrm.data import Source
-from fastrm.data.sheets import GREEN, draw
+from fastrm.data.sheets import GREEN, SIDE, Row, Tile, draw, whole
 from fastrm.data.sources import Images
 from fastrm.probes.features import Setting, batches, evaluating
 from fastrm.terminal.progress import bar
@@ -72,7 +72,7 @@ def _directions(network: nn.Module, images: Images, setting: Setting) -> tuple[T
     return torch.cat(rows), indices
 
 
-def picture(found: Neighbours, source: Source, *, side: int = 64) -> Image.Image:
+def picture(found: Neighbours, source: Source, *, side: int = SIDE) -> Image.Image:
     """A row for each test image, its neighbours beside it; those of its class are framed in green."""
     assert source.bank is not None
     assert source.test is not None
@@ -80,10 +80,14 @@ def picture(found: Neighbours, source: Source, *, side: int = 64) -> Image.Image
     assert ours is not None
     assert theirs is not None
     rows = [
-        [
-            (source.test.picture(i), None),
-            *((source.bank.picture(j), GREEN if theirs[j] == ours[i] else None) for j in row),
-        ]
+        Row(
+            source.test.name(i),
+            f"label {ours[i]}",
+            [
+                Tile(whole(source.test.picture(i), side)),
+                *(Tile(whole(source.bank.picture(j), side), GREEN if theirs[j] == ours[i] else None) for j in row),
+            ],
+        )
         for i, row in zip(found.test, found.bank.tolist(), strict=True)
     ]
-    return draw(rows, side=side)
+    return draw(rows, titles=["image", "nearest"])

@@ -5,7 +5,8 @@ What can be wrong is found here, before anything is written.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import copy
+from collections.abc import Callable, Collection, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
@@ -17,7 +18,7 @@ from torch import nn
 from torch.profiler import record_function
 
 from fastrm import hooks as listeners
-from fastrm.data import Loader, Source, located, make_loader, open_source
+from fastrm.data import Augmentation, Loader, Source, augmentation_of, located, make_loader, open_source
 from fastrm.data.formats import PixelFormat
 from fastrm.data.inventory import Inventory, inventory
 from fastrm.data.loader import Batch
@@ -31,6 +32,7 @@ from fastrm.machine.joined import Machine, joined
 from fastrm.machine.memory import enough
 from fastrm.methods import Method, build_method, find
 from fastrm.models import Backbone, untrained
+from fastrm.models.named import refusing
 from fastrm.optim import Schedule, build_optimizer
 from fastrm.probes import OnlineLinear
 from fastrm.probes.features import Setting
@@ -55,6 +57,8 @@ class Parts:
     broken: dict[str, str]
     """Images that are left out, by name, and what is wrong with them."""
     images: Inventory
+    augmentation: Augmentation | None
+    """How views are made; None where a callable makes them."""
     loader: Loader
     schedule: Schedule
     method: Method[Any]
@@ -113,6 +117,12 @@ def assemble(config: Config, objects: Objects, opened: ExitStack) -> Parts:
     assert batch is not None
 
     kind = find(objects.method or config.method.method)
+    given = config.input
+    recipe = objects.augmentation or augmentation_of(
+        kind, crop_min=given.crop_min, given=given.augmentation, image_size=given.image_size
+    )
+    if isinstance(recipe, Augmentation):
+        kind.check_views(len(recipe.views))
     workers = min(available_cores(), 8) if config.input.workers is None else config.input.workers
     source, broken = _opened(objects.data, config, workers)
     # A run is evaluated from other folders than it was started in.
@@ -121,7 +131,7 @@ def assemble(config: Config, objects: Objects, opened: ExitStack) -> Parts:
     config = config.replace(data=place, data_root=root and root.absolute())
     loader = make_loader(
         source,
-        method=objects.augmentation or kind,
+        method=recipe,
         image_size=config.input.image_size,
         batch_size=batch // (world.size * accumulate),
         device=device,
@@ -129,7 +139,6 @@ def assemble(config: Config, objects: Objects, opened: ExitStack) -> Parts:
         seed=config.run.seed,
         dtype=AUTOCAST.get(precision, torch.float32),
         loader=config.input.loader,
-        crop_min=config.input.crop_min,
         rank=world.rank,
         world_size=world.size,
     )
@@ -149,6 +158,9 @@ def assemble(config: Config, objects: Objects, opened: ExitStack) -> Parts:
         kind=kind,
     )
     _check_channels(config, method.student.backbone, loader, source)
+    if isinstance(recipe, Augmentation):
+        others = {view.side(given.image_size) for view in recipe.views} - {given.image_size}
+        _check_sizes(method.student.backbone, config.model.arch, others)
     if precision in AUTOCAST:
         method.pair.keep_low_precision(AUTOCAST[precision])
     optimizer = build_optimizer(method, config.optim, backend=machine.backend)
@@ -169,6 +181,7 @@ def assemble(config: Config, objects: Objects, opened: ExitStack) -> Parts:
         source=source,
         broken=broken,
         images=inventory(source.train, left_out=len(broken), steps_per_epoch=steps_per_epoch),
+        augmentation=recipe if isinstance(recipe, Augmentation) else None,
         loader=loader,
         schedule=Schedule(config.optim, config.method, batch, steps_per_epoch),
         method=method,
@@ -233,6 +246,15 @@ def _check_channels(config: Config, backbone: Backbone, loader: Loader, source: 
             raise UsageError(
                 f"--arch {config.model.arch} takes images of {backbone.channels} channels, and {what} have {channels}"
             )
+
+
+def _check_sizes(backbone: Backbone, arch: str, sizes: Collection[int]) -> None:
+    """Refuse views of sizes that the network does not take: one that was built for one size, as most ViTs."""
+    if sizes:
+        trial, device = copy.deepcopy(backbone).eval(), next(backbone.parameters()).device
+        for side in sizes:
+            with refusing(arch, f"cannot take views of {side} pixels"), torch.no_grad():
+                trial(torch.zeros(1, backbone.channels, side, side, device=device))
 
 
 def _online(

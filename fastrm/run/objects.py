@@ -26,9 +26,9 @@ class Objects:
 
 
 def named(data: Any, arch: Any, method: Any, augmentation: Any) -> tuple[dict[str, Any], Objects]:
-    """Tell names from objects: the settings ``data``, ``arch`` and ``method``, and the objects behind them.
+    """Tell names from objects: four settings by name, and the objects behind them.
 
-    ``arch`` and ``method`` are left out of the settings where they are None, for the recipe or the default to say.
+    All but ``data`` are left out of the settings where they are None, for the recipe or the default to say.
 
     Raises:
         UsageError: an argument is of a kind that cannot be used.
@@ -45,20 +45,24 @@ def named(data: Any, arch: Any, method: Any, augmentation: Any) -> tuple[dict[st
     if method is not None and not own and not isinstance(method, str):
         given = f"the class {method.__name__}" if isinstance(method, type) else f"a {type(method).__name__}"
         raise UsageError(f"method is {given}; it must be a name or a subclass of fastrm.methods.Method")
-    if augmentation is not None and not isinstance(augmentation, Augmentation) and not callable(augmentation):
+    own_views = isinstance(augmentation, Augmentation) or callable(augmentation)
+    if isinstance(augmentation, Path):
+        augmentation = str(augmentation)
+    if not (augmentation is None or isinstance(augmentation, str) or own_views):
         raise UsageError(
-            f"augmentation is a {type(augmentation).__name__}; it must be a fastrm.data.Augmentation, or a callable "
-            "from one image to a tuple of views"
+            f"augmentation is a {type(augmentation).__name__}; it must be a fastrm.data.Augmentation, a file of one, "
+            "views and their sizes, such as 2x224,8x96, or a callable from one image to a tuple of views"
         )
     names = {
         "data": data if isinstance(data, str) else f"<{type(data).__name__}>",
         "arch": module_name(arch) if isinstance(arch, nn.Module) else arch,
         "method": method,
+        "augmentation": f"<{type(augmentation).__name__}>" if own_views else augmentation,
     }
     objects = Objects(
         data=None if isinstance(data, str) else data,
         arch=arch if isinstance(arch, nn.Module) else None,
         method=method if own else None,
-        augmentation=augmentation,
+        augmentation=augmentation if own_views else None,
     )
     return {name: value for name, value in names.items() if value is not None}, objects

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from fastrm.data import Augmentation
 from fastrm.data.inventory import Inventory
 from fastrm.errors import UsageError
 from fastrm.machine.distributed import world
@@ -22,7 +23,8 @@ FREE_ON_RESUME = frozenset(
     {"max_steps", "log_every", "profile", "eval_every", "checkpoint_every", "keep", "keep_every", "keep_best"}
     | {"verify_every", "log_to"}
     | {"out", "resume", "recipe", "device", "compile", "cuda_graph", "channels_last", "kernels", "loader", "scan"}
-    | {"workers", "data", "data_root", "allow_changed_data", "dry_run"}  # of the images their inventory is compared
+    | {"workers", "allow_changed_data", "dry_run"}
+    | {"data", "data_root", "augmentation"}  # what they stand for is compared: an inventory, and every number of views
 )
 
 OLD_ONLINE = "fastrm.hooks.online.Online"
@@ -47,7 +49,13 @@ class Start(NamedTuple):
     """What holds in place of what was given: the warm-up of a run that is made longer."""
 
 
-def resume(now: Mapping[str, Any], out: Path, images: Inventory, parts: Mapping[str, Stateful]) -> Start:
+def resume(
+    now: Mapping[str, Any],
+    out: Path,
+    images: Inventory,
+    parts: Mapping[str, Stateful],
+    augmentation: Augmentation | None = None,
+) -> Start:
     """Load the checkpoint that ``--resume`` asks for into ``parts`` and say where the run goes on; at 0 without one.
 
     A run whose epochs are over goes on if more of them are asked for.
@@ -59,6 +67,7 @@ def resume(now: Mapping[str, Any], out: Path, images: Inventory, parts: Mapping[
         out: the run folder.
         images: what is trained on.
         parts: what has a state, by name.
+        augmentation: how views are made; None for a callable, which is not compared.
 
     Raises:
         UsageError: there is no such checkpoint, all are damaged, it is of a run with other settings, or of one on other
@@ -80,6 +89,7 @@ def resume(now: Mapping[str, Any], out: Path, images: Inventory, parts: Mapping[
             f"{path} is of a run in {processes} processes, and these are {world().size}: every batch would be another "
             "one. Start as many, or give another --out"
         )
+    _same_views(path, state, augmentation)
     start = _compared(path, state, now, images)._replace(settings=stays)
     state.setdefault("hooks", {OLD_ONLINE: state["online"]} if "online" in state else {})
     with fitting(path):
@@ -98,6 +108,8 @@ def _same_settings(
     """Hold the settings against those of a checkpoint, and return what of those stays although another is given."""
     then = Config().flat() | state["config"]  # settings that are newer than the checkpoint had their defaults
     free = FREE_ON_RESUME if "images" in state or now["allow_changed_data"] else FREE_ON_RESUME - {"data"}
+    if "augmentation" not in state and not str(now["augmentation"]).startswith("<"):  # objects were not recorded then
+        free -= {"augmentation"}
     changed = {name for name in now if name not in free and then.get(name) != now[name]}
     if "data" in changed and _same_file(then["data"], now["data"]):
         changed.remove("data")
@@ -113,6 +125,19 @@ def _same_settings(
             f"{path} is of other settings: {differences}{hint}. Use its own, another --out, or --resume never"
         )
     return {}
+
+
+def _same_views(path: Path, state: Mapping[str, Any], augmentation: Augmentation | None) -> None:
+    """Hold the views against those of a checkpoint; older ones do not say theirs."""
+    if augmentation is None or state.get("augmentation") is None:
+        return
+    with fitting(path):
+        difference = augmentation.difference(state["augmentation"])
+    if difference:
+        raise UsageError(
+            f"{path} is of a run on other views: {difference}. Use its own (--augmentation {path.parent}/config.json), "
+            "another --out, or --resume never"
+        )
 
 
 def _same_file(then: object, now: str) -> bool:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from fastrm.data import Augmentation
 from fastrm.machine.distributed import World
 from fastrm.machine.joined import Machine
 from fastrm.methods import Method
@@ -48,6 +50,14 @@ def described(config: Config, machine: Machine) -> str:
         *(extra for extra, chosen in extras.items() if chosen),
     ]
     return ", ".join(parts)
+
+
+def views(augmentation: Augmentation, image_size: int) -> str:
+    """How many views there are of which size, in one line."""
+    counts = Counter(view.side(image_size) for view in augmentation.views)
+    told = ", ".join(f"{count} of {side} pixels" for side, count in counts.items())
+    other = f"; the network is built for --image-size {image_size}, and evaluated at it"
+    return told + (other if image_size not in counts else "")
 
 
 def cautions(config: Config, method: Method[Any], schedule: Schedule, images: int) -> Iterator[str]:

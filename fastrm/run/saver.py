@@ -51,22 +51,22 @@ class Saver:
         before: Callable[[], object] = lambda: None,
     ) -> None:
         self.out, self.parts, self.keep, self.keep_every, self.before = out, parts, keep, keep_every, before
-        self.settings: dict[str, Any] = {}
-        self.pixels: dict[str, Any] = {}
+        self.same: dict[str, Any] = {}
         self.newest = 0
         self._writer: threading.Thread | None = None
         self._fault: BaseException | None = None
 
-    def goes_on(self, step: int, settings: dict[str, Any], images: Stateful, pixels: dict[str, Any]) -> None:
+    def goes_on(self, step: int, settings: dict[str, Any], images: Stateful, **about: dict[str, Any] | None) -> None:
         """Say what is the same in all checkpoints from here on.
 
         Args:
             step: the step that the newest one in the folder is of; 0 without one.
             settings: of the run, resolved, by name.
             images: that it trains on.
-            pixels: how they are taken: :meth:`fastrm.data.formats.PixelFormat.plain`.
+            about: ``pixels``, how they are taken, and ``augmentation``, how views are made, by their ``plain``.
         """
-        self.newest, self.settings, self.pixels, self.parts["images"] = step, settings, pixels, images
+        self.newest, self.parts["images"] = step, images
+        self.same = {"config": settings, **about}
 
     def save(self, step: int) -> Path:
         """Save all that an exact resume needs, and return where; to be called in all processes.
@@ -85,8 +85,7 @@ class Saver:
         self.wait()
         self.before()
         states = {name: _copied(part.state_dict()) for name, part in self.parts.items()}
-        about = {"format": FORMAT, "config": self.settings, "pixels": self.pixels, "step": step}
-        state = {**about, "random": everyone, **states}
+        state = {"format": FORMAT, **self.same, "step": step, "random": everyone, **states}
         self._writer = threading.Thread(target=self._write, args=(step, state), name="checkpoint")
         self._writer.start()
         return self.out / NAME

@@ -22,6 +22,7 @@ from fastrm.run.results import SUMMARY, Results, complete
 from fastrm.run.resume import Start, origin, resume
 from fastrm.run.run import Run
 from fastrm.run.saver import Saver
+from fastrm.settings.config_file import VIEWS
 
 
 @dataclass(frozen=True)
@@ -82,10 +83,11 @@ def begin(parts: Parts, theirs: Iterable[Any], opened: ExitStack) -> Session:
     before, after = built_in(parts, metrics, saver.keep_best)
     hooks = Hooks(theirs, before=before, after=after)
     states["hooks"] = hooks
-    begun = resume(config.flat(), out, parts.images, states)
+    begun = resume(config.flat(), out, parts.images, states, parts.augmentation)
     start, config = begun.step, config.replace(**begun.settings)
     schedule = replace(parts.schedule, optim=config.optim, shift=begun.images.shift)
-    saver.goes_on(start, config.flat(), images=begun.images, pixels=parts.format.plain())
+    made = None if parts.augmentation is None else parts.augmentation.plain()
+    saver.goes_on(start, config.flat(), images=begun.images, pixels=parts.format.plain(), augmentation=made)
     parts.method.pair.refresh()
 
     ended = start >= schedule.total
@@ -126,7 +128,7 @@ def begin(parts: Parts, theirs: Iterable[Any], opened: ExitStack) -> Session:
         run.latest = read_json(out / SUMMARY)
         return session
     if world.rank == 0:
-        folder.prepare(out, config.flat(), fresh=start == 0 or moved)
+        folder.prepare(out, {**config.flat(), VIEWS: made}, fresh=start == 0 or moved)
     opened.enter_context(faults(out, world, resumes=session.resumes))
     opened.enter_context(parts.display)
     opened.enter_context(closing(hooks))
@@ -146,6 +148,8 @@ def _say(parts: Parts, begun: Start, run: Run, ended: bool) -> None:
         lines.append(("notice", said.lengthened(run.schedule, start, run.config.optim.warmup_epochs)))
     lines.append(("settings", said.described(run.config, parts.machine)))
     lines.append(("folder", f"{run.out}" + (f", continued after step {start}" if start else "")))
+    if parts.augmentation is not None and run.config.input.augmentation is not None:
+        lines.append(("views", said.views(parts.augmentation, run.config.input.image_size)))
     lines += [("loader", note) for note in parts.loader.notes]
     lines += [("network", note) for note in parts.method.notes]
     if not start:

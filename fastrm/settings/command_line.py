@@ -17,6 +17,7 @@ from fastrm.settings.kinds import flag
 from fastrm.settings.near import near
 
 T = TypeVar("T")
+_LISTS = ("--value-range", "--mean", "--std")
 
 
 def parse(kind: type[T], argv: Sequence[str] | None, *, prog: str, default: T | None = None) -> T:
@@ -33,12 +34,27 @@ def parse(kind: type[T], argv: Sequence[str] | None, *, prog: str, default: T | 
     shown = io.StringIO()
     try:
         with contextlib.redirect_stderr(shown):
-            parsed: T = tyro.cli(kind, args=sys.argv[1:] if argv is None else argv, **options)
+            words = list(_apart(sys.argv[1:] if argv is None else argv))
+            parsed: T = tyro.cli(kind, args=words, **options)
             return _at_home(parsed)
     except SystemExit as stop:
         if stop.code in (None, 0):
             raise
         raise UsageError(_reason(shown.getvalue(), list(flag_names(kind)))) from None
+
+
+def _apart(argv: Sequence[str]) -> Iterator[str]:
+    """Words of which those of numbers with commas between them are words of their own."""
+    before = ""
+    for word in argv:
+        name, equals, value = word.partition("=")
+        if before in _LISTS and "," in word:
+            yield from word.split(",")
+        elif name in _LISTS and equals:
+            yield from (name, *value.split(","))
+        else:
+            yield word
+        before = word
 
 
 def _at_home(options: T) -> T:

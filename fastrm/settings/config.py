@@ -141,10 +141,7 @@ def validate(config: Config) -> None:
     check_path("resume", config.run.resume)
     if not config.input.data:
         raise UsageError("--data is missing; give a folder of images, or a named set such as digits")
-    limits = config.input.value_range
-    if limits is not None and (len(limits) != 2 or limits[0] >= limits[1]):
-        given = ",".join(f"{number:g}" for number in limits)
-        raise UsageError(f"--value-range {given} must be two numbers, the lower one first, as in 0,4095")
+    check_limits(config.input.value_range)
     optim, method = config.optim, config.method
     if optim.warmup_epochs >= optim.epochs:
         raise UsageError(
@@ -155,6 +152,13 @@ def validate(config: Config) -> None:
             f"--teacher-momentum {method.teacher_momentum} must not be above --teacher-momentum-end "
             f"{method.teacher_momentum_end}"
         )
+
+
+def check_limits(limits: tuple[float, ...] | None) -> None:
+    """Raise a UsageError unless ``--value-range`` is unset, or two numbers in rising order."""
+    if limits is not None and (len(limits) != 2 or limits[0] >= limits[1]):
+        given = ",".join(f"{number:g}" for number in limits)
+        raise UsageError(f"--value-range {given} must be two numbers, the lower one first, as in 0,4095")
 
 
 def resolved(config: Config, processes: int) -> Config:

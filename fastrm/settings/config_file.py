@@ -21,6 +21,8 @@ else:
 
 _OF_THE_RUN = frozenset({"out", "resume"})
 """What a run's ``config.json`` says of that run alone."""
+VIEWS = "augmentation_used"
+"""Where it says every number of every view."""
 
 
 def read_settings(path: Path) -> dict[str, Any]:
@@ -30,13 +32,16 @@ def read_settings(path: Path) -> dict[str, Any]:
         UsageError: names the file, and what in it is wrong.
     """
     try:
-        found = _read(path)
+        found = read_table(path)
+        made = found.pop(VIEWS, None) if path.suffix == ".json" else None
         for name in found:
             if name not in KINDS:
                 meant = near(name, KINDS)
                 raise UsageError(f"{name!r:.80} is no setting" + (f"; did you mean {meant}?" if meant else ""))
         if path.suffix == ".json":
             leaves = in_form({name: value for name, value in found.items() if name not in _OF_THE_RUN})
+            if made is not None and leaves.get("augmentation") is not None:
+                leaves["augmentation"] = str(path)  # the file that it was read from may be another one now
         else:
             leaves = in_form({name: at_home(value) for name, value in found.items()})
         for name, value in leaves.items():
@@ -50,7 +55,12 @@ def read_settings(path: Path) -> dict[str, Any]:
     return leaves
 
 
-def _read(path: Path) -> dict[str, Any]:
+def read_table(path: Path) -> dict[str, Any]:
+    """What a TOML or JSON file holds by name.
+
+    Raises:
+        UsageError: it cannot be read, or holds something else; its name is not in the message.
+    """
     if path.suffix not in (".json", ".toml"):
         raise UsageError("it must end in .json, as a run's config.json does, or .toml")
     try:

@@ -18,7 +18,12 @@ from fastrm.settings.near import near
 
 ResidualPlace = Literal["output", "projector", "backbone"]
 
+Channels = Literal["auto"] | Annotated[int, Range(at_least=1, at_most=256)]
+CropMin = Annotated[float, Range(above=0, at_most=1)]
 ImageSize = Annotated[int, Range(at_least=8, at_most=4096)]
+Numbers = tuple[float, ...]
+Pages = Literal["auto", "first", "bands", "images"]
+Positive = tuple[Annotated[float, Range(above=0)], ...]
 Seed = Annotated[int, Range(at_least=0, at_most=2**63 - 1)]
 Share = Annotated[float, Range(at_least=0, at_most=1)]
 Width = Annotated[int, Range(at_least=1, at_most=2**16)]
@@ -45,8 +50,11 @@ class InputConfig:
     For fashion-mnist a folder with the four IDX files, plain or gzip, serves."""
     image_size: ImageSize = 224
     """Side of the square views, in pixels."""
-    crop_min: Annotated[float, Range(above=0, at_most=1)] = 0.2
+    crop_min: CropMin = 0.2
     """Smallest share of the picture's area that a random crop takes."""
+    augmentation: str | None = None
+    """How views are made; unset: as the method's publication says. Numbers and sizes of views, 2x224,8x96 for example,
+    or a TOML file with what differs from the publication (docs/tutorial.md), or a run's config.json, for its views."""
     batch_size: Annotated[int, Range(at_least=2)] | None = None
     """Images an optimizer step, over all processes; unset: 256 a process."""
     loader: Literal["auto", "dali", "torch", "memory"] = "auto"
@@ -57,17 +65,17 @@ class InputConfig:
     scan: bool = True
     """Before the run, look for broken files in a folder, leave them out and list them in skipped.txt. Without it, what
     cannot be read is left out when it is met, and DALI shows some damaged JPEGs that are left out otherwise."""
-    channels: Literal["auto"] | Annotated[int, Range(at_least=1, at_most=256)] = "auto"
+    channels: Channels = "auto"
     """Bands that the network gets. auto: 3 for images of which any is RGB, or all are gray of 8 bits; otherwise the
     bands that they have."""
-    value_range: tuple[float, ...] | None = None
+    value_range: Numbers | None = None
     """The values that become black and white, as in 0,4095. unset: 0 and 255 in uint8; in another dtype the .1 and 99.9
     percentiles of each band, measured once; where there are several dtypes, the range of each."""
-    mean: tuple[float, ...] | None = None
+    mean: Numbers | None = None
     """Subtracted per channel once black is 0 and white is 1; unset: ImageNet's for RGB of 8 bits, else measured."""
-    std: tuple[Annotated[float, Range(above=0)], ...] | None = None
+    std: Positive | None = None
     """Divided by per channel; unset: as for --mean."""
-    pages: Literal["auto", "first", "bands", "images"] = "auto"
+    pages: Pages = "auto"
     """What is read of TIFF and other files with several pages: the first, all as the bands of one image, or each as an
     image. auto: as bands where all files have as many gray ones of one size, and else the first."""
     workers: Workers | None = None

@@ -17,8 +17,6 @@ from fastrm.settings.config import CHOOSING, Config, defaults
 from fastrm.settings.config_file import read_settings
 from fastrm.settings.fields import methods
 
-_LISTS = ("--value-range", "--mean", "--std")
-
 
 @dataclass(frozen=True, kw_only=True)
 class Flags(Config):
@@ -61,18 +59,11 @@ def _chosen(argv: Sequence[str]) -> dict[str, Any]:
 
 
 def _short_forms(argv: Sequence[str]) -> Iterator[str]:
-    """Spell ``--compile`` alone and ``--no-compile`` out, and numbers with commas between them."""
-    before = ""
+    """Spell ``--compile`` alone and ``--no-compile`` out."""
     for word, following in zip_longest(argv, argv[1:], fillvalue="--"):
-        name, equals, value = word.partition("=")
-        if before in _LISTS and "," in word:
-            yield from word.split(",")
-        elif name in _LISTS and equals:
-            yield from (name, *value.split(","))
-        elif word == "--no-compile":
+        if word == "--no-compile":
             yield from ("--compile", "off")
         else:
             yield word
             if word == "--compile" and following.startswith("--"):
                 yield "on"
-        before = word

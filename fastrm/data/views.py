@@ -1,0 +1,146 @@
+"""How views are made, as a user writes it: what differs from a method's own, in TOML, or as ``2x224,8x96``."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Annotated, Any
+
+from fastrm.data.augmentation import Augmentation, View
+from fastrm.errors import UsageError
+from fastrm.settings.config_file import VIEWS, read_table
+from fastrm.settings.fields import methods
+from fastrm.settings.kinds import Range, problem
+from fastrm.settings.near import near
+
+GLOBAL: Mapping[str, Any] = {"crop_scale": (0.4, 1.0)}
+LOCAL: Mapping[str, Any] = {"crop_scale": (0.05, 0.4), "blur_probability": 0.5, "solarize_probability": 0.0}
+"""Multi-crop as in DINO (arXiv 2104.14294, and the defaults of its code): large and small views."""
+
+_SHORT = re.compile(r"\s*\d{1,4}x\d{1,4}\s*(,\s*\d{1,4}x\d{1,4}\s*)*")
+_COUNT = Annotated[int, Range(at_least=1, at_most=64)]
+_OF_A_VIEW = tuple(field.name for field in fields(View))
+_OF_ALL = ("mean", "std")
+
+
+def augmentation_of(
+    method: Any, crop_min: float, given: str | Path | None = None, image_size: int = 224
+) -> Augmentation:
+    """The augmentation of a method, with what the user changes of it.
+
+    Args:
+        method: a name, or a subclass of :class:`fastrm.methods.Method`.
+        crop_min: smallest share of the area that a crop takes, in the method's own augmentation.
+        given: what ``--augmentation`` takes: see :func:`read_augmentation`.
+        image_size: of the run, in pixels.
+
+    Raises:
+        UsageError: the method is unknown, or what is given cannot be used.
+    """
+    if not isinstance(method, str | type):
+        raise UsageError(
+            f"method is a {type(method).__name__}; it must be one of {', '.join(methods().names())}, a "
+            "fastrm.data.Augmentation, or a callable from one image to a tuple of views"
+        )
+    kind = methods().find(method)
+    own: Augmentation = kind.augmentation(crop_min)
+    if given is None:
+        kind.check_views(len(own.views))
+        return own
+    return read_augmentation(given, own, image_size)
+
+
+def read_augmentation(given: str | Path, base: Augmentation, image_size: int) -> Augmentation:
+    """Read an augmentation, of which the user says what differs from ``base``.
+
+    Args:
+        given: ``2x224,8x96``: how many views of how many pixels. Or a TOML file: fields of :class:`View` at its top are
+            of all views, those in a table ``[[view]]`` of ``count`` views (1 unless it says so); ``views =
+            "2x224,8x96"`` stands for such tables. Or a run's ``config.json``: the views of that run.
+        base: view n starts from its view n; where it has fewer, they begin again. Without tables there are as many.
+            Views of more than one size start besides from ``GLOBAL``, if they are of the largest, or ``LOCAL``.
+        image_size: of the run: the size of views that have none.
+
+    Raises:
+        UsageError: names the file, and what in it is wrong.
+    """
+    try:
+        return _made(_written(given), base, image_size)
+    except (UsageError, ValueError) as error:
+        raise UsageError(f"--augmentation {' '.join(str(given).split())[:200]}: {error}") from None
+
+
+def _written(given: str | Path) -> Mapping[str, Any]:
+    """What the user wrote, as a TOML file has it."""
+    if isinstance(given, str) and _SHORT.fullmatch(given):
+        return {"views": given}
+    path = Path(given)
+    if path.suffix not in (".toml", ".json"):
+        raise UsageError("it must be views, such as 2x224,8x96, or a file that ends in .toml, or a run's config.json")
+    table = read_table(path)
+    if path.suffix == ".toml":
+        return table
+    if not isinstance(table.get(VIEWS), dict):
+        raise UsageError("it does not say how views were made, as a run's config.json does that had no callable for it")
+    found: Mapping[str, Any] = table[VIEWS]
+    return found
+
+
+def _made(table: Mapping[str, Any], base: Augmentation, image_size: int) -> Augmentation:
+    groups = _groups(table, len(base.views))
+    _check_names(table, (*_OF_A_VIEW, "views", "view", *_OF_ALL))
+    common = {name: _pair(table[name]) for name in _OF_A_VIEW if name in table}
+    _view(View(), common, "")
+    each = [group for group in groups for _ in range(group.get("count", 1))]
+    sides = [{**common, **group}.get("size") or image_size for group in each]
+    views = []
+    for i, group in enumerate(each):
+        part = {} if len(set(sides)) == 1 else GLOBAL if sides[i] == max(sides) else LOCAL
+        own = {name: _pair(value) for name, value in group.items() if name != "count"}
+        views.append(_view(base.views[i % len(base.views)], {**part, **common, **own}, f"view {i + 1}: "))
+    normal = {name: _pair(table[name]) for name in _OF_ALL if name in table}
+    return replace(base, views=tuple(views), **normal)
+
+
+def _groups(table: Mapping[str, Any], own: int) -> Sequence[Mapping[str, Any]]:
+    """What is said of views that are made alike, and how many they are."""
+    short, tables = table.get("views"), table.get("view")
+    if short is not None and tables is not None:
+        raise UsageError("views and [[view]] say twice how many views there are; give one of them")
+    if short is not None:
+        if not isinstance(short, str) or not _SHORT.fullmatch(short):
+            raise UsageError(f'views is {short!r:.80}; it must be a number of views and their size, as "2x224,8x96"')
+        parts = (part.split("x") for part in short.split(","))
+        tables = [{"count": int(count), "size": int(size)} for count, size in parts]
+    if tables is None:
+        return [{}] * own
+    if not isinstance(tables, list) or not tables or not all(isinstance(group, dict) for group in tables):
+        raise UsageError("view must be tables: [[view]]")
+    for i, group in enumerate(tables, start=1):
+        _check_names(group, (*_OF_A_VIEW, "count"), f"[[view]] {i}: ")
+        for name, kind in (("count", _COUNT), ("size", int | None)):
+            if name in group and (wrong := problem(group[name], kind)) is not None:
+                raise UsageError(f"[[view]] {i}: {name} {wrong}")
+    return tables
+
+
+def _check_names(table: Mapping[str, Any], known: Iterable[str], place: str = "") -> None:
+    names = list(known)
+    for name in table:
+        if name not in names:
+            meant = near(name, names)
+            hint = f"did you mean {meant}?" if meant else f"there are {', '.join(names)}"
+            raise UsageError(f"{place}{name!r:.80} is nothing that views have; {hint}")
+
+
+def _view(base: View, changes: Mapping[str, Any], place: str) -> View:
+    try:
+        return replace(base, **changes)
+    except ValueError as error:
+        raise UsageError(place + str(error).removeprefix("View: ")) from None
+
+
+def _pair(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value

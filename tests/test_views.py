@@ -1,0 +1,390 @@
+"""Views of any number and size: through every loader, as a user writes them down, over a resume, and in a picture."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import fastrm
+from fastrm import train
+from fastrm.data import Augmentation, Source, View, augmentation_of, make_loader, open_source, sheets
+from fastrm.data.__main__ import main as contact_sheet
+from fastrm.data.dali_loader import dali_problem
+from fastrm.data.draws import draw_views
+from fastrm.data.sources import ArrayImages
+from fastrm.errors import UsageError
+from fastrm.methods import find
+from fastrm.run import checkpoint
+from fastrm.settings.config import Config
+from fastrm.settings.config_file import VIEWS
+from fastrm.settings.flags import read_flags
+from tests.conftest import natural_pictures
+from tests.test_batched import composed
+
+# A strong blur, so that one of another view's size would be seen.
+LARGE = View(blur_sigma=(8.0, 8.5), blur_probability=1.0)
+SMALL = replace(LARGE, size=16, crop_scale=(0.05, 0.4), interpolation="bicubic")
+MULTI_CROP = Augmentation(views=(LARGE,) * 2 + (SMALL,) * 4)
+KINDS = [
+    "memory", "memory, tiny", "torch", "torch, files",
+    pytest.param("dali, files", marks=pytest.mark.skipif(dali_problem() is not None, reason="needs DALI")),
+]  # fmt: skip
+TINY = {"hidden_dim": 16, "predictor_hidden_dim": 16, "output_dim": 8, "queue_size": 32, "workers": 0, "eval_every": 0}
+
+
+def source_of(kind: str, folder: Path) -> Source:
+    pixels = natural_pictures(6, *((20, 26) if "tiny" in kind else (60, 80))).permute(0, 2, 3, 1).numpy()
+    if "files" not in kind:
+        return Source(name="some", train=ArrayImages(pixels, None), bank=None, test=None, about="")
+    for i, picture in enumerate(pixels):
+        Image.fromarray(picture).save(folder / f"{i}.png")
+    return open_source(str(folder))
+
+
+def loader_of(kind: str, source: Source, recipe: Augmentation, image_size: int = 32) -> Any:
+    return make_loader(
+        source, method=recipe, image_size=image_size, batch_size=6, device="cpu", workers=0, seed=5,
+        loader=kind.partition(",")[0],
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_views_of_two_sizes_are_torchvisions(kind: str, tmp_path: Path) -> None:
+    source = source_of(kind, tmp_path)
+    loader = loader_of(kind, source, MULTI_CROP)
+    (request,) = loader._sampler
+    views, indices = next(iter(loader))
+    assert [tuple(view.shape) for view in views] == [(6, 3, 32, 32)] * 2 + [(6, 3, 16, 16)] * 4
+    pictures = [source.train.picture(i) for i in indices]
+    sizes = [(picture.height, picture.width) for picture in pictures]
+    drawn = draw_views(MULTI_CROP.views, sizes, 32, loader._sampler.generator(request))
+    mean, std = (torch.tensor(values)[:, None, None] for values in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
+    for view, draws, out in zip(MULTI_CROP.views, drawn, views, strict=True):
+        side = out.shape[-1]
+        assert (draws.sigma >= 8 * side / 224).all()
+        assert (draws.sigma <= 8.5 * side / 224).all()
+        radius = int(np.ceil(3 * 8.5 * side / 224))
+        for i, picture in enumerate(pictures):
+            image = torch.from_numpy(np.array(picture)).permute(2, 0, 1)
+            want = composed(image, draws, i, view.interpolation, side, radius)
+            assert float((out[i] * std + mean - want).abs().mean()) < 3 / 255
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_more_views_and_a_size_of_their_own_leave_two_views_as_they_were(kind: str, tmp_path: Path) -> None:
+    source, two = source_of(kind, tmp_path), find("mocov3").augmentation(0.2)
+    more = replace(two, views=(*two.views, replace(two.views[0], size=16)))
+    sized = replace(two, views=tuple(replace(view, size=32) for view in two.views))
+    want = next(iter(loader_of(kind, source, two))).views
+    for recipe, image_size in ((more, 32), (sized, 48)):
+        found = next(iter(loader_of(kind, source, recipe, image_size))).views
+        assert all(torch.equal(*pair) for pair in zip(found, want, strict=False))
+
+
+def made(text: str, tmp_path: Path, method: str = "byol", **options: Any) -> Augmentation:
+    (tmp_path / "views.toml").write_text(text, encoding="utf-8")
+    return augmentation_of(method, 0.1, tmp_path / "views.toml", **options)
+
+
+def test_a_file_says_only_what_differs_from_the_methods_own(tmp_path: Path) -> None:
+    first, second = find("byol").augmentation(0.1).views
+    own = (first, second)
+    assert made("", tmp_path).views == own
+    assert made("hue = 0\nblur_sigma = [1, 2]", tmp_path).views == tuple(
+        replace(view, hue=0, blur_sigma=(1, 2)) for view in own
+    )
+    text = "hue = 0.05\n[[view]]\nflip_probability = 0.0\n[[view]]\nsize = 224\nhue = 0.2\n[[view]]"
+    assert made(text, tmp_path).views == (
+        replace(first, hue=0.05, flip_probability=0.0),
+        replace(second, size=224, hue=0.2),
+        replace(first, hue=0.05),  # they begin again
+    )
+    assert made("mean = [0, 0.5, 1]\nstd = [1, 1, 2]", tmp_path).std == (1, 1, 2)
+    assert made('views = "4x64"', tmp_path).views == tuple(replace(view, size=64) for view in own * 2)
+
+
+def test_views_of_several_sizes_are_dinos_multi_crop(tmp_path: Path) -> None:
+    """The numbers of https://arxiv.org/abs/2104.14294 and of its code: one blurred always, one solarized at times."""
+    want = [(224, (0.4, 1.0), 1.0, 0.0), (224, (0.4, 1.0), 0.1, 0.2)] + [(96, (0.05, 0.4), 0.5, 0.0)] * 8
+    short = augmentation_of("byol", 0.1, "2x224,8x96")
+    for found in (short, made('views = "2x224, 8x96"', tmp_path), made(
+        "[[view]]\ncount = 2\nsize = 224\n[[view]]\ncount = 8\nsize = 96", tmp_path
+    )):  # fmt: skip
+        assert found == short
+        numbers = [(v.size, v.crop_scale, v.blur_probability, v.solarize_probability) for v in found.views]
+        assert numbers == want
+        assert {(v.brightness, v.contrast, v.saturation, v.hue) for v in found.views} == {(0.4, 0.4, 0.2, 0.1)}
+    # A view without a size has that of the run, and what the file says is above the publication.
+    found = made("crop_scale = [0.3, 1]\n[[view]]\n[[view]]\nsize = 96\ncrop_scale = [0.1, 0.2]", tmp_path)
+    assert [view.crop_scale for view in found.views] == [(0.3, 1), (0.1, 0.2)]
+    assert made("[[view]]\n[[view]]\nsize = 96", tmp_path, image_size=96).views[1].crop_scale == (0.1, 1.0)
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("crop_scael = [0.1, 1]", "'crop_scael' is nothing that views have; did you mean crop_scale?"),
+        ("[[view]]\n[[view]]\nblur_prob = 1", r"\[\[view\]\] 2: 'blur_prob' .*did you mean blur_probability?"),
+        ("xyzzy = 1", "'xyzzy' is nothing that views have; there are crop_scale, crop_ratio, "),
+        ("hue = 0.5", "toml: hue is 0.5; it must be a number from 0 to a third"),
+        ("[[view]]\ncount = 2\n[[view]]\nhue = '1'", "view 3: hue is '1'; it must be a number from 0 to a third"),
+        ("crop_scale = [1, 0.5]", r"crop_scale is \(1, 0.5\); it must be 2 numbers above 0 up to 1, the lower one"),
+        ("blur_sigma = [1, 99]", "blur_sigma is .*; it must be 2 numbers above 0 up to 64"),
+        ("size = 7", "size 7 is out of range; it must be at least 8 and at most 4096"),
+        ("[[view]]\nsize = 7.5", r"\[\[view\]\] 1: size 7.5 is a float; it must be int"),
+        ("[[view]]\ncount = 0", r"\[\[view\]\] 1: count 0 is out of range; it must be at least 1 and at most 64"),
+        ("views = 3", 'views is 3; it must be a number of views and their size, as "2x224,8x96"'),
+        ("views = '2x224'\n[[view]]", "say twice how many views there are"),
+        ("view = 3", r"view must be tables: \[\[view\]\]"),
+        ("std = [1, 0, 1]", "std is .*; it must be a number per channel above 0"),
+        ("hue = ", "it is no TOML: "),
+    ],
+)
+def test_a_wrong_file_is_refused_in_one_line_that_names_it(text: str, says: str, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=f"^--augmentation .*views.toml: .*{says}|^--augmentation .*{says}") as caught:
+        made(text, tmp_path)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("given", ["views.yaml", "2x", "0x", "2x99999", "x224", "", "gone.toml", "gone.json", "2x7"])
+def test_what_is_no_augmentation(given: str) -> None:
+    with pytest.raises(UsageError, match=f"^--augmentation {given}: "):
+        augmentation_of("byol", 0.1, given)
+
+
+def test_python_reads_the_same(tmp_path: Path) -> None:
+    (tmp_path / "views.toml").write_text("hue = 0.0", encoding="utf-8")
+    assert Augmentation.read(tmp_path / "views.toml") == Augmentation(views=(View(hue=0.0),) * 2)
+    own = find("byol").augmentation(0.1)
+    assert Augmentation.read("2x224,8x96", base=own) == augmentation_of("byol", 0.1, "2x224,8x96")
+
+
+def test_every_number_is_written_down_and_read_back(tmp_path: Path) -> None:
+    whole = augmentation_of("mocov3", 0.3, "2x224,8x96")
+    plain = json.loads(json.dumps(whole.plain()))
+    assert [set(view) for view in plain["view"]] == [set(asdict(View()))] * 10
+    assert plain["view"][2]["crop_scale"] == [0.05, 0.4]
+    (tmp_path / "config.json").write_text(json.dumps({VIEWS: plain}), encoding="utf-8")
+    # Whatever the method, since every number is there.
+    assert augmentation_of("byol", 0.9, tmp_path / "config.json") == whole
+    assert whole.difference(plain) == ""
+    other = replace(whole, views=(replace(whole.views[0], hue=0.2, size=96), *whole.views[1:]))
+    assert other.difference(plain) == "hue of view 1 was 0.1, is 0.2; size of view 1 was 224, is 96"
+    assert replace(whole, views=whole.views[:2]).difference(plain) == "there were 10 views, and are 2"
+    assert replace(whole, mean=(0, 0, 0)).difference(plain).startswith("mean was ")
+
+
+@pytest.fixture
+def run(small: Callable[..., Config], tmp_path: Path) -> Callable[..., Any]:
+    """A step of a run in one folder, with what a file of its own says of its views."""
+
+    def go(text: str | None, steps: int, **leaves: Any) -> Any:
+        if text is not None:
+            (tmp_path / "views.toml").write_text(text, encoding="utf-8")
+            leaves["augmentation"] = str(tmp_path / "views.toml")
+        return train.train(small(**{"method": "mocov2", "max_steps": steps, **leaves}))
+
+    return go
+
+
+TEXT = "hue = 0.05\n[[view]]\n[[view]]\nsize = 24\n"
+
+
+def test_a_run_is_saved_with_every_number_of_its_views(run: Any, tmp_path: Path) -> None:
+    run(TEXT, 1)
+    out = tmp_path / "run"
+    want = augmentation_of("mocov2", 0.2, tmp_path / "views.toml", 32)
+    assert [view.size for view in want.views] == [None, 24]
+    config = json.loads((out / "config.json").read_text(encoding="utf-8"))
+    assert config["augmentation"] == str(tmp_path / "views.toml")
+    assert config[VIEWS] == checkpoint.load(out)["augmentation"] == want.plain()
+    # The file may say the same in other words, and lie elsewhere; other numbers are refused.
+    (tmp_path / "other.toml").write_text(TEXT.replace("0.05", "5e-2") + "hue = 0.05\n", encoding="utf-8")
+    assert run(None, 2, augmentation=str(tmp_path / "other.toml"))["step"] == 2
+    before = {path: path.read_bytes() for path in out.iterdir() if path.is_file()}
+    for text, says in (
+        (TEXT.replace("0.05", "0.1"), "hue of view 1 was 0.05, is 0.1; hue of view 2 was 0.05, is 0.1"),
+        (
+            None,
+            r"crop_scale of view 1 was \[0.4, 1.0\], is \[0.2, 1.0\]; hue of view 1 was 0.05, is 0.1; .*; and 2 more",
+        ),
+    ):
+        with pytest.raises(UsageError, match=f"checkpoint.pt is of a run on other views: {says}") as caught:
+            run(text, 3)
+        assert "\n" not in str(caught.value)
+    assert before == {path: path.read_bytes() for path in out.iterdir() if path.is_file()}
+    # When the file is gone, the run's own config.json has it all.
+    for name in ("views.toml", "other.toml"):
+        (tmp_path / name).unlink()
+    assert run(None, 3, augmentation=str(out / "config.json"))["step"] == 3
+    repeated = read_flags(["--config", str(out / "config.json"), "--out", str(tmp_path / "again")])
+    assert train.train(repeated)["step"] == 3
+    assert json.loads((tmp_path / "again" / "config.json").read_text(encoding="utf-8"))[VIEWS] == want.plain()
+
+
+def test_the_methods_own_views_are_saved_and_compared_too(run: Any, tmp_path: Path) -> None:
+    run(None, 1)
+    own = find("mocov2").augmentation(0.2).plain()
+    config = json.loads((tmp_path / "run" / "config.json").read_text(encoding="utf-8"))
+    assert (config["augmentation"], config[VIEWS]) == (None, own)
+    with pytest.raises(UsageError, match=r"on other views: hue of view 1 was 0.1, is 0.0; hue of view 2"):
+        run("hue = 0.0", 2)
+    # Of the method's own, a setting that is given with the file changes the views.
+    repeated = read_flags(["--config", str(tmp_path / "run" / "config.json"), "--crop-min", "0.5"])
+    assert (repeated.input.augmentation, repeated.input.crop_min) == (None, 0.5)
+
+
+def test_checkpoints_of_before_do_not_say_their_views(run: Any, tmp_path: Path) -> None:
+    def forget() -> None:
+        path = tmp_path / "run" / "checkpoint.pt"
+        state = checkpoint.load(path)
+        del state["augmentation"], state["config"]["augmentation"]
+        torch.save({**state, "checksum": checkpoint.checksum(state)}, path)
+
+    run(None, 1)
+    forget()
+    with pytest.raises(UsageError, match=r"--augmentation was None, is .*views.toml"):
+        run("hue = 0.0", 2)
+    assert run(None, 2)["step"] == 2
+    forget()
+    settings = {**TINY, "arch": "test_resnet", "method": "mocov2", "image_size": 32, "batch_size": 32}
+    given = {"epochs": 4, "max_steps": 3, "warmup_epochs": 0.0, "log_every": 1, "stem": "imagenet"}
+    sizes = {"hidden_dim": 64, "output_dim": 32, "predictor_hidden_dim": 64, "queue_size": 96}
+    own = find("mocov2").augmentation(0.2)
+    result = fastrm.pretrain("digits", augmentation=own, out=tmp_path / "run", **{**settings, **given, **sizes})
+    assert result.scores["step"] == 3
+
+
+def test_an_augmentation_of_pythons_is_saved_and_compared(tmp_path: Path) -> None:
+    def go(augmentation: Any, steps: int) -> Any:
+        return fastrm.pretrain(
+            "digits", augmentation=augmentation, arch="test_resnet", method="mocov2", image_size=16, batch_size=16,
+            max_steps=steps, out=tmp_path / "run", **TINY,
+        )  # fmt: skip
+
+    mine = Augmentation(views=(View(hue=0.0), View(size=24)))
+    go(mine, 1)
+    config = json.loads((tmp_path / "run" / "config.json").read_text(encoding="utf-8"))
+    assert (config["augmentation"], config[VIEWS]) == ("<Augmentation>", mine.plain())
+    assert go(mine, 2).scores["step"] == 2
+    with pytest.raises(UsageError, match=r"on other views: hue of view 2 was 0.1, is 0.0"):
+        go(Augmentation(views=(View(hue=0.0), View(hue=0.0, size=24))), 3)
+    assert go(tmp_path / "run" / "config.json", 3).scores["step"] == 3
+    flags = read_flags(["--config", str(tmp_path / "run" / "config.json"), "--out", str(tmp_path / "other")])
+    assert flags.input.augmentation == str(tmp_path / "run" / "config.json")
+
+
+def test_a_method_takes_its_number_of_views(small: Callable[..., Config], tmp_path: Path) -> None:
+    with pytest.raises(
+        UsageError, match="--method mocov3 takes 2 views of an image; the augmentation gives 6"
+    ) as caught:
+        train.train(small(augmentation="2x32,4x16"))
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "run").exists()
+
+
+def place_of(picture: Any, sheet: Any, top: int, left: int) -> tuple[int, int]:
+    """Where a picture is in another one, at or behind a place."""
+    height, width = picture.shape[:2]
+    for y, x in np.argwhere(abs(sheet[top:, left:] - picture[0, 0]).max(axis=-1) <= 1).tolist():
+        part = sheet[top + y : top + y + height, left + x : left + x + width]
+        if part.shape == picture.shape and abs(part - picture).max() <= 1:
+            return top + y, left + x
+    raise AssertionError("it is not there")
+
+
+@pytest.mark.parametrize(
+    ("kind", "text", "sides", "original"),
+    [
+        ("tiny", "", (128, 128), 4),  # 20x26
+        ("files", "[[view]]\n[[view]]\nsize = 16\n[[view]]\nsize = 200\n", (128, 128, 200), 2),  # 60x80 in 200
+        ("files", "views = '3x48,9x24'", (144,) * 12, 1),
+    ],
+)
+def test_a_contact_sheet_shows_pictures_and_views_pixel_by_pixel(
+    kind: str, text: str, sides: tuple[int, ...], original: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Legible: each pixel is drawn as a square, so that views are 128 pixels wide or more."""
+    (tmp_path / "data").mkdir()
+    source = source_of("files", tmp_path / "data")
+    if kind == "tiny":
+        for path in (tmp_path / "data").iterdir():
+            Image.fromarray(np.asarray(Image.open(path))[:20, :26]).save(path)
+    (tmp_path / "views.toml").write_text(text, encoding="utf-8")
+    flags = ["--data", str(tmp_path / "data"), "--image-size", "32", "--images", "2", "--loader", "torch"]
+    out = tmp_path / "views.png"
+    contact_sheet([*flags, "--augmentation", str(tmp_path / "views.toml"), "--crop-min", "0.3", "--out", str(out)])
+    assert f"and beside each its {len(sides)} views" in capsys.readouterr().out
+    with Image.open(out) as drawn:
+        found = np.asarray(drawn.convert("RGB")).astype(int)
+    views, indices = next(iter(make_loader(
+        str(tmp_path / "data"), method=augmentation_of("mocov3", 0.3, tmp_path / "views.toml", 32), image_size=32,
+        batch_size=2, device="cpu", workers=0, seed=0, loader="torch",
+    )))  # fmt: skip
+    mean, std = np.array((0.485, 0.456, 0.406)), np.array((0.229, 0.224, 0.225))
+    bottom = 0
+    for i, index in enumerate(indices):
+        picture = np.asarray(source.train.picture(index)).astype(int)
+        shown = [picture.repeat(original, axis=0).repeat(original, axis=1)]
+        for view, side in zip(views, sides, strict=True):
+            one = ((view[i].permute(1, 2, 0).numpy() * std + mean).clip(0, 1) * 255).round()
+            times = side // one.shape[0]
+            shown.append(one.repeat(times, axis=0).repeat(times, axis=1))
+        tops, x = set(), 0
+        for tile in shown:
+            top, left = place_of(tile, found, bottom, x)
+            assert (found[top, x : left - 1] > 200).all()  # side by side, nothing in between
+            tops.add(top)
+            x = left + tile.shape[1]
+        assert len(tops) == 1
+        assert (found[bottom : top - 1] < 128).any()  # text above
+        bottom = top + max(sides)
+
+
+def test_names_of_any_length_and_kind_stand_above_their_row() -> None:
+    tiles = [sheets.Tile(Image.new("RGB", (128, 128), "white"))] * 2
+    drawn = [
+        sheets.draw([sheets.Row(name, "label 3", tiles)], titles=["original", "view 1\n32 pixels"])
+        for name in ("a", "b" * 10_000, "/a/" * 40 + "b.png", "line\nfeed", "日本 é \udcff")
+    ]
+    assert len({picture.size for picture in drawn}) == 1
+    for i, picture in enumerate(drawn):
+        ink = np.asarray(picture.convert("L")) < 128
+        assert ink[:-140].any()
+        assert not ink[:, -2:].any()
+        assert not any((ink == (np.asarray(other.convert("L")) < 128)).all() for other in drawn[:i])
+
+
+def test_the_sheet_takes_the_crops_of_the_method(tmp_path: Path) -> None:
+    """Not those of the command's own default: a run of BYOL crops down to 8 % of the area."""
+    flags = ["--data", "digits", "--image-size", "16", "--images", "2", "--method", "byol"]
+    for name, more in (("own", []), ("same", ["--crop-min", "0.08"]), ("other", ["--crop-min", "0.9"])):
+        contact_sheet([*flags, *more, "--out", str(tmp_path / f"{name}.png")])
+    own, same, other = ((tmp_path / f"{name}.png").read_bytes() for name in ("own", "same", "other"))
+    assert own == same
+    assert own != other
+
+
+def test_a_network_of_one_size_takes_views_of_that_size_only(small: Callable[..., Config], tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="--arch test_vit3 cannot take views of 48 pixels: "):
+        train.train(small(arch="test_vit3", method="mocov2", augmentation="1x32,1x48", stem="auto"))
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_start_says_how_many_views_there_are(run: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    run(None, 1)
+    assert "views " not in capsys.readouterr().out
+    run(None, 1, augmentation="1x24,1x48", resume="never")
+    said = capsys.readouterr().out
+    assert (
+        "views      1 of 24 pixels, 1 of 48 pixels; the network is built for --image-size 32, and evaluated at it"
+        in said
+    )
