@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from fastrm import own
 from fastrm.data import Source, open_source, sheets
 from fastrm.data.scan import scan, unreadable
+from fastrm.data.settling import formatted
 from fastrm.errors import UsageError
 from fastrm.files import read_json, write_json, writing
 from fastrm.machine.device import choose_device
@@ -126,6 +127,7 @@ def _evaluate(options: EvaluateConfig, device: torch.device, arch: nn.Module | N
         if source.bank is None or source.test is None:
             raise UsageError(f"{source.name} has no labels, which everything but --gap needs")
     scanned = [scan(source, workers=options.workers) for source in sources]
+    scanned = [(formatted(source, trained.pixels), broken) for source, broken in scanned]
     sources = [source for source, _ in scanned]
     for source, broken in scanned:
         print(f"data       {source.about}")

@@ -59,7 +59,7 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
     train = open_source("digits").train
     assert train.labels is not None
     for i in range(96):
-        image = train[i].resize((40, 36), Image.Resampling.BICUBIC)
+        image = train.picture(i).resize((40, 36), Image.Resampling.BICUBIC)
         label = f"digit{train.labels[i]}"
         part = "val" if i % 8 == 7 else "train"
         for path in (root / "split" / part / label, root / "classes" / label, root / "flat" / f"{i % 3}" / "deep"):

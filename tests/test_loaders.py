@@ -115,7 +115,7 @@ def test_views_of_odd_files_are_torchvisions(odd: Path, method: str, kind: str) 
         loader = DaliLoader(images, recipe, regions="regions" in kind, **common)
     (batch,) = loader._sampler
     views = next(iter(loader)).views
-    pictures = [images[index] for index in batch.images]
+    pictures = [images.picture(index) for index in batch.images]
     sizes = [(picture.height, picture.width) for picture in pictures]
     drawn = draw_views(recipe.views, sizes, 48, loader._sampler.generator(batch))
     mean, std = (torch.tensor(values)[:, None, None] for values in (recipe.mean, recipe.std))

@@ -25,6 +25,7 @@ from fastrm.data.formats import RGB
 from fastrm.data.inventory import inventory
 from fastrm.data.items import ItemImages
 from fastrm.data.pixels import values_in
+from fastrm.data.settling import settled
 from fastrm.errors import UsageError
 from fastrm.probes import frozen_scores
 from fastrm.probes.features import Pixels, Setting
@@ -203,7 +204,7 @@ def test_an_image_draws_its_own_numbers_and_leaves_the_global_ones_alone() -> No
     assert not {number for numbers in data.drawn for number in numbers} & set(chain(*drawn.values()))  # another epoch
     assert sorted(second) == list(range(8))
     list(inventory(open_source(data).train, left_out=0, steps_per_epoch=1).hashes)
-    open_source(data).train[3]
+    open_source(data).train.values(3)
     assert torch.equal(torch.rand(3), want[0])
     assert (np.random.rand(3) == want[1]).all()
     assert [random.random() for _ in range(3)] == want[2]
@@ -224,8 +225,11 @@ def test_what_a_callable_is_given_and_what_becomes_of_its_views(tmp_path: Path) 
     assert indices in ([0, 1], [1, 0])
     assert (floats.shape, gray.shape, black.shape) == ((2, 3, 4, 6), (2, 3, 5, 5), (2, 3, 8, 7))
     assert (floats == 0.25).all()
-    assert gray[0, :, 0, 0].tolist() == pytest.approx([(1 - 0.485) / 0.229, (1 - 0.456) / 0.224, (1 - 0.406) / 0.225])
-    assert black[1, :, 3, 3].tolist() == pytest.approx([-0.485 / 0.229, -0.456 / 0.224, -0.406 / 0.225])
+    format = settled(open_source(tmp_path)).format
+    assert format is not None
+    mean, std = np.array(format.mean), np.array(format.std)
+    assert gray[0, :, 0, 0].tolist() == pytest.approx(((1 - mean) / std).tolist())
+    assert black[1, :, 3, 3].tolist() == pytest.approx((-mean / std).tolist())
     first, second = met[-2:] if indices == [0, 1] else met[:-3:-1]
     assert np.array_equal(np.asarray(first), PICTURES[0].permute(1, 2, 0))
     assert second.dtype == torch.uint16
@@ -249,7 +253,7 @@ def test_a_folder_through_torchvision_is_labelled_and_scored(pictures: Path, siz
     assert files.bank is not None
     assert (len(source.train), len(source.bank)) == (len(files.train), len(files.bank)) == (96, 87)
     assert "10 classes; kNN is tried on a tenth" in source.about
-    scores = [frozen_scores(Pixels(), s, Setting(16, CPU, 0), knn=True) for s in (source, files)]
+    scores = [frozen_scores(Pixels(), settled(s), Setting(16, CPU, 0), knn=True) for s in (source, files)]
     assert scores[0]["knn10"].value > 0.4  # by chance .1
     if not size:
         assert scores[0] == scores[1]
@@ -398,7 +402,7 @@ def test_a_file_is_opened_in_each_process_anew(tmp_path: Path, wrapped: Callable
     alone = stacked(made)
     source = open_source(wrapped(archive))
     assert archive.file is None
-    source.train[3]
+    source.train.values(3)
     list(source.train.identities())
     assert archive.file is None
     assert all(torch.equal(a, b) for a, b in zip(stacked(loader(source, workers=2)), alone, strict=True))
@@ -451,7 +455,7 @@ def test_what_is_no_data_is_refused_in_one_line(what: str) -> None:
 
 @pytest.mark.filterwarnings("ignore:left out")
 def test_missing_files_in_a_list_are_said(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match=r"8 of 8 files are broken, more than a tenth; .*No such file") as caught:
+    with pytest.raises(UsageError, match=r"1 of 8 files are broken, more than a tenth; .*No such file") as caught:
         next(iter(loader([tmp_path / f"{index}.jpg" for index in range(8)], loader="torch")))
     assert "\n" not in str(caught.value)
 
@@ -471,7 +475,7 @@ CALLABLES: dict[str, tuple[Callable[[Any], Any], str]] = {
     "an array": (lambda image: (np.asarray(image),), r"gave for view 0 of item 0 .*ndarray of shape \[30, 36, 3\]"),
     "int64": (lambda image: (PICTURES[0].long(),), r"a tensor \[3, 30, 36\] of int64; it must give"),
     "a batch": (lambda image: (PICTURES[:2],), r"a tensor \[2, 3, 30, 36\] of uint8"),
-    "bands in bytes": (lambda image: (PICTURES[:5, 0],), "uint8 views are normalised by ImageNet's mean and std"),
+    "bands in bytes": (lambda image: (PICTURES[:5, 0],), "uint8 views are normalised by the data's mean and std"),
     "raising": (raising, r"NameError: name 'undefined' .* \(test_open_data.py, line \d+\), called with item 0"),
 }  # fmt: skip
 
@@ -533,10 +537,12 @@ def test_a_run_on_a_dataset_with_a_callable_is_resumed_to_the_bit(tmp_path: Path
 def test_which_loader_takes_what() -> None:
     assert type(loader(as_arrays("uint8"))).__name__ == "MemoryLoader"
     for data, method in ((Pairs(), "mocov2"), ("digits", two), (as_arrays("uint16"), "mocov2")):
-        assert type(loader(data, method=method)).__name__ == "TorchLoader"
-        for kind in ("memory", "dali"):
-            with pytest.raises(UsageError, match=f"--loader {kind} .*; for .* give torch or auto"):
-                loader(data, method=method, loader=kind)
+        for kind in ("auto", "memory"):
+            assert type(loader(data, method=method, loader=kind)).__name__ == "TorchLoader"
+        with pytest.raises(UsageError, match=r"--loader dali .*; for .* give torch or auto"):
+            loader(data, method=method, loader="dali")
+    with pytest.raises(UsageError, match=r"an item of FakeData is another one each time; for .* give torch or auto"):
+        loader(FakeData(40, (3, 30, 36), transform=v2.RandomCrop(20)), loader="memory")
 
 
 def test_what_cannot_be_sent_to_loader_processes_is_said(monkeypatch: pytest.MonkeyPatch) -> None:

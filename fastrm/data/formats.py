@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from types import MappingProxyType
 from typing import Any, Literal
 
 import numpy as np
@@ -33,7 +32,7 @@ class PixelFormat:
 
     channels: int = 3
     """C of the views [B, C, H, W]."""
-    limits: Mapping[str, Limits] = field(default_factory=lambda: MappingProxyType({"uint8": BYTES}))
+    limits: Mapping[str, Limits] = field(default_factory=lambda: {"uint8": BYTES})
     """By dtype, as NumPy names it."""
     mean: tuple[float, ...] = IMAGENET_MEAN
     """Subtracted per channel, after scaling to [0, 1]."""
