@@ -388,3 +388,36 @@ def test_the_start_says_how_many_views_there_are(run: Any, capsys: pytest.Captur
         "views      1 of 24 pixels, 1 of 48 pixels; the network is built for --image-size 32, and evaluated at it"
         in said
     )
+
+
+@pytest.mark.parametrize(
+    ("bands", "says"),
+    [
+        (5, "; of 5 bands the first three as red, green and blue"),
+        (2, "; of 2 bands the first as gray"),
+        (1, " views\n"),
+    ],
+)
+def test_the_sheet_shows_three_bands_or_one(
+    bands: int, says: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In the values that are said to be black and white; each view is the whole picture here."""
+    (tmp_path / "data").mkdir()
+    values = np.random.default_rng(0).integers(0, 4096, (2, 24, 24, bands)).astype(np.uint16)
+    for i, picture in enumerate(values):
+        np.save(tmp_path / "data" / f"{i}.npy", picture)
+    (tmp_path / "views.toml").write_text(
+        "crop_scale = [1, 1]\ncrop_ratio = [1, 1]\njitter_probability = 0\nblur_probability = 0\n"
+        "solarize_probability = 0\nflip_probability = 0\ngrayscale_probability = 0\nviews = '1x24'",
+        encoding="utf-8",
+    )
+    flags = ["--data", str(tmp_path / "data"), "--images", "2", "--out", str(tmp_path / "views.png")]
+    contact_sheet([*flags, "--value-range", "0,4095", "--augmentation", str(tmp_path / "views.toml")])
+    assert says in capsys.readouterr().out
+    with Image.open(tmp_path / "views.png") as drawn:
+        found = np.asarray(drawn.convert("RGB")).astype(int)
+    shown = values[..., :3] if bands == 5 else values[..., :1].repeat(3, axis=-1)
+    for picture in (shown / 4095 * 255).round():
+        large = picture.repeat(6, axis=0).repeat(6, axis=1)
+        top, left = place_of(large, found, 0, 0)
+        assert place_of(large, found, top, left + 144)[0] == top

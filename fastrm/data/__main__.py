@@ -17,12 +17,12 @@ from torch import Tensor
 from fastrm.data import augmentation_of, make_loader, open_source, sheets
 from fastrm.data.items import ItemImages
 from fastrm.data.loader import normalising
-from fastrm.data.settling import settled
+from fastrm.data.settling import PixelOptions, settled
 from fastrm.data.sources import Images
 from fastrm.machine.memory import enough
 from fastrm.settings import command_line
-from fastrm.settings.config import defaults
-from fastrm.settings.fields import CropMin, ImageSize, Seed
+from fastrm.settings.config import check_limits, defaults
+from fastrm.settings.fields import Channels, CropMin, ImageSize, Numbers, Pages, Positive, Seed
 from fastrm.settings.kinds import Range, checked
 from fastrm.terminal import shell
 
@@ -47,6 +47,16 @@ class Options:
     """Side of the views, in pixels."""
     loader: str = "auto"
     """auto, dali, torch or memory."""
+    channels: Channels = "auto"
+    """Bands that the network gets, as in fastrm.train; so for the next four."""
+    value_range: Numbers | None = None
+    """The values that become black and white."""
+    mean: Numbers | None = None
+    """Subtracted per channel."""
+    std: Positive | None = None
+    """Divided by per channel."""
+    pages: Pages = "auto"
+    """What is read of files with several pages."""
     images: Annotated[int, Range(at_least=1)] = 8
     """How many."""
     seed: Seed = 0
@@ -61,9 +71,10 @@ def contact_sheet(options: Options) -> None:
     """
     options = checked(options)
     sheets.check("--out", options.out)
+    check_limits(options.value_range)
     crop_min = defaults(method=options.method).input.crop_min if options.crop_min is None else options.crop_min
     recipe = augmentation_of(options.method, crop_min, options.augmentation, options.image_size)
-    source = settled(open_source(options.data, options.data_root))
+    source = settled(open_source(options.data, options.data_root), PixelOptions.of(options))
     count = min(options.images, len(source.train))
     loader = make_loader(
         source,

@@ -49,7 +49,7 @@ def room_for(images: Images, views: Sequence[View], image_size: int) -> Room:
         views: that are made of them.
         image_size: side of the views, in pixels.
     """
-    side = max(int(np.ceil(image_size / np.sqrt(view.crop_scale[0]))) for view in views)
+    side = max(int(np.ceil(view.side(image_size) / np.sqrt(view.crop_scale[0]))) for view in views)
     full = shrunk = read = 0
     for index in spread_over(len(images), _SAMPLED):
         with suppress(*BROKEN):  # which is said when it is read

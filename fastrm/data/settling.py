@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from fastrm.data.decode import BROKEN
 from fastrm.data.encoded import EncodedImages
@@ -35,6 +35,18 @@ class PixelOptions:
     mean: tuple[float, ...] | None = None
     std: tuple[float, ...] | None = None
     pages: Literal["auto", "first", "bands", "images"] = "auto"
+
+    @classmethod
+    def of(cls, settings: Any) -> PixelOptions:
+        """Those of the settings of a run, or of a command that has the same ones."""
+        channels, limits = settings.channels, settings.value_range
+        return cls(
+            channels=None if channels == "auto" else channels,
+            value_range=None if limits is None else (limits[0], limits[1]),
+            mean=settings.mean,
+            std=settings.std,
+            pages=settings.pages,
+        )
 
 
 class _Kind(NamedTuple):

@@ -50,7 +50,7 @@ def examined(content: bytes) -> Look:
             width, height = image.size
             values = _picture(image, content, reduced=True)
             size = (width, height) if orientation(image) >= 5 else (height, width)
-        return Look(size, values.dtype.name, values.shape[2], 1)
+        return Look(size, values.dtype.name, 1 if values.ndim == 2 else values.shape[2], 1)
     values = stored(content)
     height, width, bands = values.shape
     return Look((height, width), values.dtype.name, bands, pages(content))

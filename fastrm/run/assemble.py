@@ -209,15 +209,7 @@ def _opened(data: Any, config: Config, workers: int) -> tuple[Source, dict[str, 
             source, broken = scan(source, workers=workers)
         if (format := _format_of_before(config, source)) is not None:
             return formatted(source, format), broken
-        limits = settings.value_range
-        options = PixelOptions(
-            channels=None if settings.channels == "auto" else settings.channels,
-            value_range=None if limits is None else (limits[0], limits[1]),
-            mean=settings.mean,
-            std=settings.std,
-            pages=settings.pages,
-        )
-        return settled(source, options, workers=workers), broken
+        return settled(source, PixelOptions.of(settings), workers=workers), broken
 
 
 def _folder(config: Config, source: Source) -> Path:
