@@ -168,7 +168,7 @@ def _kind(loader: str, images: Images, recipe: Augmentation | Augment, device: t
         return "dali" if files and images.format.rgb and device.type == "cuda" and not dali_problem() else "torch"
     if loader == "dali" and called:
         raise UsageError("--loader dali has the built-in augmentations only; for a callable give torch or auto")
-    if loader == "memory" and isinstance(images, ItemImages) and not images.items.same:
+    if loader == "memory" and isinstance(images, ItemImages) and not images.items.fixed():
         raise UsageError(
             f"--loader memory keeps images, and an item of {images.items.name} is another one each time; for such a "
             "Dataset give torch or auto"

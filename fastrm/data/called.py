@@ -47,7 +47,7 @@ class CalledViews(Dataset[Loaded]):
 
     Attributes:
         kinds: of the first image's views; all others must be like them.
-        channels: of its views; 3 or more where a view of bytes is gray.
+        channels: of its views; those of the images where all of them are gray.
 
     Raises:
         UsageError: the callable raises, or what it gives are no views.
@@ -58,8 +58,8 @@ class CalledViews(Dataset[Loaded]):
         self.kinds: tuple[_Kind, ...] = ()
         _, views = readable(images, 0, partial(self._views, 0), {})
         self.kinds = tuple(map(_kind, views))
-        floats = [kind.shape[0] for kind in self.kinds if kind.dtype != torch.uint8]
-        self.channels = floats[0] if floats else images.format.channels
+        several = [kind.shape[0] for kind in self.kinds if kind.dtype != torch.uint8 or kind.shape[0] > 1]
+        self.channels = several[0] if several else images.format.channels
 
     def __getitem__(self, request: Request) -> Loaded:
         faults: dict[int, str] = {}
@@ -122,9 +122,10 @@ def _view(view: Any, gave: str, wanted: str, channels: int) -> Tensor:
     met = f"{gave} a tensor {_kind(view)}"
     if view.ndim != 3 or 0 in view.shape or not (view.is_floating_point() or view.dtype == torch.uint8):
         raise UsageError(f"{met}; {wanted}")
-    if view.dtype == torch.uint8 and len(view) not in (1, channels):
+    if view.dtype == torch.uint8 and len(view) not in (1, 3, channels):
         raise UsageError(
-            f"{met}; uint8 views are normalised by the data's mean and std, and need 1 or {channels} channels"
+            f"{met}; uint8 views are normalised by the data's mean and std, or ImageNet's, and need 1, 3 or "
+            f"{channels} channels"
         )
     if view.device.type != "cpu":
         raise UsageError(f"{met} on {view.device}; views are made on the CPU, and moved to the device together")

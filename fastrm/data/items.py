@@ -120,6 +120,20 @@ class Items:
         except BrokenImage:
             return False
 
+    def fixed(self) -> bool:
+        """Whether some items are the same whatever the random numbers are."""
+        for place in {0, self._count // 2, self._count - 1}:
+            try:
+                found = set()
+                for epoch in range(2):
+                    with seeded(0, epoch, place):
+                        found.add(digest(self.drawn(place).image))
+            except BrokenImage:
+                continue
+            if len(found) > 1:
+                return False
+        return True
+
     def _agree(self, labels: NDArray[np.int64]) -> bool:
         """Whether some items have these labels: a Dataset may change those that it tells before it gives them."""
         for place in {0, self._count // 2, self._count - 1}:

@@ -13,6 +13,7 @@ from fastrm.data import batched
 from fastrm.data.augmentation import Augmentation
 from fastrm.data.called import Augment, CalledViews
 from fastrm.data.draws import BatchSampler, Request, blur_radius, boxes, draw_views
+from fastrm.data.formats import RGB
 from fastrm.data.items import ItemImages
 from fastrm.data.loader import Batch, Loader, normalising
 from fastrm.data.scan import check_share, readable, report
@@ -138,6 +139,9 @@ class TorchLoader(Loader):
         views = views.to(self._device, non_blocking=True)
         if views.is_floating_point() and not self._made_here:
             return views.to(self._dtype, memory_format=torch.channels_last)
+        mean, std = self._mean, self._std
+        if views.shape[1] not in (1, len(mean)):  # RGB that a callable made of other bands
+            mean, std = RGB.mean, RGB.std
         size = views.shape[-2:]
-        out = batched.empty_views(len(views), size, self._dtype, self._device, channels=self.channels)
-        return batched.normalise(views, self._mean, self._std, out=out)
+        out = batched.empty_views(len(views), size, self._dtype, self._device, channels=len(mean))
+        return batched.normalise(views, mean, std, out=out)
