@@ -28,7 +28,7 @@ def fraction_of(images: Images, fraction: float) -> Images:
     for label in np.unique(images.labels):
         own = rng.permutation(np.flatnonzero(images.labels == label))
         chosen.append(own[: max(1, round(fraction * len(own)))])
-    return images.subset(np.sort(np.concatenate(chosen)))
+    return images.subset(np.sort(np.concatenate(chosen))).formatted(images.format)
 
 
 def fine_tuned(

@@ -46,7 +46,7 @@ def nearest(network: nn.Module, source: Source, setting: Setting, *, count: int 
     assert source.bank is not None
     assert source.test is not None
     chosen = spread(source.test, count)
-    few = source.test.subset(chosen)
+    few = source.test.subset(chosen).formatted(source.test.format)
     queries, asked = _directions(network, few, setting)
     best = queries.new_zeros(len(queries), 0)
     index = torch.zeros(len(queries), 0, dtype=torch.int64, device=queries.device)
