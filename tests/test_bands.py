@@ -17,14 +17,17 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import fastrm
-from fastrm import export
+from fastrm import evaluate, export
+from fastrm.data import eval_loader, open_source
 from fastrm.data.formats import RGB, PixelFormat
+from fastrm.data.settling import formatted
 from fastrm.errors import UsageError
 from fastrm.exports.card import model_card
 from fastrm.methods import build_method
 from fastrm.models import build_backbone
 from fastrm.models.weights import adapted, load_weights, metadata, read_weights, write_backbone
 from fastrm.pretrained import read_pretrained
+from fastrm.probes.finetune import fraction_of
 from fastrm.run import checkpoint
 from fastrm.settings.config import Config
 
@@ -285,3 +288,77 @@ def test_weights_of_other_bands_are_adapted_to_nothing(
         with pytest.raises(UsageError, match=says):
             build_method(small(init_from=run), channels=channels)
     assert read_weights(run)[0].keys() == networks["student"].net.state_dict().keys()
+
+
+def pretrain(data: Any, out: Path, **settings: Any) -> Any:
+    quick: dict[str, Any] = {
+        "arch": "test_vit", "image_size": 32, "batch_size": 8, "epochs": 1, "max_steps": 1, "workers": 0,
+        "hidden_dim": 16, "output_dim": 8, "predictor_hidden_dim": 16, "eval_every": 0, "device": "cpu",
+    }  # fmt: skip
+    return fastrm.pretrain(data, out=out, **{**quick, **settings})
+
+
+@pytest.fixture
+def scenes(tmp_path: Path) -> Path:
+    """24 pictures of 32x32 pixels, 8 bands and 16 bits, in two classes."""
+    tifffile = pytest.importorskip("tifffile")
+    rng = np.random.default_rng(0)
+    for number in range(24):
+        path = tmp_path / "scenes" / f"{number % 2}" / f"{number}.tif"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        values = rng.integers(0, 3000, (32, 32, BANDS)) + 900 * (number % 2)
+        tifffile.imwrite(path, values.astype(np.uint16), photometric="minisblack", planarconfig="contig")
+    return tmp_path / "scenes"
+
+
+def test_a_run_on_files_of_eight_bands(scenes: Path, tmp_path: Path) -> None:
+    """Trained and scored; and the card's code gives what an evaluation shows the network."""
+    out = tmp_path / "run"
+    pretrain(str(scenes), out)
+    trained = read_pretrained(out / "backbone.safetensors")
+    assert trained.pixels.channels == BANDS
+    assert trained.pixels == read_pretrained(out).pixels
+    asked: dict[str, Any] = {"knn": True, "gap": True, "neighbours": tmp_path / "near.png"}
+    scores = evaluate.evaluate(evaluate.EvaluateConfig(run=out, workers=0, device="cpu", **asked))["scenes"]
+    assert scores["scores"].keys() == {"student", "teacher", "random", "pixels"}
+    assert scores["left_out"] == 0
+    path = tmp_path / "it.safetensors"
+    card = export.export(export.ExportConfig(run=out, format="safetensors", out=path)).read_text()
+    names: dict[str, Any] = {"numpy": np, "torch": torch}
+    exec(next(block for block in re.findall(r"```python\n(.*?)```", card, re.DOTALL) if "def " in block), names)
+    source = formatted(open_source(str(scenes)), trained.pixels)
+    assert source.bank is not None
+    assert fraction_of(source.bank, 0.5).format == trained.pixels
+    seen = torch.cat([batch.views[0] for batch in eval_loader(source.train, image_size=32, batch_size=8, workers=0)])
+    for index in range(len(source.train)):
+        want = names["prepared"](source.train.values(index))
+        torch.testing.assert_close(seen[index : index + 1], want, rtol=1e-4, atol=1e-4)
+
+
+def five(image: Any) -> tuple[Tensor, Tensor]:
+    view = torch.from_numpy(np.array(image.resize((32, 32)), dtype=np.float32)).permute(2, 0, 1)[[0, 1, 2, 0, 1]] / 255
+    return view, view.flip(-1)
+
+
+def test_a_callable_may_make_other_channels(tmp_path: Path) -> None:
+    pictures = np.random.default_rng(0).integers(0, 256, (16, 32, 32, 3), dtype=np.uint8)
+    result = pretrain(pictures, tmp_path / "run", augmentation=five)
+    assert result.student(images(5)).shape == (3, result.student.dim)
+    again = pretrain(pictures, tmp_path / "run", augmentation=five, max_steps=2)  # goes on
+    with torch.no_grad():
+        torch.testing.assert_close(fastrm.load(tmp_path / "run")(images(5)), again.student(images(5)))
+    out = tmp_path / "it.safetensors"
+    card = export.export(export.ExportConfig(run=tmp_path / "run", format="safetensors", out=out)).read_text()
+    assert "5 channels, 32x32 pixels, as the run's own augmentation made them" in card
+
+
+@pytest.mark.usefixtures("few_digits")
+def test_a_network_of_other_channels_is_refused_before_anything_is_written(tmp_path: Path) -> None:
+    module = nn.Sequential(nn.Conv2d(5, 8, 3, 2), nn.BatchNorm2d(8), nn.ReLU())
+    out = tmp_path / "run"
+    with pytest.raises(UsageError, match="--arch Sequential takes images of 5 channels, and the views have 3"):
+        pretrain("digits", out, arch=module)
+    with pytest.raises(UsageError, match=r"takes images of 5 channels, and the images of an evaluation \(.*\) have 3"):
+        pretrain("digits", out, arch=module, augmentation=five, eval_every=1)
+    assert not out.exists()
+    pretrain("digits", out, arch=module, augmentation=five)
