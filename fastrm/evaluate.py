@@ -59,6 +59,10 @@ class EvaluateConfig(OfRun):
     """Images to score on, as for fastrm.train; unset: the run's."""
     data_root: Path | None = None
     """Where a named set lies; unset: the run's."""
+    image_column: str | None = None
+    """As for fastrm.train; unset: the run's, unless --data is given."""
+    label_column: str | None = None
+    """As for fastrm.train; unset: the run's, unless --data is given."""
     knn: bool = False
     """Weighted kNN accuracy (cosine, temperature .07) for k 10, 20, 100 and 200."""
     linear: bool = False
@@ -118,10 +122,13 @@ def _evaluate(options: EvaluateConfig, device: torch.device, arch: nn.Module | N
     _earlier(out)  # so that what is in the way is found at once
     setting = Setting(trained.image_size, device, options.workers)
     root = options.data_root or _run_root(trained)
-    wanted = [options.data or trained.about.get("data", "")]
-    if not wanted[0]:
+    wanted = options.data or trained.about.get("data", "")
+    if not wanted:
         raise UsageError("--data is missing; give the images to score on")
-    sources = [open_source(name, root) for name in (*wanted, *([options.transfer] if options.transfer else []))]
+    then = {} if options.data else trained.settings or {}
+    columns = [getattr(options, name) or then.get(name) for name in ("image_column", "label_column")]
+    source = open_source(wanted, root, image_column=columns[0], label_column=columns[1])
+    sources = [source, *([open_source(options.transfer, root)] if options.transfer else [])]
     scoring = options.knn or options.linear or options.linear_quick or options.semi is not None
     for source in sources[0 if scoring or options.neighbours else 1 :]:
         if source.bank is None or source.test is None:

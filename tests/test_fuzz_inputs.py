@@ -269,7 +269,7 @@ def read_shard(content: bytes) -> None:
         path.parent.mkdir()
         path.write_bytes(content)
         try:
-            images = open_shards(str(path)).train
+            images = open_shards([path], str(path)).train
             assert isinstance(images, ShardImages)
         except UsageError:
             pass

@@ -23,8 +23,8 @@ from fastrm.data.dali_loader import DaliLoader, dali_problem, encoded
 from fastrm.data.decode import decode
 from fastrm.data.draws import draw_views
 from fastrm.data.encoded import FileImages
+from fastrm.data.patterns import expand
 from fastrm.data.scan import scan
-from fastrm.data.shards import expand
 from fastrm.data.torch_loader import TorchLoader
 from fastrm.errors import UsageError
 from fastrm.methods import find

@@ -32,11 +32,15 @@ class Options:
     """Draw some images, and the views of each."""
 
     data: str
-    """A folder, shards, or the name of a set, as in fastrm.train."""
+    """What fastrm.train takes: a folder, the name of a set, a list, a table, shards."""
     out: Path
     """The picture that is written."""
     data_root: Path | None = None
     """Where a named set lies."""
+    image_column: str | None = None
+    """As for fastrm.train."""
+    label_column: str | None = None
+    """As for fastrm.train."""
     method: str = field(default_factory=lambda: defaults().method.method)
     """Whose augmentation."""
     augmentation: str | None = None
@@ -74,7 +78,10 @@ def contact_sheet(options: Options) -> None:
     check_limits(options.value_range)
     crop_min = defaults(method=options.method).input.crop_min if options.crop_min is None else options.crop_min
     recipe = augmentation_of(options.method, crop_min, options.augmentation, options.image_size)
-    source = settled(open_source(options.data, options.data_root), PixelOptions.of(options))
+    opened = open_source(
+        options.data, options.data_root, image_column=options.image_column, label_column=options.label_column
+    )
+    source = settled(opened, PixelOptions.of(options))
     count = min(options.images, len(source.train))
     loader = make_loader(
         source,

@@ -55,6 +55,10 @@ class EncodedImages(Images):
     def stored_in(self) -> Sequence[Path]:
         """The files on disk that hold the images: when one of them changes, the images are looked at again."""
 
+    @abstractmethod
+    def subset(self, indices: NDArray[np.int64]) -> EncodedImages:
+        """Return the images at ``indices``."""
+
     def values(self, index: int) -> Values:
         """What is stored of an image, [H, W, bands]."""
         return stored(self.content(index), "all" if self.format.pages == "bands" else 0)

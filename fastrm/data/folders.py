@@ -12,13 +12,10 @@ import numpy as np
 
 from fastrm.data.encoded import FileImages
 from fastrm.data.listing import Folder, listed
-from fastrm.data.shards import check_one_part, open_shard_files
-from fastrm.data.sources import LOOKED_FOR, Source, natural, passed_over, without_validation
+from fastrm.data.shards import open_shards
+from fastrm.data.sources import LOOKED_FOR, TRAIN, VALIDATION, Source, natural, passed_over, without_validation
 from fastrm.errors import UsageError
 
-_TRAIN = ("train", "training")
-_VALIDATION = ("val", "valid", "validation", "dev", "eval", "test", "testing")
-"""In the order in which they are preferred."""
 _SUFFIX = re.compile(r"[\W_]*(\d+|images?|imgs?|data|set|split)$")
 _PICTURES = frozenset({"images", "image", "imgs", "img", "jpegimages", "rgb", "photos"})
 _TARGETS = frozenset(
@@ -76,10 +73,10 @@ def _part(folder: Folder) -> str:
 
 def _layout(root: Folder) -> _Layout:
     """Which folder is trained on, and which is for validation."""
-    train = [folder for folder in root.folders if _part(folder) in _TRAIN]
+    train = [folder for folder in root.folders if _part(folder) in TRAIN]
     aside = sorted(
-        (folder for folder in root.folders if _part(folder) in _VALIDATION),
-        key=lambda folder: (not folder.holds_images, _VALIDATION.index(_part(folder))),
+        (folder for folder in root.folders if _part(folder) in VALIDATION),
+        key=lambda folder: (not folder.holds_images, VALIDATION.index(_part(folder))),
     )
     others = [f for f in root.folders if f not in train and f not in aside and f.holds_images]
     if not train:
@@ -114,7 +111,7 @@ def _parts_below(root: Folder) -> list[str]:
     def has(folder: Folder, names: Sequence[str]) -> bool:
         return any(_part(inner) in names and inner.holds_images for inner in folder.folders)
 
-    found = [folder for folder in root if folder is not root and has(folder, _TRAIN) and has(folder, _VALIDATION)]
+    found = [folder for folder in root if folder is not root and has(folder, TRAIN) and has(folder, VALIDATION)]
     if len(found) == 1 and len(found[0].below()) == len(root.below()):
         raise UsageError(
             f"--data {root.path} holds images to train on and for validation in {found[0].path}; give that"
@@ -201,5 +198,4 @@ def _shards(root: Folder, shards: Sequence[Path]) -> Source:
             f"--data {root.path} holds no image, and tar files in {', '.join(folders[:3])}; give those to train on, as "
             f"in '{folders[0]}/*.tar'"
         )
-    check_one_part(shards, str(root.path))
-    return open_shard_files(shards, str(root.path), passed=root.all_passed())
+    return open_shards(shards, str(root.path), passed=root.all_passed())

@@ -37,7 +37,7 @@ def open_given(data: Any) -> Source:
     if isinstance(data, Tensor):
         data = array_of(data)
     if isinstance(data, np.ndarray) and data.dtype.kind not in "OUS":
-        return _open_array(data)
+        return open_array(data)
     if isinstance(data, np.ndarray | Sequence) and all(isinstance(path, str | Path) for path in data):
         return _open_paths(list(data))
     return _open_items(Items(data))
@@ -78,42 +78,64 @@ def _open_paths(paths: list[str | Path]) -> Source:
 
 
 class _Planes:
-    """The images of an array [N, H, W, C], as tensors [C, H, W]."""
+    """The images of an array [N, H, W, C], as tensors [C, H, W] with labels, if there are any."""
 
-    def __init__(self, values: NDArray[Any]) -> None:
-        self.values = values
+    def __init__(self, values: NDArray[Any], labels: NDArray[np.int64] | None) -> None:
+        self.values, self.targets = values, labels
 
     def __len__(self) -> int:
         return len(self.values)
 
-    def __getitem__(self, index: int) -> Tensor:
-        return torch.from_numpy(np.ascontiguousarray(self.values[index].transpose(2, 0, 1)))
+    def __getitem__(self, index: int) -> tuple[Tensor, int] | Tensor:
+        plane = self.values[index].transpose(2, 0, 1)
+        image = torch.from_numpy(np.array(plane, dtype=plane.dtype.newbyteorder("="), order="C"))
+        return image if self.targets is None else (image, int(self.targets[index]))
 
 
-def _open_array(values: NDArray[Any]) -> Source:
+def open_array(
+    values: NDArray[Any],
+    *,
+    name: str = "array",
+    given: str = "data",
+    labels: NDArray[np.int64] | None = None,
+    notes: Sequence[str] = (),
+) -> Source:
+    """Open the images in an array.
+
+    Args:
+        values: [N, H, W, C] or [N, H, W].
+        name: of the set.
+        given: what the array was given as.
+        labels: int64 [N], or None.
+        notes: what is to be said of it.
+
+    Raises:
+        UsageError: the array has another shape.
+    """
     shape = list(values.shape)
     if values.ndim == 3 and shape[-1] in (1, 3, 4):
-        raise UsageError(f"data is an array of shape {shape}, which is one image; give [N, H, W, C]")
+        raise UsageError(f"{given} is an array of shape {shape}, which is one image; give [N, H, W, C]")
     if values.ndim not in (3, 4) or 0 in shape:
-        raise UsageError(f"data is an array of shape {shape}; it must be [N, H, W, C], or [N, H, W] of gray images")
+        raise UsageError(f"{given} is an array of shape {shape}; it must be [N, H, W, C], or [N, H, W] of gray images")
     if values.ndim == 4 and shape[3] > 4 and shape[1] < min(shape[2:]):
         raise UsageError(
-            f"data is an array of shape {shape}, with channels before rows; it must be [N, H, W, C]: "
+            f"{given} is an array of shape {shape}, with channels before rows; it must be [N, H, W, C]: "
             "as an array by .transpose(0, 2, 3, 1), as a tensor by .permute(0, 2, 3, 1)"
         )
     if values.ndim == 4 and shape[3] == 1:
         values = values[..., 0]
     if values.dtype == np.uint8 and (values.ndim == 3 or values.shape[3] == 3):
         sides = "x".join(map(str, shape[1:3]))
-        images = ArrayImages(values, None)
-        about = f"array: {len(images):,} images of {sides} pixels; without labels"
-        return Source(name="array", train=images, bank=None, test=None, about=about)
-    return _open_items(Items(_Planes(values if values.ndim == 4 else values[..., None]), name="array", whole=True))
+        images = ArrayImages(values, labels)
+        about = "; ".join([f"{name}: {len(images):,} images of {sides} pixels", *notes])
+        return without_validation(name, images, about, {}, why="there are no others for validation")
+    planes = _Planes(values if values.ndim == 4 else values[..., None], labels)
+    return _open_items(Items(planes, name=name, whole=True), notes)
 
 
-def _open_items(items: Items) -> Source:
+def _open_items(items: Items, notes: Sequence[str] = ()) -> Source:
     train = ItemImages(items)
-    about = [f"{len(items):,} items of {items.name}"]
+    about = [f"{len(items):,} items of {items.name}", *notes]
     if not items.same:
         about.append(
             "an item is not the same when it is asked for twice, so that a resumed run is not exact: draw its random "

@@ -4,27 +4,63 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from fastrm.data.array_files import open_array_file
+from fastrm.data.columns import Wanted
 from fastrm.data.folders import open_folder
 from fastrm.data.given import open_given
+from fastrm.data.huggingface import HUB, is_saved, open_hub
+from fastrm.data.lists import open_list
 from fastrm.data.named import NAMED, open_named
+from fastrm.data.patterns import matching
+from fastrm.data.remote import fetched, is_url
 from fastrm.data.shards import COMPRESSED, open_shards
-from fastrm.data.sources import Source
+from fastrm.data.sources import Source, endings
+from fastrm.data.tables import TABLES, open_tables, tables_in
 from fastrm.errors import UsageError
 from fastrm.files import at_home, cache_root
 from fastrm.settings.config import check_path, flag
 
+_LIST = "@"
 
-def open_source(data: Any, data_root: str | Path | None = None) -> Source:
+
+def _shards(files: Sequence[Path], data: str, wanted: Wanted) -> Source:
+    wanted.refuse(data)
+    return open_shards(files, data)
+
+
+_FILES: Mapping[str, Callable[[Sequence[Path], str, Wanted], Source]] = {
+    ".tar": _shards,
+    **dict.fromkeys(TABLES, open_tables),
+    **dict.fromkeys((".npy", ".h5", ".hdf5"), open_array_file),
+}
+"""What opens files, several of which may be given in one pattern, by how their names end."""
+
+_FORMS = (
+    f"give a folder of images, one of {', '.join(NAMED)}, a list of paths as @paths.txt, a table that ends in "
+    f"{', '.join(TABLES)}, a Hugging Face dataset as hf:PATH or hf:owner/name, shards as in 'train-*.tar', an array "
+    "that ends in .npy, .h5 or .hdf5, or a URL of these files"
+)
+
+
+def open_source(
+    data: Any,
+    data_root: str | Path | None = None,
+    *,
+    image_column: str | None = None,
+    label_column: str | None = None,
+) -> Source:
     """Open images, however they are given.
 
     Args:
         data: one of
 
-            - what ``--data`` takes, as str or Path: a folder, shards, or the name of a set;
+            - what ``--data`` takes, as str or Path: a folder, the name of a set, a list of paths, a table, a Hugging
+              Face dataset, shards, an array in a file, or a URL of such files;
             - a map-style Dataset: anything with ``len`` and ``[index]``, whose items are an image, (image, label) with
               or without more, or a dict with ``image`` and ``label``. An image is a PIL image, or a tensor [C, H, W] or
               [H, W], or an array [H, W, C] or [H, W], of uint8, uint16, or floats from 0 to 1;
@@ -32,6 +68,9 @@ def open_source(data: Any, data_root: str | Path | None = None) -> Source:
             - an array or a tensor [N, H, W, C], or [N, H, W] of gray images;
             - an opened :class:`Source`, which is returned.
         data_root: where a named set lies.
+        image_column: which column of a table or a Hugging Face dataset, or which array of an HDF5 file, holds the
+            images; None: it is found by its name.
+        label_column: which one holds the labels; as ``image_column``.
 
     Returns:
         The source. Labels of a Dataset are whole numbers from 0 up; they are taken from its attribute ``targets`` or
@@ -43,45 +82,97 @@ def open_source(data: Any, data_root: str | Path | None = None) -> Source:
         UsageError: it is of another kind; there is no such set or folder, it holds no image, or a named set is not
             there and cannot be downloaded.
     """
+    wanted = Wanted(image=image_column, label=label_column)
     if isinstance(data, Source):
         return data
     if not isinstance(data_root, str | Path | None):
         raise UsageError(f"{flag('data_root')} is a {type(data_root).__name__}; it must be a path")
     if not isinstance(data, str | Path | None):
+        wanted.refuse(f"<{type(data).__name__}>")
         return open_given(data)
     data = str(data or "")
     if not data:
         raise UsageError("--data is missing; give a folder of images, or a named set such as digits")
     check_path("data_root", data_root)
     if data in NAMED:
-        source = open_named(data, Path(data_root) if data_root else cache_root())
-        if os.path.isdir(data):
-            about = f"{source.about}; this is the set of that name, and the folder {data} is meant by ./{data}"
-            source = replace(source, about=about)
-        return source
-    if COMPRESSED.search(data):
-        raise UsageError(f"--data {data} is compressed, and shards are read by offset; unpack them to .tar files")
+        wanted.refuse(data)
+        return _named(data, Path(data_root) if data_root else cache_root())
     folder = Path(at_home(data))
-    if data.lower().endswith(".tar") and not os.path.isdir(folder):
-        return open_shards(data)
+    if is_url(data):
+        return _at_url(data, wanted)
+    if data.startswith(HUB) and not os.path.isdir(folder):
+        return open_hub(data, wanted)
+    if data.startswith(_LIST) and not os.path.isdir(folder):
+        wanted.refuse(data)
+        return open_list(data)
+    if os.path.isdir(folder):
+        return _directory(folder, data, wanted)
+    return _files(matching(data), data, wanted) if _ending(data) in _FILES else _nothing(data, folder)
+
+
+def _named(data: str, root: Path) -> Source:
+    source = open_named(data, root)
+    if os.path.isdir(data):
+        about = f"{source.about}; this is the set of that name, and the folder {data} is meant by ./{data}"
+        source = replace(source, about=about)
+    return source
+
+
+def _at_url(data: str, wanted: Wanted) -> Source:
+    if COMPRESSED.search(data):
+        return _nothing(data, Path())
+    files, said = fetched(data, _FILES)
+    source = _files(files, data, wanted)
+    return replace(source, about=f"{source.about}; {said}") if said else source
+
+
+def _directory(folder: Path, data: str, wanted: Wanted) -> Source:
+    if is_saved(folder):
+        raise UsageError(f"--data {data} is a Hugging Face dataset; give {HUB}{data}")
+    if (tables := tables_in(folder)) and not _holds(folder, endings() | {".tar"}):
+        return open_tables(tables, data, wanted)
+    wanted.refuse(data)
     check_path("data", data)
-    if re.fullmatch(r"<\w+>", data) and not folder.exists():
-        raise UsageError(f"--data {data} stands for what a script gave as an object; give a folder or a named set")
-    if not folder.exists():
-        raise UsageError(
-            f"--data {data} does not exist{_below(folder)}; give a folder of images, shards as in "
-            f"'train-*.tar', or one of {', '.join(NAMED)}"
-        )
-    if not folder.is_dir():
-        raise UsageError(f"--data {data} is a file; give the folder that holds the images, or shards that end in .tar")
     return open_folder(folder)
 
 
+def _holds(folder: Path, kinds: frozenset[str]) -> bool:
+    """Whether a file that ends so is in a folder, at any depth."""
+    return any(_ending(name) in kinds for _, _, names in os.walk(folder) for name in names)
+
+
+def _files(files: Sequence[Path], data: str, wanted: Wanted) -> Source:
+    kinds = {_ending(file.name) for file in files}
+    if len(kinds) > 1 or not kinds <= _FILES.keys():
+        raise UsageError(f"--data {data} stands for files that end in {', '.join(sorted(kinds))}; {_FORMS}")
+    return _FILES[kinds.pop()](files, data, wanted)
+
+
+def _ending(name: str) -> str:
+    return os.path.splitext(name)[1].lower()
+
+
+def _nothing(data: str, path: Path) -> Source:
+    """Say what is wrong with what is none of the forms."""
+    if COMPRESSED.search(data):
+        raise UsageError(f"--data {data} is compressed, and shards are read by offset; unpack them to .tar files")
+    check_path("data", data)
+    if path.is_file():
+        raise UsageError(f"--data {data} is a file of another kind; {_FORMS}")
+    if path.exists():
+        raise UsageError(f"--data {data} is neither a file nor a folder; {_FORMS}")
+    if re.fullmatch(r"<\w+>", data):
+        raise UsageError(f"--data {data} stands for what a script gave as an object; give a folder or a named set")
+    below = "" if path.is_absolute() else f" in {os.getcwd()}"
+    raise UsageError(f"--data {data} does not exist{below}; {_FORMS}")
+
+
 def located(data: str) -> str:
-    """What ``--data`` names, as it is found from every other folder too: the name of a set, or an absolute path."""
-    return data if data in NAMED else os.path.abspath(at_home(data))
-
-
-def _below(path: Path) -> str:
-    """Which folder a path was looked for in, where the path does not say it."""
-    return "" if path.is_absolute() else f" in {os.getcwd()}"
+    """What ``--data`` names, as it is found from every other folder too: a name or a URL, or with an absolute path."""
+    if data in NAMED or is_url(data):
+        return data
+    mark = next((mark for mark in (_LIST, HUB) if data.startswith(mark)), "")
+    if not mark or os.path.isdir(at_home(data)):
+        return os.path.abspath(at_home(data))
+    path = os.path.abspath(at_home(data.removeprefix(mark)))
+    return data if mark == HUB and not os.path.isdir(path) else mark + path

@@ -18,13 +18,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastrm.data.encoded import EncodedImages
-from fastrm.data.sources import LOOKED_FOR, Source, natural, passed_over, without_validation
+from fastrm.data.sources import LOOKED_FOR, Source, passed_over, without_validation
 from fastrm.data.tar import Member, Shard, read_shard
 from fastrm.errors import UsageError
-from fastrm.files import at_home
-from fastrm.settings.config import check_path
 
-MOST = 1_000_000  # shards in one pattern
 COMPRESSED = re.compile(r"\.(tgz|tbz2?|txz|tzst|tar\.(gz|bz2|xz|zst|lz4|z))$", re.IGNORECASE)
 _VALIDATION = re.compile(r"(?<![a-z])(val|valid|validation|dev|test)(?![a-z])", re.IGNORECASE)
 
@@ -66,28 +63,20 @@ class ShardImages(EncodedImages):
         return ShardImages([self._members[i] for i in indices])
 
 
-def open_shards(pattern: str) -> Source:
+def open_shards(shards: Sequence[Path], data: str, *, passed: Counter[str] | None = None) -> Source:
     """Open the images in shards.
 
     Args:
-        pattern: a tar file, or several as in ``train-{0000..0146}.tar``, ``{a,b}.tar`` or ``train-*.tar``.
+        shards: tar files.
+        data: what ``--data`` says.
+        passed: counts what lay beside them.
 
     Raises:
-        UsageError: a shard is not there or no uncompressed tar file, there is no image in them, or two images or labels
-            share a key.
+        UsageError: a shard is no uncompressed tar file, there is no image in them, two images or labels share a key, or
+            a pattern or a folder stands for shards to train on and for others.
     """
-    return open_shard_files(_found(pattern), pattern)
-
-
-def open_shard_files(shards: Sequence[Path], data: str, *, passed: Counter[str] | None = None) -> Source:
-    """Open the images in these shards, which ``--data`` stands for; ``passed`` counts what lay beside them."""
-    for shard in shards:
-        check_path("data", shard)
-        if not shard.is_file():
-            raise UsageError(f"--data {data}: {shard} {'is a folder' if shard.is_dir() else 'does not exist'}")
-    twice = [shard for shard, count in Counter(os.path.realpath(shard) for shard in shards).items() if count > 1]
-    if twice:
-        raise UsageError(f"--data {data} names {twice[0]} more than once")
+    if passed is not None or glob.has_magic(data):
+        _check_one_part(shards, data)
     with ThreadPoolExecutor(min(32, 4 * (os.cpu_count() or 1))) as threads:  # waiting for the disk, mostly
         read = list(threads.map(read_shard, shards))
     images = ShardImages([member for shard in read for member in shard.members])
@@ -113,28 +102,7 @@ def _notes(read: Sequence[Shard], images: ShardImages) -> list[str]:
     return notes
 
 
-def _found(pattern: str) -> list[Path]:
-    """The files that a pattern stands for, in the order of the pattern and of the numbers in their names."""
-    if "::" in pattern or "://" in pattern or pattern.startswith("pipe:"):
-        raise UsageError(f"--data {pattern}: shards are read from local files; several are named as in '{{a,b}}.tar'")
-    if os.path.isfile(at_home(pattern)):  # whatever signs are in its name
-        return [Path(at_home(pattern))]
-    shards: list[Path] = []
-    for name in expand(pattern):
-        path = Path(at_home(name))
-        if not glob.has_magic(name) or os.path.exists(path):
-            shards.append(path)
-            continue
-        matching = [Path(match) for match in sorted(glob.glob(str(path)), key=natural)]
-        if not matching:
-            raise UsageError(f"--data {pattern}: no file matches {name}")
-        check_one_part(matching, pattern)
-        check_one_part(matching, pattern)
-        shards += matching
-    return shards
-
-
-def check_one_part(shards: Sequence[Path], data: str) -> None:
+def _check_one_part(shards: Sequence[Path], data: str) -> None:
     """Raise a UsageError if by their names some of the shards, but not all, are for validation."""
     aside = [shard for shard in shards if _VALIDATION.search(shard.stem)]
     if aside and len(aside) < len(shards):
@@ -144,21 +112,3 @@ def check_one_part(shards: Sequence[Path], data: str) -> None:
             f"--data {data} stands for shards to train on, such as {first.name}, and by their names for others, such "
             f"as {aside[0].name}; give those to train on, as in '{wanted}'"
         )
-
-
-def expand(pattern: str) -> list[str]:
-    """Expand braces as a shell does: a list ``{a,b}`` or numbers ``{08..11}``, which keep their zeros."""
-    found = re.search(r"\{([^{}]*)\}", pattern)
-    if not found:
-        return [pattern]
-    numbers = re.fullmatch(r"(\d+)\.\.(\d+)", found[1])
-    if numbers:
-        first, last = numbers.groups()
-        if int(first) > int(last):
-            raise UsageError(f"--data {pattern}: {found[0]} counts down; give {{{last}..{first}}}")
-        if int(last) - int(first) >= MOST:
-            raise UsageError(f"--data {pattern}: {found[0]} is more than {MOST:,} shards")
-        choices = [str(n).zfill(len(first)) for n in range(int(first), int(last) + 1)]
-    else:
-        choices = found[1].split(",")
-    return [name for choice in choices for name in expand(pattern[: found.start()] + choice + pattern[found.end() :])]

@@ -22,6 +22,9 @@ from fastrm.data.stored import Values
 
 Some = TypeVar("Some", bound="Images")
 _KINDS_TOLD = 8
+TRAIN = ("train", "training")
+VALIDATION = ("val", "valid", "validation", "dev", "eval", "test", "testing")
+"""What parts of a data set are called; those for validation in the order in which they are preferred."""
 
 
 class Images(ABC):
@@ -92,6 +95,12 @@ class Images(ABC):
     @abstractmethod
     def subset(self, indices: NDArray[np.int64]) -> Images:
         """Return the images at ``indices``."""
+
+    def with_labels(self: Some, labels: NDArray[np.int64]) -> Some:
+        """Return the same images with labels, int64 [N]."""
+        twin = copy.copy(self)
+        twin._labels, twin.unreadable = labels, {}
+        return twin
 
 
 class ArrayImages(Images):
@@ -203,16 +212,33 @@ def passed_over(kinds: Mapping[str, int]) -> str:
 
 
 def without_validation(
-    name: str, train: Images, about: str, passed: Mapping[str, int], *, why: str = "there is no val folder"
+    name: str,
+    train: Images,
+    about: str,
+    passed: Mapping[str, int],
+    *,
+    why: str = "there is no val folder",
+    labelled: Images | None = None,
 ) -> Source:
-    """A source whose labelled images, if it has labels, are split for kNN; ``why`` says why there are no others."""
+    """A source whose labelled images, if it has labels, are split for kNN.
+
+    Args:
+        name: of the set.
+        train: what is trained on.
+        about: what is to be said of it.
+        passed: how much of what is not used.
+        why: why there are no images for validation.
+        labelled: those of ``train`` that have labels; None: all, if any.
+    """
     bank: Images | None = None
     test: Images | None = None
-    if train.labels is None:
+    labelled = train if labelled is None else labelled
+    if labelled.labels is None:
         about += "; without labels"
     else:
-        bank, test = held_out(train)
-        about += f"; {len(np.unique(train.labels))} classes; {why}: kNN is tried on a tenth of those trained on"
+        bank, test = held_out(labelled)
+        tenth = "a tenth of those trained on" if labelled is train else "a tenth of these"
+        about += f"; {len(np.unique(labelled.labels))} classes; {why}: kNN is tried on {tenth}"
     return Source(name=name, train=train, bank=bank, test=test, about=about + passed_over(passed))
 
 

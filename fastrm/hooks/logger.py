@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from fastrm.errors import UsageError
 from fastrm.hooks.base import Hook
+from fastrm.packages import optional
 
 if TYPE_CHECKING:
     from fastrm.run.run import Run
@@ -36,12 +35,7 @@ class Tracker(Logger):
     """
 
     def __init__(self, package: str) -> None:
-        try:
-            self.package: Any = import_module(package)
-        except ImportError as error:
-            raise UsageError(
-                f"--log-to {package} needs the package {package}: {error}; pip install 'fastrm[{package}]'"
-            ) from None
+        self.package: Any = optional(package, extra=package, wanted_by=f"--log-to {package}")
         self.id: str | None = None
 
     def state_dict(self) -> dict[str, Any]:

@@ -204,7 +204,12 @@ def _opened(data: Any, config: Config, workers: int) -> tuple[Source, dict[str, 
     """The images, without those that cannot be read, and what is wrong with these."""
     settings, broken = config.input, dict[str, str]()
     with first_alone():  # it may download the images, and leaves the others what it found
-        source = open_source(settings.data if data is None else data, settings.data_root)
+        source = open_source(
+            settings.data if data is None else data,
+            settings.data_root,
+            image_column=settings.image_column,
+            label_column=settings.label_column,
+        )
         if settings.scan and not config.run.dry_run:  # what the search finds is kept, and a dry run writes nothing
             source, broken = scan(source, workers=workers)
         if (format := _format_of_before(config, source)) is not None:

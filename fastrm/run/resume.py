@@ -24,7 +24,8 @@ FREE_ON_RESUME = frozenset(
     | {"verify_every", "log_to"}
     | {"out", "resume", "recipe", "device", "compile", "cuda_graph", "channels_last", "kernels", "loader", "scan"}
     | {"workers", "allow_changed_data", "dry_run"}
-    | {"data", "data_root", "augmentation"}  # what they stand for is compared: an inventory, and every number of views
+    | {"data", "data_root", "image_column", "label_column"}  # of the images their inventory is compared
+    | {"augmentation"}  # and every number of the views that it stands for
 )
 
 OLD_ONLINE = "fastrm.hooks.online.Online"

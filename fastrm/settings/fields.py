@@ -44,7 +44,14 @@ class InputConfig:
     data: str = ""
     """digits, fashion-mnist, cifar10, cifar100, stl10, photo-patches (of scikit-image), synthetic, or a folder:
     train/CLASS/… with optional val/CLASS/…, CLASS/…, or images at any depth without labels;
-    or WebDataset shards: a folder of tar files, or quoted: '/shards/train-{0000..0146}.tar'."""
+    or WebDataset shards: a folder of tar files, or quoted: '/shards/train-{0000..0146}.tar';
+    or a list of paths, @paths.txt; a table, .csv, .tsv or .parquet; a Hugging Face dataset, hf:PATH or hf:owner/name;
+    an array, .npy, .h5 or .hdf5; or a URL of shards, tables or arrays, which are copied to ~/.cache/fastrm once."""
+    image_column: str | None = None
+    """Column of a table or a Hugging Face dataset, or array of an HDF5 file, that holds the images.
+    Unset: the one of encoded images, or called image, path, file or the like."""
+    label_column: str | None = None
+    """The one that holds the labels, numbers or text; unset: label or class."""
     data_root: Path | None = None
     """Where a named set lies or is downloaded to; unset: ~/.cache/fastrm.
     For fashion-mnist a folder with the four IDX files, plain or gzip, serves."""

@@ -1,0 +1,178 @@
+"""Arrays of images in .npy and HDF5 files, mapped into memory: all processes share what the system holds of them.
+
+An HDF5 array that lies in one piece is mapped where it is. One in chunks or compressed cannot be read at random, and is
+copied into the cache once, as .npy.
+"""
+
+from __future__ import annotations
+
+import mmap
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fastrm.data.columns import Wanted
+from fastrm.data.copies import copied, folder_of, said, sized, state
+from fastrm.data.given import open_array
+from fastrm.data.rows import as_label, numbered
+from fastrm.data.sources import Source
+from fastrm.errors import UsageError, first_line
+from fastrm.packages import optional
+from fastrm.terminal.progress import bar
+
+_IMAGES = ("images", "image", "x", "data")
+_LABELS = ("labels", "label", "y")
+_AT_ONCE = 2**25
+"""Bytes that are copied at a time."""
+
+
+class Mapped(np.memmap):
+    """An array in a file; what a process that is started afresh gets is where it lies."""
+
+    def __reduce__(self) -> str | tuple[Any, ...]:
+        if not isinstance(self.base, mmap.mmap):  # a part of one
+            return np.asarray(self).__reduce__()
+        return Mapped, (str(self.filename), self.dtype, "r", self.offset, self.shape, _order(self))
+
+
+def _order(values: NDArray[Any]) -> Literal["C", "F"]:
+    return "F" if values.flags.f_contiguous and not values.flags.c_contiguous else "C"
+
+
+def open_array_file(files: Sequence[Path], data: str, wanted: Wanted) -> Source:
+    """Open the images in an array [N, H, W] or [N, H, W, C].
+
+    Of HDF5 it is the array called ``images``, ``x`` or ``data``, or the only one of 3 or 4 dimensions; labels are in
+    ``labels`` or ``y``. Beside ``x.npy`` they are in ``x_labels.npy`` or ``labels.npy``.
+
+    Args:
+        files: one of them.
+        data: what ``--data`` says.
+        wanted: the arrays in an HDF5 file that were asked for.
+
+    Raises:
+        UsageError: the file cannot be read, several arrays may be meant, or it is no array of images.
+    """
+    if len(files) > 1:
+        raise UsageError(f"--data {data} names {len(files):,} files of arrays; give one")
+    path = files[0]
+    if path.suffix.lower() == ".npy":
+        wanted.refuse(data)
+        values, labels, notes = _npy(path, data)
+    else:
+        values, labels, notes = _hdf5(path, data, wanted)
+    numbers = None
+    if labels is not None:
+        try:
+            numbers = numbered([as_label(value) for value in labels.reshape(-1).tolist()])
+        except UsageError as error:
+            if wanted.label is not None:
+                raise UsageError(f"--data {data}: the labels hold {error}") from None
+            notes.append(f"labels are not used, since they hold {error}")
+    return open_array(values, name=path.stem, given=f"--data {data}", labels=numbers, notes=notes)
+
+
+def _npy(path: Path, data: str) -> tuple[NDArray[Any], NDArray[Any] | None, list[str]]:
+    values = _mapped(path, data)
+    count = values.shape[0] if values.ndim else 0
+    stem, notes = path.stem, [str(path)]
+    own = [f"{stem}_labels.npy", *([f"{stem.replace('images', 'labels')}.npy"] if "images" in stem else [])]
+    for name in (*own, "labels.npy"):
+        beside = path.with_name(name)
+        if beside == path or not beside.is_file():
+            continue
+        labels = _mapped(beside, data)
+        if labels.shape[:1] == (count,) and labels.size == count:
+            return values, labels, [*notes, f"labels in {beside}"]
+        if name in own:
+            raise UsageError(f"--data {data}: {beside} has the shape {list(labels.shape)}; it must be [{count}]")
+        notes.append(f"{beside} has the shape {list(labels.shape)}, and is not used")
+    return values, None, notes
+
+
+def _mapped(path: Path, data: str) -> NDArray[Any]:
+    try:
+        held = np.load(path, mmap_mode="r", allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:
+        raise UsageError(f"--data {data}: {path} cannot be read as an array: {first_line(error)}") from None
+    if not isinstance(held, np.memmap):
+        raise UsageError(f"--data {data}: {path} holds no array, or several")
+    return Mapped(str(path), held.dtype, "r", held.offset, held.shape, _order(held))
+
+
+def _hdf5(path: Path, data: str, wanted: Wanted) -> tuple[NDArray[Any], NDArray[Any] | None, list[str]]:
+    h5py = optional("h5py", extra="hdf5", wanted_by=f"--data {data}")
+    try:
+        with h5py.File(path, "r") as file:
+            held: dict[str, Any] = {}
+            file.visititems(lambda name, item: held.update({name: item} if isinstance(item, h5py.Dataset) else {}))
+            image = _chosen(held, wanted.image, "image", [n for n in held if held[n].ndim in (3, 4)], _IMAGES, data)
+            count = len(held[image])
+            fitting = [n for n in held if n != image and held[n].ndim and held[n].size == len(held[n]) == count]
+            named = [n for n in fitting if _last(n) in _LABELS]
+            near = [n for n in named if n.rpartition("/")[0] == image.rpartition("/")[0]]
+            label = wanted.label
+            if label is not None or named:
+                label = _chosen(held, label, "label", near or named, _LABELS, data)
+                if label not in fitting:
+                    raise UsageError(
+                        f"--label-column {label}: it has the shape {list(held[label].shape)}; it must be [{count}]"
+                    )
+            values, notes = _values(held[image], path, data)
+            labels = None if label is None else np.asarray(held[label])
+    except (OSError, RuntimeError, ValueError) as error:
+        if isinstance(error, UsageError):
+            raise
+        raise UsageError(f"--data {data}: {path} cannot be read as HDF5: {first_line(error)}") from None
+    about = f"{image} in {path}" + (f", labels in {label}" if label else "")
+    return values, labels, [about, *notes]
+
+
+def _last(name: str) -> str:
+    return name.rpartition("/")[2].casefold()
+
+
+def _chosen(
+    held: dict[str, Any], wanted: str | None, what: str, fitting: list[str], names: Sequence[str], data: str
+) -> str:
+    """The array that was asked for, the only one that fits, or the only one of these with a name for it."""
+    listed = ", ".join(f"{name} {list(array.shape)}" for name, array in list(held.items())[:20]) or "none"
+    if wanted is not None:
+        if wanted.strip("/") in held:
+            return wanted.strip("/")
+        raise UsageError(f"--{what}-column {wanted}: --data {data} has no such array; it has {listed}")
+    named = [name for name in fitting if _last(name) in names]
+    if len(found := fitting if len(fitting) == 1 else named) == 1:
+        return found[0]
+    raise UsageError(
+        f"--data {data} has {'several arrays' if fitting else 'no array'} that may be meant; it has {listed}: give "
+        f"--{what}-column"
+    )
+
+
+def _values(array: Any, path: Path, data: str) -> tuple[NDArray[Any], list[str]]:
+    """An array in an HDF5 file, mapped there or as a copy, and what is to be said of it."""
+    if array.dtype.kind not in "uif" or 0 in array.shape:
+        raise UsageError(
+            f"--data {data}: {array.name} holds {array.dtype} {list(array.shape)}, which is no array of images"
+        )
+    offset = array.id.get_offset()
+    if array.chunks is None and offset is not None and not array.is_virtual and not array.external:
+        held = Mapped(str(path), array.dtype, "r", offset, array.shape)
+        if np.array_equal(held[0], array[0]) and np.array_equal(held[-1], array[-1]):
+            return held, []
+
+    def write(partial: Path) -> None:
+        out = np.lib.format.open_memmap(partial, mode="w+", dtype=array.dtype, shape=array.shape)
+        step = max(1, _AT_ONCE // max(1, array.nbytes // len(array)))
+        with bar(f"copy of {array.name} in {path.name}, {sized(array.nbytes)}", len(array)) as task:
+            for start in range(0, len(array), step):
+                out[start : start + step] = array[start : start + step]
+                task.advance(min(step, len(array) - start))
+        out.flush()
+
+    copy = copied(data, folder_of("hdf5", state(path), array.name) / "array.npy", array.nbytes, write)
+    return _mapped(copy, data), [said(array.nbytes)]

@@ -1,0 +1,90 @@
+"""Copies in the cache of what cannot be read at random where it lies: made once, and found by what they are of."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable
+from hashlib import blake2b
+from pathlib import Path
+
+from fastrm.errors import UsageError
+from fastrm.files import cache_root, write_whole
+
+_SAMPLE = 2**16
+
+
+def state(path: Path) -> str:
+    """What tells a file from others and from itself before it was changed: size, time, and its first and last bytes."""
+    about = os.stat(path)
+    digest = blake2b(f"{about.st_size} {about.st_mtime_ns} ".encode(), digest_size=16)
+    with open(path, "rb") as file:
+        digest.update(file.read(_SAMPLE))
+        file.seek(max(0, about.st_size - _SAMPLE))
+        digest.update(file.read(_SAMPLE))
+    return digest.hexdigest()
+
+
+def folder_of(*of: object) -> Path:
+    """The folder in the cache that holds the copy of what these tell."""
+    return cache_root() / "copies" / blake2b(repr(of).encode("utf-8", "surrogateescape"), digest_size=16).hexdigest()
+
+
+_OTHER = "set XDG_CACHE_HOME to a folder on another disk"
+
+
+def check_room(data: str, size: int) -> None:
+    """Raise a UsageError if ``size`` bytes do not fit where the cache is, or that cannot be written."""
+    try:
+        cache_root().mkdir(parents=True, exist_ok=True)
+        free = shutil.disk_usage(cache_root()).free
+    except OSError as error:
+        raise UsageError(
+            f"--data {data} cannot be copied to {cache_root()}: {error.strerror or error}; {_OTHER}"
+        ) from None
+    if free < size:
+        raise UsageError(
+            f"--data {data} is copied to {cache_root()}, which takes {sized(size)}, and {sized(free)} are free; "
+            f"{_OTHER}"
+        )
+
+
+def copied(data: str, path: Path, size: int, write: Callable[[Path], object]) -> Path:
+    """Return the copy at ``path``; where it is not there yet, let ``write`` make it.
+
+    Args:
+        data: what ``--data`` says.
+        path: below :func:`folder_of`.
+        size: how many bytes it takes.
+        write: fills the file that it is given.
+
+    Raises:
+        UsageError: there is no room for it, or it cannot be written.
+    """
+    if path.is_file():
+        return path
+    check_room(data, size)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        mine = path.with_name(f"{os.getpid()}-{path.name}")  # another run may copy the same
+        write_whole(mine, write)
+        os.replace(mine, path)
+    except OSError as error:
+        raise UsageError(
+            f"--data {data} cannot be copied to {path.parent}: {error.strerror or error}; {_OTHER}"
+        ) from None
+    return path
+
+
+def said(size: int) -> str:
+    """How much is kept where, for the line about a data set."""
+    return f"{sized(size)} of it copied to {cache_root()}"
+
+
+def sized(count: float) -> str:
+    """Bytes in words."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.1f} TB"

@@ -1,0 +1,176 @@
+"""Hugging Face datasets: on disk as ``hf:PATH``, or by name as ``hf:owner/name``, where there is a network."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fastrm.data.columns import Kind, Wanted, image_column, label_column
+from fastrm.data.decode import BrokenImage
+from fastrm.data.encoded import EncodedImages
+from fastrm.data.items import fingerprint
+from fastrm.data.rows import Rows, path_rows, source_of
+from fastrm.data.sources import TRAIN, VALIDATION, Source
+from fastrm.data.tables import kind_of
+from fastrm.errors import UsageError, first_line
+from fastrm.files import at_home
+from fastrm.machine.memory import exhausted
+from fastrm.packages import optional
+
+HUB = "hf:"
+_SAVED = ("dataset_dict.json", "state.json")
+"""What is in a folder that ``save_to_disk`` wrote."""
+
+
+class HubImages(EncodedImages):
+    """Images of a dataset, encoded.
+
+    Args:
+        held: the column of the images, which gives ``{bytes, path}``.
+        column: its name.
+        called: what the user knows the dataset by.
+        mark: what tells it from others.
+        rows: int64 [N].
+        labels: int64 [N], or None.
+    """
+
+    NOUN = "rows"
+
+    def __init__(
+        self,
+        held: Any,
+        column: str,
+        called: str,
+        mark: str,
+        rows: NDArray[np.int64],
+        labels: NDArray[np.int64] | None = None,
+    ) -> None:
+        super().__init__(labels)
+        self._held, self._column, self._called, self._mark, self.rows = held, column, called, mark, rows
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def name(self, index: int) -> str:
+        """The dataset, and the row, counted from 0."""
+        return f"{self._called}, row {self.rows[index]}"
+
+    def content(self, index: int) -> bytes:
+        """The bytes in a row, or in the file that it names."""
+        cell = self._held[int(self.rows[index])][self._column]
+        if cell is None or not (cell["bytes"] or cell["path"]):
+            raise BrokenImage("the cell is empty")
+        content: bytes = cell["bytes"] or Path(cell["path"]).read_bytes()
+        return content
+
+    def identities(self) -> Iterator[bytes]:
+        """What tells each image from others: the dataset's fingerprint, and the row."""
+        return (f"{row}\0{self._mark}".encode() for row in self.rows)
+
+    def stored_in(self) -> Sequence[Path]:
+        """The dataset's files."""
+        return [Path(file["filename"]) for file in self._held.cache_files]
+
+    def subset(self, indices: NDArray[np.int64]) -> HubImages:
+        """Return the images at ``indices``."""
+        labels = None if self.labels is None else self.labels[indices]
+        return HubImages(self._held, self._column, self._called, self._mark, self.rows[indices], labels)
+
+
+def is_saved(folder: Path) -> bool:
+    """Whether a folder is what ``save_to_disk`` wrote."""
+    return (folder / _SAVED[0]).is_file() or all((folder / name).is_file() for name in ("dataset_info.json", _SAVED[1]))
+
+
+def open_hub(data: str, wanted: Wanted) -> Source:
+    """Open a dataset: what ``save_to_disk`` wrote, a folder that ``load_dataset`` takes, or one of the hub's.
+
+    The split ``train`` is trained on, and kNN is tried on ``validation``, or else ``test``.
+
+    Args:
+        data: ``hf:`` and a path, or ``owner/name``, perhaps with ``:configuration``.
+        wanted: the columns that were asked for.
+
+    Raises:
+        UsageError: it is not there or cannot be loaded, has no split to train on, or not the columns.
+    """
+    loaded, name = _loaded(data)
+    about = f"dataset {data.removeprefix(HUB)}"
+    train, test = loaded, None
+    if isinstance(loaded, dict):
+        part = next((part for part in loaded if part in TRAIN), next(iter(loaded)) if len(loaded) == 1 else None)
+        if part is None:
+            raise UsageError(f"--data {data} has the splits {', '.join(loaded)}, and none is called train")
+        other = next((other for other in VALIDATION if other in loaded and other != part), None)
+        train, test = loaded[part], None if other is None else loaded[other]
+        about += f", split {part}"
+        rest = Counter({f"rows of {key}": len(loaded[key]) for key in loaded if key not in (part, other)})
+    else:
+        rest = Counter()
+    kinds = _kinds(train)
+    image, label = image_column(kinds, wanted, data), label_column(kinds, wanted, data)
+    rows, passed = _rows(train, image, label, data, f"{data}")
+    said = [f"{len(rows.images):,} images in {about}, column {image}" + (f", labels in {label}" if label else "")]
+    tested = None
+    if test is not None:
+        if lacking := [column for column in (image, label) if column and column not in test.column_names]:
+            raise UsageError(f"--data {data}: the split {other} has no column {lacking[0]}")
+        tested, _ = _rows(test, image, label, data, f"{data} {other}")
+        said.append(f"those for validation in split {other}")
+    required = wanted.label is not None
+    return source_of(name, data, rows, tested, about=said, passed=passed + rest, required=required)
+
+
+def _loaded(data: str) -> tuple[Any, str]:
+    """A Dataset or a DatasetDict, and a name for it."""
+    datasets = optional("datasets", extra="hf", wanted_by=f"--data {data}")
+    name: str = at_home(data.removeprefix(HUB))
+    folder = Path(name)
+    owner, _, configuration = name.partition(":")
+    if not name.strip():
+        raise UsageError(f"--data {data} names no dataset; give hf:PATH or hf:owner/name")
+    if not folder.is_dir() and (owner.startswith((os.sep, ".")) or owner.count("/") > 1):
+        raise UsageError(f"--data {data}: there is no folder {folder}")
+    try:
+        if is_saved(folder):
+            loaded = datasets.load_from_disk(str(folder))
+        elif folder.is_dir():
+            loaded = datasets.load_dataset(str(folder))
+        else:
+            loaded = datasets.load_dataset(owner, configuration or None)
+    except Exception as error:  # of every kind: of the network, of the hub, and of damaged files
+        if exhausted(error):
+            raise
+        where = (
+            "" if folder.is_dir() else f"; there is no such folder in {os.getcwd()}, and by name it is not to be had"
+        )
+        raise UsageError(f"--data {data} cannot be loaded: {first_line(error)}{where}") from None
+    return loaded, folder.resolve().name if folder.is_dir() else owner.rpartition("/")[2]
+
+
+def _kinds(dataset: Any) -> dict[str, Kind]:
+    return {field.name: kind_of(field.type) for field in dataset.features.arrow_schema}
+
+
+def _rows(dataset: Any, image: str, label: str | None, data: str, called: str) -> tuple[Rows, Counter[str]]:
+    datasets = optional("datasets", extra="hf", wanted_by=f"--data {data}")
+    if not len(dataset):
+        raise UsageError(f"--data {data} holds no image: it has no row")
+    labels = None
+    if label is not None:
+        labels = list(dataset[label])
+        if isinstance(dataset.features[label], datasets.ClassLabel):
+            labels = [None if number == -1 else number for number in labels]  # which says that there is none
+    if _kinds(dataset)[image] == "text":
+        paths = list(dataset[image])
+        listed = path_rows(paths, labels, Path.cwd(), data, lambda index: f"row {index}")
+        return listed.rows, listed.passed
+    mark = fingerprint(dataset) or ""
+    held = dataset.select_columns([image]).cast_column(image, datasets.Image(decode=False))
+    return Rows(HubImages(held, image, called, mark, np.arange(len(dataset))), labels), Counter()

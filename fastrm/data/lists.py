@@ -1,0 +1,96 @@
+"""A list of images: a text file with a path in each line, and perhaps a label behind a tab or a comma."""
+
+from __future__ import annotations
+
+import codecs
+import os
+from collections import Counter
+from pathlib import Path
+from typing import NamedTuple
+
+from fastrm.data.rows import Rows, beside, path_rows, source_of
+from fastrm.data.sources import Source, endings
+from fastrm.errors import UsageError
+from fastrm.files import at_home
+from fastrm.settings.config import check_path
+
+
+class _Lines(NamedTuple):
+    """What a list says."""
+
+    paths: list[str]
+    labels: list[str]
+    numbers: list[int]
+    """Of the lines, from 1 up."""
+    comments: int
+
+
+def open_list(data: str) -> Source:
+    """Open the images in a list.
+
+    Args:
+        data: ``@`` and the list's path. Blank lines are passed over, and so are lines that begin with ``#``, unless a
+            file has that name. A path may be in quotes, and starts from the folder of the list.
+
+    Raises:
+        UsageError: there is no such list, it names no image, or the first ones are not there.
+    """
+    check_path("data", data)
+    path = Path(os.path.abspath(at_home(data[1:])))
+    rows, passed = _rows(path, data)
+    about = [f"{len(rows.images):,} images in {path}"]
+    test, other = None, beside(path)
+    if other is not None:
+        test, _ = _rows(other, f"@{other}")
+        about.append(f"those for validation in {other}")
+    return source_of(path.stem or "list", data, rows, test, about=about, passed=passed)
+
+
+def _rows(path: Path, data: str) -> tuple[Rows, Counter[str]]:
+    lines = _read(path, data)
+    labels = lines.labels if any(lines.labels) else None
+    listed = path_rows(lines.paths, labels, path.parent, data, lambda index: f"line {lines.numbers[index]}")
+    return listed.rows, listed.passed + Counter({"comments": lines.comments} if lines.comments else {})
+
+
+def _read(path: Path, data: str) -> _Lines:
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        why = "does not exist" if isinstance(error, FileNotFoundError) else f"cannot be read: {error.strerror}"
+        raise UsageError(f"--data {data}: the list {path} {why}") from None
+    try:
+        text = content.decode(encoding(content), "surrogateescape")
+    except UnicodeError:  # of UTF-16
+        raise UsageError(f"--data {data}: {path} begins like a text in UTF-16, and is none") from None
+    if "\0" in text:
+        raise UsageError(f"--data {data}: {path} is no text; it must be a list of paths, one in each line")
+    lines = _Lines([], [], [], 0)
+    known = tuple(endings())
+    comments = 0
+    for number, line in enumerate(text.replace("\r\n", "\n").split("\n"), 1):
+        if not line.strip():
+            continue
+        image, label = _parted(line, known)
+        image = image.strip().strip('"')
+        if line.startswith("#") and not os.path.lexists(path.parent / image):
+            comments += 1
+            continue
+        lines.paths.append(image)
+        lines.labels.append(label.strip().strip('"'))
+        lines.numbers.append(number)
+    return lines._replace(comments=comments)
+
+
+def _parted(line: str, known: tuple[str, ...]) -> tuple[str, str]:
+    """A path and its label: what follows the last tab, or else the last comma, unless it ends as an image's name."""
+    for mark in "\t,":
+        path, found, label = line.rpartition(mark)
+        if found and not label.strip().strip('"').lower().endswith(known):
+            return path, label
+    return line, ""
+
+
+def encoding(content: bytes) -> str:
+    """How a text is encoded, by its first bytes: UTF-8, with a mark before it or not, or UTF-16 as Windows has it."""
+    return "utf-16" if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) else "utf-8-sig"
