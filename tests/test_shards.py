@@ -198,4 +198,4 @@ def test_labels_go_with_their_pictures(tmp_path: Path) -> None:
     members = [members[i] for i in rng.permutation(len(members))]
     source = open_source(pack(tmp_path / "a.tar", members))
     for i, label in enumerate(labels(source)):
-        assert source.train[i].getpixel((0, 0)) == (label, 0, 0)
+        assert source.train.picture(i).getpixel((0, 0)) == (label, 0, 0)
