@@ -475,7 +475,7 @@ CALLABLES: dict[str, tuple[Callable[[Any], Any], str]] = {
     "an array": (lambda image: (np.asarray(image),), r"gave for view 0 of item 0 .*ndarray of shape \[30, 36, 3\]"),
     "int64": (lambda image: (PICTURES[0].long(),), r"a tensor \[3, 30, 36\] of int64; it must give"),
     "a batch": (lambda image: (PICTURES[:2],), r"a tensor \[2, 3, 30, 36\] of uint8"),
-    "bands in bytes": (lambda image: (PICTURES[:5, 0],), "uint8 views are normalised by the data's mean and std, or ImageNet's"),
+    "bands in bytes": (lambda image: (PICTURES[:5, 0],), "uint8 views are normalised by the data's mean"),
     "raising": (raising, r"NameError: name 'undefined' .* \(test_open_data.py, line \d+\), called with item 0"),
 }  # fmt: skip
 
