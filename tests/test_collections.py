@@ -164,7 +164,7 @@ forms = pytest.mark.parametrize("form", [*ENCODED, *ARRAYS], ids=lambda form: fo
 
 def settings(data: str, out: Path, **leaves: Any) -> Config:
     quick: dict[str, Any] = {
-        "arch": "test_resnet", "image_size": 32, "stem": "imagenet", "batch_size": 12, "epochs": 2, "max_steps": 4,
+        "arch": "test_resnet", "image_size": 32, "stem": "imagenet", "batch_size": 6, "epochs": 1, "max_steps": 3,
         "hidden_dim": 16, "output_dim": 8, "predictor_hidden_dim": 16, "warmup_epochs": 0.0, "log_every": 1,
         "workers": 0, "eval_every": 0, "device": "cpu",
     }  # fmt: skip
@@ -214,7 +214,7 @@ def test_a_run_is_resumed_to_the_bit_evaluated_and_exported(
         mark = next((mark for mark in ("@", "hf:") if data.startswith(mark)), "")
         monkeypatch.chdir(root)
         data = mark + os.path.relpath(data.removeprefix(mark))
-    train.train(settings(data, out, max_steps=2))
+    train.train(settings(data, out, max_steps=1))
     monkeypatch.chdir(tmp_path)
     data = json.loads((out / "config.json").read_text())["data"]
     train.train(settings(data, out, workers=1, loader="auto"))

@@ -70,6 +70,11 @@ def part_column(kinds: Mapping[str, Kind]) -> str | None:
     return next((name for name, kind in kinds.items() if kind == "text" and _plain(name) in _PARTS), None)
 
 
+def told(image: str, label: str | None) -> str:
+    """Which columns are used, for the line about a data set."""
+    return f"column {image}, {f'labels in {label}' if label else 'and none called label or class'}"
+
+
 def _plain(name: str) -> str:
     return re.sub(r"[^a-z0-9]", "", name.casefold())
 

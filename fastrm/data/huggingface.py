@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fastrm.data.columns import Kind, Wanted, image_column, label_column
+from fastrm.data.columns import Kind, Wanted, image_column, label_column, told
 from fastrm.data.decode import BrokenImage
 from fastrm.data.encoded import EncodedImages
 from fastrm.data.items import fingerprint
@@ -116,7 +116,7 @@ def open_hub(data: str, wanted: Wanted) -> Source:
     kinds = _kinds(train)
     image, label = image_column(kinds, wanted, data), label_column(kinds, wanted, data)
     rows, passed = _rows(train, image, label, data, f"{data}")
-    said = [f"{len(rows.images):,} images in {about}, column {image}" + (f", labels in {label}" if label else "")]
+    said = [f"{len(rows.images):,} images in {about}", told(image, label)]
     tested = None
     if test is not None:
         if lacking := [column for column in (image, label) if column and column not in test.column_names]:

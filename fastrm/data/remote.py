@@ -75,9 +75,10 @@ def fetched(data: str, endings: Iterable[str]) -> tuple[list[Path], str]:
 
 
 def _files(core: Any, url: str, data: str, endings: tuple[str, ...]) -> list[_File]:
-    kept = folder_of("url", url)
+    kept: Path | None = None
     try:
         system, path = core.url_to_fs(url)
+        kept = _kept(system, path)
         if "*" in path:
             names = sorted(system.glob(path), key=natural)
         elif path.lower().partition("?")[0].endswith(endings) or not system.isdir(path):
@@ -91,23 +92,29 @@ def _files(core: Any, url: str, data: str, endings: tuple[str, ...]) -> list[_Fi
         protocols = (system.protocol,) if isinstance(system.protocol, str) else system.protocol
         if "file" in protocols:
             return [_File(None, name, 0, Path(name)) for name in names]
-        return [_remote(system, name, kept) for name in names]
+        return [_remote(system, name) for name in names]
     except UsageError:
         raise
     except Exception as error:  # of every kind: each file system has its own
         if exhausted(error):
             raise
-        if copies := sorted(kept.glob("*/*"), key=lambda copy: copy.stat().st_mtime):
+        if kept and (copies := sorted(kept.glob("*/*"), key=lambda copy: copy.stat().st_mtime)):
             return [_File(core, "", 0, copies[-1])]
-        raise UsageError(f"--data {data}: {url} cannot be read: {first_line(error)}") from None
+        why = "there is no such file" if isinstance(error, FileNotFoundError) else first_line(error)
+        raise UsageError(f"--data {data}: {url} cannot be read: {why}") from None
 
 
-def _remote(system: Any, name: str, kept: Path) -> _File:
+def _kept(system: Any, name: str) -> Path:
+    """The folder in the cache for copies of a file."""
+    return folder_of("url", system.protocol, name)
+
+
+def _remote(system: Any, name: str) -> _File:
     info = system.info(name)
     if info.get("type") == "directory":
         raise IsADirectoryError("it is a folder")
     state = repr([info.get(key) for key in _STATE])
-    folder = kept / blake2b(f"{name} {state}".encode(), digest_size=8).hexdigest()
+    folder = _kept(system, name) / blake2b(state.encode(), digest_size=8).hexdigest()
     return _File(system, name, int(info.get("size") or 0), folder / os.path.basename(urlsplit(name).path))
 
 

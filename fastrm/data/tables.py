@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from fastrm.data.cells import CellImages, Cells, cells_of
-from fastrm.data.columns import Kind, Wanted, image_column, label_column, part_column
+from fastrm.data.columns import Kind, Wanted, image_column, label_column, part_column, told
 from fastrm.data.copies import said
 from fastrm.data.lists import encoding
 from fastrm.data.rows import Listed, Rows, beside, by_parts, path_rows, source_of
@@ -195,7 +195,7 @@ def _read(files: Sequence[Path], data: str, wanted: Wanted) -> _Read:
                 cells.append(held)
                 copied += size
             counts.append(table.count())
-    notes = [f"column {chosen.image}" + (f", labels in {chosen.label}" if chosen.label else "")]
+    notes = [told(chosen.image, chosen.label)]
     labels = values[chosen.label] if chosen.label else None
     if labels is not None and isinstance(some := next((v for v in labels if v is not None), None), list | dict):
         if wanted.label is not None:
