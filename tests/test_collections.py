@@ -562,7 +562,7 @@ def test_no_room_for_a_copy_is_said_before(tmp_path: Path, monkeypatch: pytest.M
     data = parquet(tmp_path / "large.parquet", image=PNGS[:9])
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr("shutil.disk_usage", lambda _: type("Usage", (), {"free": 10}))
-    with pytest.raises(UsageError, match=r"which takes .* kB, and 10 B are free; set XDG_CACHE_HOME"):
+    with pytest.raises(UsageError, match=r"which takes .* KiB, and 10 bytes are free; set XDG_CACHE_HOME"):
         open_source(str(data))
 
 

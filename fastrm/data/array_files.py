@@ -15,11 +15,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastrm.data.columns import Wanted
-from fastrm.data.copies import copied, folder_of, said, sized, state
+from fastrm.data.copies import copied, folder_of, said, state
 from fastrm.data.given import open_array
 from fastrm.data.rows import as_label, numbered
 from fastrm.data.sources import Source
 from fastrm.errors import UsageError, first_line
+from fastrm.machine.memory import size as in_words
 from fastrm.packages import optional
 from fastrm.terminal.progress import bar
 
@@ -168,7 +169,7 @@ def _values(array: Any, path: Path, data: str) -> tuple[NDArray[Any], list[str]]
     def write(partial: Path) -> None:
         out = np.lib.format.open_memmap(partial, mode="w+", dtype=array.dtype, shape=array.shape)
         step = max(1, _AT_ONCE // max(1, array.nbytes // len(array)))
-        with bar(f"copy of {array.name} in {path.name}, {sized(array.nbytes)}", len(array)) as task:
+        with bar(f"copy of {array.name} in {path.name}, {in_words(array.nbytes)}", len(array)) as task:
             for start in range(0, len(array), step):
                 out[start : start + step] = array[start : start + step]
                 task.advance(min(step, len(array) - start))

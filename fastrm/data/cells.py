@@ -17,10 +17,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fastrm.data.copies import copied, folder_of, sized, state
+from fastrm.data.copies import copied, folder_of, state
 from fastrm.data.decode import BrokenImage
 from fastrm.data.encoded import EncodedImages
 from fastrm.errors import UsageError, first_line
+from fastrm.machine.memory import size as in_words
 from fastrm.terminal.progress import bar
 
 _AT_ONCE = 256
@@ -143,7 +144,7 @@ def cells_of(parquet: Any, path: Path, column: str, data: str) -> tuple[Cells, i
         import pyarrow as pa
 
         schema = pa.schema([("bytes", pa.large_binary()), ("digest", pa.int64())])
-        text = f"copy of the images in {path.name}, {sized(size)}"
+        text = f"copy of the images in {path.name}, {in_words(size)}"
         with (
             bar(text, parquet.metadata.num_rows) as task,
             pa.OSFile(str(partial), "wb") as file,

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from fastrm.errors import UsageError
 from fastrm.files import cache_root, write_whole
+from fastrm.machine.memory import size as in_words
 
 _SAMPLE = 2**16
 
@@ -44,7 +45,7 @@ def check_room(data: str, size: int) -> None:
         ) from None
     if free < size:
         raise UsageError(
-            f"--data {data} is copied to {cache_root()}, which takes {sized(size)}, and {sized(free)} are free; "
+            f"--data {data} is copied to {cache_root()}, which takes {in_words(size)}, and {in_words(free)} are free; "
             f"{_OTHER}"
         )
 
@@ -78,13 +79,4 @@ def copied(data: str, path: Path, size: int, write: Callable[[Path], object]) ->
 
 def said(size: int) -> str:
     """How much is kept where, for the line about a data set."""
-    return f"{sized(size)} of it copied to {cache_root()}"
-
-
-def sized(count: float) -> str:
-    """Bytes in words."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if count < 1000:
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
-        count /= 1000
-    return f"{count:.1f} TB"
+    return f"{in_words(size)} of it copied to {cache_root()}"

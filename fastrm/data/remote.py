@@ -14,12 +14,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
-from fastrm.data.copies import check_room, copied, folder_of, sized
+from fastrm.data.copies import check_room, copied, folder_of
 from fastrm.data.patterns import expand
 from fastrm.data.sources import natural
 from fastrm.errors import UsageError, first_line
 from fastrm.files import cache_root
 from fastrm.machine.memory import exhausted
+from fastrm.machine.memory import size as in_words
 from fastrm.packages import optional
 from fastrm.terminal.progress import tracked
 
@@ -62,13 +63,13 @@ def fetched(data: str, endings: Iterable[str]) -> tuple[list[Path], str]:
     total = sum(file.size for file in missing)
     if missing:
         check_room(data, total)
-        text = f"copy of {len(missing):,} files, {sized(total) if total else 'of unknown size'}, to {cache_root()}"
+        text = f"copy of {len(missing):,} files, {in_words(total) if total else 'of unknown size'}, to {cache_root()}"
         with ThreadPoolExecutor(_AT_ONCE) as threads:
             for _ in tracked(threads.map(lambda file: _fetch(data, file), missing), text, len(missing)):
                 pass
     remote = [file for file in files if file.system is not None]
     held = sum(file.copy.stat().st_size for file in remote)
-    notes = [f"{sized(held)} copied to {cache_root()}"] if remote else []
+    notes = [f"{in_words(held)} copied to {cache_root()}"] if remote else []
     if unasked := sum(not file.name for file in files):
         notes.append(f"{unasked:,} files cannot be reached, and their copies of before are used")
     return [file.copy for file in files], "; ".join(notes)
