@@ -118,6 +118,9 @@ def evaluate(options: EvaluateConfig, *, arch: nn.Module | None = None) -> dict[
 
 def _evaluate(options: EvaluateConfig, device: torch.device, arch: nn.Module | None) -> dict[str, Any]:
     trained = open_pretrained(options.path, device, arch=arch)
+    if not trained.pixels.limits:
+        made = f"views of {trained.pixels.channels} channels, which a callable made of images of others"
+        raise UsageError(f"{options.path} was trained on {made}: an evaluation sees the images as they are")
     out = options.out or trained.folder / EVALUATION
     _earlier(out)  # so that what is in the way is found at once
     setting = Setting(trained.image_size, device, options.workers)

@@ -350,6 +350,8 @@ def test_a_callable_may_make_other_channels(tmp_path: Path) -> None:
     out = tmp_path / "it.safetensors"
     card = export.export(export.ExportConfig(run=tmp_path / "run", format="safetensors", out=out)).read_text()
     assert "5 channels, 32x32 pixels, as the run's own augmentation made them" in card
+    with pytest.raises(UsageError, match="was trained on views of 5 channels, which a callable made"):
+        evaluate.evaluate(evaluate.EvaluateConfig(run=out, knn=True, data="digits", workers=0, device="cpu"))
 
 
 @pytest.mark.usefixtures("few_digits")

@@ -52,12 +52,13 @@ def _images(pixels: PixelFormat, size: str) -> list[str]:
     what = "RGB" if pixels.rgb else f"{pixels.channels} channel{'s' * (pixels.channels != 1)}"
     if not pixels.limits:
         return [f"**Images:** {what}, {size}x{size} pixels, as the run's own augmentation made them."]
+    pages = " (the bands of all pages, one page after the other)" if pixels.pages == "bands" else ""
     limits = "; ".join(f"{dtype} {low} and {high}" for dtype, (low, high) in plain["limits"].items())
     return [
         f"**Images:** {what} in [0, 1], {size}x{size} pixels, less the mean {mean}, divided by {std}.",
         "",
         f"What becomes 0 and what becomes 1, per channel or in all, by a file's dtype: {limits}. From a NumPy "
-        f"array [{size}, {size}, {pixels.channels}] of such values to what the network takes:",
+        f"array [{size}, {size}, {pixels.channels}] of such values{pages} to what the network takes:",
         "",
         "```python",
         "def prepared(values):",
