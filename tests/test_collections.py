@@ -12,13 +12,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from numpy.typing import NDArray
 from PIL import Image
 
 from fastrm import evaluate, train
-from fastrm.data import located, open_source
-from fastrm.data.array_files import Mapped
+from fastrm.data import SUPERVISED, _kind, located, open_source
 from fastrm.data.inventory import inventory
+from fastrm.data.mapped import Mapped
 from fastrm.data.scan import scan
 from fastrm.errors import UsageError
 from fastrm.export import main as export
@@ -201,7 +202,8 @@ def test_the_pictures_and_their_labels(form: Callable[[Path], str], root: Path) 
     assert "3 classes" in source.about
     parts = source.train.subset(np.array([3, 30]))
     np.testing.assert_array_equal(parts.values(1), ARRAY[30])
-    assert form in ARRAYS or parts.name(1) == source.train.name(30)
+    assert parts.name(1) == source.train.name(30)
+    assert list(parts.identities())[1] == list(source.train.identities())[30]
 
 
 @forms
@@ -596,3 +598,11 @@ def test_places_are_found_from_elsewhere(tmp_path: Path, monkeypatch: pytest.Mon
     assert located("hf:held") == f"hf:{tmp_path / 'held'}"
     assert located("s3://a/{0..3}.tar") == "s3://a/{0..3}.tar"
     assert located("a-{0..3}.parquet") == str(tmp_path / "a-{0..3}.parquet")
+
+
+def test_an_array_that_a_gpu_has_no_room_for_is_read_by_workers(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    images: Any = open_source(as_npy(root)).train
+    for memory, loader in ((2 * ARRAY.nbytes, "memory"), (2 * ARRAY.nbytes - 1, "torch")):
+        held = type("Properties", (), {"total_memory": memory})
+        monkeypatch.setattr("torch.cuda.get_device_properties", lambda _, held=held: held)
+        assert _kind("auto", images, SUPERVISED, torch.device("cuda")) == loader

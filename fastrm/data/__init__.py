@@ -163,7 +163,7 @@ def _kind(loader: str, images: Images, recipe: Augmentation | Augment, device: t
     if loader == "auto":
         if called or not (held or files):
             return "torch"
-        if held and images.format.bytes:
+        if isinstance(images, ArrayImages) and images.format.bytes and _fits(images, device):
             return "memory"
         return "dali" if files and images.format.rgb and device.type == "cuda" and not dali_problem() else "torch"
     if loader == "dali" and called:
@@ -181,6 +181,11 @@ def _kind(loader: str, images: Images, recipe: Augmentation | Augment, device: t
     if loader == "dali" and (problem := dali_problem()):
         raise UsageError(f"--loader dali cannot be used: {problem}")
     return loader
+
+
+def _fits(images: ArrayImages, device: torch.device) -> bool:
+    """Whether an array takes at most half of a GPU's memory."""
+    return device.type != "cuda" or 2 * images.arrays.nbytes <= torch.cuda.get_device_properties(device).total_memory
 
 
 def _device(device: str | torch.device) -> torch.device:

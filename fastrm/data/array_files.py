@@ -6,10 +6,9 @@ copied into the cache once, as .npy.
 
 from __future__ import annotations
 
-import mmap
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,6 +16,7 @@ from numpy.typing import NDArray
 from fastrm.data.columns import Wanted
 from fastrm.data.copies import copied, folder_of, said, state
 from fastrm.data.given import open_array
+from fastrm.data.mapped import Mapped, order
 from fastrm.data.rows import as_label, numbered
 from fastrm.data.sources import Source
 from fastrm.errors import UsageError, first_line
@@ -28,19 +28,6 @@ _IMAGES = ("images", "image", "x", "data")
 _LABELS = ("labels", "label", "y")
 _AT_ONCE = 2**25
 """Bytes that are copied at a time."""
-
-
-class Mapped(np.memmap):
-    """An array in a file; what a process that is started afresh gets is where it lies."""
-
-    def __reduce__(self) -> str | tuple[Any, ...]:
-        if not isinstance(self.base, mmap.mmap):  # a part of one
-            return np.asarray(self).__reduce__()
-        return Mapped, (str(self.filename), self.dtype, "r", self.offset, self.shape, _order(self))
-
-
-def _order(values: NDArray[Any]) -> Literal["C", "F"]:
-    return "F" if values.flags.f_contiguous and not values.flags.c_contiguous else "C"
 
 
 def open_array_file(files: Sequence[Path], data: str, wanted: Wanted) -> Source:
@@ -101,7 +88,7 @@ def _mapped(path: Path, data: str) -> NDArray[Any]:
         raise UsageError(f"--data {data}: {path} cannot be read as an array: {first_line(error)}") from None
     if not isinstance(held, np.memmap):
         raise UsageError(f"--data {data}: {path} holds no array, or several")
-    return Mapped(str(path), held.dtype, "r", held.offset, held.shape, _order(held))
+    return Mapped(str(path), held.dtype, "r", held.offset, held.shape, order(held))
 
 
 def _hdf5(path: Path, data: str, wanted: Wanted) -> tuple[NDArray[Any], NDArray[Any] | None, list[str]]:

@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from fastrm.data.encoded import FileImages
 from fastrm.data.items import ItemImages, Items
+from fastrm.data.mapped import MappedImages
 from fastrm.data.pixels import array_of
 from fastrm.data.sources import ArrayImages, Images, Source, held_out, without_validation
 from fastrm.errors import UsageError
@@ -126,7 +127,7 @@ def open_array(
         values = values[..., 0]
     if values.dtype == np.uint8 and (values.ndim == 3 or values.shape[3] == 3):
         sides = "x".join(map(str, shape[1:3]))
-        images = ArrayImages(values, labels)
+        images = (MappedImages if isinstance(values, np.memmap) else ArrayImages)(values, labels)
         about = "; ".join([f"{name}: {len(images):,} images of {sides} pixels", *notes])
         return without_validation(name, images, about, {}, why="there are no others for validation")
     planes = _Planes(values if values.ndim == 4 else values[..., None], labels)

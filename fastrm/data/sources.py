@@ -139,8 +139,11 @@ class ArrayImages(Images):
 
     def identities(self) -> Iterator[bytes]:
         """What tells each image from others: its shape and pixels."""
-        shape = repr(self.arrays.shape[1:]).encode()
-        return (shape + image.tobytes() for image in self.arrays)
+        return map(self.identity, range(len(self)))
+
+    def identity(self, index: int) -> bytes:
+        """What tells an image from others."""
+        return repr(self.arrays.shape[1:]).encode() + self.arrays[index].tobytes()
 
     def subset(self, indices: NDArray[np.int64]) -> ArrayImages:
         """Return the images at ``indices``."""
