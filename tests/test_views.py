@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch import Tensor
 
 import fastrm
 from fastrm import train
@@ -21,7 +22,7 @@ from fastrm.data.dali_loader import dali_problem
 from fastrm.data.draws import draw_views
 from fastrm.data.sources import ArrayImages
 from fastrm.errors import UsageError
-from fastrm.methods import find
+from fastrm.methods import MoCoV2, find
 from fastrm.run import checkpoint
 from fastrm.settings.config import Config
 from fastrm.settings.config_file import VIEWS
@@ -421,3 +422,28 @@ def test_the_sheet_shows_three_bands_or_one(
         large = picture.repeat(6, axis=0).repeat(6, axis=1)
         top, left = place_of(large, found, 0, 0)
         assert place_of(large, found, top, left + 144)[0] == top
+
+
+def test_a_method_of_ones_own_takes_multi_crop(tmp_path: Path) -> None:
+    shapes = []
+
+    class SixViews(MoCoV2):
+        views = 6
+
+        def forward(self, first: Tensor, second: Tensor, *rest: Any, **options: Any) -> Any:
+            shapes.append([tuple(view.shape[1:]) for view in (first, second, *rest[:4])])
+            return super().forward(first, second, *rest[4:], **options)
+
+    fastrm.pretrain(
+        "digits", augmentation="2x32,4x16", arch="test_resnet", method=SixViews, image_size=32, batch_size=16,
+        max_steps=1, out=tmp_path / "run", **TINY,
+    )  # fmt: skip
+    assert shapes[-1] == [(3, 32, 32)] * 2 + [(3, 16, 16)] * 4
+    assert [view["size"] for view in checkpoint.load(tmp_path / "run")["augmentation"]["view"]] == [
+        32,
+        32,
+        16,
+        16,
+        16,
+        16,
+    ]

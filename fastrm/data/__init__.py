@@ -66,7 +66,7 @@ def make_loader(
     Args:
         data: whatever :func:`open_source` takes.
         method: whose augmentation: a method's name, or a subclass of :class:`fastrm.methods.Method`; or your own: an
-            :class:`Augmentation`, or a callable from one image to a tuple of views.
+            :class:`Augmentation` (:func:`augmentation_of` reads one), or a callable from one image to a tuple of views.
 
             The callable is given what a Dataset gives, and of files and named sets a PIL image (of gray files of 16
             bits, and of arrays of deeper pixels or other bands, a tensor [C, H, W]). A view is a tensor [C, H, W], of

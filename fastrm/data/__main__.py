@@ -106,8 +106,8 @@ def contact_sheet(options: Options) -> None:
     titles = ["original", *(f"view {number}\n{_size(batch)}" for number, batch in enumerate(views, start=1))]
     sheets.save("--out", options.out, sheets.draw(rows, titles=titles))
     print(f"data       {source.about}")
-    bands = _bands(len(mean))
-    print(f"{options.out}: {count} images of {source.name}, and beside each its {len(views)} views{bands}")
+    bands, several = _bands(len(mean)), "s" * (count > 1)
+    print(f"{options.out}: {count} image{several} of {source.name}, and beside each its {len(views)} views{bands}")
 
 
 def shown(views: Tensor, mean: Sequence[float], std: Sequence[float]) -> Iterator[Image.Image]:
