@@ -138,6 +138,9 @@ def test_round_trips(
             settings = timm.data.resolve_model_data_config(network)
             assert tuple(settings["input_size"]) == (BANDS, 32, 32)
             assert (tuple(settings["mean"]), tuple(settings["std"])) == (SCENES.mean, SCENES.std)
+            config = json.loads((path / "config.json").read_text())  # which older versions of timm go by
+            assert config["pretrained_cfg"]["input_size"] == [BANDS, 32, 32]
+            assert "first_conv" not in config["pretrained_cfg"]
             path = path / "model.safetensors"
     else:
         loaded = read_pretrained(path)
