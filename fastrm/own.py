@@ -168,7 +168,8 @@ SHEET = b"contact sheet of fastrm"
 
 def sheet(path: Path) -> bool:
     """A contact sheet of ``fastrm.data``."""
-    return SHEET in head(path)[:512]
+    with open(path, "rb") as file:  # of each picture in a folder
+        return SHEET in file.read(512)
 
 
 def plot(path: Path) -> bool:

@@ -81,19 +81,16 @@ class CellImages(EncodedImages):
         rows: NDArray[np.int64] | None = None,
         labels: NDArray[np.int64] | None = None,
     ) -> None:
-        super().__init__(labels)
         self._tables = tables
         self._starts = np.array([0, *itertools.accumulate(map(len, tables))], dtype=np.int64)
         if rows is None:
             rows = np.concatenate([start + t.present for start, t in zip(self._starts, tables, strict=False)])
-        self.rows = rows
-
-    def __len__(self) -> int:
-        return len(self.rows)
+        super().__init__(labels, slice(0, len(rows)))
+        self.cells = rows
 
     def _place(self, index: int) -> tuple[Cells, int]:
         """The table that an image is in, and the row there."""
-        row = self.rows[index]
+        row = self.cells[self.row(index)]
         table = int(np.searchsorted(self._starts, row, side="right")) - 1
         return self._tables[table], int(row - self._starts[table])
 
@@ -109,16 +106,12 @@ class CellImages(EncodedImages):
 
     def identities(self) -> Iterator[bytes]:
         """What tells each image from others: a digest of its bytes."""
-        digests = np.concatenate([table.digests for table in self._tables])[self.rows]
+        digests = np.concatenate([table.digests for table in self._tables])[self.cells[self.rows]]
         return (digest.tobytes() for digest in digests)
 
     def stored_in(self) -> Sequence[Path]:
         """The copies."""
         return [table.copy for table in self._tables]
-
-    def subset(self, indices: NDArray[np.int64]) -> CellImages:
-        """Return the images at ``indices``."""
-        return CellImages(self._tables, self.rows[indices], None if self.labels is None else self.labels[indices])
 
 
 def cells_of(parquet: Any, path: Path, column: str, data: str) -> tuple[Cells, int]:

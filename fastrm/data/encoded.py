@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-import itertools
+import copy
 import os
+import stat
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from hashlib import blake2b
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -17,6 +18,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fastrm.data.decode import BROKEN, BrokenImage, decode, inspect, reason
+from fastrm.data.index import Table, place
+from fastrm.data.looks import Looks, looks
+from fastrm.data.paths import Paths, Rows, chosen, count, row_at, stated
 from fastrm.data.sources import Images
 from fastrm.data.stored import Values, stored
 from fastrm.errors import UsageError
@@ -27,7 +31,7 @@ except ImportError:
     decode_jpeg = None  # type: ignore[assignment, unused-ignore]
 
 T = TypeVar("T")
-_AT_ONCE = 1024
+Some = TypeVar("Some", bound="EncodedImages")
 
 
 def decoded(content: bytes) -> Tensor:
@@ -39,9 +43,65 @@ def decoded(content: bytes) -> Tensor:
 
 
 class EncodedImages(Images):
-    """Images whose encoded bytes can be had one by one, wherever they lie."""
+    """Images whose encoded bytes can be had one by one, wherever they lie.
+
+    Args:
+        labels: int64 [N], or None for those in the table, if it has any.
+        rows: which N of a set these are.
+        table: what is known of all images of the set; its subsets share it.
+    """
 
     NOUN = "files"
+
+    def __init__(self, labels: NDArray[np.int64] | None, rows: Rows, table: Table | None = None) -> None:
+        super().__init__(labels)
+        self.rows, self.table = rows, Table({}, count(rows)) if table is None else table
+
+    def __len__(self) -> int:
+        return count(self.rows)
+
+    @property
+    def labels(self) -> NDArray[np.int64] | None:
+        """int64 [N], or None."""
+        if self._labels is not None:
+            return self._labels
+        kept = self._told("label")
+        return None if kept is None else np.array(kept)  # that can be written to, as torch wants it
+
+    @property
+    def looks(self) -> Looks | None:
+        """What the search for broken files found out of each of the N images; None where it was not made."""
+        found = looks(self.table)
+        return None if found is None else found.at(self.rows)
+
+    def _told(self, name: str) -> NDArray[Any] | None:
+        """What the table says of each of the N images."""
+        return self.table[name][self.rows] if name in self.table else None
+
+    def row(self, index: int) -> int:
+        """Where an image is among all of the set, and in the table."""
+        return row_at(self.rows, index)
+
+    def renew(self) -> None:
+        """Take over what was found out of the images before, as far as they are the same; else it is forgotten.
+
+        This is called on the images of a set that are looked at first: these stand for all.
+        """
+        digest = blake2b(digest_size=16)
+        files = self.stored_in()
+        for column in stated(map(os.fspath, files), len(files)):
+            digest.update(column.tobytes())
+        for index in range(len(self)):
+            digest.update(os.fsencode(os.path.abspath(self.name(index))) + b"\0")
+        self.table.keep_at(place(f"set-{digest.hexdigest()}"))
+
+    def subset(self: Some, indices: NDArray[np.int64]) -> Some:
+        """Return the images at ``indices``: what tells them from others is where they are among all of the set."""
+        part = copy.copy(self)
+        part.rows = chosen(self.rows, indices)
+        part._labels = None if self._labels is None else self._labels[indices]
+        part.unreadable = {}
+        return part
 
     @abstractmethod
     def content(self, index: int) -> bytes:
@@ -54,10 +114,6 @@ class EncodedImages(Images):
     @abstractmethod
     def stored_in(self) -> Sequence[Path]:
         """The files on disk that hold the images: when one of them changes, the images are looked at again."""
-
-    @abstractmethod
-    def subset(self, indices: NDArray[np.int64]) -> EncodedImages:
-        """Return the images at ``indices``."""
 
     def values(self, index: int) -> Values:
         """What is stored of an image, [H, W, bands]."""
@@ -93,48 +149,45 @@ class FileImages(EncodedImages):
         root: the folder of the data, which the names of the images start from; None is what the paths have in common.
     """
 
-    def __init__(self, paths: Sequence[Path], labels: NDArray[np.int64] | None, root: Path | None = None) -> None:
-        super().__init__(labels)
-        self.paths = paths
-        self.root = root
+    def __init__(self, paths: Sequence[Path], labels: NDArray[np.int64] | None, root: str | Path | None = None) -> None:
+        held = paths if isinstance(paths, Paths) else Paths.of(paths)
+        super().__init__(labels, held.rows, held.table)
+        self.root, self._above = root, held.root
 
-    def __len__(self) -> int:
-        return len(self.paths)
+    @property
+    def paths(self) -> Paths:
+        """Where the files are; each path is made when it is asked for."""
+        return Paths(self.table, self._above, self.rows)
 
     def name(self, index: int) -> str:
         """Its path."""
-        return str(self.paths[index])
+        return self.paths.text(index)
 
     def content(self, index: int) -> bytes:
         """The bytes of a file; a pipe, where reading would wait for ever, is broken."""
-        path = self.paths[index]
-        if not path.is_file() and path.exists():
+        path = self.name(index)
+        state = os.stat(path)
+        if not stat.S_ISREG(state.st_mode):
             raise BrokenImage("it is not a regular file")
-        return path.read_bytes()
+        with open(path, "rb") as file:
+            content = file.read()
+        self.compare(index, len(content), state.st_mtime_ns)
+        return content
+
+    def compare(self, index: int, size: int, changed: int) -> None:
+        """Is told the length of a file that was read, and its time of change in nanoseconds."""
 
     def identities(self) -> Iterator[bytes]:
         """What tells each image from others: its path from the root on, and its size in bytes."""
-        root = str(self.root or os.path.commonpath([path.parent for path in self.paths]))
+        paths = self.paths
+        root = str(self.root or os.path.commonpath({os.path.dirname(path) for path in paths.texts()}))
         begin = 0 if root == os.curdir else len(root.rstrip(os.sep)) + 1
-        starts = range(0, len(self.paths), _AT_ONCE)
-        with ThreadPoolExecutor(_AT_ONCE // 64) as threads:  # waiting for the disk, mostly
-            sizes = threads.map(lambda at: [_size(path) for path in self.paths[at : at + _AT_ONCE]], starts)
-            for path, size in zip(self.paths, itertools.chain.from_iterable(sizes), strict=True):
-                yield os.fsencode(str(path)[begin:].replace(os.sep, "/")) + b"\0%d" % size
+        sizes = self._told("bytes")
+        if sizes is None:
+            sizes, _ = stated(paths.texts(), len(paths))
+        for path, size in zip(paths.texts(), sizes.tolist(), strict=True):
+            yield os.fsencode(path[begin:].replace(os.sep, "/")) + b"\0%d" % size
 
     def stored_in(self) -> Sequence[Path]:
         """The files themselves."""
-        return list(self.paths)
-
-    def subset(self, indices: NDArray[np.int64]) -> FileImages:
-        """Return the images at ``indices``."""
-        labels = None if self.labels is None else self.labels[indices]
-        return FileImages([self.paths[i] for i in indices], labels, self.root)
-
-
-def _size(path: Path) -> int:
-    """Bytes of a file; -1 where it cannot be looked at."""
-    try:
-        return os.stat(path).st_size
-    except OSError:
-        return -1
+        return self.paths

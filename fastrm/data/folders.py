@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import os
 import re
+import time
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-import numpy as np
-
-from fastrm.data.encoded import FileImages
+from fastrm.data import folder_index
+from fastrm.data.index import Table
 from fastrm.data.listing import Folder, listed
+from fastrm.data.paths import within
 from fastrm.data.shards import open_shards
 from fastrm.data.sources import LOOKED_FOR, TRAIN, VALIDATION, Source, natural, passed_over, without_validation
 from fastrm.errors import UsageError
@@ -24,37 +27,96 @@ _TARGETS = frozenset(
 )
 
 
-def open_folder(path: Path) -> Source:
+def open_folder(path: Path, *, keep: bool = True) -> Source:
     """Open a folder: ``train/CLASS/…`` and perhaps ``val/CLASS/…``, ``CLASS/…``, images at any depth, or tar shards.
+
+    Args:
+        path: the folder.
+        keep: whether what is found in it is kept in the cache, for the next start.
 
     Raises:
         UsageError: it holds no image or cannot be read, or what is in it can be taken in two ways.
     """
-    root = listed(path)
-    if not root.below() and (shards := sorted((shard for f in root for shard in f.shards), key=natural)):
-        return _shards(root, shards)
+    begin, found = time.time_ns(), folder_index.find(path)
+    table = found.table
+    if table is None:
+        listing = listed(path)
+        root = listing.top
+        if not root.holds_images and (shards := sorted((shard for f in root for shard in f.shards), key=natural)):
+            return _shards(root, shards)
+        plan = _plan(root)
+        table = folder_index.make(listing, begin, plan.parts, plan.labels)
+        table.about |= plan.said
+        if keep:
+            folder_index.keep(table, path, found)
+    return _source(table, path)
+
+
+@dataclass
+class _Plan:
+    """What the images in a folder are used for."""
+
+    parts: list[Folder]
+    """What is trained on, and perhaps what is for validation."""
+    labels: dict[Folder, int] | None
+    about: str
+    """What is said of them; for the folder's own path stands a NUL character."""
+    passed: Counter[str]
+    why: str = "there is no val folder"
+    """Why there is nothing for validation."""
+
+    @property
+    def said(self) -> dict[str, Any]:
+        """What is kept of it besides the images."""
+        return {name: getattr(self, name) for name in ("about", "passed", "why")}
+
+
+def _plan(root: Folder) -> _Plan:
+    """Decide what the images in a folder are used for."""
     layout = _layout(root)
     train = layout.train
-    images, classes, notes = _labelled(train)
-    if len(images) == 0:
+    if not train.holds_images:
         said = passed_over(root.all_passed())
-        raise UsageError(f"--data {path} holds no image{said}; looked below {train.path} for {LOOKED_FOR}")
+        raise UsageError(f"--data {root.path} holds no image{said}; looked below {train.path} for {LOOKED_FOR}")
+    labels, classes, notes = _labelled(train)
     notes += _parts_below(root) if train is root else []
-    about = "; ".join([f"{len(images):,} images in {train.path}", *notes, *layout.notes])
+    about = "; ".join([f"{train.total:,} images in {train.shown}", *notes, *layout.notes])
     passed = train.all_passed() + (root.passed if train is not root else Counter())
     if count := sum(len(folder.shards) for folder in root):
         passed[".tar (give them as '*.tar')"] += count
-    name = path.resolve().name or "data"
-    if layout.validation is None or not classes:
-        if layout.validation is not None:
-            about += f"; {layout.validation.name}/ is not used, since the images to train on have no labels"
-        return without_validation(name, images, about, passed)
-    test, problem = _validation(layout.validation, classes)
-    if test is None:
-        return without_validation(name, images, about, passed, why=problem)
-    passed += layout.validation.all_passed()
-    about += f"; {len(classes)} classes; {len(test):,} for validation in {layout.validation.path}{problem}"
-    return Source(name=name, train=images, bank=images, test=test, about=about + passed_over(passed))
+    plan = _Plan([train], labels, about, passed)
+    if layout.validation is None:
+        return plan
+    if labels is None:
+        plan.about += f"; {layout.validation.name}/ is not used, since the images to train on have no labels"
+        return plan
+    tested, problem = _validation(layout.validation, classes)
+    if tested is None:
+        plan.why = problem
+        return plan
+    plan.parts.append(layout.validation)
+    labels |= tested
+    plan.passed += layout.validation.all_passed()
+    plan.about += (
+        f"; {len(classes)} classes; {layout.validation.total:,} for validation in {layout.validation.shown}{problem}"
+    )
+    return plan
+
+
+def _source(table: Table, path: Path) -> Source:
+    """The data set in a folder, by its index."""
+    about, name = _said(table.about["about"], path), path.resolve().name or "data"
+    passed: Counter[str] = Counter(table.about["passed"])
+    train, *tested = (folder_index.images(table, path, part) for part in range(len(table.about["parts"])))
+    if not tested:
+        return without_validation(name, train, about, passed, why=table.about["why"])
+    return Source(name=name, train=train, bank=train, test=tested[0], about=about + passed_over(passed))
+
+
+def _said(text: str, path: Path) -> str:
+    """What was said of a folder, of which now this is the path."""
+    before = {"\0": str(path), "\0" + os.sep: within(str(path), "")}
+    return re.sub(f"\0(?:{re.escape(os.sep)})?", lambda found: before[found[0]], text)
 
 
 class _Layout(NamedTuple):
@@ -80,7 +142,7 @@ def _layout(root: Folder) -> _Layout:
     )
     others = [f for f in root.folders if f not in train and f not in aside and f.holds_images]
     if not train:
-        if aside and not others and not root.images and any(folder.holds_images for folder in aside):
+        if aside and not others and not root.names and any(folder.holds_images for folder in aside):
             names = " and ".join(f"{folder.name}/" for folder in aside)
             raise UsageError(f"--data {root.path} holds {names} and no train/; give {aside[0].path} to train on it")
         return _Layout(root, None, _taken_for_classes([f for f in aside if f.holds_images] if others else []))
@@ -89,15 +151,15 @@ def _layout(root: Folder) -> _Layout:
         raise UsageError(f"--data {root.path}: {names} can both be what is to be trained on; give one of them")
     if others and not aside:
         parts = [train[0], *others]
-        if len(others) > 1 and all(part.images and not _tops(part) for part in parts):
+        if len(others) > 1 and all(part.names and not _tops(part) for part in parts):
             return _Layout(root, None, _taken_for_classes(train))
         raise UsageError(
             f"--data {root.path}: {train[0].name}/ can be all that is to be trained on, or a class beside "
             f"{others[0].name}/; give {train[0].path} for the one, and rename it for the other"
         )
-    notes = [f"{len(f.below()):,} images in {f.name}/ are not used" for f in [*aside[1:], *others] if f.holds_images]
-    if root.images:
-        notes.append(f"{len(root.images):,} images beside {train[0].name}/ are not used")
+    notes = [f"{f.total:,} images in {f.name}/ are not used" for f in [*aside[1:], *others] if f.holds_images]
+    if root.names:
+        notes.append(f"{root.count:,} images beside {train[0].name}/ are not used")
     return _Layout(train[0], aside[0] if aside else None, notes)
 
 
@@ -112,11 +174,11 @@ def _parts_below(root: Folder) -> list[str]:
         return any(_part(inner) in names and inner.holds_images for inner in folder.folders)
 
     found = [folder for folder in root if folder is not root and has(folder, TRAIN) and has(folder, VALIDATION)]
-    if len(found) == 1 and len(found[0].below()) == len(root.below()):
+    if len(found) == 1 and found[0].total == root.total:
         raise UsageError(
             f"--data {root.path} holds images to train on and for validation in {found[0].path}; give that"
         )
-    return [f"{folder.path} holds images for validation, which are trained on too" for folder in found[:3]]
+    return [f"{folder.shown} holds images for validation, which are trained on too" for folder in found[:3]]
 
 
 def _taken_for_classes(folders: Sequence[Folder]) -> list[str]:
@@ -138,15 +200,15 @@ def _check_classes(tops: Sequence[Folder], at: Path) -> None:
         )
 
 
-def _labelled(folder: Folder) -> tuple[FileImages, list[str], list[str]]:
-    """(images, classes, notes): labelled by subfolders if two or more of them hold all the images."""
+def _labelled(folder: Folder) -> tuple[dict[Folder, int] | None, list[str], list[str]]:
+    """(labels, classes, notes): labelled by subfolders if two or more of them hold all the images."""
     tops, notes = sorted(_tops(folder), key=lambda top: natural(top.name)), []
     _check_classes(tops, folder.path)
-    if len(tops) < 2 or folder.images:
-        if tops and folder.images:
-            notes.append(f"{len(folder.images):,} of them beside its folders (first {folder.images[0].name})")
-        return FileImages(folder.below(), None, folder.path), [], notes
-    if empty := [inner for inner in folder.folders if inner not in tops]:
+    if len(tops) < 2 or folder.names:
+        if tops and folder.names:
+            notes.append(f"{folder.count:,} of them beside its folders (first {folder.first})")
+        return None, [], notes
+    if empty := [inner for inner in folder.folders if not inner.holds_images]:
         names = ", ".join(
             f"{inner.name}{passed_over(inner.all_passed()).replace('; passed over:', ':')}" for inner in empty[:3]
         )
@@ -156,38 +218,29 @@ def _labelled(folder: Folder) -> tuple[FileImages, list[str], list[str]]:
         if count > 1:
             alike = " and ".join(other for other in classes if other.casefold() == name)
             notes.append(f"the classes {alike} differ in case alone")
-    labels = {top.name: label for label, top in enumerate(tops)}
-    found = [(path, labels[top.name]) for top in folder.folders if top in tops for path in top.below()]
-    return (
-        FileImages([path for path, _ in found], np.array([label for _, label in found], dtype=np.int64), folder.path),
-        classes,
-        notes,
-    )
+    return {inner: label for label, top in enumerate(tops) for inner in top}, classes, notes
 
 
-def _validation(folder: Folder, classes: Sequence[str]) -> tuple[FileImages | None, str]:
-    """The labelled images for validation, and what is to be said of them; or None, and why they cannot be used."""
-    tops = _tops(folder)
-    known = [top for top in tops if top.name in classes]
-    total = len(folder.below())
-    if total == 0:
+def _validation(folder: Folder, classes: Sequence[str]) -> tuple[dict[Folder, int] | None, str]:
+    """The labels of the images for validation, and what is to be said of them; or None, and why they are not used."""
+    tops, places = _tops(folder), {name: label for label, name in enumerate(classes)}
+    known = [top for top in tops if top.name in places]
+    if not tops and not folder.names:
         return None, f"{folder.name}/ holds no image{passed_over(folder.all_passed())}"
-    if folder.images:
-        return None, f"{len(folder.images):,} of {total:,} images in {folder.name}/ are in no class folder"
+    if folder.names:
+        return None, f"{folder.count:,} of {folder.total:,} images in {folder.name}/ are in no class folder"
     if len(tops) == 1 and not known:
-        return None, f"{total:,} images in {folder.name}/ are not in class folders, but in {tops[0].name}/"
-    if unknown := [top.name for top in tops if top not in known]:
+        return None, f"{folder.total:,} images in {folder.name}/ are not in class folders, but in {tops[0].name}/"
+    if unknown := [top.name for top in tops if top.name not in places]:
         folded = {name.casefold() for name in classes}
         case = " (case counts)" if unknown[0].casefold() in folded else ""
         raise UsageError(
             f"--data: {folder.path} has classes that the training images have not: {', '.join(sorted(unknown))}{case}"
         )
-    missing = [name for name in classes if name not in {top.name for top in known}]
+    met = {top.name for top in known}
+    missing = [name for name in classes if name not in met]
     said = f" without {len(missing)} of the classes ({', '.join(missing[:3])})" if missing else ""
-    found = [(path, classes.index(top.name)) for top in known for path in top.below()]
-    return FileImages(
-        [path for path, _ in found], np.array([label for _, label in found], dtype=np.int64), folder.path
-    ), said
+    return {inner: places[top.name] for top in known for inner in top}, said
 
 
 def _shards(root: Folder, shards: Sequence[Path]) -> Source:

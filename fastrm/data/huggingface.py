@@ -51,19 +51,16 @@ class HubImages(EncodedImages):
         rows: NDArray[np.int64],
         labels: NDArray[np.int64] | None = None,
     ) -> None:
-        super().__init__(labels)
-        self._held, self._column, self._called, self._mark, self.rows = held, column, called, mark, rows
-
-    def __len__(self) -> int:
-        return len(self.rows)
+        super().__init__(labels, slice(0, len(rows)))
+        self._held, self._column, self._called, self._mark, self._cells = held, column, called, mark, rows
 
     def name(self, index: int) -> str:
         """The dataset, and the row, counted from 0."""
-        return f"{self._called}, row {self.rows[index]}"
+        return f"{self._called}, row {self._cells[self.row(index)]}"
 
     def content(self, index: int) -> bytes:
         """The bytes in a row, or in the file that it names."""
-        cell = self._held[int(self.rows[index])][self._column]
+        cell = self._held[int(self._cells[self.row(index)])][self._column]
         if cell is None or not (cell["bytes"] or cell["path"]):
             raise BrokenImage("the cell is empty")
         content: bytes = cell["bytes"] or Path(cell["path"]).read_bytes()
@@ -71,16 +68,11 @@ class HubImages(EncodedImages):
 
     def identities(self) -> Iterator[bytes]:
         """What tells each image from others: the dataset's fingerprint, and the row."""
-        return (f"{row}\0{self._mark}".encode() for row in self.rows)
+        return (f"{row}\0{self._mark}".encode() for row in self._cells[self.rows])
 
     def stored_in(self) -> Sequence[Path]:
         """The dataset's files."""
         return [Path(file["filename"]) for file in self._held.cache_files]
-
-    def subset(self, indices: NDArray[np.int64]) -> HubImages:
-        """Return the images at ``indices``."""
-        labels = None if self.labels is None else self.labels[indices]
-        return HubImages(self._held, self._column, self._called, self._mark, self.rows[indices], labels)
 
 
 def is_saved(folder: Path) -> bool:

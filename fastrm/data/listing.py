@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import bisect
 import os
+import zlib
 from collections import Counter, deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 from fastrm import own
+from fastrm.data.paths import packed
 from fastrm.data.sources import endings
 from fastrm.errors import UsageError
 
@@ -21,12 +24,19 @@ ARRAY = ".npy"
 _SHEETS = (".png", ".jpg", ".jpeg")
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, slots=True)
 class Folder:
     """What is directly in a folder."""
 
     path: Path
-    images: list[Path] = field(default_factory=list)
+    inside: str
+    """Its path from the folder of all data on; empty for that one."""
+    changed: int
+    """When something in it was last added, removed or renamed, as it was before it was read: nanoseconds."""
+    names: bytes = b""
+    """Of its images, in order, each with a NUL byte behind it: a list would take five times the memory."""
+    entries: int = 0
+    """The CRC-32 of the names of all that is in it."""
     folders: list[Folder] = field(default_factory=list)
     shards: list[Path] = field(default_factory=list)
     passed: Counter[str] = field(default_factory=Counter)
@@ -39,6 +49,11 @@ class Folder:
         """The last part of its path."""
         return self.path.name
 
+    @property
+    def shown(self) -> str:
+        """Its path in what is kept of it; a NUL character stands for that of the folder of all data."""
+        return "\0" + (os.sep + self.inside if self.inside else "")
+
     def __iter__(self) -> Iterator[Folder]:
         """This folder and all below it, in the order of their names."""
         waiting = [self]
@@ -48,20 +63,43 @@ class Folder:
             waiting += reversed(folder.folders)
 
     @property
+    def count(self) -> int:
+        """Images directly in it."""
+        return self.names.count(b"\0")
+
+    @property
+    def first(self) -> str:
+        """The name of the first image directly in it."""
+        return os.fsdecode(self.names.partition(b"\0")[0])
+
+    @property
     def holds_images(self) -> bool:
         """Whether there is an image at any depth."""
-        return any(folder.images for folder in self)
+        return any(folder.names for folder in self)
 
-    def below(self) -> list[Path]:
+    @property
+    def total(self) -> int:
         """Images at any depth."""
-        return [path for folder in self for path in folder.images]
+        return sum(folder.count for folder in self)
 
     def all_passed(self) -> Counter[str]:
         """What is passed over at any depth."""
         return sum((folder.passed for folder in self), Counter())
 
 
-def listed(root: Path) -> Folder:
+class Listing(NamedTuple):
+    """All that is below a folder."""
+
+    top: Folder
+    left_out: list[Folder]
+    """Folders that are left out with all that is below them: runs of fastrm, and what belongs to these."""
+    nowhere: list[str]
+    """Links that lead nowhere, and are no images: their paths inside of the folder."""
+    sheets: list[str]
+    """Names of contact sheets of fastrm in the folder itself, which are left out."""
+
+
+def listed(root: Path) -> Listing:
     """List a folder, with all that is below it.
 
     A folder that several paths lead to is listed once, at a path without links if there is one. Left out are hidden
@@ -70,31 +108,31 @@ def listed(root: Path) -> Folder:
     Raises:
         UsageError: a folder cannot be read.
     """
-    top, real = Folder(root), os.path.realpath(root)
-    seen = {_identity(root)}
-    links: deque[tuple[Folder, Path]] = deque()
-    reading = _Reading(links, seen)
+    state, real = os.stat(root), os.path.realpath(root)
+    top = Folder(root, "", state.st_mtime_ns)
+    reading = _Reading({(state.st_dev, state.st_ino)})
     reading.fill(top)
-    while links:
-        parent, path = links.popleft()
+    while reading.links:
+        parent, name = reading.links.popleft()
+        path = parent.path / name
         target = os.path.realpath(path)
-        if real.startswith(target.rstrip(os.sep) + os.sep) or _identity(path) in seen:
+        if real.startswith(target.rstrip(os.sep) + os.sep) or (folder := reading.unseen(parent, name)) is None:
             parent.passed["links to folders that are in it already"] += 1
             continue
-        seen.add(_identity(path))
-        folder = Folder(path)
         bisect.insort(parent.folders, folder, key=lambda folder: folder.name)
         reading.fill(folder)
-    _leave_out_runs(top)
+    left_out, sheets = _leave_out_runs(top), _leave_out_sheets(top)
     _leave_out_arrays(top)
-    return top
+    return Listing(top, left_out, reading.nowhere, sheets)
 
 
 class _Reading:
     """Reads folders without following links, which it collects."""
 
-    def __init__(self, links: deque[tuple[Folder, Path]], seen: set[tuple[int, int]]) -> None:
-        self.links, self.seen, self.endings = links, seen, endings()
+    def __init__(self, seen: set[tuple[int, int]]) -> None:
+        self.seen, self.endings = seen, endings()
+        self.links: deque[tuple[Folder, str]] = deque()
+        self.nowhere: list[str] = []
 
     def fill(self, top: Folder) -> None:
         waiting = [top]
@@ -103,77 +141,102 @@ class _Reading:
             try:
                 with os.scandir(folder.path) as entries:
                     found = sorted(entries, key=lambda entry: entry.name)
-                names = {entry.name for entry in found}
-                folder.is_run = "config.json" in names and own.run(folder.path)
-                folder.is_report = "index.html" in names and own.safely(own.page, folder.path / "index.html")
-                if "pyvenv.cfg" in names:
+                names = [entry.name for entry in found]
+                folder.entries = checksum(names)
+                held = set(names)
+                folder.is_run = "config.json" in held and own.run(folder.path)
+                folder.is_report = "index.html" in held and own.safely(own.page, folder.path / "index.html")
+                if "pyvenv.cfg" in held:
                     folder.passed["Python environments"] += 1
                     continue
-                for entry in found:
-                    self._sort_in(folder, entry, waiting)
+                folder.names = packed(entry.name for entry in found if self._is_image(folder, entry, waiting))
             except OSError as error:
                 raise UsageError(f"--data: {folder.path} cannot be read: {error.strerror or error}") from None
 
-    def _sort_in(self, folder: Folder, entry: os.DirEntry[str], waiting: list[Folder]) -> None:
-        path = folder.path / entry.name
+    def unseen(self, parent: Folder, name: str) -> Folder | None:
+        """The folder of this name; None where another path led to it."""
+        path = parent.path / name
+        state = os.stat(path)
+        if (state.st_dev, state.st_ino) in self.seen:
+            return None
+        self.seen.add((state.st_dev, state.st_ino))
+        return Folder(path, os.path.join(parent.inside, name), state.st_mtime_ns)
+
+    def _is_image(self, folder: Folder, entry: os.DirEntry[str], waiting: list[Folder]) -> bool:
+        """Whether it is one; what else there is goes where it belongs."""
         if entry.name.startswith("."):
             folder.passed["hidden"] += 1
         elif entry.name in _SYSTEM:
             folder.passed["of the system"] += 1
         elif entry.is_dir(follow_symlinks=False):
-            if _identity(path) in self.seen:  # a mount of what is there already, or a junction
+            inner = self.unseen(folder, entry.name)
+            if inner is None:  # a mount of what is there already, or a junction
                 folder.passed["links to folders that are in it already"] += 1
-                return
-            self.seen.add(_identity(path))
-            folder.folders.append(Folder(path))
-            waiting.append(folder.folders[-1])
-        elif entry.is_symlink() and os.path.isdir(path):
-            self.links.append((folder, path))
+            else:
+                folder.folders.append(inner)
+                waiting.append(inner)
+        elif entry.is_symlink() and os.path.isdir(entry.path):
+            self.links.append((folder, entry.name))
         else:
             ending = os.path.splitext(entry.name)[1].lower()
-            nowhere = entry.is_symlink() and not os.path.exists(path)
+            nowhere = entry.is_symlink() and not os.path.exists(entry.path)
             if nowhere and ending not in self.endings:  # such an image is found to be broken by the scan
                 folder.passed["links that lead nowhere"] += 1
+                self.nowhere.append(os.path.join(folder.inside, entry.name))
             elif not nowhere and not entry.is_file():
                 folder.passed["special files"] += 1
             elif ending == ".tar":
-                folder.shards.append(path)
+                folder.shards.append(folder.path / entry.name)
             elif ending not in self.endings and ending != ARRAY:
                 folder.passed[ending or "without an ending"] += 1
             else:
-                folder.images.append(path)
+                return True
+        return False
 
 
-def _identity(path: Path) -> tuple[int, int]:
-    state = os.stat(path)
-    return state.st_dev, state.st_ino
+def checksum(names: list[str]) -> int:
+    """The CRC-32 of the sorted names of what is in a folder."""
+    return zlib.crc32(packed(names))
 
 
-def _leave_out_runs(top: Folder) -> None:
-    """Take out runs of fastrm, with the folder ``runs`` that they lie in, reports and contact sheets: no data."""
+def _leave_out_runs(top: Folder) -> list[Folder]:
+    """Take out runs of fastrm, with the folder ``runs`` that they lie in, and reports: they are no data."""
+    left_out = []
     for folder in top:
         for inner in list(folder.folders):
             runs = [below for below in inner if below.is_run] if inner.name == "runs" else []
             if inner.is_run or runs:
-                folder.folders.remove(inner)
                 folder.passed["runs of fastrm"] += max(1, len(runs))
             elif inner.is_report:
-                folder.folders.remove(inner)
                 folder.passed["reports of fastrm"] += 1
-    for sheet in [path for path in top.images if is_sheet(path)]:
-        top.images.remove(sheet)
-        top.passed["contact sheets of fastrm"] += 1
+            else:
+                continue
+            folder.folders.remove(inner)
+            left_out.append(inner)
+    return left_out
+
+
+def _leave_out_sheets(top: Folder) -> list[str]:
+    """Take out contact sheets, which are written into the current folder."""
+    names = [os.fsdecode(name) for name in top.names.split(b"\0")[:-1]]
+    sheets = [name for name in names if is_sheet(top.path / name)]
+    if sheets:
+        top.names = packed(name for name in names if name not in sheets)
+        top.passed["contact sheets of fastrm"] += len(sheets)
+    return sheets
 
 
 def _leave_out_arrays(top: Folder) -> None:
     """Beside pictures, arrays are labels, features and the like; alone they are the pictures."""
-    if all(path.suffix.lower() == ARRAY for folder in top for path in folder.images):
+    mark = f"{ARRAY}\0".encode()
+    counts = [folder.names.lower().count(mark) for folder in top]
+    if sum(counts) == top.total:
         return
-    for folder in top:
-        kept = [path for path in folder.images if path.suffix.lower() != ARRAY]
-        if len(kept) < len(folder.images):
-            folder.passed[ARRAY] += len(folder.images) - len(kept)
-            folder.images = kept
+    for folder, count in zip(top, counts, strict=True):
+        if count:
+            folder.passed[ARRAY] += count
+            names = [os.fsdecode(name) for name in folder.names.split(b"\0")[:-1]]
+            folder.names = packed(name for name in names if not name.lower().endswith(ARRAY))
 
 
 def is_sheet(path: Path) -> bool:

@@ -53,6 +53,7 @@ def open_source(
     *,
     image_column: str | None = None,
     label_column: str | None = None,
+    keep: bool = True,
 ) -> Source:
     """Open images, however they are given.
 
@@ -71,6 +72,7 @@ def open_source(
         image_column: which column of a table or a Hugging Face dataset, or which array of an HDF5 file, holds the
             images; None: it is found by its name.
         label_column: which one holds the labels; as ``image_column``.
+        keep: whether what is found in a folder is kept in the cache, so that the next start is quick.
 
     Returns:
         The source. Labels of a Dataset are whole numbers from 0 up; they are taken from its attribute ``targets`` or
@@ -106,7 +108,7 @@ def open_source(
         wanted.refuse(data)
         return open_list(data)
     if os.path.isdir(folder):
-        return _directory(folder, data, wanted)
+        return _directory(folder, data, wanted, keep=keep)
     return _files(matching(data), data, wanted) if _ending(data) in _FILES else _nothing(data, folder)
 
 
@@ -126,14 +128,14 @@ def _at_url(data: str, wanted: Wanted) -> Source:
     return replace(source, about=f"{source.about}; {said}") if said else source
 
 
-def _directory(folder: Path, data: str, wanted: Wanted) -> Source:
+def _directory(folder: Path, data: str, wanted: Wanted, *, keep: bool) -> Source:
     if is_saved(folder):
         raise UsageError(f"--data {data} is a Hugging Face dataset; give {HUB}{data}")
     if (tables := tables_in(folder)) and not _holds(folder, endings() | {".tar"}):
         return open_tables(tables, data, wanted)
     wanted.refuse(data)
     check_path("data", data)
-    return open_folder(folder)
+    return open_folder(folder, keep=keep)
 
 
 def _holds(folder: Path, kinds: frozenset[str]) -> bool:

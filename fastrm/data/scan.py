@@ -2,46 +2,48 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import inspect
-import json
-import os
+import itertools
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
 import numpy as np
 import PIL
+from numpy.typing import NDArray
 from PIL import features
 
 from fastrm.data import decode, stored
 from fastrm.data.decode import BROKEN, BrokenImage, reason
 from fastrm.data.encoded import EncodedImages
+from fastrm.data.looks import FAULTY, LOST, SOUND, UNKNOWN, Looks, empty, looks, views
 from fastrm.data.sources import Images, Source
-from fastrm.data.stored import examined
+from fastrm.data.stored import DTYPES, Look, examined
 from fastrm.errors import UsageError
-from fastrm.files import cache_root, write_text
-from fastrm.terminal.progress import tracked
+from fastrm.files import write_text
+from fastrm.terminal.progress import bar
 
 T = TypeVar("T")
 SKIPPED = "skipped.txt"
 MOST = 0.1  # share of broken files with which a run goes on
 _IN_A_ROW = 100
+_AT_ONCE = 16  # files that are handed to a thread: as many as make the handing cheap beside small pictures
 
 
 class _Found(NamedTuple):
     """What a look at a file gave."""
 
-    why: str | None = None
+    row: int
+    state: int
+    why: str = ""
     """What is wrong with it."""
-    passing: bool = False
-    """Whether the disk failed, which may be over the next time."""
-    several: bool = False
-    """Whether it holds more pictures than the one that is read."""
+    look: Look | None = None
 
 
 def scan(source: Source, *, workers: int) -> tuple[Source, dict[str, str]]:
@@ -53,81 +55,127 @@ def scan(source: Source, *, workers: int) -> tuple[Source, dict[str, str]]:
         UsageError: more than a tenth of the files are broken.
     """
     broken: dict[str, str] = {}
-    looked: set[str] = set()
     further = 0
     sound: dict[int, Images] = {}
+    searches: dict[int, _Search] = {}
 
     def without_broken(images: Images | None) -> Images | None:
         nonlocal further
         if not isinstance(images, EncodedImages):
             return images
         if id(images) not in sound:  # the images for kNN may be those for training, or a part of them
-            names = [images.name(index) for index in range(len(images))]
-            if not looked.issuperset(names):
-                found = _looked_at(images, workers)
-                faults = {name: look.why for name, look in zip(names, found, strict=True) if look.why}
-                further += sum(look.several for look in found)
+            search = searches.get(id(images.table)) or _Search(images)
+            searches[id(images.table)] = search
+            fresh = search.look(images, workers)
+            state = search.looks.state[images.rows]
+            faults = {images.name(i): search.why[images.row(i)] for i in np.flatnonzero(state != SOUND).tolist()}
+            if fresh:
+                further += int((search.looks.pages[images.rows] > 1).sum())
                 check_share(len(faults), images, faults)
-                broken.update(faults)
-                looked.update(names)
-            kept = [i for i, name in enumerate(names) if name not in broken]
-            sound[id(images)] = images if len(kept) == len(images) else images.subset(np.array(kept, dtype=np.int64))
+            broken.update(faults)
+            sound[id(images)] = images.subset(np.flatnonzero(state == SOUND)) if faults else images
         return sound[id(images)]
 
-    train = without_broken(source.train)
-    assert train is not None
-    kept = replace(source, train=train, bank=without_broken(source.bank), test=without_broken(source.test))
+    try:
+        train = without_broken(source.train)
+        assert train is not None
+        kept = replace(source, train=train, bank=without_broken(source.bank), test=without_broken(source.test))
+    finally:
+        for search in searches.values():
+            search.keep()
     if further:
         kept = replace(kept, about=f"{kept.about}; {further:,} files hold several pictures, of which the first is read")
     return kept, broken
 
 
-def _looked_at(images: EncodedImages, workers: int) -> list[_Found]:
-    found: dict[int, _Found] = {}
-    kept = cache_root() / "scans" / f"{_state(images)}.json"
-    with contextlib.suppress(OSError, ValueError, TypeError, AttributeError):
-        read = {int(index): _Found(*look) for index, look in json.loads(kept.read_text(encoding="utf-8")).items()}
-        found = {index: read.get(index, _Found()) for index in range(len(images))}
-    left = [index for index in range(len(images)) if index not in found or found[index].passing]
+class _Search:
+    """What is found in the files of a set, or was found in them before.
 
-    def look(index: int) -> _Found:
-        try:
-            content = images.content(index)
-        except OSError as error:
-            return _Found(reason(error), passing=True)
-        except BrokenImage as error:
-            return _Found(str(error))
-        try:
-            return _Found(several=examined(content).pages > 1)
-        except BrokenImage as error:
-            return _Found(str(error))
+    Args:
+        images: of the set, the first of which something is to be known.
+    """
 
-    if left:
-        with ThreadPoolExecutor(max(1, workers)) as threads:  # Pillow decodes without holding the interpreter
-            looks: Iterable[_Found] = threads.map(look, left)
-            shown = tracked(looks, f"search for broken files among {len(left):,}", len(left))
-            found |= zip(left, shown, strict=True)
-        told = {index: look for index, look in found.items() if look != _Found()}
-        with contextlib.suppress(OSError, ValueError):  # where it cannot be kept, the next run looks again
-            kept.parent.mkdir(parents=True, exist_ok=True)
-            write_text(kept, json.dumps(told))
-    return [found[index] for index in range(len(images))]
+    def __init__(self, images: EncodedImages) -> None:
+        images.renew()
+        self._table, self._rules = images.table, _rules()
+        known = looks(self._table, self._rules) is not None
+        self._column = self._table["looks"] if known else empty(self._table.rows)
+        self.why = {int(row): why for row, why in self._table.about["why"].items()} if known else {}
+        self._seen = np.zeros(self._table.rows, dtype=bool)
+        self._new = False
+
+    @property
+    def looks(self) -> Looks:
+        """What is known of all images of the set."""
+        return views(self._column)
+
+    def look(self, images: EncodedImages, workers: int) -> bool:
+        """Look at those that are not known yet; whether some of these images were not asked for before."""
+        fresh = not bool(self._seen[images.rows].all())
+        state = self.looks.state[images.rows]
+        left = np.flatnonzero(((state == UNKNOWN) | (state == LOST)) & ~self._seen[images.rows])
+        self._seen[images.rows] = True
+        if len(left):
+            if not self._new:
+                self._column, self._new = self._column.copy(), True
+            with bar(f"search for broken files among {len(left):,}", len(left)) as task:
+                looks = self.looks
+                for some in _together(images, left, workers):
+                    for found in some:
+                        self._note(found, looks)
+                    task.advance(len(some))
+        return fresh
+
+    def _note(self, found: _Found, looks: Looks) -> None:
+        row, look = found.row, found.look
+        looks.state[row] = found.state
+        if look is not None:
+            looks.size[row], looks.bands[row], looks.pages[row] = look.size, look.bands, look.pages
+            looks.dtype[row] = DTYPES.index(look.dtype)
+        self.why.pop(row, None)
+        if found.why:
+            self.why[row] = found.why
+
+    def keep(self) -> None:
+        """Keep what is new for the next start."""
+        if self._new:
+            self._table.keep({"looks": self._column}, {"rules": self._rules, "why": self.why})
 
 
-def _state(images: EncodedImages) -> str:
-    """A digest of the files, of what they are read with and of the rules; when it changes they are looked at again."""
+def _together(images: EncodedImages, indices: NDArray[np.int64], workers: int) -> Iterator[list[_Found]]:
+    """What is found in images, several at a time; those that wait are few, however many there are."""
+
+    def look(some: NDArray[np.int64]) -> list[_Found]:
+        return [_looked_at(images, index) for index in some.tolist()]
+
+    parts = (indices[at : at + _AT_ONCE] for at in range(0, len(indices), _AT_ONCE))
+    with ThreadPoolExecutor(max(1, workers)) as threads:  # Pillow decodes without holding the interpreter
+        waiting = deque(threads.submit(look, some) for some in itertools.islice(parts, 4 * max(1, workers)))
+        while waiting:
+            yield waiting.popleft().result()
+            waiting.extend(threads.submit(look, some) for some in itertools.islice(parts, 1))
+
+
+def _looked_at(images: EncodedImages, index: int) -> _Found:
+    row = images.row(index)
+    try:
+        content = images.content(index)
+    except OSError as error:
+        return _Found(row, LOST, reason(error))
+    except BrokenImage as error:
+        return _Found(row, FAULTY, str(error))
+    try:
+        return _Found(row, SOUND, look=examined(content))
+    except BrokenImage as error:
+        return _Found(row, FAULTY, str(error))
+
+
+def _rules() -> str:
+    """A digest of what files are read with and of the rules; when it changes they are looked at again."""
     digest = hashlib.sha256(f"{PIL.__version__}\0{sorted(features.get_supported())}\0".encode())
+    digest.update(str(find_spec("tifffile") is not None).encode())
     for rules in (decode, stored):
         digest.update(inspect.getsource(rules).encode())
-    for path in images.stored_in():
-        try:
-            state = path.stat()
-            about = f"{path.resolve()}\0{state.st_size}\0{state.st_mtime_ns}\0"
-        except (OSError, RuntimeError) as error:  # a link that leads nowhere, or round in a circle
-            about = f"{path}\0{reason(error)}\0"
-        digest.update(about.encode(errors="surrogateescape"))
-    for index in range(len(images)):
-        digest.update(os.fsencode(images.name(index)) + b"\0")
     return digest.hexdigest()[:32]
 
 

@@ -15,7 +15,6 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
-from numpy.typing import NDArray
 
 from fastrm.data.encoded import EncodedImages
 from fastrm.data.sources import LOOKED_FOR, Source, passed_over, without_validation
@@ -32,35 +31,29 @@ class ShardImages(EncodedImages):
     def __init__(self, members: Sequence[Member]) -> None:
         labels = [member.label for member in members]
         known = None if None in labels else np.array(labels, dtype=np.int64)
-        super().__init__(known)
+        super().__init__(known, slice(0, len(members)))
         self._members = members
-
-    def __len__(self) -> int:
-        return len(self._members)
 
     def name(self, index: int) -> str:
         """The shard's path, followed by the member's name."""
-        member = self._members[index]
+        member = self._members[self.row(index)]
         return f"{member.shard}/{member.name}"
 
     def content(self, index: int) -> bytes:
         """The bytes of a member."""
-        member = self._members[index]
+        member = self._members[self.row(index)]
         with open(member.shard, "rb") as file:
             file.seek(member.offset)
             return file.read(member.size)
 
     def identities(self) -> Iterator[bytes]:
         """What tells each image from others: the names of its shard and itself, and its size in bytes."""
-        return (os.fsencode(f"{m.shard.name}/{m.name}") + b"\0%d" % m.size for m in self._members)
+        members = (self._members[self.row(index)] for index in range(len(self)))
+        return (os.fsencode(f"{m.shard.name}/{m.name}") + b"\0%d" % m.size for m in members)
 
     def stored_in(self) -> Sequence[Path]:
         """The shards."""
         return sorted({member.shard for member in self._members})
-
-    def subset(self, indices: NDArray[np.int64]) -> ShardImages:
-        """Return the images at ``indices``."""
-        return ShardImages([self._members[i] for i in indices])
 
 
 def open_shards(shards: Sequence[Path], data: str, *, passed: Counter[str] | None = None) -> Source:

@@ -8,6 +8,7 @@ import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from hashlib import blake2b
 from typing import Any, ClassVar, TypeVar
 
 import numpy as np
@@ -91,6 +92,11 @@ class Images(ABC):
     @abstractmethod
     def identities(self) -> Iterator[bytes]:
         """What tells each image from others."""
+
+    def hashes(self) -> NDArray[np.int64]:
+        """int64 [N]: of what tells each image from others."""
+        digests = (blake2b(one, digest_size=8).digest() for one in self.identities())
+        return np.fromiter((int.from_bytes(digest, "little", signed=True) for digest in digests), np.int64, len(self))
 
     @abstractmethod
     def subset(self, indices: NDArray[np.int64]) -> Images:

@@ -206,7 +206,7 @@ def _read(files: Sequence[Path], data: str, wanted: Wanted) -> _Read:
         images = CellImages(cells)
         if not len(images):
             raise UsageError(f"--data {data} holds no image: the column {chosen.image} is empty")
-        kept, without = images.rows, sum(counts) - len(images)
+        kept, without = images.cells, sum(counts) - len(images)
         passed = Counter({"rows without an image": without} if without else {})
         notes.append(said(copied))
         rows = Rows(images, None if labels is None else [labels[i] for i in kept])

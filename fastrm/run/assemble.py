@@ -204,13 +204,15 @@ def _opened(data: Any, config: Config, workers: int) -> tuple[Source, dict[str, 
     """The images, without those that cannot be read, and what is wrong with these."""
     settings, broken = config.input, dict[str, str]()
     with first_alone():  # it may download the images, and leaves the others what it found
+        keep = not config.run.dry_run  # what is found in a folder and its files is kept, and a dry run writes nothing
         source = open_source(
             settings.data if data is None else data,
             settings.data_root,
             image_column=settings.image_column,
             label_column=settings.label_column,
+            keep=keep,
         )
-        if settings.scan and not config.run.dry_run:  # what the search finds is kept, and a dry run writes nothing
+        if settings.scan and keep:
             source, broken = scan(source, workers=workers)
         if (format := _format_of_before(config, source)) is not None:
             return formatted(source, format), broken

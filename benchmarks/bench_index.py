@@ -1,0 +1,156 @@
+"""What a folder of many images costs: the second start, memory per file, and the first scan against decoding alone.
+
+pytest benchmarks/bench_index.py --benchmark-only -s
+
+PHOTOS names a folder of pictures for the scan; without it, they are made up.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from fastrm.data import open_source
+from fastrm.data.scan import scan
+from fastrm.data.stored import examined
+
+FEW, MANY, CLASSES = 36, 200_000, 1000
+WORKERS, ROUNDS = 4, 5
+
+START = """
+import json, os, sys, time
+from pathlib import Path
+from fastrm.data import make_loader, open_source
+from fastrm.data.inventory import inventory
+from fastrm.data.scan import scan
+
+def held(kind):
+    '''Bytes of this process and of those that it started.'''
+    every = [os.getpid(), *map(int, Path(f"/proc/self/task/{os.getpid()}/children").read_text().split())]
+    lines = [line for pid in every for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()]
+    return 1024 * sum(int(line.split()[1]) for line in lines if line.startswith(kind))
+
+def start(data, workers):
+    begin = time.perf_counter()
+    source, broken = scan(open_source(data), workers=2)
+    kept = inventory(source.train, left_out=len(broken), steps_per_epoch=1)
+    loader = make_loader(source, method="mocov2", image_size=32, batch_size=32, device="cpu", workers=workers, seed=0,
+                         loader="torch")
+    return time.perf_counter() - begin, source, kept, loader
+
+start(sys.argv[1], 0)  # what is made once for any number of files
+seconds, source, kept, loader = start(sys.argv[2], int(sys.argv[3]))
+batches = iter(loader)
+for _ in range(1 if len(loader) == 1 else 16):
+    next(batches)
+names = [source.train.name(i) for i in range(0, len(source.train), max(1, len(source.train) // 99))]
+print(json.dumps({"seconds": seconds, "pss": held("Pss:"), "private": held("Private_"), "names": names,
+                  "hashes": int(kept.hashes.sum()), "about": source.about}))
+"""
+
+
+def start(few: Path, data: Path, workers: int) -> dict[str, Any]:
+    """A start in a process of its own: its seconds, and what all processes hold after 16 batches."""
+    command = [sys.executable, "-c", START, str(few), str(data), str(workers)]
+    found: dict[str, Any] = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+    return found
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, Path]]:
+    """A folder of a few pictures, and one of many, which are links to 64."""
+    root = tmp_path_factory.mktemp("index")
+    rng = np.random.default_rng(0)
+    (root / "pictures").mkdir()
+    pictures = [root / "pictures" / f"{i}.jpg" for i in range(64)]
+    for path in pictures:
+        Image.fromarray(rng.integers(0, 256, (32, 32, 3), dtype=np.uint8)).save(path)
+    for name, count, classes in (("few", FEW, 6), ("many", MANY, CLASSES)):
+        for label in range(classes):
+            (root / name / f"n{label:08d}").mkdir(parents=True)
+        for i in range(count):
+            os.link(pictures[i % 64], root / name / f"n{i % classes:08d}" / f"n{i % classes:08d}_{i}.JPEG")
+    before = os.environ.get("XDG_CACHE_HOME")
+    os.environ["XDG_CACHE_HOME"] = str(root / "cache")
+    yield root / "few", root / "many"
+    if before is None:
+        del os.environ["XDG_CACHE_HOME"]
+    else:
+        os.environ["XDG_CACHE_HOME"] = before
+
+
+def test_second_start_and_memory(folders: tuple[Path, Path], benchmark: Any) -> None:
+    few, many = folders
+    first = start(few, many, 0)
+    seconds, memory = {}, {}
+    for name, data in (("few", few), ("many", many)):
+        found = [start(few, data, WORKERS) for _ in range(ROUNDS)]
+        if name == "many":
+            said = ("names", "hashes", "about")
+            assert all([again[key] for key in said] == [first[key] for key in said] for again in found)
+        seconds[name] = statistics.median(one["seconds"] for one in found)
+        memory[name] = {kind: statistics.median(one[kind] for one in found) for kind in ("pss", "private")}
+    more = seconds["many"] - seconds["few"]
+    per_file = {kind: (memory["many"][kind] - memory["few"][kind]) / MANY for kind in ("pss", "private")}
+    print(
+        f"\nfirst start with {MANY:,} files {first['seconds']:.1f} s; second start {seconds['many']:.2f} s, with {FEW} "
+        f"files {seconds['few']:.2f} s; bytes per file in {WORKERS + 1} processes: "
+        f"{per_file['private']:.0f} private, {per_file['pss']:.0f} with their shares of what they share"
+    )
+    benchmark.extra_info.update(more=more, **per_file)
+    benchmark.pedantic(lambda: None, rounds=1)
+    assert more <= 2
+    assert max(per_file.values()) <= 100
+
+
+def test_first_scan_against_decoding(folders: tuple[Path, Path], tmp_path: Path, benchmark: Any) -> None:
+    """In turn, each over the same files, with a new cache for each scan."""
+    data = Path(os.environ.get("PHOTOS", "")) if "PHOTOS" in os.environ else made_up(tmp_path / "photos")
+    source = open_source(str(data), keep=False)
+    paths = [source.train.name(i) for i in range(len(source.train))]
+    threads = 2
+
+    def alone() -> float:
+        begin = time.perf_counter()
+        with ThreadPoolExecutor(threads) as pool:
+            looks = list(pool.map(lambda path: examined(Path(path).read_bytes()), paths))
+        assert len(looks) == len(paths)
+        return time.perf_counter() - begin
+
+    def first(number: int) -> float:
+        os.environ["XDG_CACHE_HOME"] = str(tmp_path / f"cache{number}")
+        begin = time.perf_counter()
+        found, broken = scan(open_source(str(data)), workers=threads)
+        assert (len(found.train), broken) == (len(paths), {})
+        return time.perf_counter() - begin
+
+    alone()
+    pairs = [(first(number), alone()) for number in range(ROUNDS)]
+    ratio = statistics.median(ours / floor for ours, floor in pairs)
+    print(f"\n{len(paths)} files: the first scan takes {ratio:.2f} times as long as decoding alone")
+    benchmark.extra_info.update(ratio=ratio)
+    benchmark.pedantic(lambda: None, rounds=1)
+    assert ratio <= 1.2
+
+
+def made_up(folder: Path) -> Path:
+    """JPEGs with edges, gradients and noise."""
+    folder.mkdir()
+    rng = np.random.default_rng(0)
+    for i in range(256):
+        coarse = Image.fromarray(rng.integers(0, 256, (12, 16, 3), dtype=np.uint8)).resize((500, 375))
+        noisy = np.asarray(coarse).astype(np.int64) + rng.integers(-12, 13, (375, 500, 1))
+        Image.fromarray(noisy.clip(0, 255).astype(np.uint8)).save(folder / f"{i}.jpg", quality=90)
+    return folder

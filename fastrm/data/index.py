@@ -1,0 +1,190 @@
+"""What is known of a set's images, a column for each thing, in one file of the cache that all processes map.
+
+Nothing is lost with such a file: where there is none, or a damaged one or another version's, it is made anew.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import mmap
+import os
+import struct
+import zlib
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fastrm.files import cache_root, write_whole
+
+VERSION = 1
+"""Of what the files hold; those of another version are made anew."""
+_MAGIC = b"fastrm index\n"
+_START = struct.Struct(f"<{len(_MAGIC)}sIIQ")
+"""The magic number, the version, the CRC-32 of all that follows, and the length of the header, which is JSON."""
+_ALIGNED = 64
+_CHUNK = 2**20
+
+
+class Table:
+    """Columns with a row for each image of a set, or for something else, and what is said of all of them.
+
+    Args:
+        columns: arrays, by name.
+        rows: how many images the set has.
+        about: what JSON can hold.
+        path: the file that they are kept in, or are to be kept in by :meth:`keep`; None for none.
+    """
+
+    def __init__(
+        self,
+        columns: Mapping[str, NDArray[Any]],
+        rows: int,
+        about: Mapping[str, Any] | None = None,
+        path: Path | None = None,
+    ) -> None:
+        self._columns, self.rows, self.about, self.path = dict(columns), rows, dict(about or {}), path
+        self._checksum: int | None = None
+        """Of the file that the columns are mapped from; None where they are in memory."""
+        self._doubted: set[int] = set()
+
+    @property
+    def columns(self) -> Mapping[str, NDArray[Any]]:
+        """All of them."""
+        return self._columns
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._columns
+
+    def __getitem__(self, name: str) -> NDArray[Any]:
+        return self._columns[name]
+
+    def keep(self, columns: Mapping[str, NDArray[Any]], about: Mapping[str, Any] | None = None) -> None:
+        """Add or replace columns, and write all to the file, which they are mapped from from then on.
+
+        Where the file cannot be written, they stay in memory.
+        """
+        self._columns |= columns
+        self.about |= about or {}
+        self._checksum = None
+        if self.path is None:
+            return
+        own = self.path.with_name(f"{self.path.name}.{os.getpid()}")  # another process may write the same one now
+        with contextlib.suppress(OSError, ValueError):
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            write_whole(own, self._write)
+            try:
+                kept = opened(own)
+                os.replace(own, self.path)
+            finally:
+                own.unlink(missing_ok=True)
+            self._stale().unlink(missing_ok=True)
+            if kept is not None:
+                self._columns, self._checksum = kept._columns, kept._checksum
+
+    def keep_at(self, path: Path) -> None:
+        """Let this be kept at ``path``, whose name tells of what it is, and take over what is kept there already."""
+        kept = opened(path)
+        self.path = path
+        if kept is not None and kept.rows == self.rows:
+            self._columns, self.about, self._checksum = kept._columns, kept.about, kept._checksum
+        else:
+            self._columns.pop("looks", None)
+
+    def _write(self, path: Path) -> None:
+        places, at = {}, 0
+        arrays = {name: np.ascontiguousarray(column) for name, column in self._columns.items()}
+        for name, array in arrays.items():
+            places[name] = (array.dtype.str, array.shape, at)
+            at += -(-array.nbytes // _ALIGNED) * _ALIGNED
+        header = json.dumps({"rows": self.rows, "about": self.about, "columns": places}).encode()
+        header += b" " * (-(_START.size + len(header)) % _ALIGNED)
+        checksum = zlib.crc32(header)
+        with open(path, "wb") as file:
+            file.write(_START.pack(_MAGIC, VERSION, 0, len(header)) + header)
+            for array in arrays.values():
+                for part in (array.reshape(-1).view(np.uint8).data, bytes(-array.nbytes % _ALIGNED)):
+                    checksum = zlib.crc32(part, checksum)
+                    file.write(part)
+            file.seek(0)
+            file.write(_START.pack(_MAGIC, VERSION, checksum, len(header)))
+
+    def _stale(self) -> Path:
+        assert self.path is not None
+        return self.path.with_name(f"{self.path.name}.stale")
+
+    @property
+    def stale(self) -> bool:
+        """Whether a row was doubted since the file was written."""
+        return bool(self._doubted) or (self.path is not None and self._stale().exists())
+
+    def doubt(self, row: int) -> bool:
+        """Note that an image is not what its row says, so that the next start looks anew; whether that is new."""
+        if row in self._doubted:
+            return False
+        self._doubted.add(row)
+        if self._checksum is not None:
+            with contextlib.suppress(OSError), open(self._stale(), "a+", encoding="utf-8") as file:
+                file.seek(0)
+                if str(row) in file.read().split():  # another process has read it too
+                    return False
+                file.write(f"{row}\n")
+        return True
+
+    def __reduce__(self) -> tuple[Callable[..., Table], tuple[Any, ...]]:
+        """A loader process maps the same file, as long as it is the same."""
+        if self._checksum is not None and self.path is not None:
+            with contextlib.suppress(OSError, struct.error), open(self.path, "rb") as file:
+                if _START.unpack(file.read(_START.size))[2] == self._checksum:
+                    return _same, (self.path, self._checksum)
+        return Table, ({name: np.array(column) for name, column in self._columns.items()}, self.rows, self.about)
+
+
+def opened(path: Path, *, checksum: int | None = None) -> Table | None:
+    """Map a file that :meth:`Table.keep` wrote.
+
+    Args:
+        path: the file.
+        checksum: that of the file, where it is known: what it holds is not compared with it again.
+
+    Returns:
+        The table; None if there is no such file, or it is damaged or of another kind or version.
+    """
+    try:
+        with open(path, "rb") as file:
+            magic, version, stored, length = _START.unpack(file.read(_START.size))
+            if (magic, version) != (_MAGIC, VERSION):
+                return None
+            header = file.read(length)
+            found = zlib.crc32(header)
+            while checksum is None and (chunk := file.read(_CHUNK)):  # not by the map, so that no page of it is held
+                found = zlib.crc32(chunk, found)
+            if stored != (found if checksum is None else checksum):
+                return None
+            mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        content = json.loads(header)
+        start = _START.size + length
+        columns = {
+            name: np.frombuffer(mapped, dtype, count=int(np.prod(shape)), offset=start + at).reshape(shape)
+            for name, (dtype, shape, at) in content["columns"].items()
+        }
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, struct.error):
+        return None
+    table = Table(columns, content["rows"], content["about"], path)
+    table._checksum = stored
+    return table
+
+
+def _same(path: Path, checksum: int) -> Table:
+    table = opened(path, checksum=checksum)
+    if table is None:
+        raise OSError(f"{path} has changed while a loader process started; start again")
+    return table
+
+
+def place(name: str) -> Path:
+    """Where a table is kept."""
+    return cache_root() / "index" / f"{name}.index"

@@ -1,0 +1,80 @@
+"""What the search for broken files found out of each image, as a table keeps it."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fastrm.data.index import Table
+from fastrm.data.paths import Rows
+
+UNKNOWN, SOUND, FAULTY, LOST = range(4)
+"""States: it was not looked at; it can be read; it cannot; the disk failed, which may be over the next time."""
+_LOOK = np.dtype(
+    [("state", "u1"), ("dtype", "u1"), ("bands", "<u2"), ("pages", "<u4"), ("size", "<i4", (2,))]
+)  # 16 bytes
+
+
+class Looks(NamedTuple):
+    """What is known of N images without reading them again; all 0 of those that are not sound."""
+
+    state: NDArray[np.uint8]
+    """[N]: ``UNKNOWN``, ``SOUND``, ``FAULTY`` or ``LOST``."""
+    size: NDArray[np.int32]
+    """[N, 2]: height and width, upright."""
+    dtype: NDArray[np.uint8]
+    """[N]: the place of the dtype's name in :data:`fastrm.data.stored.DTYPES`."""
+    bands: NDArray[np.uint16]
+    """[N]."""
+    pages: NDArray[np.uint32]
+    """[N]: pictures in the file."""
+
+    def at(self, rows: Rows) -> Looks:
+        """Those of some of the images."""
+        state, size, dtype, bands, pages = self
+        return Looks(state[rows], size[rows], dtype[rows], bands[rows], pages[rows])
+
+
+def looks(table: Table, rules: str | None = None) -> Looks | None:
+    """What a table holds; None where nothing was looked at, or by other rules than these."""
+    if "looks" not in table or (rules is not None and table.about["rules"] != rules):
+        return None
+    return views(table["looks"])
+
+
+def empty(count: int) -> NDArray[np.uint8]:
+    """A new column for this many images."""
+    return np.zeros((count, _LOOK.itemsize), dtype=np.uint8)
+
+
+def views(column: NDArray[np.uint8]) -> Looks:
+    """What a column says, in the same memory."""
+    records = column.view(_LOOK).reshape(-1)
+    return Looks(*(records[name] for name in Looks._fields))
+
+
+def carried(earlier: Table, table: Table) -> tuple[dict[str, NDArray[Any]], dict[str, Any]]:
+    """Columns and what is said of them, of the images in ``table`` that ``earlier`` held with the same size and time.
+
+    Both have the columns ``hash`` and ``changed``.
+    """
+    if "looks" not in earlier or "hash" not in earlier:
+        return {}, {}
+    then, now = _keys(earlier), _keys(table)
+    order = np.argsort(then)
+    rows = order[np.searchsorted(then, now, sorter=order).clip(max=len(order) - 1)]
+    same = (earlier["hash"][rows] == table["hash"]) & (earlier["changed"][rows] == table["changed"])
+    column = empty(len(rows))
+    column[same] = earlier["looks"][rows[same]]  # both are compared besides the keys, which do not tell all apart
+    said: dict[str, str] = earlier.about["why"]
+    why = {str(row): said[str(was)] for row, was in enumerate(rows) if same[row] and str(was) in said} if said else {}
+    return {"looks": column}, {"rules": earlier.about["rules"], "why": why}
+
+
+def _keys(table: Table) -> NDArray[np.uint64]:
+    """A number for each image by name, size and time: in a part for validation the names may be those of the other."""
+    hashes, changed = (table[name].astype(np.uint64) for name in ("hash", "changed"))
+    keys: NDArray[np.uint64] = hashes + changed * np.uint64(0x9E3779B97F4A7C15)  # what is beyond 64 bits is dropped
+    return keys
