@@ -113,6 +113,11 @@ def at_home(value: T) -> T:
     return result
 
 
+def without_key(data: str) -> str:
+    """What ``--data`` says, without what follows the ``?`` of a URL: it may be a key, which weights do not pass on."""
+    return data.partition("?")[0] if "://" in data else data
+
+
 def cache_root() -> Path:
     """Where named sets and what was found out about folders are kept; a container's unknown user has no home for it."""
     cache = os.environ.get("XDG_CACHE_HOME", "")

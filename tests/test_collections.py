@@ -23,6 +23,7 @@ from fastrm.data.mapped import Mapped
 from fastrm.data.scan import scan
 from fastrm.errors import UsageError
 from fastrm.export import main as export
+from fastrm.models.weights import metadata
 from fastrm.settings.config import Config, build
 from tests.conftest import natural_pictures
 from tests.test_train import assert_as_uninterrupted
@@ -606,3 +607,9 @@ def test_an_array_that_a_gpu_has_no_room_for_is_read_by_workers(root: Path, monk
         held = type("Properties", (), {"total_memory": memory})
         monkeypatch.setattr("torch.cuda.get_device_properties", lambda _, held=held: held)
         assert _kind("auto", images, SUPERVISED, torch.device("cuda")) == loader
+
+
+def test_what_may_be_a_key_in_a_url_is_not_passed_on_with_weights(tmp_path: Path) -> None:
+    flat = settings("https://host/train-{0..3}.tar?signature=secret", tmp_path).flat()
+    assert metadata(flat, "student")["data"] == "https://host/train-{0..3}.tar"
+    assert metadata({**flat, "data": "/photos?"}, "student")["data"] == "/photos?"

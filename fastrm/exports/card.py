@@ -9,7 +9,7 @@ from fastrm import own
 from fastrm.data.formats import PixelFormat
 from fastrm.errors import UsageError
 from fastrm.exports.base import About
-from fastrm.files import read_json
+from fastrm.files import read_json, without_key
 from fastrm.pretrained import Pretrained
 from fastrm.probes.scores import EVALUATION
 from fastrm.version import __version__
@@ -73,7 +73,8 @@ def _images(pixels: PixelFormat, size: str) -> list[str]:
 def _trained_how(trained: Pretrained) -> list[str]:
     if trained.settings is None:
         return []
-    flat = {**trained.settings, "data": Path(trained.settings["data"]).name}  # where it lies is nobody else's business
+    # Where it lies is nobody else's business.
+    flat = {**trained.settings, "data": Path(without_key(trained.settings["data"])).name}
     names = [
         *("data", "recipe", "method", "residual_weight", "residual_at", "residual_warmup_epochs", "teacher_momentum"),
         *("teacher_momentum_end", "temperature", "optimizer", "lr", "weight_decay", "batch_size", "epochs", "seed"),
