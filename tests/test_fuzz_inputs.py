@@ -220,8 +220,8 @@ def test_pictures_of_any_bytes_are_the_same_to_the_scan_to_training_and_to_evalu
 ) -> None:
     content = data.draw(mutations(picture(kind), head=120) | mutations(picture(kind)))
     look, why = looked_at(content)
-    held = Held([content, picture("PNG")])
-    training = _Views(held, SUPERVISED, 8, BatchSampler(2, 1, 0, 0, 1))
+    held = Held([content, *[picture("PNG")] * 10])
+    training = _Views(held, SUPERVISED, 8, BatchSampler(11, 1, 0, 0, 1))
     indices, (views,), *_ = training[Request(0, 0, [0])]
     assert views.shape == (1, 3, 8, 8)
     passed_on: dict[str, str | None] = {}
@@ -332,5 +332,5 @@ def test_idx_files_of_any_bytes(which: str, zipped: bool, damaged_after: bool, d
         else:
             assert source.train.labels is not None
             assert len(source.train) == len(source.train.labels) > 0
-            assert np.asarray(source.train[0]).shape[2] == 3
+            assert np.asarray(source.train.picture(0)).shape[2] == 3
         assert sorted(os.listdir(name)) == before
