@@ -282,6 +282,15 @@ def test_what_leads_nowhere_and_runs_are_watched(data: Path, work: Listed, tmp_p
     assert work.since() == (2, 0)
 
 
+def test_a_search_again_in_the_same_process_knows_what_was_found(data: Path, work: Listed) -> None:
+    source = open_source(str(data))
+    _, broken = scan(source, workers=1)
+    overwrite(data)
+    work.since()
+    assert scan(source, workers=1)[1] == broken
+    assert work.since() == (0, 1)
+
+
 def test_names_that_are_no_text(tmp_path: Path, work: Listed, monkeypatch: pytest.MonkeyPatch) -> None:
     for folder in (b"\xff\xfe", b"b\xc3\xbc", b"new\nline"):
         for name in (b"\xe4.png", b"spa ce.png"):

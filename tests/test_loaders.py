@@ -25,6 +25,7 @@ from fastrm.data.draws import draw_views
 from fastrm.data.encoded import FileImages
 from fastrm.data.patterns import expand
 from fastrm.data.scan import scan
+from fastrm.data.stored import examined
 from fastrm.data.torch_loader import TorchLoader
 from fastrm.errors import UsageError
 from fastrm.methods import find
@@ -277,7 +278,7 @@ def test_the_scan_covers_the_images_for_knn_and_is_remembered(pictures: Path, tm
     assert found.bank is found.train
     assert found.test.labels is not None
     assert len(found.test.labels) == 11
-    with mock.patch("fastrm.data.scan.fault", side_effect=AssertionError("looked again")):
+    with mock.patch("fastrm.data.scan.examined", side_effect=AssertionError("looked again")):
         assert scan(source, workers=2)[1] == faults
     other.write_bytes(b"")
     with pytest.raises(UsageError, match="2 of 12 files are broken"):
@@ -303,7 +304,6 @@ def shards(pictures: Path, tmp_path: Path) -> str:
 @pytest.mark.parametrize("kind", [DALI, "torch"])
 def test_shards_give_what_the_files_give(shards: str, pictures: Path, kind: str) -> None:
     images, files = open_source(shards).train, open_source(str(pictures / "classes")).train
-    assert isinstance(images, FileImages)
     assert isinstance(files, FileImages)
     assert len(images) == 96
     # A name as label is the position among the sorted names; a number is itself.
@@ -345,7 +345,7 @@ def test_a_shard_that_was_cut_off(shards: str, tmp_path: Path) -> None:
 
 def test_the_scan_reads_every_file_once(pictures: Path) -> None:
     """Without a val folder the images for kNN are parts of those for training."""
-    with mock.patch("fastrm.data.scan.fault", return_value=None) as look:
+    with mock.patch("fastrm.data.scan.examined", side_effect=examined) as look:
         found, faults = scan(open_source(str(pictures / "classes")), workers=2)
     assert look.call_count == len(found.train) == 96
     assert not faults

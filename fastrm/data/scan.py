@@ -139,7 +139,8 @@ class _Search:
     def keep(self) -> None:
         """Keep what is new for the next start."""
         if self._new:
-            self._table.keep({"looks": self._column}, {"rules": self._rules, "why": self.why})
+            why = {str(row): why for row, why in self.why.items()}  # as JSON has it
+            self._table.keep({"looks": self._column}, {"rules": self._rules, "why": why})
 
 
 def _together(images: EncodedImages, indices: NDArray[np.int64], workers: int) -> Iterator[list[_Found]]:
