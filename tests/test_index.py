@@ -112,6 +112,13 @@ def test_the_second_start_says_the_same_without_listing_and_decoding(
     assert broken == found == {str(data / "train" / "b" / "3.png"): "cannot identify image file"}
 
 
+def test_without_a_folder_for_validation_the_second_start_says_the_same(data: Path, work: Listed) -> None:
+    first, second = (told(scan(open_source(str(data / "train")), workers=1)[0]) for _ in range(2))
+    assert work.since() == (1, 30)
+    assert first == second
+    assert "there is no val folder: kNN is tried on a tenth" in str(first)
+
+
 def test_identities_are_hashed_as_in_old_checkpoints(data: Path) -> None:
     for _ in range(2):
         source = open_source(str(data))

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from fastrm.files import cache_root, write_whole
 
-VERSION = 1
+VERSION = 2
 """Of what the files hold; those of another version are made anew."""
 _MAGIC = b"fastrm index\n"
 _START = struct.Struct(f"<{len(_MAGIC)}sIIQ")

@@ -68,9 +68,9 @@ def carried(earlier: Table, table: Table) -> tuple[dict[str, NDArray[Any]], dict
     same = (earlier["hash"][rows] == table["hash"]) & (earlier["changed"][rows] == table["changed"])
     column = empty(len(rows))
     column[same] = earlier["looks"][rows[same]]  # both are compared besides the keys, which do not tell all apart
-    said: dict[str, str] = earlier.about["why"]
+    said: dict[str, str] = earlier.about["faults"]
     why = {str(row): said[str(was)] for row, was in enumerate(rows) if same[row] and str(was) in said} if said else {}
-    return {"looks": column}, {"rules": earlier.about["rules"], "why": why}
+    return {"looks": column}, {"rules": earlier.about["rules"], "faults": why}
 
 
 def _keys(table: Table) -> NDArray[np.uint64]:

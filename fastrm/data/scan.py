@@ -100,7 +100,7 @@ class _Search:
         self._table, self._rules = images.table, _rules()
         known = looks(self._table, self._rules) is not None
         self._column = self._table["looks"] if known else empty(self._table.rows)
-        self.why = {int(row): why for row, why in self._table.about["why"].items()} if known else {}
+        self.why = {int(row): why for row, why in self._table.about["faults"].items()} if known else {}
         self._seen = np.zeros(self._table.rows, dtype=bool)
         self._new = False
 
@@ -140,7 +140,7 @@ class _Search:
         """Keep what is new for the next start."""
         if self._new:
             why = {str(row): why for row, why in self.why.items()}  # as JSON has it
-            self._table.keep({"looks": self._column}, {"rules": self._rules, "why": why})
+            self._table.keep({"looks": self._column}, {"rules": self._rules, "faults": why})
 
 
 def _together(images: EncodedImages, indices: NDArray[np.int64], workers: int) -> Iterator[list[_Found]]:
