@@ -33,7 +33,7 @@ T = TypeVar("T")
 SKIPPED = "skipped.txt"
 MOST = 0.1  # share of broken files with which a run goes on
 _IN_A_ROW = 100
-_AT_ONCE = 16  # files that are handed to a thread: as many as make the handing cheap beside small pictures
+_AT_ONCE = 4  # files that are handed to a thread: cheap beside small pictures, and few to wait for at the end
 
 
 class _Found(NamedTuple):
