@@ -27,14 +27,14 @@ from PIL import Image, features
 from fastrm import pretrained
 from fastrm.data.augmentation import SUPERVISED
 from fastrm.data.dali_loader import encoded, uncompressed
-from fastrm.data.decode import BROKEN, BrokenImage, decode, inspect
+from fastrm.data.decode import BROKEN, BrokenImage
 from fastrm.data.draws import BatchSampler, Request
 from fastrm.data.encoded import FileImages
 from fastrm.data.eval_loader import _EvalImages
 from fastrm.data.inventory import Inventory
 from fastrm.data.named import open_named
 from fastrm.data.shards import ShardImages, open_shards
-from fastrm.data.stored import Look, examined
+from fastrm.data.stored import Look, as_rgb, examined, header
 from fastrm.data.torch_loader import _Views
 from fastrm.errors import UsageError
 from fastrm.run import checkpoint
@@ -227,7 +227,7 @@ def test_pictures_of_any_bytes_are_the_same_to_the_scan_to_training_and_to_evalu
     passed_on: dict[str, str | None] = {}
     _, seen = _EvalImages(Held([content]), 8)[0]
     passed_on["evaluation"] = seen if isinstance(seen, str) else None
-    for name, read in (("DALI", encoded), ("DALI, again", uncompressed), ("decode", decode)):
+    for name, read in (("DALI", encoded), ("DALI, again", uncompressed), ("in memory", as_rgb)):
         try:
             read(content)
         except BrokenImage as error:
@@ -245,7 +245,7 @@ def test_pictures_of_any_bytes_are_the_same_to_the_scan_to_training_and_to_evalu
         assert said is None or ("\n" not in said and " at 0x" not in said and len(said) <= 200)
     if look is not None:
         assert look.pages >= 1
-        assert inspect(content).size == decode(content).size[::-1] == look.size
+        assert header(content).size == as_rgb(content).size[::-1] == look.size
 
 
 # Shards

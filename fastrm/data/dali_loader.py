@@ -20,11 +20,11 @@ from torch import Tensor
 
 from fastrm.data import batched
 from fastrm.data.augmentation import Augmentation, View
-from fastrm.data.decode import decode, inspect
 from fastrm.data.draws import Draws, Request, blur_radius, draw_views
 from fastrm.data.encoded import EncodedImages
 from fastrm.data.loader import Batch, Loader, normalising
 from fastrm.data.scan import report
+from fastrm.data.stored import as_rgb, header
 
 _AHEAD = 2  # batches that are read and cropped while one is in use
 
@@ -59,13 +59,13 @@ def encoded(content: bytes) -> Encoded:
     Raises:
         BrokenImage: it is no picture, or a broken one.
     """
-    header = inspect(content)
-    return Encoded(np.frombuffer(content, dtype=np.uint8), header.size) if header.plain else uncompressed(content)
+    found = header(content)
+    return Encoded(np.frombuffer(content, dtype=np.uint8), found.size) if found.plain else uncompressed(content)
 
 
 def uncompressed(content: bytes) -> Encoded:
     """Decode a file here, and pass it on as a PPM picture; raises as :func:`encoded`."""
-    picture = decode(content)
+    picture = as_rgb(content)
     ppm = b"P6\n%d %d\n255\n" % picture.size + picture.tobytes()
     return Encoded(np.frombuffer(ppm, dtype=np.uint8), (picture.height, picture.width))
 

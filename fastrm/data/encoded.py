@@ -17,12 +17,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fastrm.data.decode import BROKEN, BrokenImage, decode, inspect, reason
+from fastrm.data.decode import BROKEN, BrokenImage, reason
 from fastrm.data.index import Table, place
 from fastrm.data.looks import Looks, looks
 from fastrm.data.paths import Paths, Rows, chosen, count, row_at, stated
 from fastrm.data.sources import Images
-from fastrm.data.stored import Values, stored
+from fastrm.data.stored import Values, as_rgb, header, stored
 from fastrm.errors import UsageError
 
 try:  # a third faster than Pillow, but torchvision 0.29 announces that it will go
@@ -35,11 +35,11 @@ Some = TypeVar("Some", bound="EncodedImages")
 
 
 def decoded(content: bytes) -> Tensor:
-    """A picture as uint8 [3, H, W], by the rules of :func:`fastrm.data.decode.decode`; raises as that."""
-    if decode_jpeg is not None and inspect(content).plain == "JPEG":
+    """A picture as uint8 [3, H, W], by the rules of :func:`fastrm.data.stored.as_rgb`; raises as that."""
+    if decode_jpeg is not None and header(content).plain == "JPEG":
         with contextlib.suppress(RuntimeError):  # Pillow says what is wrong, or reads it nevertheless
             return decode_jpeg(torch.frombuffer(bytearray(content), dtype=torch.uint8), ImageReadMode.RGB)
-    return torch.from_numpy(np.array(decode(content))).permute(2, 0, 1)
+    return torch.from_numpy(np.array(as_rgb(content))).permute(2, 0, 1)
 
 
 class EncodedImages(Images):

@@ -14,7 +14,19 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from fastrm.data.decode import BrokenImage, UnknownLayout, check_kind, colours, opened, orientation, sixteen_bits, told
+from fastrm.data.decode import (
+    BrokenImage,
+    Header,
+    UnknownLayout,
+    check_kind,
+    colours,
+    decode,
+    inspect,
+    opened,
+    orientation,
+    sixteen_bits,
+    told,
+)
 
 Values = NDArray[Any]
 """[H, W, bands], upright."""
@@ -86,6 +98,26 @@ def stored(content: bytes, page: int | Literal["all"] = 0) -> Values:
                 image.seek(first)
                 values = _picture(image, content)
         return checked(values)
+
+
+def header(content: bytes) -> Header:
+    """Read a picture's header as :func:`fastrm.data.decode.inspect` does, also of a TIFF that Pillow cannot read."""
+    try:
+        return inspect(content)
+    except UnknownLayout:
+        height, width = stored(content).shape[:2]
+        return Header((height, width), None)
+
+
+def as_rgb(content: bytes) -> Image.Image:
+    """Read a picture as :func:`fastrm.data.decode.decode` does, also a TIFF of bytes that Pillow cannot read."""
+    try:
+        return decode(content)
+    except UnknownLayout:
+        values = stored(content)
+        if values.dtype != np.uint8 or values.shape[2] not in (1, 3):
+            raise
+        return Image.fromarray(values if values.shape[2] == 3 else values[..., 0]).convert("RGB")
 
 
 def checked(values: NDArray[Any]) -> Values:

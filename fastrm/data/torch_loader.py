@@ -16,7 +16,7 @@ from fastrm.data.draws import BatchSampler, Request, blur_radius, boxes, draw_vi
 from fastrm.data.formats import RGB
 from fastrm.data.items import ItemImages
 from fastrm.data.loader import Batch, Loader, normalising
-from fastrm.data.scan import check_share, readable, report
+from fastrm.data.scan import readable, report
 from fastrm.data.seeding import seeded
 from fastrm.data.sources import Images
 from fastrm.data.workers import Loaded, check_travels
@@ -129,10 +129,9 @@ class TorchLoader(Loader):
 
     def _batches(self) -> Iterator[Batch]:
         for indices, views, faults, refusal in self._loader:
-            if refusal:
-                check_share(len(faults), self._images, {self._images.name(at): why for at, why in faults.items()})
-                raise UsageError(refusal)
             report(self.broken, self._images, faults)
+            if refusal:
+                raise UsageError(refusal)
             yield Batch(tuple(map(self._placed, views)), indices)
 
     def _placed(self, views: Tensor) -> Tensor:
