@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import math
 from collections.abc import Iterator
 from typing import Any, Literal, NamedTuple
 
@@ -227,6 +228,7 @@ def _tiff(content: bytes, page: int) -> NDArray[Any]:
         if page >= len(found):
             raise BrokenImage(f"it has {len(found)} pages")
         read = found[page]
+        _check_whole(read, len(content))
         values: NDArray[Any] = read.asarray()
         layout = read.axes
         if layout == "SYX":
@@ -239,6 +241,19 @@ def _tiff(content: bytes, page: int) -> NDArray[Any]:
             values = _without_transparency(values)
         turn = read.tags.get("Orientation")
         return _upright(values, int(turn.value) if turn is not None else 1)
+
+
+def _check_whole(page: Any, length: int) -> None:
+    """Refuse a page of a TIFF file of ``length`` bytes that tifffile would read for ever, or fill up with zeros."""
+    pixels, most = math.prod(page.shape), Image.MAX_IMAGE_PIXELS
+    if most is not None and page.imagelength * page.imagewidth > 2 * most:
+        raise BrokenImage(
+            f"it has {pixels:,} values, more than {2 * most:,} pixels, which only a damaged file would have"
+        )
+    if math.prod(page.chunked) != len(page.dataoffsets) or len(page.dataoffsets) != len(page.databytecounts):
+        raise BrokenImage("it is damaged: parts of the picture are missing")
+    if any(at + count > length or not count for at, count in zip(page.dataoffsets, page.databytecounts, strict=True)):
+        raise BrokenImage("it is damaged or cut off: a part of the picture lies beyond its end")
 
 
 def _by_pillow(image: Image.Image) -> bool:
