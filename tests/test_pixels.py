@@ -98,13 +98,14 @@ STORED: dict[str, tuple[Callable[[], bytes], NDArray[Any]]] = {
 
 
 @pytest.mark.parametrize("name", STORED)
-def test_every_value_is_read_as_it_is_stored(name: str) -> None:
+def test_every_value_is_read_as_it_is_stored(name: str, caplog: pytest.LogCaptureFixture) -> None:
     content, want = STORED[name][0](), STORED[name][1]
     want = want[..., None] if want.ndim == 2 else want
     values = stored(content)
     assert values.dtype == want.dtype
     np.testing.assert_array_equal(values, want)
     assert examined(content) == Look((32, 48), want.dtype.name, want.shape[2], 1)
+    assert not caplog.records
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import logging
 import math
 from collections.abc import Iterator
 from typing import Any, Literal, NamedTuple
@@ -38,6 +39,8 @@ _JPEG = b"\xff\xd8"
 _TIFF = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 _UNSIGNED, _SIGNED, _FLOAT = 1, 2, 3
 _CONVERT = "convert it to PNG or TIFF"
+# Pillow logs this of each TIFF with more than four bands, which are then read by tifffile.
+logging.getLogger("PIL.TiffImagePlugin").addFilter(lambda record: "More samples per pixel" not in str(record.msg))
 
 
 class Look(NamedTuple):
