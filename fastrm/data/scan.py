@@ -55,12 +55,10 @@ def scan(source: Source, *, workers: int) -> tuple[Source, dict[str, str]]:
         UsageError: more than a tenth of the files are broken.
     """
     broken: dict[str, str] = {}
-    further = 0
     sound: dict[int, Images] = {}
     searches: dict[int, _Search] = {}
 
     def without_broken(images: Images | None) -> Images | None:
-        nonlocal further
         if not isinstance(images, EncodedImages):
             return images
         if id(images) not in sound:  # the images for kNN may be those for training, or a part of them
@@ -70,7 +68,6 @@ def scan(source: Source, *, workers: int) -> tuple[Source, dict[str, str]]:
             state = search.looks.state[images.rows]
             faults = {images.name(i): search.why[images.row(i)] for i in np.flatnonzero(state != SOUND).tolist()}
             if fresh:
-                further += int((search.looks.pages[images.rows] > 1).sum())
                 check_share(len(faults), images, faults)
             broken.update(faults)
             sound[id(images)] = images.subset(np.flatnonzero(state == SOUND)) if faults else images
@@ -83,8 +80,6 @@ def scan(source: Source, *, workers: int) -> tuple[Source, dict[str, str]]:
     finally:
         for search in searches.values():
             search.keep()
-    if further:
-        kept = replace(kept, about=f"{kept.about}; {further:,} files hold several pictures, of which the first is read")
     return kept, broken
 
 

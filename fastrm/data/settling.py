@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple
+
+import numpy as np
 
 from fastrm.data.decode import BROKEN
 from fastrm.data.encoded import EncodedImages
 from fastrm.data.formats import RGB, PixelFormat
 from fastrm.data.items import ItemImages
+from fastrm.data.looks import SOUND
 from fastrm.data.measuring import Measured, measured, spread_over
 from fastrm.data.pages import PageImages
 from fastrm.data.pixels import values_in
 from fastrm.data.scan import MOST
 from fastrm.data.sources import ArrayImages, Images, Source
-from fastrm.data.stored import examined
+from fastrm.data.stored import DTYPES, examined
 from fastrm.data.stored import pages as pages_in
 from fastrm.errors import UsageError
 
@@ -117,6 +120,12 @@ def _kinds(images: Images, channels: int | None) -> Counter[_Kind]:
     """How many pictures there are of each kind, or how many of those that are looked at."""
     if isinstance(images, ArrayImages):
         return Counter({_Kind("uint8", 1 if images.arrays.ndim == 3 else images.arrays.shape[3]): len(images)})
+    if isinstance(images, EncodedImages) and (looks := images.looks) is not None:
+        sound = looks.state == SOUND
+        columns = np.stack([looks.dtype[sound], looks.bands[sound], looks.pages[sound]]).astype(np.int64)
+        kinds, counts = np.unique(columns, axis=1, return_counts=True)
+        told = zip(kinds.T.tolist(), counts.tolist(), strict=True)
+        return Counter({_Kind(DTYPES[dtype], bands, pages): count for (dtype, bands, pages), count in told})
     found: Counter[_Kind] = Counter()
     for index in spread_over(len(images), _LOOKED_AT):
         try:
@@ -143,8 +152,9 @@ def _paged(
     if wish == "images":
         split = _in_pages(source)
         return split, "images", [f"each page is an image: {len(split.train):,} in {len(source.train):,} files"]
-    which = f"{several:,} of {kinds.total():,} files looked at hold several pages, of which the first is read"
-    return source, "first", [which + ("" if wish == "first" else "; --pages bands or images reads all")]
+    looked_at = "" if kinds.total() == len(source.train) else f" of {kinds.total():,} that were looked at"
+    said = f"{several:,} files{looked_at} hold several pages, of which the first is read"
+    return source, "first", [said + ("" if wish == "first" else "; --pages bands or images reads all")]
 
 
 def _alike(images: EncodedImages, kinds: Counter[_Kind]) -> bool:
@@ -158,8 +168,10 @@ def _alike(images: EncodedImages, kinds: Counter[_Kind]) -> bool:
     return True
 
 
-def _counts(images: EncodedImages) -> list[int]:
+def _counts(images: EncodedImages) -> Sequence[int]:
     """The number of pages of each file; one that cannot be read counts as one, and is met when it is read."""
+    if (looks := images.looks) is not None:
+        return np.maximum(looks.pages, 1).tolist()
 
     def count(index: int) -> int:
         try:
@@ -175,9 +187,7 @@ def _channels(kinds: Counter[_Kind]) -> int:
     bands = {kind.bands for kind in kinds}
     if 3 in bands or all(kind.bands == 1 and kind.dtype == "uint8" for kind in kinds):
         return 3
-    return Counter({band: sum(n for kind, n in kinds.items() if kind.bands == band) for band in bands}).most_common(1)[
-        0
-    ][0]
+    return max(bands, key=lambda band: sum(count for kind, count in kinds.items() if kind.bands == band))
 
 
 def _check_bands(kinds: Counter[_Kind], channels: int) -> None:
