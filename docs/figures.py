@@ -34,6 +34,7 @@ BESIDE: Sequence[tuple[str, str]] = (
     ("machine", "devices, memory,\nprocesses, signals"),
     ("terminal", "progress, errors\nin one line"),
     ("files, own", "whole files, and\nwhose they are"),
+    ("packages", "those that only\nsome uses need"),
 )
 
 # Bytes a parameter, by what is read and written.
