@@ -17,6 +17,7 @@ from fastrm.data.draws import Draws
 
 _CACHED = 2**20  # values of a chunk on a CPU: fewer spend the time on calls, more leave the cache
 _BAND = 56
+_FEW = 16
 _LUMA = (0.2989, 0.587, 0.114)
 
 
@@ -182,11 +183,21 @@ def blur_(images: Tensor, sigma: Tensor, radius: int) -> None:
     padded = functional.pad(images, (0, 0, radius, radius), mode="reflect")
     for start, n in parts:
         matrix = band[:, None, :n, : n + 2 * radius]
-        images[:, :, start : start + n] = matrix @ padded[:, :, start : start + n + 2 * radius]
+        images[:, :, start : start + n] = _product(matrix, padded[:, :, start : start + n + 2 * radius], n)
     padded = functional.pad(images, (radius, radius, 0, 0), mode="reflect")
     for start, n in parts:
         matrix = band[:, None, :n, : n + 2 * radius].mT
-        images[..., start : start + n] = padded[..., start : start + n + 2 * radius] @ matrix
+        images[..., start : start + n] = _product(padded[..., start : start + n + 2 * radius], matrix, n)
+
+
+def _product(left: Tensor, right: Tensor, n: int) -> Tensor:
+    """Matrix products [B, ...] of ``n`` rows or columns, which are the same however many images there are.
+
+    Of few rows a CPU sums in another order where there are several images.
+    """
+    if n >= _FEW or left.device.type != "cpu":
+        return left @ right
+    return torch.cat([one @ other for one, other in zip(left.split(1), right.split(1), strict=True)])
 
 
 def solarize_(images: Tensor) -> None:

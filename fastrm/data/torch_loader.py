@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
+from itertools import starmap
 
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from fastrm.data import batched
-from fastrm.data.augmentation import Augmentation
+from fastrm.data.augmentation import Augmentation, View
 from fastrm.data.called import Augment, CalledViews
-from fastrm.data.draws import BatchSampler, Request, blur_radius, boxes, draw_views
+from fastrm.data.draws import BatchSampler, Draws, Request, blur_radius, boxes, draw_views
 from fastrm.data.formats import RGB
 from fastrm.data.items import ItemImages
 from fastrm.data.loader import Batch, Loader, normalising
@@ -26,6 +27,8 @@ from fastrm.machine.signals import leave_to_the_trainer
 AHEAD = 2
 """Batches that each loader process makes ready ahead."""
 _HELD = 8
+_VALUES = 2**18
+"""That are recoloured at a time: fewer spend the time on calls, more leave the cache."""
 _CPU = torch.device("cpu")
 
 
@@ -47,31 +50,40 @@ class _Views(Dataset[Loaded]):
         views, images = self.augmentation.views, self.images
         sizes = [view.side(self.image_size) for view in views]
         indices = list(request.images)
-        count, format = len(indices), images.format
-        dtype = torch.uint8 if format.bytes else torch.float32
-        drawn = draw_views(views, [(1, 1)] * count, self.image_size, self.sampler.generator(request))
+        drawn = draw_views(views, [(1, 1)] * len(indices), self.image_size, self.sampler.generator(request))
         flips = [draws.flip.tolist() for draws in drawn]
-        outs = [batched.empty_views(count, size, dtype, _CPU, channels=format.channels) for size in sizes]
+        crops: list[list[Tensor]] = [[] for _ in views]
 
         def read(at: int) -> Tensor:
             with seeded(self.sampler.seed, request.epoch, at) if isinstance(images, ItemImages) else nullcontext():
                 return images.drawn(at) if isinstance(images, ItemImages) else images.pixels(at)
 
-        for start in range(0, count, _HELD):
+        for start in range(0, len(indices), _HELD):
             held = [readable(images, at, read, faults) for at in indices[start : start + _HELD]]
             indices[start : start + _HELD] = [at for at, _ in held]
             sides = torch.tensor([picture.shape[1:] for _, picture in held]).unbind(1)
-            tries = [draws.tries[start : start + _HELD] for draws in drawn]
-            crops = [boxes(view, found, *sides).tolist() for view, found in zip(views, tries, strict=True)]
-            for i, (_, picture) in enumerate(held):
-                at = start + i
-                for view, size, draws, box, flip, out in zip(views, sizes, drawn, crops, flips, outs, strict=True):
-                    crop = batched.crop(picture, box[i], flip[at], size, view.interpolation)
-                    image = crop.to(torch.float32, memory_format=torch.contiguous_format)
-                    batched.recolour_(image, draws.part(slice(at, at + 1)), blur_radius=blur_radius(view, size))
-                    # First to bytes, then to channels last: twice as fast.
-                    out[at] = image[0].round_().to(dtype) if format.bytes else image[0]
-        return Loaded(indices, tuple(outs), faults)
+            for view, size, draws, flip, cut in zip(views, sizes, drawn, flips, crops, strict=True):
+                found = boxes(view, draws.tries[start : start + _HELD], *sides).tolist()
+                for i, (_, picture) in enumerate(held):
+                    cut.append(batched.crop(picture, found[i], flip[start + i], size, view.interpolation))
+        outs = tuple(starmap(self._recoloured, zip(views, sizes, drawn, crops, strict=True)))
+        return Loaded(indices, outs, faults)
+
+    def _recoloured(self, view: View, size: int, draws: Draws, crops: Sequence[Tensor]) -> Tensor:
+        """[B, C, S, S], channels last, of crops [1, C or 1, S, S]."""
+        format = self.images.format
+        dtype = torch.uint8 if format.bytes else torch.float32
+        wide = max(crop.shape[1] for crop in crops)  # gray pictures among others
+        out = batched.empty_views(len(crops), size, dtype, _CPU, channels=format.channels)
+        count = max(1, _VALUES // (wide * size * size))
+        for start in range(0, len(crops), count):
+            some = slice(start, start + count)
+            part = torch.cat([crop.expand(-1, wide, -1, -1) for crop in crops[some]])
+            image = part.to(torch.float32, memory_format=torch.contiguous_format)
+            batched.recolour_(image, draws.part(some), blur_radius=blur_radius(view, size))
+            # First to bytes, then to channels last: twice as fast.
+            out[some] = image.round_().to(dtype) if format.bytes else image
+        return out
 
 
 class TorchLoader(Loader):
