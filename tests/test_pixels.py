@@ -16,6 +16,7 @@ from PIL import Image
 import fastrm
 from fastrm.data import Augmentation, PixelFormat, PixelOptions, View, eval_loader, make_loader, open_source
 from fastrm.data.decode import BrokenImage
+from fastrm.data.scan import scan
 from fastrm.data.settling import settled
 from fastrm.data.stored import Look, examined, stored
 from fastrm.errors import UsageError
@@ -218,6 +219,18 @@ def test_of_several_dtypes_each_has_its_own_range(tmp_path: Path) -> None:
     np.testing.assert_allclose([low[0], high[0]], np.percentile(2 * RAMP - 1, [0.1, 99.9]), rtol=1e-8)
     for index in range(3):
         np.testing.assert_allclose(source.train.pixels(index)[0].numpy() / 255, RAMP, atol=1 / 255)
+
+
+def test_a_rare_dtype_is_measured_too(tmp_path: Path) -> None:
+    """Of which the sample that is spread over the set has none."""
+    plain = written(Image.fromarray(COLOUR), "PNG")
+    fill(tmp_path / "set", {f"{i:03}.png": plain for i in range(600)})
+    (tmp_path / "set" / "001.png").write_bytes(png(scaled(4095, "u2")[..., None], 0))
+    source, _ = scan(open_source(tmp_path / "set"), workers=2)
+    format = settled(source).format
+    assert format is not None
+    assert dict(format.limits) == {"uint8": ((0,), (255,)), "uint16": ((0,), (4095,))}
+    assert format.channels == 3
 
 
 def test_values_that_are_no_numbers_are_black(tmp_path: Path) -> None:

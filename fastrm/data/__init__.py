@@ -151,6 +151,8 @@ def make_loader(
         here = int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
         images, said = keep(images, views, image_size, processes=here)
         notes.append(said)
+    if loader == "auto" and isinstance(images, EncodedImages) and not images.format.rgb and place.type == "cuda":
+        notes.append("DALI reads RGB of 8 bits per channel only: worker processes read these images")
     made = TorchLoader(images, recipe, workers=workers, **common)
     made.notes += notes
     return made

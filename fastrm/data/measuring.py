@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from fastrm.data.augmentation import IMAGENET_MEAN, IMAGENET_STD
 from fastrm.data.decode import BROKEN
+from fastrm.data.encoded import EncodedImages
 from fastrm.data.formats import BYTES, Limits
 from fastrm.data.items import ItemImages
 from fastrm.data.sources import Images
@@ -26,6 +27,7 @@ from fastrm.errors import UsageError
 from fastrm.files import cache_root, write_text
 
 _IMAGES = 256
+_RARE = 8
 _PIXELS = 2**21
 """Of all sampled images together, in each band."""
 _PERCENTILES = (0.1, 99.9)
@@ -65,7 +67,7 @@ def measured(
     Raises:
         UsageError: none of the sampled images can be read, or none of their values is a number.
     """
-    places = spread_over(len(images), _IMAGES)
+    places = _sample(images)
     about = json.dumps([len(images), images.format.plain(), sorted(dtypes), value_range, _PIXELS, 1])
     digest = blake2b(about.encode(), digest_size=16)
     for identity in images.subset(np.array(places)).identities():
@@ -80,6 +82,17 @@ def measured(
         kept.parent.mkdir(parents=True, exist_ok=True)
         write_text(kept, json.dumps(result._asdict()))
     return result
+
+
+def _sample(images: Images) -> list[int]:
+    """Places that are spread evenly, and some more of each dtype that is rare."""
+    places = spread_over(len(images), _IMAGES)
+    if not isinstance(images, EncodedImages) or (looks := images.looks) is None:
+        return places
+    for dtype in set(np.unique(looks.dtype).tolist()) - set(looks.dtype[places].tolist()):
+        rare = np.flatnonzero(looks.dtype == dtype)
+        places += rare[spread_over(len(rare), _RARE)].tolist()
+    return sorted(set(places))
 
 
 def _measure(

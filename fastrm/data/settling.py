@@ -36,8 +36,11 @@ class PixelOptions:
     value_range: tuple[float, float] | None = None
     """What becomes 0 and what becomes 1, in all dtypes; of several in all but uint8."""
     mean: tuple[float, ...] | None = None
+    """Subtracted per channel, after scaling to [0, 1]; one number serves for all channels."""
     std: tuple[float, ...] | None = None
+    """Divided by per channel; one number serves for all channels."""
     pages: Literal["auto", "first", "bands", "images"] = "auto"
+    """What is read of files with several pages."""
 
     @classmethod
     def of(cls, settings: Any) -> PixelOptions:
