@@ -221,6 +221,15 @@ def test_of_several_dtypes_each_has_its_own_range(tmp_path: Path) -> None:
         np.testing.assert_allclose(source.train.pixels(index)[0].numpy() / 255, RAMP, atol=1 / 255)
 
 
+def test_a_picture_that_is_left_out_has_no_say_in_how_the_others_are_taken(tmp_path: Path) -> None:
+    fill(tmp_path / "set", {f"{i:02}.png": written(Image.fromarray(COLOUR), "PNG") for i in range(12)})
+    scene = with_tifffile(many(DEEP.astype("u2"), 5), photometric="minisblack", planarconfig="contig")
+    fill(tmp_path / "set", {"scene.tif": scene})
+    assert format_of(tmp_path / "set")[0] == PixelFormat()
+    with pytest.raises(BrokenImage):
+        settled(open_source(tmp_path / "set")).train.pixels(12)
+
+
 def test_a_rare_dtype_is_measured_too(tmp_path: Path) -> None:
     """Of which the sample that is spread over the set has none."""
     plain = written(Image.fromarray(COLOUR), "PNG")

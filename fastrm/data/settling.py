@@ -93,7 +93,7 @@ def settled(source: Source, options: PixelOptions | None = None, *, workers: int
     channels = options.channels or _channels(kinds)
     _check_bands(kinds, channels)
     taken = PixelFormat(channels=channels, pages=pages)
-    dtypes = sorted({kind.dtype for kind in kinds})
+    dtypes = sorted({kind.dtype for kind in kinds if _fits(kind, channels)})
     notes = list(said)
     if dtypes != ["uint8"] or not taken.rgb or options.value_range is not None:
         found = measured(source.train.formatted(taken), dtypes, options.value_range, workers=workers)
@@ -193,9 +193,14 @@ def _channels(kinds: Counter[_Kind]) -> int:
     return max(bands, key=lambda band: sum(count for kind, count in kinds.items() if kind.bands == band))
 
 
+def _fits(kind: _Kind, channels: int) -> bool:
+    """Whether pictures of a kind become so many channels; the others are left out."""
+    return kind.bands in (channels, {3: 1, 1: 3}.get(channels))
+
+
 def _check_bands(kinds: Counter[_Kind], channels: int) -> None:
     """Raise a UsageError if more pictures than may be left out have bands that do not become these channels."""
-    odd = {kind: count for kind, count in kinds.items() if kind.bands not in (channels, {3: 1, 1: 3}.get(channels))}
+    odd = {kind: count for kind, count in kinds.items() if not _fits(kind, channels)}
     if sum(odd.values()) > MOST * kinds.total():
         counts = Counter[int]()
         for kind, count in kinds.items():
