@@ -13,12 +13,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from fastrm.data.augmentation import LUMA
 from fastrm.data.draws import Draws
 
 _CACHED = 2**20  # values of a chunk on a CPU: fewer spend the time on calls, more leave the cache
 _BAND = 56
 _FEW = 16
-_LUMA = (0.2989, 0.587, 0.114)
 
 
 def recolour_(images: Tensor, draws: Draws, *, blur_radius: int) -> Tensor:
@@ -145,7 +145,7 @@ def luma(images: Tensor) -> Tensor:
     if images.shape[1] != 3:
         return images.mean(dim=1, keepdim=True)
     red, green, blue = images.split(1, dim=1)
-    return (_LUMA[0] * red).add_(green, alpha=_LUMA[1]).add_(blue, alpha=_LUMA[2])
+    return (LUMA[0] * red).add_(green, alpha=LUMA[1]).add_(blue, alpha=LUMA[2])
 
 
 def hue_(images: Tensor, shift: Tensor) -> None:

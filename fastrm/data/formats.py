@@ -10,14 +10,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastrm.data.augmentation import IMAGENET_MEAN, IMAGENET_STD
+from fastrm.data.augmentation import IMAGENET_MEAN, IMAGENET_STD, LUMA
 from fastrm.data.decode import BrokenImage
 from fastrm.data.stored import Values
 
 Limits = tuple[tuple[float, ...], tuple[float, ...]]
 """What becomes 0 and what becomes 1: a number per band, or one for all of them."""
 BYTES: Limits = ((0.0,), (255.0,))
-_LUMA = np.array([0.2989, 0.587, 0.114])
 _WIDE = frozenset({"int32", "uint32", "float64"})
 """Dtypes with values that float32 does not hold."""
 
@@ -51,6 +50,10 @@ class PixelFormat:
         """Whether every picture is taken as RGB of 8 bits per channel."""
         return self.bytes and self.channels == 3 and self.pages == "first"
 
+    def takes(self, bands: int) -> bool:
+        """Whether pictures of so many bands become these channels: as many, one for three, or three for one."""
+        return bands in (self.channels, {3: 1, 1: 3}.get(self.channels))
+
     def fitted(self, values: Values) -> Tensor:
         """A picture as its views are made of it.
 
@@ -66,14 +69,14 @@ class PixelFormat:
             BrokenImage: it has another dtype, or bands that do not become these channels.
         """
         bands, dtype = values.shape[2], values.dtype.name
-        if bands not in (self.channels, {3: 1, 1: 3}.get(self.channels)):
+        if not self.takes(bands):
             raise BrokenImage(f"it has {bands} bands, and the pictures are taken as {self.channels}")
         if dtype not in self.limits:
             raise BrokenImage(f"its values are {dtype}, and the pictures are taken as {', '.join(self.limits)}")
         if not self.bytes:
             values = self._scaled(values, dtype)
         if bands == 3 and self.channels == 1:
-            gray = (values @ _LUMA)[..., None]
+            gray = (values @ np.array(LUMA))[..., None]
             values = gray.round().astype(np.uint8) if self.bytes else gray.astype(np.float32)
         planes = values.transpose(2, 0, 1)
         return torch.from_numpy(planes if planes.flags.writeable else planes.copy())  # torch warns of others

@@ -91,9 +91,9 @@ def settled(source: Source, options: PixelOptions | None = None, *, workers: int
     if pages == "bands":
         kinds = Counter({kind._replace(bands=kind.bands * kind.pages): count for kind, count in kinds.items()})
     channels = options.channels or _channels(kinds)
-    _check_bands(kinds, channels)
     taken = PixelFormat(channels=channels, pages=pages)
-    dtypes = sorted({kind.dtype for kind in kinds if _fits(kind, channels)})
+    _check_bands(kinds, taken)
+    dtypes = sorted({kind.dtype for kind in kinds if taken.takes(kind.bands)})  # the others are left out
     notes = list(said)
     if dtypes != ["uint8"] or not taken.rgb or options.value_range is not None:
         found = measured(source.train.formatted(taken), dtypes, options.value_range, workers=workers)
@@ -193,22 +193,17 @@ def _channels(kinds: Counter[_Kind]) -> int:
     return max(bands, key=lambda band: sum(count for kind, count in kinds.items() if kind.bands == band))
 
 
-def _fits(kind: _Kind, channels: int) -> bool:
-    """Whether pictures of a kind become so many channels; the others are left out."""
-    return kind.bands in (channels, {3: 1, 1: 3}.get(channels))
-
-
-def _check_bands(kinds: Counter[_Kind], channels: int) -> None:
-    """Raise a UsageError if more pictures than may be left out have bands that do not become these channels."""
-    odd = {kind: count for kind, count in kinds.items() if not _fits(kind, channels)}
+def _check_bands(kinds: Counter[_Kind], taken: PixelFormat) -> None:
+    """Raise a UsageError if more pictures than may be left out have bands that do not become the format's channels."""
+    odd = {kind: count for kind, count in kinds.items() if not taken.takes(kind.bands)}
     if sum(odd.values()) > MOST * kinds.total():
         counts = Counter[int]()
         for kind, count in kinds.items():
             counts[kind.bands] += count
         told = ", ".join(f"{count:,} have {bands}" for bands, count in counts.most_common())
         raise UsageError(
-            f"--channels {channels} does not fit the bands of the pictures ({told}); one band stands for three and "
-            "three make one, and others must be as many: give the number that they have, or a part of the data"
+            f"--channels {taken.channels} does not fit the bands of the pictures ({told}); one band stands for three "
+            "and three make one, and others must be as many: give the number that they have, or a part of the data"
         )
 
 
