@@ -1,4 +1,4 @@
-"""What a folder of many images costs: the second start, memory per file, and the first scan against decoding alone.
+"""What many images cost: the second start and memory per image, and the first scan against decoding alone.
 
 pytest benchmarks/bench_index.py --benchmark-only -s
 
@@ -7,11 +7,13 @@ PHOTOS names a folder of pictures for the scan; without it, they are made up.
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import statistics
 import subprocess
 import sys
+import tarfile
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -27,6 +29,8 @@ from fastrm.data.scan import scan
 from fastrm.data.stored import examined
 
 FEW, MANY, CLASSES = 36, 200_000, 1000
+PER_SHARD = 10_000
+KINDS = ("folders", "shards")
 WORKERS, ROUNDS = 4, 5
 
 START = """
@@ -77,8 +81,8 @@ def start(few: Path, data: Path, workers: int) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def folders(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, Path]]:
-    """A folder of a few pictures, and one of many, which are links to 64."""
+def sets(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, tuple[Path, Path]]]:
+    """A few pictures, and many, which are 64 again and again: in folders, as links, and in shards."""
     root = tmp_path_factory.mktemp("index")
     rng = np.random.default_rng(0)
     (root / "pictures").mkdir()
@@ -87,20 +91,31 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, Pa
         Image.fromarray(rng.integers(0, 256, (32, 32, 3), dtype=np.uint8)).save(path)
     for name, count, classes in (("few", FEW, 6), ("many", MANY, CLASSES)):
         for label in range(classes):
-            (root / name / f"n{label:08d}").mkdir(parents=True)
+            (root / "folders" / name / f"n{label:08d}").mkdir(parents=True)
         for i in range(count):
-            os.link(pictures[i % 64], root / name / f"n{i % classes:08d}" / f"n{i % classes:08d}_{i}.JPEG")
+            os.link(pictures[i % 64], root / "folders" / name / f"n{i % classes:08d}" / f"n{i % classes:08d}_{i}.JPEG")
+        (root / "shards" / name).mkdir(parents=True)
+        for first in range(0, count, PER_SHARD):
+            shard = root / "shards" / name / f"{first:09d}.tar"
+            with tarfile.open(shard, "w") as tar:
+                for i in range(first, min(count, first + PER_SHARD)):
+                    for ending, content in (("jpg", pictures[i % 64].read_bytes()), ("cls", b"%d" % (i % classes))):
+                        info = tarfile.TarInfo(f"{i:09d}.{ending}")
+                        info.size = len(content)
+                        tar.addfile(info, io.BytesIO(content))
+            os.utime(shard, (1e9, 1e9))
     before = os.environ.get("XDG_CACHE_HOME")
     os.environ["XDG_CACHE_HOME"] = str(root / "cache")
-    yield root / "few", root / "many"
+    yield {kind: (root / kind / "few", root / kind / "many") for kind in KINDS}
     if before is None:
         del os.environ["XDG_CACHE_HOME"]
     else:
         os.environ["XDG_CACHE_HOME"] = before
 
 
-def test_second_start_and_memory(folders: tuple[Path, Path], benchmark: Any) -> None:
-    few, many = folders
+@pytest.mark.parametrize("kind", KINDS)
+def test_second_start_and_memory(kind: str, sets: dict[str, tuple[Path, Path]], benchmark: Any) -> None:
+    few, many = sets[kind]
     first = start(few, many, 0)
     seconds, memory = {}, {}
     for name, data in (("few", few), ("many", many)):
@@ -109,21 +124,21 @@ def test_second_start_and_memory(folders: tuple[Path, Path], benchmark: Any) -> 
             said = ("names", "hashes", "about")
             assert all([again[key] for key in said] == [first[key] for key in said] for again in found)
         seconds[name] = statistics.median(one["seconds"] for one in found)
-        memory[name] = {kind: statistics.median(one[kind] for one in found) for kind in ("own", "index")}
+        memory[name] = {part: statistics.median(one[part] for one in found) for part in ("own", "index")}
     more = seconds["many"] - seconds["few"]
-    per_file = {kind: (memory["many"][kind] - memory["few"][kind]) / MANY for kind in ("own", "index")}
+    each = {part: (memory["many"][part] - memory["few"][part]) / MANY for part in ("own", "index")}
     print(
-        f"\nfirst start with {MANY:,} files {first['seconds']:.1f} s; second start {seconds['many']:.2f} s, with {FEW} "
-        f"files {seconds['few']:.2f} s; bytes per file: {per_file['own']:.0f} that {WORKERS + 1} processes hold alone, "
-        f"{per_file['index']:.0f} of the index, which they share"
+        f"\n{kind}: first start with {MANY:,} images {first['seconds']:.1f} s; second start {seconds['many']:.2f} s, "
+        f"with {FEW} images {seconds['few']:.2f} s; bytes per image: {each['own']:.0f} that {WORKERS + 1} processes "
+        f"hold alone, {each['index']:.0f} of the index, which they share"
     )
-    benchmark.extra_info.update(more=more, **per_file)
+    benchmark.extra_info.update(more=more, **each)
     benchmark.pedantic(lambda: None, rounds=1)
     assert more <= 2
-    assert sum(per_file.values()) <= 100
+    assert sum(each.values()) <= 100
 
 
-def test_first_scan_against_decoding(folders: tuple[Path, Path], tmp_path: Path, benchmark: Any) -> None:
+def test_first_scan_against_decoding(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, benchmark: Any) -> None:
     """In turn, each over the same files, with a new cache for each scan."""
     data = Path(os.environ.get("PHOTOS", "")) if "PHOTOS" in os.environ else made_up(tmp_path / "photos")
     source = open_source(str(data), keep=False)
@@ -138,7 +153,7 @@ def test_first_scan_against_decoding(folders: tuple[Path, Path], tmp_path: Path,
         return time.perf_counter() - begin
 
     def first(number: int) -> float:
-        os.environ["XDG_CACHE_HOME"] = str(tmp_path / f"cache{number}")
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / f"cache{number}"))
         begin = time.perf_counter()
         found, broken = scan(open_source(str(data)), workers=threads)
         assert (len(found.train), broken) == (len(paths), {})

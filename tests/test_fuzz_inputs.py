@@ -33,7 +33,8 @@ from fastrm.data.encoded import FileImages
 from fastrm.data.eval_loader import _EvalImages
 from fastrm.data.inventory import Inventory
 from fastrm.data.named import open_named
-from fastrm.data.shards import ShardImages, open_shards
+from fastrm.data.shard_index import ShardImages
+from fastrm.data.shards import open_shards
 from fastrm.data.stored import Look, as_rgb, examined, header
 from fastrm.data.torch_loader import _Views
 from fastrm.errors import UsageError
@@ -269,7 +270,7 @@ def read_shard(content: bytes) -> None:
         path.parent.mkdir()
         path.write_bytes(content)
         try:
-            images = open_shards([path], str(path)).train
+            images = open_shards([path], str(path), keep=False).train
             assert isinstance(images, ShardImages)
         except UsageError:
             pass

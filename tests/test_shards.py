@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import gzip
 import io
+import os
+import pickle
 import tarfile
+from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +15,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from fastrm.data import Source, open_source
-from fastrm.data.shards import ShardImages
+from fastrm.data import Source, open_source, scan, shard_index
+from fastrm.data.shard_index import ShardImages
 from fastrm.errors import UsageError
+from fastrm.files import cache_root
 
 
 def picture(shade: int = 0, kind: str = "JPEG") -> bytes:
@@ -199,3 +203,168 @@ def test_labels_go_with_their_pictures(tmp_path: Path) -> None:
     source = open_source(pack(tmp_path / "a.tar", members))
     for i, label in enumerate(labels(source)):
         assert source.train.picture(i).getpixel((0, 0)) == (label, 0, 0)
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A cache of this test's own."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return cache_root() / "index"
+
+
+class Work:
+    """The shards that are read, and how many members are decoded."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.read: list[str] = []
+        self.decoded = 0
+        read, examined = shard_index.read_shard, scan.examined
+
+        def reading(path: Path) -> object:
+            self.read.append(path.name)
+            return read(path)
+
+        def looking(content: bytes) -> object:
+            self.decoded += 1
+            return examined(content)
+
+        monkeypatch.setattr(shard_index, "read_shard", reading)
+        monkeypatch.setattr(scan, "examined", looking)
+
+    def since(self) -> tuple[list[str], int]:
+        """Both, which start anew."""
+        found = sorted(self.read), self.decoded
+        self.read, self.decoded = [], 0
+        return found
+
+
+@pytest.fixture
+def work(monkeypatch: pytest.MonkeyPatch, cache: Path) -> Work:
+    return Work(monkeypatch)
+
+
+@pytest.fixture
+def packed(tmp_path: Path) -> Path:
+    """Three shards of 3, 0 and 2 images, packed long ago, of which one has no label, and the last no end mark."""
+    folder = tmp_path / "shards"
+    folder.mkdir()
+    pack(folder / "0.tar", [*samples("a/0", "a/1"), ("a/2.jpg", picture(2)), ("a/2.json", b"{}")])
+    pack(folder / "1.tar", [("b.txt", b""), ("b.cls", b"1")])
+    content = Path(pack(folder / "2.tar", samples("0", "\udcff"))).read_bytes().rstrip(b"\0")
+    (folder / "2.tar").write_bytes(content + bytes(-len(content) % 512))
+    for path in folder.iterdir():
+        os.utime(path, (1e9, 1e9))
+    return folder
+
+
+def told(source: Source) -> tuple[object, ...]:
+    """All that a source says of its shards."""
+    images = source.train
+    assert isinstance(images, ShardImages)
+    each = [(images.name(i), images.content(i)) for i in range(len(images))]
+    return each, images.labels, images.hashes().tolist(), source.about
+
+
+def searched(data: object) -> tuple[object, ...]:
+    return told(scan.scan(open_source(str(data)), workers=1)[0])
+
+
+def test_the_second_start_says_the_same_without_reading_the_shards(packed: Path, work: Work) -> None:
+    first = searched(packed)
+    assert work.since() == (["0.tar", "1.tar", "2.tar"], 5)
+    assert searched(packed) == searched(f"{packed}/{{0,1,2}}.tar") == first
+    assert work.since() == ([], 0)
+    assert first[3] == (
+        f"5 images in 3 shards; 1 of them have no .cls (first a/2.jpg), so no label is used; 1 shards hold no image "
+        f"(first {packed}/1.tar); 1 shards have no end mark and may be cut off (first {packed}/2.tar); without labels; "
+        "passed over: 1 .cls without an image, 1 .json, 1 .txt"
+    )
+    want = []
+    for shard, name, shade in (("0", "a/0", 0), ("0", "a/1", 1), ("0", "a/2", 2), ("2", "0", 0), ("2", "\udcff", 1)):
+        identity = os.fsencode(f"{shard}.tar/{name}.jpg") + b"\0%d" % len(picture(shade))
+        want.append(int.from_bytes(blake2b(identity, digest_size=8).digest(), "little", signed=True))
+    assert first[2] == want
+
+
+def test_labels_come_from_the_index(tmp_path: Path, work: Work) -> None:
+    path = pack(tmp_path / "a.tar", samples(*"abcdefghijkl"))
+    os.utime(path, (1e9, 1e9))
+    for _ in range(2):
+        source = open_source(path)
+        assert labels(source) == list(range(12))
+        assert isinstance(source.test, ShardImages)
+        assert source.test.labels is not None
+        assert source.test.content(0) == picture(int(source.test.labels[0]))
+    assert work.since() == (["a.tar"], 0)
+
+
+@pytest.mark.parametrize("settled", [True, False])
+def test_a_shard_that_changed_is_read_anew_and_the_others_are_not(settled: bool, packed: Path, work: Work) -> None:
+    searched(packed)
+    if not settled:  # it may be changed again, and get the same time
+        os.utime(packed / "2.tar")
+        searched(packed)
+        work.since()
+        before = (packed / "2.tar").stat().st_mtime_ns
+        pack(packed / "2.tar", samples("1", "2"))
+        os.utime(packed / "2.tar", ns=(before, before))
+    else:
+        work.since()
+        pack(packed / "2.tar", samples("1", "2"))
+        os.utime(packed / "2.tar", (1.1e9, 1.1e9))
+    assert [Path(name).name for name, _ in searched(packed)[0][3:]] == ["1.jpg", "2.jpg"]  # type: ignore[index]
+    assert work.since() == (["2.tar"], 2)
+    (packed / "0.tar").unlink()
+    pack(packed / "3.tar", samples("3"))
+    assert len(open_source(str(packed)).train) == 3
+    assert "3.tar" in work.since()[0]
+    assert len(list(cache_root().glob("index/*"))) == 1
+
+
+def test_a_shard_that_changes_while_it_is_used_is_said(packed: Path, work: Work) -> None:
+    open_source(str(packed))
+    images = open_source(str(packed)).train
+    assert isinstance(images, ShardImages)
+    assert work.since()[0] == ["0.tar", "1.tar", "2.tar"]
+    pack(packed / "2.tar", samples("0", "another"))
+    size = (packed / "2.tar").stat().st_size
+    with pytest.warns(UserWarning, match=rf"2.tar has {size:,} bytes, and had .*; the next start finds them") as said:
+        read = [images.content(index) for index in (3, 4, 0)]
+    assert len(said) == 1 < len(read)
+    assert names(open_source(str(packed)))[3:] == ["0.jpg", "another.jpg"]
+    assert work.since()[0] == ["2.tar"]
+
+
+def test_nothing_is_kept_of_shards_with_an_error(packed: Path, cache: Path) -> None:
+    pack(packed / "3.tar", [*samples("0"), ("0.jpg", picture(3))])
+    os.utime(packed / "3.tar", (1e9, 1e9))
+    for _ in range(2):
+        with pytest.raises(UsageError, match=r"3.tar cannot be used: 0.jpg is in it twice"):
+            open_source(str(packed))
+    with pytest.raises(UsageError, match=r"holds no image; passed over: 1 .cls without an image, 1 .txt"):
+        open_source(str(packed / "1.tar"))
+    assert not cache.exists()
+    open_source(str(packed / "{0,2}.tar"), keep=False)
+    assert not cache.exists()
+
+
+def test_a_set_of_shards_is_small_to_send_and_found_where_it_was_moved(packed: Path, work: Work) -> None:
+    images = open_source(str(packed)).train.subset(np.array([4, 0]))
+    sent = pickle.dumps(images)
+    assert len(sent) < 1000
+    again = pickle.loads(sent)
+    assert [again.name(1), again.content(0)] == [images.name(1), picture(1)]
+    packed.rename(packed.with_name("moved"))
+    work.since()
+    assert open_source(str(packed.with_name("moved"))).train.name(0) == f"{packed.with_name('moved')}/0.tar/a/0.jpg"
+    assert work.since() == ([], 0)
+
+
+def test_shards_of_one_name_in_several_folders(tmp_path: Path, work: Work) -> None:
+    for name in "xy":
+        (tmp_path / name).mkdir()
+        os.utime(pack(tmp_path / name / "0.tar", samples(name)), (1e9, 1e9))
+    for _ in range(2):
+        images = open_source(f"{tmp_path}/{{x,y}}/0.tar").train
+        assert [images.name(i) for i in range(2)] == [f"{tmp_path}/{name}/0.tar/{name}.jpg" for name in "xy"]
+    assert work.since()[0] == ["0.tar", "0.tar"]

@@ -30,7 +30,7 @@ _AT_ONCE = 2**25
 """Bytes that are copied at a time."""
 
 
-def open_array_file(files: Sequence[Path], data: str, wanted: Wanted) -> Source:
+def open_array_file(files: Sequence[Path], data: str, wanted: Wanted, keep: bool) -> Source:
     """Open the images in an array [N, H, W] or [N, H, W, C].
 
     Of HDF5 it is the array called ``images``, ``x`` or ``data``, or the only one of 3 or 4 dimensions; labels are in
@@ -40,6 +40,7 @@ def open_array_file(files: Sequence[Path], data: str, wanted: Wanted) -> Source:
         files: one of them.
         data: what ``--data`` says.
         wanted: the arrays in an HDF5 file that were asked for.
+        keep: whether what is found in it is kept in the cache, for the next start.
 
     Raises:
         UsageError: the file cannot be read, several arrays may be meant, or it is no array of images.

@@ -78,6 +78,11 @@ class EncodedImages(Images):
         """What the table says of each of the N images."""
         return self.table[name][self.rows] if name in self.table else None
 
+    def hashes(self) -> NDArray[np.int64]:
+        """int64 [N]: of what tells each image from others."""
+        known = self._told("hash")
+        return super().hashes() if known is None else known
+
     def row(self, index: int) -> int:
         """Where an image is among all of the set, and in the table."""
         return row_at(self.rows, index)

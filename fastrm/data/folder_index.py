@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import os
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from hashlib import blake2b
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from fastrm import own
 from fastrm.data.encoded import FileImages
-from fastrm.data.index import Table, opened, place
+from fastrm.data.index import TICK, Found, Table, look_up
 from fastrm.data.listing import Folder, Listing, checksum, is_sheet
 from fastrm.data.looks import carried
 from fastrm.data.paths import Paths, columns, folders_of, stated
@@ -24,8 +22,6 @@ from fastrm.data.sources import endings
 
 _SAMPLE = 256
 """Files whose sizes and times are compared at each start."""
-_TICK = 3_000_000_000
-"""Nanoseconds before a listing in which a folder's time of change says little: file systems count by up to 2 s."""
 _TOLD = 4096
 """Names in the folder of all data that its key depends on, if there are no more."""
 
@@ -33,15 +29,10 @@ _TOLD = 4096
 class FolderImages(FileImages):
     """Images in the files of a folder that has an index."""
 
-    def hashes(self) -> NDArray[np.int64]:
-        """int64 [N]: of each image's path from the root on, and its size."""
-        known = self._told("hash")
-        return super().hashes() if known is None else known
-
     def renew(self) -> None:
         """Take the sizes anew if files of the sample were changed; what was found out of the others stays."""
         if "bytes" not in self.table or _changed(self.table, self.paths.root):
-            _keep_sizes(self.table, Path(self.paths.root), self.table)
+            self.table.keep(*_with_sizes(self.table, Path(self.paths.root), self.table))
 
     def compare(self, index: int, size: int, changed: int) -> None:
         """Say of a file that is not as long as it was when it was listed, and let the next start list it again."""
@@ -59,20 +50,8 @@ class FolderImages(FileImages):
             )
 
 
-class Found(NamedTuple):
-    """What the cache knows of a folder."""
-
-    table: Table | None
-    """Its index, if it is right."""
-    earlier: Table | None
-    """That of the folder as it was before."""
-    path: Path | None
-    """Where its index is to be kept; None where the folder cannot be read."""
-
-
 def find(root: Path) -> Found:
     """Look for the index of a folder, wherever that lay when the index was made."""
-    where = blake2b(os.fsencode(os.path.realpath(root)), digest_size=8).hexdigest()
     try:
         with os.scandir(root) as entries:
             names = sorted(itertools.islice((entry.name for entry in entries), _TOLD + 1))
@@ -80,17 +59,7 @@ def find(root: Path) -> Found:
     except OSError:
         return Found(None, None, None)
     told = [changed, names if len(names) <= _TOLD else [], sorted(endings())]
-    what = blake2b(repr(told).encode(errors="surrogateescape"), digest_size=8).hexdigest()
-    path = place(f"{where}-{what}")
-    earlier = None
-    for kept in sorted(path.parent.glob(f"*-{what}.index"), key=lambda kept: kept != path):
-        table = opened(kept)
-        if table is not None and _holds(table, root):
-            return Found(table, None, path)
-        earlier = earlier or table
-    for kept in path.parent.glob(f"{where}-*.index"):
-        earlier = earlier or opened(kept)
-    return Found(None, earlier, path)
+    return look_up(os.path.realpath(root), told, lambda table: _holds(table, root))
 
 
 def make(listing: Listing, begin: int, parts: Sequence[Folder], labels: Mapping[Folder, int] | None) -> Table:
@@ -144,18 +113,12 @@ def images(table: Table, root: Path, part: int) -> FolderImages:
 
 def keep(table: Table, root: Path, found: Found) -> None:
     """Keep an index for the next start, with the sizes of all files, in the place of earlier ones of the folder."""
-    if found.path is None:
-        return
-    table.path = found.path
-    _keep_sizes(table, root, found.earlier)
-    for other in found.path.parent.glob(f"{found.path.name.partition('-')[0]}-*.index*"):
-        if not other.name.startswith(found.path.name):
-            with contextlib.suppress(OSError):
-                other.unlink()
+    if found.path is not None:
+        found.keep(table, *_with_sizes(table, root, found.earlier))
 
 
-def _keep_sizes(table: Table, root: Path, earlier: Table | None) -> None:
-    """Take the sizes of all files and the times at which they were changed, and what was found out of them before."""
+def _with_sizes(table: Table, root: Path, earlier: Table | None) -> tuple[dict[str, NDArray[Any]], dict[str, Any]]:
+    """Columns of the sizes of all files and the times at which they were changed, and what was found out before."""
     sizes, changed = stated(Paths(table, str(root)).texts(), table.rows)
     named = {name: column for name, column in table.columns.items() if name not in ("hash", "looks")}
     told = Table({**named, "bytes": sizes, "changed": changed}, table.rows, table.about)
@@ -164,7 +127,7 @@ def _keep_sizes(table: Table, root: Path, earlier: Table | None) -> None:
         hashes[start:stop] = images(told, root, part).hashes()
     told.keep({"hash": hashes})
     columns, about = carried(earlier, told) if earlier is not None else ({}, {})
-    table.keep({name: told[name] for name in ("bytes", "changed", "hash")} | columns, about)
+    return {name: told[name] for name in ("bytes", "changed", "hash")} | columns, about
 
 
 def _changed(table: Table, root: str | Path) -> bool:
@@ -183,7 +146,7 @@ def _holds(table: Table, root: Path) -> bool:
     if not np.array_equal(changed, table["folder_changed"]):
         return False
     try:
-        recent = np.flatnonzero(changed > table.about["begin"] - _TICK)  # another change may have got the same time
+        recent = np.flatnonzero(changed > table.about["begin"] - TICK)  # another change may have got the same time
         same = all(checksum(sorted(os.listdir(paths[at]))) == table["folder_entries"][at] for at in recent)
     except OSError:
         return False

@@ -43,7 +43,7 @@ def open_folder(path: Path, *, keep: bool = True) -> Source:
         listing = listed(path)
         root = listing.top
         if not root.holds_images and (shards := sorted((shard for f in root for shard in f.shards), key=natural)):
-            return _shards(root, shards)
+            return _shards(root, shards, keep=keep)
         plan = _plan(root)
         table = folder_index.make(listing, begin, plan.parts, plan.labels)
         table.about |= plan.said
@@ -243,7 +243,7 @@ def _validation(folder: Folder, classes: Sequence[str]) -> tuple[dict[Folder, in
     return {inner: places[top.name] for top in known for inner in top}, said
 
 
-def _shards(root: Folder, shards: Sequence[Path]) -> Source:
+def _shards(root: Folder, shards: Sequence[Path], *, keep: bool) -> Source:
     """A folder that holds tar files instead of images."""
     if any(shard.parent != root.path for shard in shards):
         folders = sorted({str(shard.parent) for shard in shards}, key=natural)
@@ -251,4 +251,4 @@ def _shards(root: Folder, shards: Sequence[Path]) -> Source:
             f"--data {root.path} holds no image, and tar files in {', '.join(folders[:3])}; give those to train on, as "
             f"in '{folders[0]}/*.tar'"
         )
-    return open_shards(shards, str(root.path), passed=root.all_passed())
+    return open_shards(shards, str(root.path), passed=root.all_passed(), keep=keep)

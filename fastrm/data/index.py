@@ -12,8 +12,9 @@ import os
 import struct
 import zlib
 from collections.abc import Callable, Mapping
+from hashlib import blake2b
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -188,3 +189,51 @@ def _same(path: Path, checksum: int) -> Table:
 def place(name: str) -> Path:
     """Where a table is kept."""
     return cache_root() / "index" / f"{name}.index"
+
+
+TICK = 3_000_000_000
+"""Nanoseconds before something was read in which its time of change says little: file systems count by up to 2 s."""
+
+
+class Found(NamedTuple):
+    """What the cache knows of a set."""
+
+    table: Table | None
+    """Its table, if that is right."""
+    earlier: Table | None
+    """That of the set as it was before."""
+    path: Path | None
+    """Where its table is to be kept; None for nowhere."""
+
+    def keep(self, table: Table, columns: Mapping[str, NDArray[Any]], about: Mapping[str, Any] | None = None) -> None:
+        """Keep a table with these columns besides for the next start, in the place of earlier ones of the set."""
+        table.path = self.path
+        table.keep(columns, about)
+        if self.path is None:
+            return
+        for other in self.path.parent.glob(f"{self.path.name.partition('-')[0]}-*.index*"):
+            if not other.name.startswith(self.path.name):
+                with contextlib.suppress(OSError):
+                    other.unlink()
+
+
+def look_up(where: object, what: object, holds: Callable[[Table], bool]) -> Found:
+    """Look for the table of a set, wherever that lay when the table was made.
+
+    Args:
+        where: tells the set from others, even after it was changed.
+        what: tells what is in it, as far as it is cheap to say.
+        holds: whether a table is right.
+    """
+    first, second = (
+        blake2b(repr(told).encode(errors="surrogateescape"), digest_size=8).hexdigest() for told in (where, what)
+    )
+    path, earlier = place(f"{first}-{second}"), None
+    for kept in sorted(path.parent.glob(f"*-{second}.index"), key=lambda kept: kept != path):
+        table = opened(kept)
+        if table is not None and holds(table):
+            return Found(table, None, path)
+        earlier = earlier or table
+    for kept in path.parent.glob(f"{first}-*.index"):
+        earlier = earlier or opened(kept)
+    return Found(None, earlier, path)

@@ -28,12 +28,12 @@ from fastrm.settings.config import check_path, flag
 _LIST = "@"
 
 
-def _shards(files: Sequence[Path], data: str, wanted: Wanted) -> Source:
+def _shards(files: Sequence[Path], data: str, wanted: Wanted, keep: bool) -> Source:
     wanted.refuse(data)
-    return open_shards(files, data)
+    return open_shards(files, data, keep=keep)
 
 
-_FILES: Mapping[str, Callable[[Sequence[Path], str, Wanted], Source]] = {
+_FILES: Mapping[str, Callable[[Sequence[Path], str, Wanted, bool], Source]] = {
     ".tar": _shards,
     **dict.fromkeys(TABLES, open_tables),
     **dict.fromkeys((".npy", ".h5", ".hdf5"), open_array_file),
@@ -72,7 +72,7 @@ def open_source(
         image_column: which column of a table or a Hugging Face dataset, or which array of an HDF5 file, holds the
             images; None: it is found by its name.
         label_column: which one holds the labels; as ``image_column``.
-        keep: whether what is found in a folder is kept in the cache, so that the next start is quick.
+        keep: whether what is found is kept in the cache, so that the next start is quick.
 
     Returns:
         The source. Labels of a Dataset are whole numbers from 0 up; they are taken from its attribute ``targets`` or
@@ -101,7 +101,7 @@ def open_source(
         return _named(data, Path(data_root) if data_root else cache_root())
     folder = Path(at_home(data))
     if is_url(data):
-        return _at_url(data, wanted)
+        return _at_url(data, wanted, keep)
     if data.startswith(HUB) and not os.path.isdir(folder):
         return open_hub(data, wanted)
     if data.startswith(_LIST) and not os.path.isdir(folder):
@@ -109,7 +109,7 @@ def open_source(
         return open_list(data)
     if os.path.isdir(folder):
         return _directory(folder, data, wanted, keep=keep)
-    return _files(matching(data), data, wanted) if _ending(data) in _FILES else _nothing(data, folder)
+    return _files(matching(data), data, wanted, keep) if _ending(data) in _FILES else _nothing(data, folder)
 
 
 def _named(data: str, root: Path) -> Source:
@@ -120,11 +120,11 @@ def _named(data: str, root: Path) -> Source:
     return source
 
 
-def _at_url(data: str, wanted: Wanted) -> Source:
+def _at_url(data: str, wanted: Wanted, keep: bool) -> Source:
     if COMPRESSED.search(data):
         return _nothing(data, Path())
     files, said = fetched(data, _FILES)
-    source = _files(files, data, wanted)
+    source = _files(files, data, wanted, keep)
     return replace(source, about=f"{source.about}; {said}") if said else source
 
 
@@ -132,7 +132,7 @@ def _directory(folder: Path, data: str, wanted: Wanted, *, keep: bool) -> Source
     if is_saved(folder):
         raise UsageError(f"--data {data} is a Hugging Face dataset; give {HUB}{data}")
     if (tables := tables_in(folder)) and not _holds(folder, endings() | {".tar"}):
-        return open_tables(tables, data, wanted)
+        return open_tables(tables, data, wanted, keep)
     wanted.refuse(data)
     check_path("data", data)
     return open_folder(folder, keep=keep)
@@ -143,11 +143,11 @@ def _holds(folder: Path, kinds: frozenset[str]) -> bool:
     return any(_ending(name) in kinds for _, _, names in os.walk(folder) for name in names)
 
 
-def _files(files: Sequence[Path], data: str, wanted: Wanted) -> Source:
+def _files(files: Sequence[Path], data: str, wanted: Wanted, keep: bool) -> Source:
     kinds = {_ending(file.name) for file in files}
     if len(kinds) > 1 or not kinds <= _FILES.keys():
         raise UsageError(f"--data {data} stands for files that end in {', '.join(sorted(kinds))}; {_FORMS}")
-    return _FILES[kinds.pop()](files, data, wanted)
+    return _FILES[kinds.pop()](files, data, wanted, keep)
 
 
 def _ending(name: str) -> str:

@@ -61,29 +61,24 @@ class Paths(Sequence[Path]):
     def text(self, index: int) -> str:
         """A path as text."""
         row = row_at(self.rows, index)
-        return self._before(self._folder(row)) + os.fsdecode(_string(self.table, "name", row))
+        return self._before(folder_at(self.table, row)) + os.fsdecode(string(self.table, "name", row))
 
     def texts(self) -> Iterator[str]:
         """All of them as text."""
         if not isinstance(self.rows, slice):
             yield from map(self.text, range(len(self)))
             return
-        starts, names, ends = (self.table[name] for name in ("folder_starts", "names", "name_ends"))
+        starts = self.table["folder_starts"]
         row, stop = int(self.rows.start), int(self.rows.stop)
         while row < stop:
-            folder = self._folder(row)
+            folder = folder_at(self.table, row)
             until = min(stop, int(starts[folder + 1]), row + _AT_ONCE)
             before = self._before(folder)
-            held = names[int(ends[row - 1]) + 1 if row else 0 : int(ends[until - 1])].tobytes()
-            yield from (before + os.fsdecode(name) for name in held.split(b"\0"))
+            yield from (before + os.fsdecode(name) for name in names_of(self.table, row, until).split(b"\0")[:-1])
             row = until
 
-    def _folder(self, row: int) -> int:
-        starts = self.table["folder_starts"]  # is copied at each call to be compared with a number of another dtype
-        return int(np.searchsorted(starts, starts.dtype.type(row), side="right")) - 1
-
     def _before(self, folder: int) -> str:
-        return within(self.root, os.fsdecode(_string(self.table, "folder", folder)))
+        return within(self.root, os.fsdecode(string(self.table, "folder", folder)))
 
     def subset(self, indices: NDArray[Any]) -> Paths:
         """Those at ``indices``."""
@@ -143,9 +138,23 @@ def _small(values: NDArray[Any]) -> NDArray[Any]:
     return values.astype("<u4" if not len(values) or values[-1] < 2**32 else "<i8")
 
 
-def _string(table: Table, name: str, at: int) -> bytes:
+def string(table: Table, name: str, at: int) -> bytes:
+    """One of the names of files (``"name"``) or folders (``"folder"``) in a table."""
     ends = table[f"{name}_ends"]
     return table[f"{name}s"][int(ends[at - 1]) + 1 if at else 0 : int(ends[at])].tobytes()
+
+
+def names_of(table: Table, start: int, stop: int) -> bytes:
+    """The packed names of the files from one row to before another."""
+    ends = table["name_ends"]
+    first, last = (int(ends[row - 1]) + 1 if row else 0 for row in (start, stop))
+    return table["names"][first:last].tobytes()
+
+
+def folder_at(table: Table, row: int) -> int:
+    """Which of the folders in a table a file is in."""
+    starts = table["folder_starts"]  # is copied at each call to be compared with a number of another dtype
+    return int(np.searchsorted(starts, starts.dtype.type(row), side="right")) - 1
 
 
 def folders_of(table: Table) -> list[str]:

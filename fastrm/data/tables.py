@@ -122,7 +122,7 @@ class _Read(NamedTuple):
     notes: list[str]
 
 
-def open_tables(files: Sequence[Path], data: str, wanted: Wanted) -> Source:
+def open_tables(files: Sequence[Path], data: str, wanted: Wanted, keep: bool) -> Source:
     """Open the images in tables.
 
     Where files are for validation by their names, or a column ``split`` says it of rows, or ``val.csv`` lies beside
@@ -132,6 +132,7 @@ def open_tables(files: Sequence[Path], data: str, wanted: Wanted) -> Source:
         files: CSV, TSV or Parquet files, all with the columns that are used.
         data: what ``--data`` says.
         wanted: the columns that were asked for.
+        keep: whether what is found in them is kept in the cache, for the next start.
 
     Raises:
         UsageError: a file is damaged or has not the columns, several columns may be meant, or there is no image.

@@ -4,9 +4,14 @@ from __future__ import annotations
 
 import tarfile
 from collections import Counter, defaultdict
+from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
+from numpy.typing import NDArray
+
+from fastrm.data.paths import packed
 from fastrm.data.sources import endings
 from fastrm.errors import UsageError
 
@@ -14,22 +19,18 @@ _COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\x
 _BLOCK = tarfile.BLOCKSIZE
 
 
-class Member(NamedTuple):
-    """Where an image lies."""
-
-    shard: Path
-    offset: int
-    size: int
-    name: str
-    label: int | None
-
-
 class Shard(NamedTuple):
-    """What a shard holds."""
+    """What a shard of N images holds, in the order in which they lie in it."""
 
-    path: Path
-    members: list[Member]
-    passed: Counter[str]
+    names: bytes
+    """Packed as :func:`fastrm.data.paths.packed` does."""
+    offsets: NDArray[np.int64]
+    """[N]: where each image begins, in bytes."""
+    sizes: NDArray[np.int64]
+    """[N], in bytes."""
+    labels: NDArray[np.int64]
+    """[N]: -1 of images without one."""
+    passed: Mapping[str, int]
     """Members that are not used, by kind."""
     ended: bool
     """Whether the tar file has an end mark."""
@@ -93,8 +94,11 @@ def read_shard(path: Path) -> Shard:
         raise UsageError(f"--data: {path} cannot be used: {error}") from None
     if alone := numbers.keys() - chosen.keys():
         passed[".cls without an image"] += len(alone)
-    members = [Member(path, part.offset, part.size, part.name, numbers.get(key)) for key, part in chosen.items()]
-    return Shard(path, sorted(members, key=lambda member: member.offset), passed, ended)
+    placed = sorted(chosen.items(), key=lambda item: item[1].offset)
+    names = packed(part.name.replace("\0", "\\0") for _, part in placed)
+    told = np.array([(part.offset, part.size, numbers.get(key, -1)) for key, part in placed], dtype=np.int64)
+    offsets, sizes, of_each = told.reshape(-1, 3).T
+    return Shard(names, offsets, sizes, of_each, passed, ended)
 
 
 def _image(parts: list[_Part], passed: Counter[str]) -> _Part:
