@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -278,6 +279,15 @@ def test_a_classifier_is_what_the_backbone_does_not_have(arch: str, classifier: 
         load_weights(backbone, {other: value for other, value in state.items() if other != name}, source="it")
     with pytest.raises(UsageError, match=r"1 tensors are foreign .first norm_of_another"):
         load_weights(backbone, {**state, "norm_of_another.weight": torch.zeros(2)}, source="it")
+
+
+@pytest.mark.parametrize("name", ["onnx", "onnxscript"])
+def test_onnx_says_what_to_install(
+    name: str, runs: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, name, None)
+    with pytest.raises(UsageError, match=rf"--format onnx needs the package {name}: .*; pip install 'fastrm\[onnx\]'"):
+        write(runs["test_resnet"], "onnx", "student", tmp_path / "it.onnx")
 
 
 def test_what_onnx_cannot_hold_is_said(runs: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

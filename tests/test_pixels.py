@@ -20,6 +20,7 @@ from fastrm.data.scan import scan
 from fastrm.data.settling import settled
 from fastrm.data.stored import Look, examined, stored
 from fastrm.errors import UsageError
+from fastrm.run import checkpoint
 from tests.conftest import natural_pictures
 from tests.test_decode import RAMP, colour, png, scaled, tiff, with_alpha, written
 
@@ -412,3 +413,31 @@ def test_trained_resumed_scored_and_exported(kind: str, tmp_path: Path) -> None:
     images = torch.rand(2, model.channels, 16, 16)
     with torch.no_grad():
         torch.testing.assert_close(model(images), whole.student.cpu().eval()(images))
+
+
+def test_a_damaged_newest_checkpoint_leaves_the_pixels_as_they_were(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The range is that which was measured first, though the pictures, of the same sizes, are darker by now."""
+    rng = np.random.default_rng(0)
+
+    def fill_with(most: int) -> Path:
+        content = {f"{i}.npy": npy(rng.integers(0, most, (24, 24, 1), dtype=np.uint16)) for i in range(8)}
+        return fill(tmp_path / "data", content)
+
+    def run(steps: int) -> None:
+        fastrm.pretrain(
+            fill_with(4096 if steps == 2 else 256), arch="test_resnet", image_size=16, batch_size=4, epochs=9,
+            hidden_dim=16, output_dim=8, predictor_hidden_dim=16, log_to=(), eval_every=0, workers=0,
+            checkpoint_every=1, max_steps=steps, out=tmp_path / "run",
+        )  # fmt: skip
+
+    run(2)
+    newest, before = checkpoint.own(tmp_path / "run")
+    then = checkpoint.format_in(before)
+    assert then is not None
+    newest.write_bytes(newest.read_bytes()[:-1000])
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "new"))  # where nothing is known of them
+    run(3)
+    assert checkpoint.load(tmp_path / "run")["step"] == 3
+    assert checkpoint.format_in(tmp_path / "run") == then

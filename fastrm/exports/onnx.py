@@ -10,15 +10,12 @@ from fastrm.errors import UsageError, first_line
 from fastrm.exports.base import About, Target
 from fastrm.files import as_utf8, write_whole
 from fastrm.models import Backbone
+from fastrm.packages import optional
 
 
 def write(backbone: Backbone, about: About, out: Path) -> None:
     """``images`` float32 [batch, C, size, size] to ``features`` float32 [batch, D]; the metadata are in the file."""
-    try:
-        import onnx
-        import onnxscript  # noqa: F401 (torch's exporter needs it)
-    except ImportError as error:
-        raise UsageError(f"--format onnx needs {error.name}; pip install '.[onnx]' in fastrm's folder") from None
+    onnx, _ = (optional(name, extra="onnx", wanted_by="--format onnx") for name in ("onnx", "onnxscript"))
     size = int(about["image_size"])
     try:
         program = torch.onnx.export(

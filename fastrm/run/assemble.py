@@ -231,8 +231,8 @@ def _format_of_before(config: Config, source: Source) -> PixelFormat | None:
         return None
     if wish != "auto":
         return checkpoint.format_in(Path(wish))
-    found = checkpoint.own(_folder(config, source))
-    return checkpoint.format_in(found[0]) if found else None
+    formats = map(checkpoint.format_in, checkpoint.own(_folder(config, source)))
+    return next((format for format in formats if format is not None), None)  # a damaged one gives way to those before
 
 
 def _check_channels(config: Config, backbone: Backbone, loader: Loader, source: Source) -> None:
