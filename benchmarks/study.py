@@ -202,7 +202,7 @@ def run(trial: Trial, seed: int, scale: Scale, data_root: Path, folder: Path, th
 
 def _scores(networks: Mapping[str, nn.Module], data_root: Path, image_size: int) -> dict[str, float]:
     source, setting = open_source("fashion-mnist", data_root), Setting(image_size, choose_device("auto"), workers=0)
-    found = {name: frozen_scores(net, source, setting, knn=True, linear=True) for name, net in networks.items()}
+    found = frozen_scores(networks, source, setting, knn=True, linear=True)
     kinds = {"knn": "knn20", "linear": "linear_quick"}
     return {f"{kind}_{name}": found[name][score].value for kind, score in kinds.items() for name in networks}
 

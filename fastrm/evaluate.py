@@ -6,13 +6,13 @@ python -m fastrm.evaluate runs/digits --data digits --knn --gap
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from fastrm import own
 from fastrm.data import Source, open_source, sheets
@@ -21,34 +21,21 @@ from fastrm.data.settling import formatted
 from fastrm.errors import UsageError
 from fastrm.files import read_json, write_json, writing
 from fastrm.machine.device import choose_device
+from fastrm.machine.distributed import first_alone, own_device, processes, started_first, world
+from fastrm.machine.meeting import together
 from fastrm.machine.memory import enough
 from fastrm.methods import LinearProtocol, find, names
-from fastrm.models import Backbone
 from fastrm.pretrained import Pretrained, open_pretrained
-from fastrm.probes import (
-    Estimate,
-    Pixels,
-    accuracies,
-    features,
-    fine_tuned,
-    frozen_scores,
-    gap,
-    nearest,
-    picture,
-    published_linear,
-)
+from fastrm.probes import Estimate, gap, nearest, picture
 from fastrm.probes.features import BATCH, Setting
+from fastrm.probes.scored import Scores, scored
 from fastrm.probes.scores import EVALUATION
 from fastrm.settings import command_line
 from fastrm.settings.fields import Workers
 from fastrm.settings.kinds import Range, checked
 from fastrm.settings.of_run import OfRun
 from fastrm.terminal import shell
-from fastrm.terminal.progress import bar
 from fastrm.version import __version__
-
-Scores = dict[str, dict[str, Estimate]]
-"""By network, then by score."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,6 +50,9 @@ class EvaluateConfig(OfRun):
     """As for fastrm.train; unset: the run's, unless --data is given."""
     label_column: str | None = None
     """As for fastrm.train; unset: the run's, unless --data is given."""
+    eval_images: Annotated[int, Range(at_least=1)] | None = None
+    """Images to build classifiers from at most, and to try them on, drawn at random, the same ones each time; unset:
+    all."""
     knn: bool = False
     """Weighted kNN accuracy (cosine, temperature .07) for k 10, 20, 100 and 200."""
     linear: bool = False
@@ -92,27 +82,31 @@ class EvaluateConfig(OfRun):
 def evaluate(options: EvaluateConfig, *, arch: nn.Module | None = None) -> dict[str, Any]:
     """Compute the scores that are asked for and add them to ``evaluation.json``.
 
+    Processes that torchrun started share the work: the images, and for ``linear`` and ``semi`` the networks. The
+    numbers are those of one process.
+
     Args:
         options: what is scored, and on what.
         arch: where a module of yours was trained, another one that is built alike.
 
     Returns:
         By data set: ``scores``, an :class:`fastrm.probes.Estimate` by network and score; ``gap``, one by place; and
-        ``left_out``, the number of files that could not be read.
+        ``left_out``, the number of files that could not be read; ``bank`` and ``test``, how many images classifiers are
+        built from and tried on.
 
     Raises:
         UsageError: the checkpoint or the data cannot be used, or nothing is asked for.
     """
     options = checked(options)
     _check(options)
-    device = choose_device(options.device)
+    device = own_device(choose_device(options.device))
 
     def asked() -> str:
         linear = f"; --linear takes {LinearProtocol.batch_size}" if options.linear else ""
         return f"an evaluation of {options.path}, {BATCH} images at a time{linear}"
 
     lower = "Lower --workers, or score on fewer images" + ("; or give --device cpu" if device.type == "cuda" else "")
-    with enough(device, asked, f"{lower}. Nothing was written"):
+    with processes(device), together(), enough(device, asked, f"{lower}. Nothing was written"):
         return _evaluate(options, device, arch)
 
 
@@ -130,16 +124,17 @@ def _evaluate(options: EvaluateConfig, device: torch.device, arch: nn.Module | N
         raise UsageError("--data is missing; give the images to score on")
     then = {} if options.data else trained.settings or {}
     columns = [getattr(options, name) or then.get(name) for name in ("image_column", "label_column")]
-    source = open_source(wanted, root, image_column=columns[0], label_column=columns[1])
-    sources = [source, *([open_source(options.transfer, root)] if options.transfer else [])]
     scoring = options.knn or options.linear or options.linear_quick or options.semi is not None
-    for source in sources[0 if scoring or options.neighbours else 1 :]:
-        if source.bank is None or source.test is None:
-            raise UsageError(f"{source.name} has no labels, which everything but --gap needs")
-    scanned = [scan(source, workers=options.workers) for source in sources]
-    scanned = [(formatted(source, trained.pixels), broken) for source, broken in scanned]
+    with first_alone():
+        source = open_source(wanted, root, image_column=columns[0], label_column=columns[1])
+        sources = [source, *([open_source(options.transfer, root)] if options.transfer else [])]
+        for source in sources[0 if scoring or options.neighbours else 1 :]:
+            if source.bank is None or source.test is None:
+                raise UsageError(f"{source.name} has no labels, which everything but --gap needs")
+        scanned = [scan(source, workers=options.workers) for source in sources]
+    scanned = [(_taken(formatted(source, trained.pixels), options), broken) for source, broken in scanned]
     sources = [source for source, _ in scanned]
-    for source, broken in scanned:
+    for source, broken in scanned if world().rank == 0 else []:
         print(f"data       {source.about}")
         if broken:
             print(f"left out   {_left_out(broken)}")
@@ -157,16 +152,28 @@ def _evaluate(options: EvaluateConfig, device: torch.device, arch: nn.Module | N
     for source, broken in scanned:
         if source.name in results:
             results[source.name]["left_out"] = len(broken | unreadable(source))
+            if source.bank is not None and source.test is not None:
+                results[source.name] |= {"bank": len(source.bank), "test": len(source.test)}
+    found = None
     if options.neighbours is not None:
-        student = next(iter(trained.networks.values()))
-        drawn = picture(nearest(student, sources[0], setting), sources[0])
-        sheets.save("--neighbours", options.neighbours, drawn)
+        found = nearest(next(iter(trained.networks.values())), sources[0], setting)
+    if world().rank == 0:
+        if options.neighbours is not None and found is not None:
+            sheets.save("--neighbours", options.neighbours, picture(found, sources[0]))
+        _write(out, trained, results)
+    return results
+
+
+def _write(out: Path, trained: Pretrained, results: dict[str, Any]) -> None:
     made_by = {"fastrm": __version__, "torch": torch.__version__, "step": trained.step}
     found = _earlier(out)
     _merge(found, {**made_by, "sets": _plain(results)})
     with writing(out):
         write_json(out, found)
-    return results
+
+
+def _taken(source: Source, options: EvaluateConfig) -> Source:
+    return source if options.eval_images is None else source.limited(options.eval_images)
 
 
 def _run_root(trained: Pretrained) -> Path | None:
@@ -217,42 +224,14 @@ def _plain(results: Any) -> Any:
 
 
 def _scores(options: EvaluateConfig, trained: Pretrained, source: Source, setting: Setting) -> Scores:
-    networks: dict[str, nn.Module] = {**trained.networks, "random": trained.untrained().to(setting.device)}
-    scores: Scores = {}
-    for name, network in {**networks, "pixels": Pixels()}.items():
-        scores[name] = frozen_scores(
-            network, source, setting, knn=options.knn, linear=options.linear_quick, name=f"{name} on {source.name}"
-        )
-    assert source.test is not None
+    networks = {**trained.networks, "random": trained.untrained().to(setting.device)}
+    protocol = None
     if options.linear:
-        classifiers = _linear(options, trained, networks, source, setting)
-        for name, classifier in classifiers.items():
-            with bar(f"test of the linear classifier, {name}", len(source.test)) as task:
-                found = features(networks[name], source.test, setting, task.advance)
-                scores[name] |= accuracies(found, [classifier])
-    if options.semi is not None:
-        for name, network in networks.items():
-            assert isinstance(network, Backbone)
-            with bar(f"fine-tuning of the {name}") as task:
-                tuned, classifier = fine_tuned(network, source, setting, options.semi, progress=task.reach)
-            with bar(f"test after fine-tuning, {name}", len(source.test)) as task:
-                tested = accuracies(features(tuned, source.test, setting, task.advance), [classifier])
-            scores[name][f"semi_{options.semi:g}"] = tested["semi"]
-    return {name: found for name, found in scores.items() if found}
-
-
-def _linear(
-    options: EvaluateConfig,
-    trained: Pretrained,
-    networks: Mapping[str, nn.Module],
-    source: Source,
-    setting: Setting,
-) -> Mapping[str, Callable[[Tensor], dict[str, Tensor]]]:
-    """Linear classifiers of all networks by the protocol that was published with the method."""
-    protocol = _protocol(trained.about.get("method", ""))
-    protocol = replace(protocol, epochs=options.linear_epochs or protocol.epochs)
-    with bar(f"linear classifiers, {protocol.epochs} epochs") as task:
-        return published_linear(networks, source, setting, protocol, progress=task.reach)
+        protocol = _protocol(trained.about.get("method", ""))
+        protocol = replace(protocol, epochs=options.linear_epochs or protocol.epochs)
+    return scored(
+        networks, source, setting, knn=options.knn, quick=options.linear_quick, protocol=protocol, semi=options.semi
+    )
 
 
 def _protocol(method: str) -> LinearProtocol:
@@ -260,7 +239,9 @@ def _protocol(method: str) -> LinearProtocol:
     if method in names():
         return find(method).linear_protocol
     protocol = LinearProtocol()
-    print(f"notice     --linear: the method {method or 'of the file'} is not known here; trained as for {names()[0]}")
+    if world().rank == 0:
+        words = f"the method {method or 'of the file'} is not known here; trained as for {names()[0]}"
+        print(f"notice     --linear: {words}")
     return protocol
 
 
@@ -286,6 +267,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Entry point."""
     options = command_line.parse(EvaluateConfig, argv, prog="python -m fastrm.evaluate")
     table = _table(evaluate(options))
+    if not started_first():
+        return
     print(table, end="\n" if table else "")
     if options.neighbours is not None:
         print(f"{options.neighbours}: test images, and beside each what the student finds nearest")

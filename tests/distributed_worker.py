@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import datetime
 import json
 import sys
+import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from functools import partial
@@ -12,18 +14,27 @@ from typing import Any
 from unittest import mock
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from fastrm import train
+from fastrm.data import open_source
+from fastrm.data.settling import settled
+from fastrm.errors import UsageError
+from fastrm.evaluate import EvaluateConfig, evaluate
 from fastrm.machine.distributed import gather_rows, processes, replicate, shuffled, synchronise_norms, world
+from fastrm.machine.meeting import together
 from fastrm.methods import Method, build_method, find, names
 from fastrm.methods.base import Encoding
+from fastrm.probes import Pixels, frozen_scores
+from fastrm.probes.features import Setting
 from fastrm.settings.config import Config, build
 
+EVAL_IMAGES = 300  # two batches
 SMALL: dict[str, Any] = {
     "data": "digits", "arch": "test_resnet", "image_size": 32, "batch_size": 16, "epochs": 1, "workers": 0,
     "hidden_dim": 24, "output_dim": 12, "predictor_hidden_dim": 24, "queue_size": 96, "warmup_epochs": 0.0,
-    "log_every": 1, "eval_every": 1, "stem": "imagenet",
+    "log_every": 1, "eval_every": 1, "eval_images": EVAL_IMAGES, "stem": "imagenet",
 }  # fmt: skip
 
 
@@ -168,12 +179,81 @@ def trained(folder: Path, method: str, arch: str) -> None:
     torch.save(built[0].state_dict(), folder / f"rank{ranks[0]} {method} {arch}.pt")
 
 
+def scores(run: Path, out: Path, **more: Any) -> dict[str, Any]:
+    """Scores of a run on the images that it trained on."""
+    wanted: dict[str, Any] = {"knn": True, "linear_quick": True, "gap": True, **more}
+    return evaluate(EvaluateConfig(run=run, out=out, eval_images=EVAL_IMAGES, device="cpu", workers=0, **wanted))
+
+
+def evaluated(folder: Path) -> None:
+    """Scores of a run by all processes."""
+    with mock.patch("fastrm.evaluate.processes", return_value=nullcontext(world())):
+        scores(folder / "mocov3 test_resnet", folder / "evaluation.json", neighbours=folder / "neighbours.png")
+
+
+class Slow(Pixels):
+    """Takes longer than the time limit in one of the processes."""
+
+    def __init__(self, seconds: float) -> None:
+        super().__init__(8)
+        self.seconds = seconds
+
+    def forward(self, images: Tensor) -> Tensor:
+        if world().rank == 1 and len(images) > 1:
+            time.sleep(self.seconds)
+            self.seconds = 0.0
+        return super().forward(images)
+
+
+def slow(folder: Path) -> None:
+    """An evaluation for which one process takes longer than any collective may."""
+    group = dist.distributed_c10d
+    limits = getattr(group, "set_timeout", None) or group._set_pg_timeout  # the name before torch 2.14
+    source, setting = settled(open_source("digits")).limited(EVAL_IMAGES), Setting(16, torch.device("cpu"), 0)
+    dist.barrier()
+    limits(datetime.timedelta(seconds=3))
+    try:
+        found = frozen_scores({"it": Slow(5.0)}, source, setting, knn=True)
+    finally:
+        limits(datetime.timedelta(minutes=30))
+    (folder / f"slow{world().rank}.json").write_text(json.dumps([value.value for value in found["it"].values()]))
+
+
+class Failing(Pixels):
+    """Fails in one of the processes."""
+
+    def __init__(self, error: Exception) -> None:
+        super().__init__(8)
+        self.error = error
+
+    def forward(self, images: Tensor) -> Tensor:
+        if world().rank == 1 and len(images) > 1:
+            raise self.error
+        return super().forward(images)
+
+
+def failing(folder: Path) -> None:
+    """What each process says of an evaluation that one of them cannot go on with."""
+    source, setting = settled(open_source("digits")).limited(EVAL_IMAGES), Setting(16, torch.device("cpu"), 0)
+    said = []
+    for error in (UsageError("--data is wrong"), KeyError("a bug")):
+        try:
+            with together():
+                frozen_scores({"it": Failing(error)}, source, setting, knn=True)
+        except Exception as heard:
+            said.append(f"{type(heard).__name__}: {heard}")
+    (folder / f"failing{world().rank}.json").write_text(json.dumps(said))
+
+
 # Behind the pooling of the last two are layers that DenseCL's loss does not reach.
 TRAINED = [*((m, "test_resnet") for m in names()), ("densecl", "test_convnext"), ("densecl", "mobilenetv3_small_050")]
 PARTS: dict[str, Callable[[Path], object]] = {
     "gradients": gradients,
     "shuffle": shuffle,
     **{" ".join(pair): partial(trained, method=pair[0], arch=pair[1]) for pair in TRAINED},
+    "evaluated": evaluated,
+    "failing": failing,
+    "slow": slow,
     "whole": lambda folder: train.train(resumed(folder / "whole", 6)),
     "first half": lambda folder: train.train(resumed(folder / "parts", 3)),
     "second half": lambda folder: train.train(resumed(folder / "parts", 6)),

@@ -7,15 +7,20 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
 from fastrm import train
+from fastrm.data import open_source
+from fastrm.data.settling import settled
 from fastrm.errors import UsageError
 from fastrm.machine.distributed import processes
-from tests.distributed_worker import PARTS, STEPS, TRAINED, resumed
+from fastrm.probes import frozen_scores
+from fastrm.probes.features import Setting
+from tests.distributed_worker import EVAL_IMAGES, PARTS, STEPS, TRAINED, Slow, resumed, scores
 
 ROOT = Path(__file__).parent.parent
 METHODS = ["mocov3", "mocov2", "byol", "densecl"]
@@ -79,6 +84,46 @@ def test_a_run_of_two_processes_goes_on_where_it_was(done: Path) -> None:
     assert all(torch.equal(value, parts[name]) for name, value in whole.items())
     with pytest.raises(UsageError, match="is of a run in 2 processes, and these are 1"):
         train.train(resumed(done / "parts", 7))
+
+
+def numbers(scored: dict[str, Any]) -> dict[str, Any]:
+    """All that evaluation.json holds by the path to it, apart from the gaps."""
+    flat: dict[str, Any] = {}
+    for name, value in scored.items():
+        inner = numbers(value) if isinstance(value, dict) else {"": value}
+        flat |= {f"{name}/{further}": each for further, each in inner.items() if name != "gap"}
+    return flat
+
+
+def test_processes_together_score_what_one_scores(done: Path, tmp_path: Path) -> None:
+    run = done / "mocov3 test_resnet"
+    scores(run, tmp_path / "alone.json", neighbours=tmp_path / "alone.png")
+    ours, alone = (json.loads(path.read_text()) for path in (done / "evaluation.json", tmp_path / "alone.json"))
+    assert numbers(ours) == numbers(alone)
+    assert len(numbers(ours)) > 40
+    gaps, gaps_alone = (found["sets"]["digits"]["gap"] for found in (ours, alone))
+    for place, gap in gaps_alone.items():
+        assert gaps[place]["value"] == pytest.approx(gap["value"], rel=1e-9)
+    assert (done / "neighbours.png").read_bytes() == (tmp_path / "alone.png").read_bytes()
+    # The run's own evaluation took the same images.
+    summary = json.loads((run / "summary.json").read_text())
+    for name in ("student", "teacher", "pixels"):
+        assert summary[f"knn_{name}"] == ours["sets"]["digits"]["scores"][name]["knn20"]["value"]
+    assert (summary["knn_bank"], summary["knn_test"]) == (EVAL_IMAGES, EVAL_IMAGES)
+
+
+def test_an_evaluation_may_take_longer_than_the_time_limit(done: Path) -> None:
+    first, second = (json.loads((done / f"slow{rank}.json").read_text()) for rank in (0, 1))
+    assert first == second
+    source = settled(open_source("digits")).limited(EVAL_IMAGES)
+    alone = frozen_scores({"it": Slow(0.0)}, source, Setting(16, torch.device("cpu"), 0), knn=True)["it"]
+    assert first == [value.value for value in alone.values()]
+
+
+def test_an_error_of_one_process_ends_all_with_one_line(done: Path) -> None:
+    first, second = (json.loads((done / f"failing{rank}.json").read_text()) for rank in (0, 1))
+    assert second == ["UsageError: --data is wrong", "KeyError: 'a bug'"]
+    assert first == ["UsageError: --data is wrong", "TrainingError: process 1 failed: 'a bug'"]
 
 
 def test_what_torchrun_did_not_set_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -108,7 +108,7 @@ def test_kneighbours_quick_linear_and_gap_count_what_was_seen(folder: Path) -> N
     for images in (bank, test):
         harm(images)
     with pytest.warns(UserWarning, match="left out"):
-        scores = frozen_scores(Colour(), source, HERE, knn=True, linear=True)
+        scores = frozen_scores({"it": Colour()}, source, HERE, knn=True, linear=True)["it"]
     method = build_method(build(data="digits", arch="test_resnet", image_size=32, method="mocov2", queue_size=8))
     apart = gap(method, test, HERE._replace(image_size=32))
     # Wilson's interval says how many there were.
@@ -266,3 +266,33 @@ def test_above_pillows_limit_a_picture_is_refused(folder: Path, monkeypatch: pyt
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 5_000_000)
     with pytest.warns(UserWarning, match=r"00\.png \(Image size \(12000000 pixels\) exceeds limit"):
         list(eval_loader(opened(folder)[2], image_size=32, batch_size=4, workers=0))
+
+
+def test_processes_get_the_batches_of_one_process_in_turn(folder: Path) -> None:
+    _, _, test = opened(folder)
+    whole = list(eval_loader(test, image_size=16, batch_size=3, workers=0))
+    for size in (2, 3, 8):
+        loaders = [
+            eval_loader(test, image_size=16, batch_size=3, workers=0, rank=rank, world_size=size)
+            for rank in range(size)
+        ]
+        assert sum(map(len, loaders)) == len(whole) == 7
+        dealt = [list(loader) for loader in loaders]
+        for number, batch in enumerate(whole):
+            same = dealt[number % size][number // size]
+            assert same.indices == batch.indices
+            assert torch.equal(same.views[0], batch.views[0])
+
+
+def test_a_part_of_the_labelled_images_is_the_same_each_time(folder: Path) -> None:
+    source, bank, _ = opened(folder)
+    few = source.limited(7)
+    assert few.bank is not None
+    assert few.bank.labels is not None
+    names = [few.bank.name(index) for index in range(7)]
+    assert names == [source.limited(7).bank.name(index) for index in range(7)]  # type: ignore[union-attr]
+    every = [bank.name(index) for index in range(20)]
+    assert names == sorted(names, key=every.index)
+    assert [f"class{label}" for label in few.bank.labels] == [Path(name).parent.name for name in names]
+    assert len(few.train) == 20
+    assert source.limited(20).bank is bank

@@ -253,7 +253,8 @@ def test_a_folder_through_torchvision_is_labelled_and_scored(pictures: Path, siz
     assert files.bank is not None
     assert (len(source.train), len(source.bank)) == (len(files.train), len(files.bank)) == (96, 87)
     assert "10 classes; kNN is tried on a tenth" in source.about
-    scores = [frozen_scores(Pixels(), settled(s), Setting(16, CPU, 0), knn=True) for s in (source, files)]
+    both = [settled(s) for s in (source, files)]
+    scores = [frozen_scores({"it": Pixels()}, s, Setting(16, CPU, 0), knn=True)["it"] for s in both]
     assert scores[0]["knn10"].value > 0.4  # by chance .1
     if not size:
         assert scores[0] == scores[1]
@@ -374,7 +375,7 @@ def test_a_dataset_that_raises_for_long_is_given_up() -> None:
 def test_an_evaluation_leaves_out_items_that_raise() -> None:
     source = open_source(Breaking({3, 8}))
     with pytest.warns(UserWarning, match="item [38] of Breaking"):
-        frozen_scores(Pixels(), source, Setting(16, CPU, 0), knn=True)
+        frozen_scores({"it": Pixels()}, source, Setting(16, CPU, 0), knn=True)
 
 
 class Archive(Dataset[Any]):

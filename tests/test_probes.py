@@ -178,7 +178,7 @@ def test_frozen_classifiers_learn_and_leave_the_network_alone() -> None:
     torch.manual_seed(0)
     network = build_backbone("test_resnet", image_size=32, stem="imagenet")
     before = {name: value.clone() for name, value in network.state_dict().items()}
-    scores = frozen_scores(network, source, HERE, knn=True, linear=True)
+    scores = frozen_scores({"it": network}, source, HERE, knn=True, linear=True)["it"]
     assert scores["linear_quick"].value > 0.7
     networks = {"it": network, "pixels": Pixels(8)}
     classifiers = published_linear(networks, source, HERE, LinearProtocol(lr=0.1, batch_size=128, epochs=5))

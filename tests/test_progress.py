@@ -74,8 +74,7 @@ def test_the_evaluations_of_a_run_show_how_far_they_are(
 ) -> None:
     train.train(small(data=str(pictures / "split"), eval_every=1, max_steps=1))
     said = capsys.readouterr().out
-    for name in ("student", "teacher"):
-        assert said.count(f"evaluation of the {name}, 96 images begins\n") == 1
+    assert said.count("evaluation (student, teacher, pixels, untrained), 96 images begins\n") == 1
 
 
 @pytest.mark.slow
@@ -91,8 +90,8 @@ def test_every_score_shows_how_far_it_is(pictures: Path, tmp_path: Path, capsys:
     captured = capsys.readouterr()
     assert "begins" not in captured.out
     said = [line.removesuffix(" begins") for line in captured.err.splitlines() if line.endswith(" begins")]
-    for network in ("student", "teacher", "random", "pixels"):
-        assert {f"{network} on split, 96 images", f"{network} on classes, 96 images"} <= set(said)
+    four = "(student, teacher, random, pixels), 96 images"
+    assert {f"split {four}", f"classes {four}"} <= set(said)
     for network in ("student", "teacher", "random"):
         parts = (f"test of the linear classifier, {network}", f"fine-tuning of the {network}")
         assert {*parts, f"test after fine-tuning, {network}"} <= set(said)

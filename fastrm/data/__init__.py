@@ -197,10 +197,15 @@ def _device(device: str | torch.device) -> torch.device:
         raise UsageError(f"device {device!r:.80} is unknown; it must be cpu, cuda, or one GPU such as cuda:0") from None
 
 
-def eval_loader(images: Images, *, image_size: int, batch_size: int, workers: int) -> EvalLoader:
+def eval_loader(
+    images: Images, *, image_size: int, batch_size: int, workers: int, rank: int = 0, world_size: int = 1
+) -> EvalLoader:
     """Return the images in order, as the evaluation sees them: batches of one view each, float32 [B, C, H, W].
 
     An image that cannot be read is left out with a warning: the ``indices`` of a batch say which images it holds. The
     loader's ``broken`` says which files are left out and why; more than a tenth of them is a :class:`UsageError`.
+    Process ``rank`` of ``world_size`` gets every so many batches.
     """
-    return EvalLoader(images, image_size=image_size, batch_size=batch_size, workers=workers)
+    return EvalLoader(
+        images, image_size=image_size, batch_size=batch_size, workers=workers, rank=rank, world_size=world_size
+    )

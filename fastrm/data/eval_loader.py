@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, Sampler
 from torchvision.transforms.v2 import functional
 
 from fastrm.data.decode import BROKEN, reason
@@ -82,11 +82,15 @@ def _centre(picture: Image.Image, short: int, size: int) -> Image.Image:
 class EvalLoader:
     """Batches of images in order, of one view each; an image that cannot be read is left out, with a warning.
 
+    Of several processes each gets every so many batches, which are the same however many processes there are.
+
     Attributes:
-        broken: images that were left out, by name, and what is wrong with them.
+        broken: images that were left out here, by name, and what is wrong with them.
     """
 
-    def __init__(self, images: Images, *, image_size: int, batch_size: int, workers: int) -> None:
+    def __init__(
+        self, images: Images, *, image_size: int, batch_size: int, workers: int, rank: int = 0, world_size: int = 1
+    ) -> None:
         self.broken: dict[str, str] = {images.name(i): why for i, why in images.unreadable.items()}
         self._images = images
         if isinstance(images, ItemImages):
@@ -94,7 +98,7 @@ class EvalLoader:
         # A generator of its own, so that an evaluation leaves the run's random numbers as they are.
         self._loader = DataLoader(
             _EvalImages(images, image_size),
-            batch_size=batch_size,
+            batch_sampler=_Dealt(len(images), batch_size, rank, world_size),
             num_workers=workers,
             collate_fn=_together,
             generator=torch.Generator(),
@@ -102,11 +106,11 @@ class EvalLoader:
         )
 
     def __len__(self) -> int:
-        """Batches."""
+        """Batches of this process."""
         return len(self._loader)
 
     def __iter__(self) -> Iterator[Batch]:
-        """Yield all images once, with one view each.
+        """Yield all images of this process once, with one view each.
 
         Raises:
             UsageError: more than a tenth of the images cannot be read.
@@ -116,6 +120,21 @@ class EvalLoader:
             report(self.broken, self._images, faults)
             if views is not None:
                 yield Batch((views,), indices)
+
+
+class _Dealt(Sampler[list[int]]):
+    """Every so many batches of indices in order."""
+
+    def __init__(self, length: int, batch_size: int, rank: int, world_size: int) -> None:
+        self._length, self._size = length, batch_size
+        self._starts = range(rank * batch_size, length, batch_size * world_size)
+
+    def __len__(self) -> int:
+        return len(self._starts)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        for start in self._starts:
+            yield list(range(start, min(start + self._size, self._length)))
 
 
 class _EvalImages(Dataset[_View]):

@@ -191,6 +191,19 @@ class Source:
         """The same set, taken in another way."""
         return replace(self.each(lambda images: images.formatted(format)), format=format)
 
+    def limited(self, most: int) -> Source:
+        """The same set with at most so many images to look neighbours up in, and to be tried on."""
+        parts = [images and drawn(images, most) for images in (self.bank, self.test)]
+        return replace(self, bank=parts[0], test=parts[1])
+
+
+def drawn(images: Images, most: int) -> Images:
+    """The images, or of more than ``most`` as many, drawn at random, in their order, the same ones each time."""
+    if len(images) <= most:
+        return images
+    chosen = np.random.default_rng(0).permutation(len(images))[:most]
+    return images.subset(np.sort(chosen)).formatted(images.format)
+
 
 _FEATURES = {"AVIF": "avif", "JPEG": "jpg", "JPEG2000": "jpg_2000", "WEBP": "webp"}
 

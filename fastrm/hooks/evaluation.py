@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
 
 from torch import nn
 
 from fastrm.data import Source
 from fastrm.hooks.base import Hook
-from fastrm.machine.distributed import gather_objects
+from fastrm.machine.meeting import together
 from fastrm.machine.memory import enough
 from fastrm.models import Backbone
 from fastrm.probes import OnlineLinear, Pixels, frozen_scores
@@ -22,7 +22,8 @@ if TYPE_CHECKING:
 class KNN(Hook):
     """Scores student and teacher at the end of every so many epochs, and after the last step.
 
-    After the last step the raw pixels and a network that has learned nothing are scored beside them.
+    After the last step the raw pixels and a network that has learned nothing are scored beside them. All processes
+    share the work, and wait for each other however long it takes.
 
     Args:
         source: labelled images: the bank that neighbours are looked up in, and the test images.
@@ -57,38 +58,40 @@ class KNN(Hook):
         if run.asked().end:  # the same command goes on with it
             return
         run.save(wait=True)
-        scores: dict[str, float] = {}
-        if run.rank == 0:
-            with enough(
+        with (
+            together(),
+            enough(
                 self._setting.device,
                 lambda: self._asked(run),
                 "The steps are saved; the same command with --eval-every 0 goes on",
-            ):
-                scores = self._both(run) | (self._beside() if end else {})
-        run.evaluated(gather_objects(scores)[0])
+            ),
+        ):
+            scores = self._scores(run, self._beside() if end else {})
+        run.evaluated(scores)
 
-    def _both(self, run: Run) -> dict[str, float]:
-        """kNN accuracy of both backbones for k = 20 and 200, and of the classifier that is trained along."""
+    def _scores(self, run: Run, beside: Mapping[str, nn.Module]) -> dict[str, float]:
+        """kNN accuracy of both backbones for k = 20 and 200, and of the classifier that is trained along.
+
+        Of the networks ``beside`` for k = 20.
+        """
+        networks: dict[str, nn.Module] = {"student": run.student, "teacher": run.teacher, **beside}
+        others = {} if self._online is None else {"student": [self._online]}
+        found = frozen_scores(networks, self._source, self._setting, knn=True, others=others, name="evaluation")
         scores: dict[str, float] = {}
-        for name, backbone in (("student", run.student), ("teacher", run.teacher)):
-            others = [self._online] if self._online is not None and name == "student" else []
-            found = frozen_scores(
-                backbone, self._source, self._setting, knn=True, others=others, name=f"evaluation of the {name}"
-            )
-            scores |= {f"knn_{name}": found["knn20"].value, f"knn200_{name}": found["knn200"].value}
-            if others:
-                scores[f"linear_{name}"] = found["online"].value
+        for name, estimates in found.items():
+            scores[f"knn_{name}"] = estimates["knn20"].value
+            if name not in beside:
+                scores[f"knn200_{name}"] = estimates["knn200"].value
+            if name in others:
+                scores[f"linear_{name}"] = estimates["online"].value
         return scores
 
-    def _beside(self) -> dict[str, float]:
-        """kNN accuracy, k = 20, of what has learned nothing."""
+    def _beside(self) -> dict[str, nn.Module]:
+        """What has learned nothing."""
         networks: dict[str, nn.Module] = {"pixels": Pixels()}
         if self._untrained is not None:
             networks["untrained"] = self._untrained().to(self._setting.device)
-        return {
-            f"knn_{name}": frozen_scores(network, self._source, self._setting, knn=True, name=name)["knn20"].value
-            for name, network in networks.items()
-        }
+        return networks
 
     def _asked(self, run: Run) -> str:
         assert self._source.bank is not None

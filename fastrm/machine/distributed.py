@@ -18,6 +18,8 @@ from torch.nn.parallel import DistributedDataParallel
 from fastrm.errors import UsageError
 
 E = TypeVar("E")
+TIMEOUT = datetime.timedelta(minutes=30)
+"""After which a collective that a process is late for fails; for what may take longer see fastrm.machine.meeting."""
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # the name before torch 2.14
 
 
@@ -47,7 +49,7 @@ def processes(device: torch.device) -> Iterator[World]:
     _variable("RANK", "", most=size - 1)
     backend = "nccl" if device.type == "cuda" else "gloo"
     try:
-        dist.init_process_group(backend, timeout=datetime.timedelta(minutes=30))
+        dist.init_process_group(backend, timeout=TIMEOUT)
     except (RuntimeError, ValueError) as error:
         raise UsageError(
             f"the other processes cannot be reached over {backend}: {str(error).splitlines()[0]}"
@@ -88,6 +90,16 @@ def own_device(device: torch.device) -> torch.device:
 def world() -> World:
     """This process among all that joined."""
     return World(dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else World()
+
+
+def started_first() -> bool:
+    """Whether this is the first process of those that torchrun started, or the only one; joined or not."""
+    return _variable("WORLD_SIZE", "1", least=1) == 1 or _variable("RANK", "0") == 0
+
+
+def on_this_machine() -> int:
+    """How many of the processes are on this machine; all, where torchrun does not say it."""
+    return _variable("LOCAL_WORLD_SIZE", str(world().size), least=1)
 
 
 @contextmanager

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from fastrm.data import eval_loader
+from fastrm.data.scan import check_share
 from fastrm.data.sources import Images
+from fastrm.machine.distributed import world
+from fastrm.machine.meeting import everyone, meet
 
 BATCH = 256
 
@@ -21,6 +26,21 @@ class Setting(NamedTuple):
     image_size: int
     device: torch.device
     workers: int
+
+
+class Share(NamedTuple):
+    """What a process holds of the features of labelled images, of which all processes together hold all."""
+
+    features: Tensor
+    """float32 [N, C]."""
+    labels: Tensor
+    """int64 [N]."""
+    places: Tensor
+    """int64 [N]: which rows they are of those of all processes, in the order of the images."""
+    rows: int
+    """Of all processes."""
+    classes: int
+    """One more than the largest label of all processes."""
 
 
 class Pixels(nn.Module):
@@ -57,6 +77,83 @@ def batches(images: Images, setting: Setting) -> Iterator[tuple[Tensor, list[int
     loader = eval_loader(images, image_size=setting.image_size, batch_size=BATCH, workers=setting.workers)
     for batch in loader:
         yield batch.views[0].to(setting.device, non_blocking=True), batch.indices
+
+
+def rounds(images: Images, setting: Setting) -> Iterator[tuple[Tensor, list[int]]]:
+    """This process's batches of images as :func:`batches` gives them, in as many rounds in every process.
+
+    All meet in each round, so that none waits long in what follows; one that has no more gets [0, C, H, W]. In the end
+    each knows what the others could not read.
+
+    Raises:
+        UsageError: more than a tenth of the images cannot be read, in all processes together.
+    """
+    rank, size = world()
+    side = setting.image_size
+    loader = iter(
+        eval_loader(images, image_size=side, batch_size=BATCH, workers=setting.workers, rank=rank, world_size=size)
+    )
+    for _ in range(math.ceil(len(images) / (BATCH * size))):
+        batch = next(loader, None)
+        meet()
+        views = torch.empty(0, images.format.channels, side, side) if batch is None else batch.views[0]
+        yield views.to(setting.device, non_blocking=True), [] if batch is None else batch.indices
+    for faults in everyone(images.unreadable):
+        images.unreadable.update(faults)
+    check_share(len(images.unreadable), images, {images.name(i): why for i, why in images.unreadable.items()})
+
+
+def of_round(images: Images, number: int) -> int:
+    """How many images all processes go through in a round."""
+    size = BATCH * world().size
+    return min(size, len(images) - number * size)
+
+
+def pooled(network: nn.Module, views: Tensor, width: int) -> Tensor:
+    """Features float32 [B, width] of views [B, C, H, W], of which there may be none."""
+    if not len(views):
+        return torch.empty(0, width, device=views.device)
+    with evaluating(network):
+        found: Tensor = network(views).float()
+    return found
+
+
+def width_of(network: nn.Module, images: Images, setting: Setting) -> int:
+    """C of a network's features."""
+    side = setting.image_size
+    return pooled(network, torch.zeros(1, images.format.channels, side, side, device=setting.device), 0).shape[1]
+
+
+def shares(
+    networks: Mapping[str, nn.Module],
+    images: Images,
+    setting: Setting,
+    done: Callable[[int], None] = lambda count: None,
+) -> dict[str, Share]:
+    """Features of labelled images by several networks, for which each image is read once, in one of the processes.
+
+    They are written to where they stay, so that memory never holds them twice. ``done`` gets how many images all
+    processes have gone through.
+    """
+    rank, size = world()
+    every = math.ceil(len(images) / BATCH)
+    most = min(len(images), BATCH * len(range(rank, every, size)))
+    held = {
+        name: torch.empty(most, width_of(network, images, setting), device=setting.device)
+        for name, network in networks.items()
+    }
+    read: list[int] = []
+    for number, (views, indices) in enumerate(rounds(images, setting)):
+        for name, network in networks.items():
+            rows = held[name]
+            rows[len(read) : len(read) + len(indices)] = pooled(network, views, rows.shape[1])
+        read += indices
+        done(of_round(images, number))
+    sound = np.sort(np.concatenate([np.array(each, dtype=np.int64) for each in everyone(read)]))
+    labels = labels_of(images, setting.device)
+    own, all_read = (torch.as_tensor(index, dtype=torch.int64, device=setting.device) for index in (read, sound))
+    places, classes = torch.searchsorted(all_read, own), int(labels[all_read].max()) + 1
+    return {name: Share(rows[: len(own)], labels[own], places, len(sound), classes) for name, rows in held.items()}
 
 
 def features(

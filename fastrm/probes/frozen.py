@@ -1,56 +1,108 @@
-"""Scores of a frozen backbone, in one pass over the images that it is built from and one over those it is tried on."""
+"""Scores of frozen networks, in one pass over the images that they are built from and one over those they are tried on.
+
+All processes share the images: each reads a part of them, once for all networks.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterator, Mapping, Sequence
 
-import torch
 from torch import nn
 
 from fastrm.data import Source
-from fastrm.probes.features import Setting, features
+from fastrm.machine.distributed import on_this_machine, world
+from fastrm.machine.meeting import everyone
+from fastrm.machine.memory import capacity
+from fastrm.probes.features import BATCH, Setting, Share, labels_of, of_round, pooled, rounds, shares, width_of
 from fastrm.probes.knn import KNN
 from fastrm.probes.linear import fitted_heads
-from fastrm.probes.scores import Classifier, Estimate, accuracies
-from fastrm.terminal.progress import bar
+from fastrm.probes.scores import Classifier, Estimate, Tally
+from fastrm.terminal.progress import Task, bar
+
+_HELD = 0.5
+"""Share of the memory that the features of several networks may take at once; those that need more follow."""
 
 
 def frozen_scores(
-    network: nn.Module,
+    networks: Mapping[str, nn.Module],
     source: Source,
     setting: Setting,
     *,
     knn: bool = False,
     linear: bool = False,
-    others: Sequence[Classifier] = (),
+    others: Mapping[str, Sequence[Classifier]] | None = None,
     name: str = "features",
-) -> dict[str, Estimate]:
-    """Accuracy on ``source.test`` of classifiers that are made of the features of ``source.bank``.
+) -> dict[str, dict[str, Estimate]]:
+    """Accuracy on ``source.test`` of classifiers that are made of the features of ``source.bank``, by network.
 
-    The bank's features are held, 4 bytes a value; those of the test images pass by.
+    The bank's features are held, 4 bytes a value, by each process a share of them; those of the test images pass by.
+    To be called in all processes, with the same networks; the scores are those of one process.
 
     Args:
-        network: images to features [B, D].
+        networks: images to features [B, D], by name.
         source: with labels.
-        setting: how images reach the network.
+        setting: how images reach the networks.
         knn, linear: which classifiers; the linear one is the quick one.
-        others: more of them, ready made.
+        others: more of them, ready made, by network.
         name: of what is under way, for the person who waits.
     """
     assert source.bank is not None
     assert source.test is not None
-    classifiers = list(others)
-    if not (knn or linear or classifiers):
-        return {}
-    rows, tried = len(source.bank) if knn or linear else 0, len(source.test)
+    made = knn or linear
+    tried = networks if made else {each: networks[each] for each in others or {}}
+    scores: dict[str, dict[str, Estimate]] = {each: {} for each in networks}
+    rows = len(source.bank) if made else 0
     fitting = rows if linear else 0  # as long as the bank's features take, for want of something better
-    with bar(f"{name}, {rows + tried:,} images", rows + fitting + tried) as task:
-        if knn or linear:
-            found = features(network, source.bank, setting, task.advance)
-            bank, labels = map(torch.cat, zip(*found, strict=True))
-            if knn:
-                classifiers.append(KNN(bank, labels))
-            if linear:
-                heads = fitted_heads(bank, labels, progress=lambda share: task.reach(rows + fitting * share))
-                classifiers.append(heads)
-        return accuracies(features(network, source.test, setting, task.advance), classifiers)
+    for group in _groups(tried, source, setting, rows):
+        text = f"{name} ({', '.join(group)}), {rows + len(source.test):,} images"
+        with bar(text, rows + fitting * len(group) + len(source.test)) as task:
+            classifiers = {each: list((others or {}).get(each, ())) for each in group}
+            banks = shares(group, source.bank, setting, task.advance) if made else {}
+            for each, share in banks.items():
+                if knn:
+                    classifiers[each].append(KNN.of_share(share))
+                if linear:
+                    classifiers[each].append(_fitted(share, task, fitting))
+            tallies = {each: Tally(found) for each, found in classifiers.items()}
+            labels = labels_of(source.test, setting.device)
+            widths = {each: width_of(network, source.test, setting) for each, network in group.items()}
+            for number, (views, indices) in enumerate(rounds(source.test, setting)):
+                for each, network in group.items():
+                    tallies[each].add(pooled(network, views, widths[each]), labels[indices])
+                task.advance(of_round(source.test, number))
+            scores |= {each: tally.estimates(shared=True) for each, tally in tallies.items()}
+    return scores
+
+
+def _fitted(share: Share, task: Task, size: int) -> Classifier:
+    """The quick linear classifier, which takes as long as the features of so many images."""
+    begin = task.done
+    return fitted_heads(
+        share.features,
+        share.labels,
+        places=share.places,
+        progress=lambda done: task.reach(begin + size * done),
+    )
+
+
+def _groups(
+    networks: Mapping[str, nn.Module], source: Source, setting: Setting, rows: int
+) -> Iterator[dict[str, nn.Module]]:
+    """Networks whose features of so many images are held at once."""
+    assert source.bank is not None
+    there = capacity(setting.device)
+    here = float("inf") if there is None else _HELD * there
+    free = min(everyone(here if setting.device.type == "cuda" else here / on_this_machine()))
+    own = min(rows, BATCH * math.ceil(rows / (BATCH * world().size)))
+    group: dict[str, nn.Module] = {}
+    taken = 0
+    for name, network in networks.items():
+        needed = 4 * own * width_of(network, source.bank, setting)
+        if group and taken + needed > free:
+            yield group
+            group, taken = {}, 0
+        group[name] = network
+        taken += needed
+    if group:
+        yield group

@@ -9,9 +9,10 @@ from typing import Any
 from torch import Tensor, nn
 
 from fastrm.data.sources import Images
+from fastrm.machine.meeting import everyone
 from fastrm.methods import Method
 from fastrm.models import Backbone
-from fastrm.probes.features import Setting, batches, evaluating
+from fastrm.probes.features import Setting, evaluating, of_round, rounds
 from fastrm.probes.scores import Estimate
 from fastrm.terminal.progress import bar
 
@@ -56,13 +57,13 @@ def gap(method: Method[Any], images: Images, setting: Setting) -> dict[str, Esti
     """1 - mean cosine between student and teacher on the same picture.
 
     Networks in evaluation mode, pictures without augmentation; the gap that training logs is on augmented views in
-    training mode.
+    training mode. All processes share the pictures; to be called in all of them.
 
     Returns:
         By place, in the order of the network: the backbone's stages in timm's names, whose maps are compared whole,
         then ``backbone`` (pooled), ``projector`` and ``output``, the places of ``--residual-at``.
     """
-    sums: dict[str, tuple[float, float]] = {}
+    own: dict[str, tuple[float, float]] = {}
     count = 0
     with (
         evaluating(method),
@@ -70,14 +71,22 @@ def gap(method: Method[Any], images: Images, setting: Setting) -> dict[str, Esti
         stages_of(method.teacher.backbone, method.teacher) as theirs,
         bar(f"gap, {len(images):,} images", len(images)) as task,
     ):
-        for views, _ in batches(images, setting):
+        for number, (views, _) in enumerate(rounds(images, setting)):
             count += len(views)
+            task.advance(of_round(images, number))
+            if not len(views):
+                continue
             student, teacher = method.encode_student(views), method.teacher(views)
             pairs = {name: (ours[name], theirs[name]) for name in ours}
             pairs |= {n: (getattr(student, n), getattr(teacher, n)) for n in ("backbone", "projector", "output")}
             for name, (a, b) in pairs.items():
                 each = 1 - nn.functional.cosine_similarity(a.flatten(1).double(), b.flatten(1).double())
-                total, squares = sums.get(name, (0.0, 0.0))
-                sums[name] = total + float(each.sum()), squares + float(each.square().sum())
-            task.advance(len(views))
-    return {name: Estimate.of_mean(*pair, count) for name, pair in sums.items()}
+                total, squares = own.get(name, (0.0, 0.0))
+                own[name] = total + float(each.sum()), squares + float(each.square().sum())
+    every, counts = zip(*everyone((own, count)), strict=True)
+    names = dict.fromkeys(name for sums in every for name in sums)
+    parts = {name: [sums.get(name, (0.0, 0.0)) for sums in every] for name in names}
+    return {
+        name: Estimate.of_mean(sum(total for total, _ in pairs), sum(squares for _, squares in pairs), sum(counts))
+        for name, pairs in parts.items()
+    }

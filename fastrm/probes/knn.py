@@ -7,6 +7,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from fastrm.machine.distributed import gather_rows, world
+from fastrm.machine.meeting import everyone, swapped
+from fastrm.probes.features import Share
 from fastrm.probes.scores import accuracies
 
 NEIGHBOURS = (10, 20, 100, 200)
@@ -30,18 +33,49 @@ class KNN:
     ) -> None:
         self.bank, self.labels, self.neighbours, self.temperature = bank, labels, tuple(neighbours), temperature
         self.norms = bank.norm(dim=1).clamp_min(1e-12)
-        self.classes = int(labels.max()) + 1
+        self.shared, self.count = False, len(bank)
+        self.classes = int(labels.max()) + 1 if len(labels) else 0
+
+    @classmethod
+    def of_share(cls, share: Share) -> KNN:
+        """One whose bank lies in all processes, each of which holds a share of it.
+
+        All of them must then call it as often, each with features of its own, of which there may be none.
+        """
+        made = cls(share.features, share.labels)
+        made.shared, made.count, made.classes = world().size > 1, share.rows, share.classes
+        return made
 
     def __call__(self, features: Tensor) -> dict[str, Tensor]:
         """Predicted classes int64 [M] of features [M, C], by ``knn10``, ``knn20``, …"""
-        rows = max(1, _SIMILARITIES // len(self.bank))
+        asked = len(features)
+        if self.shared:  # of one number everywhere
+            features = nn.functional.pad(features, (0, 0, 0, max(everyone(asked)) - asked))
+        rows = max(1, _SIMILARITIES // self.count)
         parts = [self._part(part) for part in features.split(rows)]
-        return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+        return {name: torch.cat([part[name] for part in parts])[:asked] for name in parts[0]}
 
-    def _part(self, features: Tensor) -> dict[str, Tensor]:
+    def _nearest(self, features: Tensor) -> tuple[Tensor, Tensor]:
+        """Similarities of the nearest in the bank, the nearest first, and their labels; [M, at most the largest k]."""
         similarity = (nn.functional.normalize(features, dim=1) @ self.bank.T).div_(self.norms)
         nearest, index = similarity.topk(min(max(self.neighbours), len(self.bank)), dim=1)
-        votes, voted = (nearest / self.temperature).exp(), self.labels[index]
+        return nearest, self.labels[index]
+
+    def _nearest_of_all(self, features: Tensor) -> tuple[Tensor, Tensor]:
+        """The same in the bank of all processes: each looks those of all up in its share."""
+        size, k = world().size, min(max(self.neighbours), self.count)
+        nearest, voted = self._nearest(gather_rows(features)[0])
+        short = (0, k - nearest.shape[1])
+        found = [nn.functional.pad(nearest, short, value=-torch.inf), nn.functional.pad(voted, short)]
+        nearest, voted = (
+            swapped(rows.unflatten(0, (size, -1))).transpose(0, 1).flatten(1) for rows in found
+        )  # [M, size * k]
+        nearest, order = nearest.topk(k, dim=1)
+        return nearest, voted.gather(1, order)
+
+    def _part(self, features: Tensor) -> dict[str, Tensor]:
+        nearest, voted = self._nearest_of_all(features) if self.shared else self._nearest(features)
+        votes = (nearest / self.temperature).exp()
         predicted = {}
         for k in self.neighbours:
             tally = votes.new_zeros(len(features), self.classes).scatter_add_(1, voted[:, :k], votes[:, :k])

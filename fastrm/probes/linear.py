@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from fastrm.data import SUPERVISED, Loader, Source, make_loader
 from fastrm.errors import UsageError
-from fastrm.machine.distributed import mean, world
+from fastrm.machine.distributed import gather_objects, gather_rows, mean, world
+from fastrm.machine.meeting import total
 from fastrm.methods import LinearProtocol
 from fastrm.probes.features import Setting, evaluating, labels_of
 
@@ -45,11 +46,20 @@ class LinearHeads:
         rates: learning rate of each head.
         weight_decay: of the weights, not of the biases.
         device: where they are.
+        shared: whether all processes train them together.
     """
 
     def __init__(
-        self, dim: int, classes: int, rates: Sequence[float], *, weight_decay: float = 0.0, device: torch.device
+        self,
+        dim: int,
+        classes: int,
+        rates: Sequence[float],
+        *,
+        weight_decay: float = 0.0,
+        device: torch.device,
+        shared: bool = True,
     ) -> None:
+        self.shared = shared and world().size > 1
         self.heads = nn.ModuleList(nn.Linear(dim, classes, device="meta") for _ in rates).to_empty(device=device)
         groups: list[dict[str, Any]] = []
         for head, rate in zip(self.heads, rates, strict=True):
@@ -66,7 +76,15 @@ class LinearHeads:
         """[B, C] features to [heads, B, classes]."""
         return torch.stack([head(features) for head in self.heads])
 
-    def step(self, features: Tensor, labels: Tensor, factor: float, *, seen: Tensor | None = None) -> Tensor:
+    def step(
+        self,
+        features: Tensor,
+        labels: Tensor,
+        factor: float,
+        *,
+        seen: Tensor | None = None,
+        counts: Tensor | None = None,
+    ) -> Tensor:
         """Make a step, in several processes on the mean of their gradients.
 
         Args:
@@ -74,6 +92,8 @@ class LinearHeads:
             labels: int64 [B].
             factor: of the learning rates.
             seen: bool [heads, B]: which images a head learns from; None is all.
+            counts: [heads]: how many these are in all processes, where their batches differ in size; None: each has
+                as many.
 
         Returns:
             The logits before the step, [heads, B, classes].
@@ -83,10 +103,12 @@ class LinearHeads:
             logits.flatten(0, 1), labels.repeat(len(logits)), reduction="none"
         ).unflatten(0, logits.shape[:2])
         seen = torch.ones_like(each) if seen is None else seen.to(each.dtype)
-        ((each * seen).sum(dim=1) / seen.sum(dim=1).clamp_min(1)).sum().backward()
+        own = (each * seen).sum(dim=1)
+        mean_of_own = own / seen.sum(dim=1).clamp_min(1) if counts is None else own / counts * world().size
+        mean_of_own.sum().backward()
         for group in self.optimizer.param_groups:
             group["lr"] = group["rate"] * factor
-            if world().size > 1:
+            if self.shared:
                 for parameter in group["params"]:
                     parameter.grad = mean(parameter.grad)
         self.optimizer.step()
@@ -111,6 +133,7 @@ def fitted_heads(
     weight_decay: float = 1e-4,
     epochs: int = 50,
     batch_size: int = 1024,
+    places: Tensor | None = None,
     progress: Callable[[float], None] = lambda done: None,
 ) -> Callable[[Tensor], dict[str, Tensor]]:
     """Fit a linear classifier on features that are kept, without augmentation, and all learning rates in one pass.
@@ -125,25 +148,40 @@ def fitted_heads(
         weight_decay: λ in mean cross-entropy + λ/2 ‖weights‖².
         epochs: passes over the features; the rates follow a cosine to 0.
         batch_size: at most; a small set is one batch.
+        places: int64 [N]: which rows these are of those of all processes, which then fit together; None: there are no
+            others.
         progress: called with the share of the run that is done.
 
     Returns:
         The classifier, whose score is named ``linear_quick``.
     """
-    device, count = features.device, len(features)
-    centre, scale = features.mean(dim=0), features.std(dim=0).clamp_min(1e-6)
+    device, together = features.device, places is not None and world().size > 1
+    here = (len(features), int(labels.max()) if len(labels) else 0)
+    counts, largest = zip(*(gather_objects(here) if together else [here]), strict=True)
+    count = sum(counts)
+    centre, scale = _moments(features, counts) if together else (features.mean(dim=0), features.std(dim=0))
+    scale = scale.clamp_min(1e-6)
     both = (*rates, *rates)
-    heads = LinearHeads(features.shape[1], int(labels.max()) + 1, both, weight_decay=weight_decay, device=device)
+    heads = LinearHeads(
+        features.shape[1], max(largest) + 1, both, weight_decay=weight_decay, device=device, shared=together
+    )
     held = torch.arange(count, device=device) % HELD_OUT == 0
+    rows = torch.full((count,), -1, device=device)
+    own_places = places if places is not None and together else torch.arange(count, device=device)
+    rows[own_places] = torch.arange(len(features), device=device)
     generator = torch.Generator().manual_seed(0)
     steps = epochs * math.ceil(count / batch_size)
     done = 0
     for _ in range(epochs):
         order = torch.randperm(count, generator=generator).to(device)
         for index in order.split(batch_size):
+            learned = (~held[index]).sum().expand(len(rates)), torch.full((len(rates),), len(index), device=device)
+            index = index[rows[index] >= 0] if together else index
             ours = torch.ones(len(rates), len(index), dtype=torch.bool, device=device)
             seen = torch.cat([~held[index].expand_as(ours), ours])
-            heads.step((features[index] - centre) / scale, labels[index], cosine(done / steps), seen=seen)
+            own = rows[index]
+            rows_seen = (features[own] - centre) / scale
+            heads.step(rows_seen, labels[own], cosine(done / steps), seen=seen, counts=torch.cat(learned).clamp_min(1))
             done += 1
             progress(done / steps)
 
@@ -152,10 +190,24 @@ def fitted_heads(
         return heads.logits((batch - centre) / scale).argmax(dim=2)
 
     right = torch.zeros(len(rates), device=device)
-    for part, truth in zip(features[held].split(batch_size), labels[held].split(batch_size), strict=True):
-        right += (predictions(part)[: len(rates)] == truth).sum(dim=1)
-    best = int(right.argmax())
+    for part in held[own_places].nonzero()[:, 0].split(batch_size):
+        right += (predictions(features[part])[: len(rates)] == labels[part]).sum(dim=1)
+    best = int((total(right) if together else right).argmax())
     return lambda batch: {"linear_quick": predictions(batch)[len(rates) + best]}
+
+
+def _moments(features: Tensor, counts: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation per channel of the rows of all processes, of which each has so many.
+
+    The formula is Chan, Golub and LeVeque's for merged parts.
+    """
+    spread = features.var(dim=0) if len(features) > 1 else features.new_zeros(features.shape[1])
+    middle = features.mean(dim=0) if len(features) else features.new_zeros(features.shape[1])
+    parts = gather_rows(torch.stack([middle, spread])[None])[0]
+    rows = torch.tensor(counts, device=features.device)[:, None]
+    centre = (parts[:, 0] * (rows / rows.sum())).sum(dim=0)
+    squares = parts[:, 1] * (rows - 1).clamp_min(0) + (parts[:, 0] - centre).square() * rows
+    return centre, (squares.sum(dim=0) / (rows.sum() - 1)).sqrt()
 
 
 def published_linear(
@@ -166,7 +218,7 @@ def published_linear(
     *,
     progress: Callable[[float], None] = lambda done: None,
 ) -> dict[str, Callable[[Tensor], dict[str, Tensor]]]:
-    """Train a linear classifier on each frozen network, on random crops and flips.
+    """Train a linear classifier on each frozen network, on random crops and flips, in this process alone.
 
     Args:
         networks: images to features [B, D], by name; all see the same views.
@@ -191,7 +243,8 @@ def published_linear(
                 with evaluating(network):
                     pooled = network(views).float()
                 if name not in heads:
-                    heads[name] = LinearHeads(pooled.shape[1], int(labels.max()) + 1, [rate], device=setting.device)
+                    classes = int(labels.max()) + 1
+                    heads[name] = LinearHeads(pooled.shape[1], classes, [rate], device=setting.device, shared=False)
                 heads[name].step(pooled, truth, rate_factor(protocol, done / steps))
             done += 1
             progress(done / steps)

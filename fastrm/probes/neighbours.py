@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from fastrm.data import Source
 from fastrm.data.sheets import GREEN, SIDE, Row, Tile, draw, whole
 from fastrm.data.sources import Images
-from fastrm.probes.features import Setting, batches, evaluating
+from fastrm.machine.meeting import everyone
+from fastrm.probes.features import Setting, batches, evaluating, of_round, pooled, rounds
 from fastrm.terminal.progress import bar
 
 
@@ -36,6 +37,8 @@ def spread(images: Images, count: int) -> NDArray[np.int64]:
 def nearest(network: nn.Module, source: Source, setting: Setting, *, count: int = 16, k: int = 5) -> Neighbours:
     """Look the ``k`` nearest of ``source.bank`` up for test images from all classes; memory is constant in the bank.
 
+    All processes share the bank; to be called in all of them.
+
     Args:
         network: images to features [B, D].
         source: with labels.
@@ -51,15 +54,16 @@ def nearest(network: nn.Module, source: Source, setting: Setting, *, count: int 
     best = queries.new_zeros(len(queries), 0)
     index = torch.zeros(len(queries), 0, dtype=torch.int64, device=queries.device)
     with bar(f"nearest neighbours, {len(source.bank):,} images", len(source.bank)) as task:
-        for batch, own in batches(source.bank, setting):
-            with evaluating(network):
-                rows = nn.functional.normalize(network(batch).float(), dim=1)
-            numbers = torch.as_tensor(own, device=rows.device).expand(len(queries), -1)
+        for number, (batch, own) in enumerate(rounds(source.bank, setting)):
+            rows = nn.functional.normalize(pooled(network, batch, queries.shape[1]), dim=1)
+            numbers = torch.as_tensor(own, dtype=torch.int64, device=rows.device).expand(len(queries), -1)
             both, numbers = torch.cat([best, queries @ rows.T], dim=1), torch.cat([index, numbers], dim=1)
             best, order = both.topk(min(k, both.shape[1]), dim=1)
             index = numbers.gather(1, order)
-            task.advance(len(batch))
-    return Neighbours([int(chosen[i]) for i in asked], index.cpu())
+            task.advance(of_round(source.bank, number))
+    best, index = (torch.cat(parts, dim=1) for parts in zip(*everyone((best.cpu(), index.cpu())), strict=True))
+    order = best.topk(min(k, best.shape[1]), dim=1).indices
+    return Neighbours([int(chosen[i]) for i in asked], index.gather(1, order))
 
 
 def _directions(network: nn.Module, images: Images, setting: Setting) -> tuple[Tensor, list[int]]:

@@ -9,6 +9,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from fastrm.machine.meeting import total
+
 Classifier = Callable[[Tensor], Mapping[str, Tensor]]
 """Features [B, C] to predicted classes, int64 [B], by the name of the score."""
 
@@ -58,11 +60,35 @@ def accuracies(batches: Iterable[tuple[Tensor, Tensor]], classifiers: Sequence[C
         batches: features [B, C] and labels int64 [B], on the same device.
         classifiers: what is tried; their scores' names must differ.
     """
-    correct: dict[str, Tensor] = {}
-    count = 0
+    tally = Tally(classifiers)
     for batch, truth in batches:
-        count += len(batch)
-        for classifier in classifiers:
-            for name, predicted in classifier(batch).items():
-                correct[name] = correct.get(name, 0) + (predicted == truth).sum()
-    return {name: Estimate.of_share(int(right), count) for name, right in correct.items()}
+        tally.add(batch, truth)
+    return tally.estimates()
+
+
+class Tally:
+    """How often several classifiers were right.
+
+    Args:
+        classifiers: what is tried; their scores' names must differ.
+    """
+
+    def __init__(self, classifiers: Sequence[Classifier]) -> None:
+        self._classifiers, self._count = classifiers, 0
+        self._right: dict[str, Tensor] = {}
+
+    @torch.no_grad()
+    def add(self, features: Tensor, truth: Tensor) -> None:
+        """Try them on features [B, C] of labels int64 [B], on the same device."""
+        self._count += len(truth)
+        for classifier in self._classifiers:
+            for name, predicted in classifier(features).items():
+                self._right[name] = self._right.get(name, 0) + (predicted == truth).sum()
+
+    def estimates(self, *, shared: bool = False) -> dict[str, Estimate]:
+        """Accuracy by score; with ``shared`` of what all processes tried, each of them as often."""
+        if not self._right:
+            return {}
+        counts = torch.stack([*self._right.values(), torch.full_like(next(iter(self._right.values())), self._count)])
+        *right, count = (total(counts) if shared else counts).tolist()
+        return {name: Estimate.of_share(found, count) for name, found in zip(self._right, right, strict=True)}

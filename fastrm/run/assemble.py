@@ -54,6 +54,8 @@ class Parts:
     """Resolved: nothing in it is left to the machine or to the data."""
     machine: Machine
     source: Source
+    labelled: tuple[int, int]
+    """Images that an evaluation could look neighbours up in, and be tried on."""
     broken: dict[str, str]
     """Images that are left out, by name, and what is wrong with them."""
     images: Inventory
@@ -125,6 +127,7 @@ def assemble(config: Config, objects: Objects, opened: ExitStack) -> Parts:
         kind.check_views(len(recipe.views))
     workers = min(available_cores(), 8) if config.input.workers is None else config.input.workers
     source, broken = _opened(objects.data, config, workers)
+    whole, source = source, source.limited(config.run.eval_images)
     # A run is evaluated from other folders than it was started in.
     root = config.input.data_root
     place = config.input.data if objects.data is not None else located(config.input.data)
@@ -179,6 +182,7 @@ def assemble(config: Config, objects: Objects, opened: ExitStack) -> Parts:
         config=config,
         machine=machine,
         source=source,
+        labelled=(len(whole.bank or ()), len(whole.test or ())),
         broken=broken,
         images=inventory(source.train, left_out=len(broken), steps_per_epoch=steps_per_epoch),
         augmentation=recipe if isinstance(recipe, Augmentation) else None,

@@ -36,6 +36,7 @@ class Results:
         self._weights = metadata(config.flat(), "student", format)
         self._about = {
             "images": len(source.train),
+            **_labelled(source),
             "method": config.method.method,
             "arch": config.model.arch,
             "residual_weight": config.method.residual_weight,
@@ -55,6 +56,13 @@ class Results:
         write_backbone(self.out / BACKBONE, student, self._weights)
         write_json(self.out / SUMMARY, {**latest, **self._about})
         return read_json(self.out / SUMMARY)
+
+
+def _labelled(source: Source) -> dict[str, int]:
+    """How many images the scores are of, where there are scores."""
+    if source.bank is None or source.test is None:
+        return {}
+    return {"knn_bank": len(source.bank), "knn_test": len(source.test)}
 
 
 def complete(out: Path, step: int) -> bool:

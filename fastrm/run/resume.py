@@ -20,8 +20,8 @@ from fastrm.settings.config import Config, flag
 
 # Settings that may differ between a run and its continuation, since they do not change what is learned.
 FREE_ON_RESUME = frozenset(
-    {"max_steps", "log_every", "profile", "eval_every", "checkpoint_every", "keep", "keep_every", "keep_best"}
-    | {"verify_every", "log_to"}
+    {"max_steps", "log_every", "profile", "eval_every", "eval_images", "verify_every", "log_to"}
+    | {"checkpoint_every", "keep", "keep_every", "keep_best"}
     | {"out", "resume", "recipe", "device", "compile", "cuda_graph", "channels_last", "kernels", "loader", "scan"}
     | {"workers", "allow_changed_data", "dry_run"}
     | {"data", "data_root", "image_column", "label_column"}  # of the images their inventory is compared

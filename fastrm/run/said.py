@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from fastrm.data import Augmentation
+from fastrm.data import Augmentation, Source
 from fastrm.machine.distributed import World
 from fastrm.machine.joined import Machine
 from fastrm.methods import Method
@@ -58,6 +58,15 @@ def views(augmentation: Augmentation, image_size: int) -> str:
     told = ", ".join(f"{count} of {side} pixels" for side, count in counts.items())
     other = f"; the network is built for --image-size {image_size}, and evaluated at it"
     return told + (other if image_size not in counts else "")
+
+
+def part(source: Source, labelled: tuple[int, int]) -> str | None:
+    """Which part of the labelled images an evaluation takes; None for all of them."""
+    taken = (len(source.bank or ()), len(source.test or ()))
+    if taken == labelled:
+        return None
+    bank, test = (f"{some:,} of {every:,} images" for some, every in zip(taken, labelled, strict=True))
+    return f"kNN looks up in {bank} and is tried on {test} (--eval-images)"
 
 
 def cautions(config: Config, method: Method[Any], schedule: Schedule, images: int) -> Iterator[str]:

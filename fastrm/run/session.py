@@ -159,6 +159,8 @@ def _say(parts: Parts, begun: Start, run: Run, ended: bool) -> None:
         lines.append(("warning", problem))
     if run.config.run.eval_every and parts.source.test is None:
         lines.append(("evaluation", "kNN is left out: the images have no labels"))
+    if run.config.run.eval_every and (part := said.part(parts.source, parts.labelled)) is not None:
+        lines.append(("evaluation", part))
     if ended:
         total = run.total_steps
         lines.append(("steps", f"{start} are done of {total} asked for: only missing results are made"))

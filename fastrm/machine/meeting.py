@@ -1,0 +1,117 @@
+"""Where processes wait for each other however long one of them takes, and hear of it when one fails.
+
+A collective that one process is late for ends after the time limit of the process group. Here they wait on the store
+that they were joined by, and exchange something only once all are there.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+import torch.distributed as dist
+from torch import Tensor
+
+from fastrm.errors import Stopped, TrainingError, UsageError, first_line
+from fastrm.machine.distributed import gather_objects, world
+
+T = TypeVar("T")
+_LEAST, _MOST = 0.001, 0.1
+"""Seconds between two looks at the store."""
+_TOLD = "_told_to_all"
+_meetings = 0
+"""Of this process's life: it is the same in all processes."""
+
+
+def meet() -> None:
+    """Wait for all processes, for as long as it takes.
+
+    Raises:
+        UsageError, TrainingError: what another process failed with inside of :func:`together`.
+    """
+    size = world().size
+    if size == 1:
+        return
+    store, gate, before = _store(), _next_gate(), f"fastrm/{_meetings - 1}"
+    if store.add(f"{gate}/arrived", 1) == size:
+        store.set(gate, "")
+        for key in (before, f"{before}/arrived"):  # all have left it
+            store.delete_key(key)
+    begin = time.monotonic()
+    while not store.check([gate]):  # the store's own wait has a time limit, and says so on standard error
+        time.sleep(min(_MOST, _LEAST + (time.monotonic() - begin) / 10))
+    if said := store.get(gate):
+        raise _heard(json.loads(said))
+
+
+@contextmanager
+def together() -> Iterator[None]:
+    """Let an error of one process end what is done here in all of them, and meet at the end.
+
+    The others hear of it where they next meet; they raise the same in one line.
+    """
+    try:
+        yield
+    except BaseException as error:
+        if world().size > 1 and not hasattr(error, _TOLD):
+            setattr(error, _TOLD, True)
+            _store().set(_next_gate(), json.dumps(_spoken(error)))
+        raise
+    meet()
+
+
+def everyone(value: T) -> list[T]:
+    """Plain values of all processes, in order of rank, once all are there."""
+    meet()
+    return gather_objects(value)
+
+
+def total(values: Tensor) -> Tensor:
+    """Sum over all processes, once all are there; as it is where there is one."""
+    if world().size == 1:
+        return values
+    meet()
+    values = values.clone()
+    dist.all_reduce(values)
+    return values
+
+
+def swapped(parts: Tensor) -> Tensor:
+    """Hand part r of [processes, …] to process r, and return what all have for this one, in order of rank."""
+    if world().size == 1:
+        return parts
+    received = parts.new_empty(parts.shape)
+    dist.all_to_all_single(received, parts.contiguous())
+    return received
+
+
+def _store() -> Any:
+    return dist.distributed_c10d._get_default_store()
+
+
+def _next_gate() -> str:
+    global _meetings
+    _meetings += 1
+    return f"fastrm/{_meetings}"
+
+
+def _spoken(error: BaseException) -> dict[str, Any]:
+    if isinstance(error, Stopped):
+        return {"stopped": str(error), "status": error.status}
+    if isinstance(error, UsageError):
+        return {"usage": str(error)}
+    words = str(error) if isinstance(error, TrainingError) else f"process {world().rank} failed: {first_line(error)}"
+    return {"training": words}
+
+
+def _heard(said: dict[str, Any]) -> Exception:
+    error: Exception
+    if "stopped" in said:
+        error = Stopped(said["stopped"], said["status"])
+    else:
+        error = UsageError(said["usage"]) if "usage" in said else TrainingError(said["training"])
+    setattr(error, _TOLD, True)
+    return error

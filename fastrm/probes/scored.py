@@ -1,0 +1,82 @@
+"""All scores of several networks on labelled images: of frozen ones, and of what is trained on them or on top."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from torch import nn
+
+from fastrm.data import Source
+from fastrm.machine.distributed import world
+from fastrm.machine.meeting import everyone
+from fastrm.methods import LinearProtocol
+from fastrm.models import Backbone
+from fastrm.probes.features import Pixels, Setting, features
+from fastrm.probes.finetune import fine_tuned
+from fastrm.probes.frozen import frozen_scores
+from fastrm.probes.linear import published_linear
+from fastrm.probes.scores import Estimate, accuracies
+from fastrm.terminal.progress import bar
+
+Scores = dict[str, dict[str, Estimate]]
+"""By network, then by score."""
+
+
+def scored(
+    networks: Mapping[str, Backbone],
+    source: Source,
+    setting: Setting,
+    *,
+    knn: bool,
+    quick: bool,
+    protocol: LinearProtocol | None,
+    semi: float | None,
+) -> Scores:
+    """Scores of networks and, where these need no training, of the raw pixels.
+
+    To be called in all processes, with the same networks.
+
+    Args:
+        networks: by name.
+        source: with labels.
+        setting: how images reach the networks.
+        knn, quick: as for :func:`frozen_scores`.
+        protocol: how linear classifiers are trained on crops; None: they are not.
+        semi: share of the labels that the whole networks are fine-tuned on; None: they are not.
+    """
+    frozen: dict[str, nn.Module] = {**networks, "pixels": Pixels()}
+    scores = frozen_scores(frozen, source, setting, knn=knn, linear=quick, name=source.name)
+    rank, size = world()
+    own = {name: network for at, (name, network) in enumerate(networks.items()) if at % size == rank}
+    for further in everyone(_trained(own, source, setting, protocol=protocol, semi=semi)):
+        for name, found in further.items():
+            scores[name] |= found
+    return {name: found for name, found in scores.items() if found}
+
+
+def _trained(
+    networks: Mapping[str, Backbone],
+    source: Source,
+    setting: Setting,
+    *,
+    protocol: LinearProtocol | None,
+    semi: float | None,
+) -> Scores:
+    """Those that this process alone trains something for."""
+    scores: Scores = {name: {} for name in networks}
+    assert source.test is not None
+    if protocol is not None and networks:
+        with bar(f"linear classifiers, {protocol.epochs} epochs") as task:
+            classifiers = published_linear(networks, source, setting, protocol, progress=task.reach)
+        for name, classifier in classifiers.items():
+            with bar(f"test of the linear classifier, {name}", len(source.test)) as task:
+                found = features(networks[name], source.test, setting, task.advance)
+                scores[name] |= accuracies(found, [classifier])
+    if semi is not None:
+        for name, network in networks.items():
+            with bar(f"fine-tuning of the {name}") as task:
+                tuned, classifier = fine_tuned(network, source, setting, semi, progress=task.reach)
+            with bar(f"test after fine-tuning, {name}", len(source.test)) as task:
+                tested = accuracies(features(tuned, source.test, setting, task.advance), [classifier])
+            scores[name][f"semi_{semi:g}"] = tested["semi"]
+    return scores
