@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from fastrm.data import Source, folder_index, folders, listing, open_source
+from fastrm.data import Source, folders, indexed, listing, open_source
 from fastrm.data.encoded import FileImages
 from fastrm.data.index import Table, opened
 from fastrm.data.inventory import inventory
@@ -261,7 +261,7 @@ def test_a_file_that_was_changed_in_place_is_found_when_it_is_read(
 ) -> None:
     """Here none is looked at beforehand, as are most of many files."""
     with monkeypatch.context() as patch:
-        patch.setattr(folder_index, "_SAMPLE", 0)
+        patch.setattr(indexed, "_SAMPLE", 0)
         source, _ = scan(open_source(str(data)), workers=1)
         overwrite(data)
         same = open_source(str(data))

@@ -4,50 +4,21 @@ from __future__ import annotations
 
 import itertools
 import os
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from fastrm import own
-from fastrm.data.encoded import FileImages
 from fastrm.data.index import TICK, Found, Table, look_up
+from fastrm.data.indexed import differ, with_sizes
 from fastrm.data.listing import Folder, Listing, checksum, is_sheet
-from fastrm.data.looks import carried
-from fastrm.data.paths import Paths, columns, folders_of, stated
+from fastrm.data.paths import columns, folders_of, stated
 from fastrm.data.sources import endings
 
-_SAMPLE = 256
-"""Files whose sizes and times are compared at each start."""
 _TOLD = 4096
 """Names in the folder of all data that its key depends on, if there are no more."""
-
-
-class FolderImages(FileImages):
-    """Images in the files of a folder that has an index."""
-
-    def renew(self) -> None:
-        """Take the sizes anew if files of the sample were changed; what was found out of the others stays."""
-        if "bytes" not in self.table or _changed(self.table, self.paths.root):
-            self.table.keep(*_with_sizes(self.table, Path(self.paths.root), self.table))
-
-    def compare(self, index: int, size: int, changed: int) -> None:
-        """Say of a file that is not as long as it was when it was listed, and let the next start list it again."""
-        if "bytes" not in self.table:
-            return
-        row = self.row(index)
-        before = int(self.table["bytes"][row])
-        if (before, self.table["changed"][row]) == (size, changed) or not self.table.doubt(row):
-            return
-        if before not in (-1, size):
-            warnings.warn(
-                f"{self.name(index)} has {size:,} bytes, and had {before:,} when it was listed; the next start lists "
-                "the images anew",
-                stacklevel=2,
-            )
 
 
 def find(root: Path) -> Found:
@@ -105,36 +76,10 @@ def _beside_runs(folder: Folder) -> Iterator[Folder]:
         yield from _beside_runs(inner)
 
 
-def images(table: Table, root: Path, part: int) -> FolderImages:
-    """The images of a part of the data."""
-    start, stop, inside = table.about["parts"][part]
-    return FolderImages(Paths(table, str(root), slice(start, stop)), None, root / inside)
-
-
 def keep(table: Table, root: Path, found: Found) -> None:
     """Keep an index for the next start, with the sizes of all files, in the place of earlier ones of the folder."""
     if found.path is not None:
-        found.keep(table, *_with_sizes(table, root, found.earlier))
-
-
-def _with_sizes(table: Table, root: Path, earlier: Table | None) -> tuple[dict[str, NDArray[Any]], dict[str, Any]]:
-    """Columns of the sizes of all files and the times at which they were changed, and what was found out before."""
-    sizes, changed = stated(Paths(table, str(root)).texts(), table.rows)
-    named = {name: column for name, column in table.columns.items() if name not in ("hash", "looks")}
-    told = Table({**named, "bytes": sizes, "changed": changed}, table.rows, table.about)
-    hashes = np.zeros(len(sizes), dtype=np.int64)
-    for part, (start, stop, _) in enumerate(table.about["parts"]):
-        hashes[start:stop] = images(told, root, part).hashes()
-    told.keep({"hash": hashes})
-    columns, about = carried(earlier, told) if earlier is not None else ({}, {})
-    return {name: told[name] for name in ("bytes", "changed", "hash")} | columns, about
-
-
-def _changed(table: Table, root: str | Path) -> bool:
-    """Whether one of a sample of the files has another size or time than in the table."""
-    rows = np.unique(np.linspace(0, table.rows - 1, min(table.rows, _SAMPLE)).astype(np.int32))
-    sizes, changed = stated(Paths(table, str(root), rows).texts(), len(rows))
-    return not (np.array_equal(sizes, table["bytes"][rows]) and np.array_equal(changed, table["changed"][rows]))
+        found.keep(table, *with_sizes(table, str(root), found.earlier))
 
 
 def _holds(table: Table, root: Path) -> bool:
@@ -156,5 +101,5 @@ def _holds(table: Table, root: Path) -> bool:
         and not any(os.path.exists(root / link) for link in table.about["nowhere"])
         and all(own.run(root / run) for run in table.about["runs"])
         and all(is_sheet(root / sheet) for sheet in table.about["sheets"])
-        and not _changed(table, root)
+        and not differ(table, str(root))
     )

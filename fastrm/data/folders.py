@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 from fastrm.data import folder_index
 from fastrm.data.index import Table
+from fastrm.data.indexed import images
 from fastrm.data.listing import Folder, listed
 from fastrm.data.paths import within
 from fastrm.data.shards import open_shards
@@ -107,7 +108,7 @@ def _source(table: Table, path: Path) -> Source:
     """The data set in a folder, by its index."""
     about, name = _said(table.about["about"], path), path.resolve().name or "data"
     passed: Counter[str] = Counter(table.about["passed"])
-    train, *tested = (folder_index.images(table, path, part) for part in range(len(table.about["parts"])))
+    train, *tested = (images(table, str(path), part) for part in range(len(table.about["parts"])))
     if not tested:
         return without_validation(name, train, about, passed, why=table.about["why"])
     return Source(name=name, train=train, bank=train, test=tested[0], about=about + passed_over(passed))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
+from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,9 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from fastrm.data.encoded import FileImages
 from fastrm.data.items import ItemImages, Items
+from fastrm.data.list_index import by_index
 from fastrm.data.mapped import MappedImages
+from fastrm.data.paths import packed
 from fastrm.data.pixels import array_of
 from fastrm.data.sources import ArrayImages, Images, Source, held_out, without_validation
 from fastrm.errors import UsageError
@@ -28,8 +31,12 @@ TAKEN = (
 )
 
 
-def open_given(data: Any) -> Source:
+def open_given(data: Any, *, keep: bool = True) -> Source:
     """Open data that a script gives as an object.
+
+    Args:
+        data: the object.
+        keep: whether what is found of files is kept in the cache, for the next start.
 
     Raises:
         UsageError: it is of another kind, or empty, or its first items cannot be read.
@@ -40,7 +47,7 @@ def open_given(data: Any) -> Source:
     if isinstance(data, np.ndarray) and data.dtype.kind not in "OUS":
         return open_array(data)
     if isinstance(data, np.ndarray | Sequence) and all(isinstance(path, str | Path) for path in data):
-        return _open_paths(list(data))
+        return _open_paths(list(data), keep)
     return _open_items(Items(data))
 
 
@@ -71,11 +78,16 @@ def _refuse(data: Any) -> None:
         raise UsageError(f"data is an empty {kind}; it must hold an image at least")
 
 
-def _open_paths(paths: list[str | Path]) -> Source:
+def _open_paths(paths: list[str | Path], keep: bool) -> Source:
     files = [Path(os.path.abspath(at_home(path))) for path in paths]
     if len(set(files)) < len(files):
         raise UsageError(f"data is a list of {len(files):,} paths, {len(files) - len(set(files)):,} of them twice")
-    return without_validation("paths", FileImages(files, None), f"{len(files):,} image files", {})
+    digest = blake2b(packed(map(str, files)), digest_size=16).hexdigest()
+
+    def build() -> Source:
+        return without_validation("paths", FileImages(files, None), f"{len(files):,} image files", {})
+
+    return by_index([], digest, build, keep=keep)
 
 
 class _Planes:

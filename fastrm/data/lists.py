@@ -8,6 +8,7 @@ from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
 
+from fastrm.data.list_index import by_index
 from fastrm.data.rows import Rows, beside, path_rows, source_of
 from fastrm.data.sources import Source, endings
 from fastrm.errors import UsageError
@@ -25,25 +26,31 @@ class _Lines(NamedTuple):
     comments: int
 
 
-def open_list(data: str) -> Source:
+def open_list(data: str, *, keep: bool = True) -> Source:
     """Open the images in a list.
 
     Args:
         data: ``@`` and the list's path. Blank lines are passed over, and so are lines that begin with ``#``, unless a
             file has that name. A path may be in quotes, and starts from the folder of the list.
+        keep: whether what is found is kept in the cache, for the next start.
 
     Raises:
         UsageError: there is no such list, it names no image, or the first ones are not there.
     """
     check_path("data", data)
     path = Path(os.path.abspath(at_home(data[1:])))
-    rows, passed = _rows(path, data)
-    about = [f"{len(rows.images):,} images in {path}"]
-    test, other = None, beside(path)
-    if other is not None:
-        test, _ = _rows(other, f"@{other}")
-        about.append(f"those for validation in {other}")
-    return source_of(path.stem or "list", data, rows, test, about=about, passed=passed)
+    other = beside(path)
+
+    def build() -> Source:
+        rows, passed = _rows(path, data)
+        about = [f"{len(rows.images):,} images in {path}"]
+        test = None
+        if other is not None:
+            test, _ = _rows(other, f"@{other}")
+            about.append(f"those for validation in {other}")
+        return source_of(path.stem or "list", data, rows, test, about=about, passed=passed)
+
+    return by_index([path] if other is None else [path, other], None, build, keep=keep)
 
 
 def _rows(path: Path, data: str) -> tuple[Rows, Counter[str]]:

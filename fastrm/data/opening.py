@@ -91,7 +91,7 @@ def open_source(
         raise UsageError(f"{flag('data_root')} is a {type(data_root).__name__}; it must be a path")
     if not isinstance(data, str | Path | None):
         wanted.refuse(f"<{type(data).__name__}>")
-        return open_given(data)
+        return open_given(data, keep=keep)
     data = str(data or "")
     if not data:
         raise UsageError("--data is missing; give a folder of images, or a named set such as digits")
@@ -106,7 +106,7 @@ def open_source(
         return open_hub(data, wanted)
     if data.startswith(_LIST) and not os.path.isdir(folder):
         wanted.refuse(data)
-        return open_list(data)
+        return open_list(data, keep=keep)
     if os.path.isdir(folder):
         return _directory(folder, data, wanted, keep=keep)
     return _files(matching(data), data, wanted, keep) if _ending(data) in _FILES else _nothing(data, folder)

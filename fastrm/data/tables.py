@@ -16,6 +16,7 @@ import numpy as np
 from fastrm.data.cells import CellImages, Cells, cells_of
 from fastrm.data.columns import Kind, Wanted, image_column, label_column, part_column, told
 from fastrm.data.copies import said
+from fastrm.data.list_index import by_index
 from fastrm.data.lists import encoding
 from fastrm.data.rows import Listed, Rows, beside, by_parts, path_rows, source_of
 from fastrm.data.sources import VALIDATION, Source, natural
@@ -138,6 +139,12 @@ def open_tables(files: Sequence[Path], data: str, wanted: Wanted, keep: bool) ->
         UsageError: a file is damaged or has not the columns, several columns may be meant, or there is no image.
     """
     files, aside = _aside([Path(os.path.abspath(file)) for file in files])
+    named = wanted.image, wanted.label, len(files)
+    return by_index([*files, *aside], named, lambda: _built(files, aside, data, wanted), keep=keep)
+
+
+def _built(files: Sequence[Path], aside: Sequence[Path], data: str, wanted: Wanted) -> Source:
+    """The images in tables to train on, and in those aside for validation; raises as :func:`open_tables`."""
     read = _read(files, data, wanted)
     test, about = None, [f"{len(read.rows.images):,} images in {_named(files)}", *read.notes]
     rows, passed = read.rows, read.passed
