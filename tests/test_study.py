@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import statistics
 from concurrent.futures import ThreadPoolExecutor
@@ -9,16 +10,18 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import scipy.stats
 import torch
 
-from benchmarks import study
-from benchmarks.study import QUESTIONS, Question, Scale, Trial
+from benchmarks import _study, study, study_photos
+from benchmarks._study import Setup, Trial
+from benchmarks.study import QUESTIONS, Question, Scale
 from fastrm.files import read_json
 
 ROOT = Path(__file__).parent.parent
 TINY = {
     "arch": "test_resnet", "stem": "imagenet", "image_size": 28, "batch_size": 8, "epochs": 2, "hidden_dim": 8,
-    "output_dim": 8, "temperature": 0.2,
+    "output_dim": 8, "temperature": 0.2, "log_every": 5, "eval_every": 0,
 }  # fmt: skip
 
 
@@ -41,7 +44,7 @@ def test_cross_entropy_form_against_its_definition() -> None:
 
     expected = -(np.exp(log_softmax(t)) * log_softmax(s)).sum(axis=1).mean()
     student = torch.tensor(s, dtype=torch.float32, requires_grad=True)
-    loss = study.cross_entropy_form(student, torch.tensor(t, dtype=torch.float32))
+    loss = _study.cross_entropy_form(student, torch.tensor(t, dtype=torch.float32))
     assert loss.item() == pytest.approx(expected, rel=1e-5)
     loss.backward()
     assert student.grad is not None
@@ -59,12 +62,12 @@ def test_a_small_study_goes_on_where_it_was_cut_off(
     jobs: str, idx_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if jobs == "threads":  # a process takes longer to start than all that the study does
-        monkeypatch.setattr(study, "ProcessPoolExecutor", lambda number, **_: ThreadPoolExecutor(number))
-    data = study.subset(idx_folder, 32, tmp_path)
+        monkeypatch.setattr(_study, "ProcessPoolExecutor", lambda number, **_: ThreadPoolExecutor(number))
+    setup = Setup("fashion-mnist", study.subset(idx_folder, 32, tmp_path), TINY, study._OF_METHOD)
     for seed in range(2):
         for question in study.QUESTIONS:
             for trial in question.rows.values():
-                study.run(trial, seed, study.SCALES["cpu"], data, tmp_path, threads=1)
+                study.run(trial, seed, setup, tmp_path, threads=1)
     left = {path: path.stat().st_mtime_ns for path in tmp_path.glob("*/*/scores.json")}
     found = study.study(idx_folder, tmp_path, scale="cpu", seeds=2, jobs=1)
     assert {path: path.stat().st_mtime_ns for path in tmp_path.glob("*/*/scores.json")} == left
@@ -78,6 +81,49 @@ def test_a_small_study_goes_on_where_it_was_cut_off(
     assert read_json(tmp_path / "study.json") == found
     assert all(math.isfinite(value) for runs in found.values() for run in runs for value in run.values())
     assert all((tmp_path / name).read_text().startswith("<?xml") for name in ("gap.svg", "weight.svg"))
+
+
+def test_a_study_of_photographs_goes_on_from_the_files_of_finished_runs(
+    idx_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_study, "ProcessPoolExecutor", lambda number, **_: ThreadPoolExecutor(number))
+    scored = {"knn": 0.5, "linear": 0.25}  # how they are found is in the test above
+    monkeypatch.setattr(
+        _study, "scored", lambda networks, *_: {f"{k}_{n}": v for k, v in scored.items() for n in networks}
+    )
+    data = study.subset(idx_folder, 32, tmp_path)
+    setup = Setup("fashion-mnist", data, {**TINY, "eval_every": 1}, {"mocov3": {}, "mocov2": {"queue_size": 32}})
+    files = tmp_path / "results"
+    with monkeypatch.context() as cut_off:  # the second run never ends
+        made = study_photos.record
+        cut_off.setattr(
+            study_photos, "record", lambda trial, *rest: made(trial, *rest) if trial.weight == 0 else [][trial.method]
+        )
+        with pytest.raises(TypeError):
+            study_photos.study(setup, tmp_path / "one", files, rows=("weight 0", "weight 1"), seeds=1, jobs=1)
+    (first,) = files.glob("mocov3*.json")
+    left = json.loads(first.read_text())
+    assert {"scores", "curves", "commit", "date", "torch", "threads"} <= left.keys()
+    assert "| weight 1 | not run |" in (files / "tables.md").read_text()
+
+    left["scores"]["knn_student"] = 0.125  # what another machine found, say
+    left["curves"] |= {"knn_student": [[1, 0.2], [2, 0.1]], "knn_teacher": [[1, 0.1], [2, 0.2]]}
+    first.write_text(json.dumps(left))
+    said = study_photos.study(setup, tmp_path / "two", files, rows=("weight 0", "weight 1"), seeds=1, jobs=1)
+    assert not (tmp_path / "two" / first.stem.removesuffix("-0")).exists()
+    assert {path.stem.rpartition("-w")[2] for path in files.glob("mocov2*.json")} == {"0-0", "1-0"}
+    plain = next(line for line in said.splitlines() if line.startswith("| weight 0 |"))
+    assert " 12.5 |" in plain
+    assert plain.endswith("|  | 2 |")
+    other = json.loads(next(files.glob("mocov3*w1-0.json")).read_text())["scores"]["knn_student"]
+    assert f"| {100 * (other - 0.125):+.1f} |" in said
+    assert said.count("not run") == 2 * (len(study_photos.ROWS["MoCo-v3"]) - 2)
+
+
+def test_differences_have_the_interval_of_students_t() -> None:
+    values = [1.0, 2.0, 4.0]
+    expected = scipy.stats.ttest_1samp(values, 0).confidence_interval(0.95)
+    assert study_photos.interval(values) == f"+2.3 ({expected.low:+.1f} to {expected.high:+.1f})"
 
 
 def test_the_page_shows_what_the_study_found() -> None:

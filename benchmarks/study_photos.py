@@ -1,0 +1,191 @@
+"""Does residual momentum help on photographs? CIFAR-10, as examples/cifar10.py trains on it.
+
+    python -m benchmarks.study_photos --data FOLDER
+
+Each finished run leaves its figures as a small file in ``--results``, which belongs into the repository: a run whose
+file is there is not made again, so that an interrupted study goes on anywhere. One that was cut off goes on from its
+checkpoint in ``--out``. ``tables.md`` beside the files says what was found, and what was not run. What is compared
+shares its seed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import platform
+import statistics
+import subprocess
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from scipy.stats import t as students_t
+
+from benchmarks._study import SCORE_NAMES, SCORES, Setup, Trial, curve, in_turn, mean, run, untouched
+from examples.cifar10 import SETTINGS, SmallResNet
+from fastrm.files import cache_root, read_json, write_json, write_text
+from fastrm.machine.device import available_cores
+from fastrm.terminal import shell
+
+ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / "docs" / "study" / "photos"
+METHODS = {"mocov3": "MoCo-v3", "mocov2": "MoCo-v2"}
+_GPU = {"arch": "resnet18", "stem": "small", "cuda_graph": True, "batch_size": 256, "hidden_dim": 2048}
+SCALES: dict[str, dict[str, Any]] = {
+    "cpu": {"epochs": 6, "eval_every": 2},
+    "gpu-40": {**_GPU, "epochs": 40, "eval_every": 5},
+    "gpu-200": {**_GPU, "epochs": 200, "eval_every": 20},
+}
+"""What differs from the example. ``timeout --signal INT 480`` before the command makes pieces of eight minutes."""
+
+
+def _rows(method: str) -> dict[str, Trial]:
+    rising = {f"weight {weight:g}": Trial(weight, method, 0.99) for weight in (0, 0.1, 0.5, 1)}
+    projector = {"weight 1 at the projector": Trial(1, method, 0.99, at="projector")}
+    constant = {f"constant momentum, weight {w:g}": Trial(w, method, 0.99, momentum_end=0.99) for w in (0, 1)}
+    return rising | projector | constant
+
+
+ROWS = {title: _rows(method) for method, title in METHODS.items()}
+FIRST = ("weight 0", "weight 0.1", "weight 1")
+"""What is run on a CPU; the others only where a GPU is at hand."""
+
+Record = dict[str, Any]
+"""What a finished run leaves: ``scores``, ``curves`` with a point [epoch, value] each, and how it was made."""
+Found = Mapping[str, Mapping[int, Record]]
+"""Records by trial and seed."""
+
+
+def setup_of(scale: str, data: str, data_root: Path | None) -> Setup:
+    """What the example trains with, at a scale; MoCo-v2 has a queue in the place of the predictor."""
+    settings = {**SETTINGS, "log_every": 100, "log_to": (), **SCALES[scale]}
+    del settings["method"], settings["teacher_momentum"], settings["predictor_hidden_dim"]
+    of_method: dict[str, dict[str, Any]] = {"mocov3": {}, "mocov2": {"queue_size": 4096}}
+    return Setup(data, data_root, settings, of_method, None if "arch" in settings else SmallResNet)
+
+
+def record(trial: Trial, seed: int, setup: Setup, folder: Path, results: Path, threads: int) -> Record:
+    """Run a trial, and leave what it found."""
+    scores = run(trial, seed, setup, folder, threads)
+    curves = {}
+    for metric in ("gap", "knn_student", "knn_teacher"):
+        epochs, values = curve(folder / trial.name / str(seed), metric, by="epoch")
+        curves[metric] = [[round(epoch, 2), round(v, 4)] for epoch, v in zip(epochs, values, strict=True)]
+    found = {"scores": scores, "curves": curves, **_made(threads)}
+    write_json(_file(trial, seed, results), found)
+    return found
+
+
+def _file(trial: Trial, seed: int, results: Path) -> Path:
+    return results / f"{trial.name}-{seed}.json"
+
+
+def _made(threads: int) -> dict[str, Any]:
+    asked = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True)
+    return {
+        "commit": asked.stdout.strip() or None,
+        "date": time.strftime("%Y-%m-%d"),
+        "torch": torch.__version__,
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine(),
+        "threads": threads,
+    }
+
+
+def interval(differences: Sequence[float]) -> str:
+    """Mean of differences paired by seed, with the 95 % interval of Student's t."""
+    middle, count = statistics.fmean(differences), len(differences)
+    if count < 2:
+        return f"{middle:+.1f}"
+    half = float(students_t.ppf(0.975, count - 1)) * statistics.stdev(differences) / math.sqrt(count)
+    return f"{middle:+.1f} ({middle - half:+.1f} to {middle + half:+.1f})"
+
+
+def leads_from(record: Record) -> float:
+    """The epoch of the first evaluation from which on the teacher's kNN is above the student's; infinite if of none."""
+    first = math.inf
+    pairs = zip(record["curves"]["knn_student"], record["curves"]["knn_teacher"], strict=True)
+    for (epoch, student), (_, teacher) in reversed(list(pairs)):
+        if teacher <= student:
+            break
+        first = epoch
+    return first
+
+
+def tables(found: Found, beside: Mapping[str, Mapping[str, float]]) -> str:
+    """All rows as Markdown; those without a run say so."""
+    names = ("seeds", "gap", *SCORE_NAMES, "kNN student against plain", "teacher leads from epoch")
+    lines = ["| without training | kNN | linear |", "|---|--:|--:|"]
+    for name, scores in beside.items():
+        lines.append(f"| {name} | {100 * scores[f'knn_{name}']:.1f} | {100 * scores[f'linear_{name}']:.1f} |")
+    for title, rows in ROWS.items():
+        lines += ["", f"**{title}**", "", f"| | {' | '.join(names)} |", "|---|" + "--:|" * len(names)]
+        for row, trial in rows.items():
+            runs, plain = found.get(trial.name, {}), found.get(trial.plain.name, {})
+            cells = (
+                _cells(runs, {} if trial == trial.plain else plain) if runs else ["not run", *[""] * (len(names) - 1)]
+            )
+            lines.append(f"| {row} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def _cells(runs: Mapping[int, Record], plain: Mapping[int, Record]) -> list[str]:
+    scores = {seed: record["scores"] for seed, record in runs.items()}
+    cells = [str(len(runs)), mean([s["gap"] for s in scores.values()], ".3f")]
+    cells += [mean([100 * s[name] for s in scores.values()], ".1f") for name in SCORES]
+    paired = [100 * (scores[n]["knn_student"] - plain[n]["scores"]["knn_student"]) for n in runs if n in plain]
+    leads = ["never" if math.isinf(epoch := leads_from(record)) else f"{epoch:g}" for record in runs.values()]
+    return [*cells, interval(paired) if paired else "", ", ".join(leads)]
+
+
+def study(setup: Setup, folder: Path, results: Path, *, rows: Sequence[str], seeds: int, jobs: int) -> str:
+    """Run what has no file yet; write and return the tables of all that have one."""
+    results.mkdir(parents=True, exist_ok=True)
+    beside = results / "untouched.json"
+    trials = [trial for of_method in ROWS.values() for row, trial in of_method.items() if row in rows]
+    wanted = [(trial, seed) for seed in range(seeds) for trial in trials]
+    missing = [task for task in wanted if not _file(*task, results).exists()]
+    for trial, seed, _ in in_turn(record, missing, setup, folder, results, jobs=jobs) if missing else ():
+        if not beside.exists():
+            write_json(beside, untouched(folder / trial.name / str(seed), setup))
+        write_text(results / "tables.md", told(results))
+    return told(results)
+
+
+def told(results: Path) -> str:
+    """The tables of all runs that have a file."""
+    every = [trial for of_method in ROWS.values() for trial in of_method.values()]
+    files = {trial.name: sorted(results.glob(f"{trial.name}-[0-9]*.json")) for trial in every}
+    found = {
+        name: {int(path.stem.removeprefix(f"{name}-")): read_json(path) for path in paths}
+        for name, paths in files.items()
+    }
+    return tables(found, read_json(results / "untouched.json"))
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Entry point."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.study_photos", description=(__doc__ or "").split("\n")[0]
+    )
+    parser.add_argument("--data", default="cifar10", help="cifar10, or a folder with train/CLASS/… and val/CLASS/…")
+    parser.add_argument("--data-root", type=Path, default=cache_root(), help="where cifar10 lies or is downloaded to")
+    parser.add_argument("--out", type=Path, default=Path("runs/study-photos"), help="folder for the runs")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder for the figures of finished runs")
+    parser.add_argument("--scale", choices=tuple(SCALES), default="cpu", help="size of the study")
+    parser.add_argument("--seeds", type=int, default=3, help="seeds a trial")
+    gpu = torch.cuda.is_available()
+    parser.add_argument("--jobs", type=int, default=1 if gpu else available_cores(), help="runs at a time")
+    options = parser.parse_args(argv)
+    if min(options.seeds, options.jobs) < 1:
+        parser.error("--seeds and --jobs must be at least 1")
+    cpu = options.scale == "cpu"
+    rows = FIRST if cpu else tuple(next(iter(ROWS.values())))
+    setup = setup_of(options.scale, options.data, options.data_root)
+    folder, results = options.out / options.scale, options.results if cpu else options.results / options.scale
+    print(study(setup, folder, results, rows=rows, seeds=options.seeds, jobs=options.jobs))
+
+
+if __name__ == "__main__":
+    shell.run(main)

@@ -1,0 +1,75 @@
+"""A small network learns from the photographs of CIFAR-10, without labels, in hours of two CPU cores.
+
+python examples/cifar10.py FOLDER --out runs/cifar10
+"""
+
+import argparse
+
+import torch
+from torch import nn
+
+import fastrm
+from fastrm.data import Augmentation, View
+
+VIEW = View(size=24, blur_probability=0.0)
+SETTINGS = {
+    "method": "mocov3",
+    "augmentation": Augmentation(views=(VIEW, VIEW)),
+    "image_size": 32,
+    "batch_size": 128,
+    "optimizer": "adamw",
+    "lr": 2e-3,
+    "weight_decay": 1e-4,
+    "warmup_epochs": 0.3,
+    "temperature": 0.2,
+    "teacher_momentum": 0.99,
+    "hidden_dim": 512,
+    "predictor_hidden_dim": 512,
+    "output_dim": 128,
+    "loader": "memory",
+    "workers": 0,
+}
+
+
+class Block(nn.Module):
+    """Two convolutions beside a shortcut."""
+
+    def __init__(self, channels, width, stride):
+        super().__init__()
+        self.conv1 = nn.Conv2d(channels, width, 3, stride, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(width)
+        self.conv2 = nn.Conv2d(width, width, 3, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(width)
+        self.shortcut = nn.Identity()
+        if (channels, stride) != (width, 1):
+            self.shortcut = nn.Sequential(nn.Conv2d(channels, width, 1, stride, bias=False), nn.BatchNorm2d(width))
+
+    def forward(self, x):
+        inner = torch.relu(self.bn1(self.conv1(x)))
+        return torch.relu(self.bn2(self.conv2(inner)) + self.shortcut(x))
+
+
+class SmallResNet(nn.Module):
+    """Images [B, 3, H, W] to a map [B, 192, H/8, W/8]: patches of 2×2 pixels, then a block at each of three sizes."""
+
+    def __init__(self, widths=(48, 96, 192)):
+        super().__init__()
+        first = nn.Conv2d(3, widths[0], 2, stride=2, bias=False)
+        self.stem = nn.Sequential(first, nn.BatchNorm2d(widths[0]), nn.ReLU())
+        sizes = zip((widths[0], *widths), widths, (1, 2, 2), strict=False)
+        self.blocks = nn.Sequential(*(Block(*size) for size in sizes))
+
+    def forward(self, images):
+        return self.blocks(self.stem(images))
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("data", help="a folder with train/CLASS/… and val/CLASS/…")
+    parser.add_argument("--epochs", type=int, default=40)
+    parser.add_argument("--eval-every", type=int, default=4)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", default="runs/cifar10")
+    given = vars(parser.parse_args())
+    torch.manual_seed(given["seed"])  # of the first weights, which are the module's own
+    print(fastrm.pretrain(given.pop("data"), arch=SmallResNet(), **given, **SETTINGS).scores)
