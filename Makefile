@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: install demo test nightly check format bench torture study docs gpu clean
+.PHONY: install demo test nightly check format bench torture study study-photos docs gpu clean
 
 install: $(VENV)/installed
 
@@ -73,6 +73,11 @@ torture: install
 DEBIANS := /usr/share/datasets/fashion-mnist
 study: install
 	$(BIN)/python -m benchmarks.study $(if $(wildcard $(DEBIANS)),--data-root $(DEBIANS))
+
+# The same question on the photographs of CIFAR-10, for which DATA may name a folder: docs/study.md. About six hours; a
+# run whose figures are in docs/study/photos is not made again.
+study-photos: install
+	$(BIN)/python -m benchmarks.study_photos $(if $(DATA),--data $(DATA))
 
 # The documentation as a site, in build/docs.
 docs: install

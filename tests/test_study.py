@@ -16,12 +16,13 @@ import torch
 from benchmarks import _study, study, study_photos
 from benchmarks._study import Setup, Trial
 from benchmarks.study import QUESTIONS, Question, Scale
+from examples.cifar10 import SmallResNet
 from fastrm.files import read_json
 
 ROOT = Path(__file__).parent.parent
 TINY = {
     "arch": "test_resnet", "stem": "imagenet", "image_size": 28, "batch_size": 8, "epochs": 2, "hidden_dim": 8,
-    "output_dim": 8, "temperature": 0.2, "log_every": 5, "eval_every": 0,
+    "output_dim": 8, "temperature": 0.2, "log_every": 5, "eval_every": 0, "log_to": (),
 }  # fmt: skip
 
 
@@ -92,7 +93,10 @@ def test_a_study_of_photographs_goes_on_from_the_files_of_finished_runs(
         _study, "scored", lambda networks, *_: {f"{k}_{n}": v for k, v in scored.items() for n in networks}
     )
     data = study.subset(idx_folder, 32, tmp_path)
-    setup = Setup("fashion-mnist", data, {**TINY, "eval_every": 1}, {"mocov3": {}, "mocov2": {"queue_size": 32}})
+    setup = study_photos.setup_of("cpu", "fashion-mnist", data)
+    small = {"batch_size": 8, "hidden_dim": 8, "output_dim": 8, "epochs": 1, "eval_every": 1, "log_every": 1}
+    queue = {"mocov3": {}, "mocov2": {"queue_size": 32}}
+    setup = setup._replace(settings={**setup.settings, **small}, of_method=queue, arch=lambda: SmallResNet((8, 8, 8)))
     files = tmp_path / "results"
     with monkeypatch.context() as cut_off:  # the second run never ends
         made = study_photos.record
