@@ -18,6 +18,7 @@ from fastrm.kernels import info_nce
 from fastrm.methods import Method, build_method
 from fastrm.optim import SGD
 from fastrm.settings.config import build
+from fastrm.settings.fields import RunConfig
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,8 @@ class Machine:
     outside: float = 0.8 * 50e9  # to one of another machine: 400 Gbit/s a GPU
     latency: float = 20e-6  # of a small collective over machines
     gpus: int = 8  # a machine
+    exact: float = 50e12  # FLOPs in float32, which kNN computes in
+    decoded: float = 8 * 150  # images that the loader processes of a GPU decode: 8 of them, 150 each
 
 
 @dataclass(frozen=True)
@@ -84,6 +87,20 @@ def predict(run: Run, ranks: int, machine: Machine) -> dict[str, float]:
         if not run.queue:  # SyncBN: one small exchange forward and one back for each layer, view and network
             times["SyncBN"] = run.norms * (2 * run.directions + 2) * machine.latency
     return {name: 1e3 * value for name, value in times.items()}
+
+
+def evaluation(run: Run, ranks: int, machine: Machine, bank: int, *, test: int = 50_000, width: int = 2048) -> float:
+    """Seconds of a kNN evaluation of student and teacher: decoding, which the forward hides behind, and the look-up."""
+    images = bank + test
+    read = max(images / machine.decoded, 2 * images * run.forward / machine.flops)
+    return (read + 2 * 2 * bank * test * width / machine.exact) / ranks
+
+
+def share_of_evaluations(run: Run, ranks: int, machine: Machine, bank: int, *, every: int = 10) -> float:
+    """Of the time of a run on ImageNet, evaluated each so many epochs."""
+    epoch = 1_281_167 / (ranks * run.batch) * sum(predict(run, ranks, machine).values()) / 1e3
+    spent = evaluation(run, ranks, machine, bank) / every
+    return spent / (epoch + spent)
 
 
 def counted(method: Method) -> float:  # type: ignore[type-arg]
@@ -178,6 +195,11 @@ def main() -> None:
             total = sum(times.values())
             cells = " | ".join(f"{times[n]:.2f}" for n in names)
             print(f"| {ranks} | {batch} | {cells} | {total:.1f} | {1e3 * ranks * batch / total:,.0f} |")
+        whole, part = 1_281_167, RunConfig().eval_images
+        sized = Run(**{**run.__dict__, "batch": rows[0][1]})
+        for bank in (part, whole):
+            share = share_of_evaluations(sized, 8, machine, bank)
+            print(f"\nEvaluations with {bank:,} images in the bank take {share:.1%} of a run on 8 GPUs")
 
 
 if __name__ == "__main__":

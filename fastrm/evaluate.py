@@ -11,17 +11,19 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import numpy as np
 import torch
 from torch import nn
 
 from fastrm import own
 from fastrm.data import Source, open_source, sheets
 from fastrm.data.scan import scan, unreadable
+from fastrm.data.sent import Opened, opened_once
 from fastrm.data.settling import formatted
 from fastrm.errors import UsageError
 from fastrm.files import read_json, write_json, writing
 from fastrm.machine.device import choose_device
-from fastrm.machine.distributed import first_alone, own_device, processes, started_first, world
+from fastrm.machine.distributed import on_this_machine, own_device, processes, started_first, world
 from fastrm.machine.meeting import together
 from fastrm.machine.memory import enough
 from fastrm.methods import LinearProtocol, find, names
@@ -125,14 +127,19 @@ def _evaluate(options: EvaluateConfig, device: torch.device, arch: nn.Module | N
     then = {} if options.data else trained.settings or {}
     columns = [getattr(options, name) or then.get(name) for name in ("image_column", "label_column")]
     scoring = options.knn or options.linear or options.linear_quick or options.semi is not None
-    with first_alone():
-        source = open_source(wanted, root, image_column=columns[0], label_column=columns[1])
-        sources = [source, *([open_source(options.transfer, root)] if options.transfer else [])]
-        for source in sources[0 if scoring or options.neighbours else 1 :]:
-            if source.bank is None or source.test is None:
-                raise UsageError(f"{source.name} has no labels, which everything but --gap needs")
-        scanned = [scan(source, workers=options.workers) for source in sources]
-    scanned = [(_taken(formatted(source, trained.pixels), options), broken) for source, broken in scanned]
+
+    def opened(data: str, columns: Sequence[str | None], labelled: bool) -> Opened:
+        source = open_source(data, root, image_column=columns[0], label_column=columns[1])
+        if labelled and (source.bank is None or source.test is None):
+            raise UsageError(f"{source.name} has no labels, which everything but --gap needs")
+        source, broken = scan(source, workers=options.workers * on_this_machine())
+        return Opened(_taken(formatted(source, trained.pixels), options), broken, np.empty(0, dtype=np.int64))
+
+    found = [opened_once(lambda: opened(wanted, columns, scoring or options.neighbours is not None))]
+    if options.transfer is not None:
+        further = options.transfer
+        found.append(opened_once(lambda: opened(further, (None, None), True)))
+    scanned = [(each.source, each.broken) for each in found]
     sources = [source for source, _ in scanned]
     for source, broken in scanned if world().rank == 0 else []:
         print(f"data       {source.about}")
@@ -154,12 +161,12 @@ def _evaluate(options: EvaluateConfig, device: torch.device, arch: nn.Module | N
             results[source.name]["left_out"] = len(broken | unreadable(source))
             if source.bank is not None and source.test is not None:
                 results[source.name] |= {"bank": len(source.bank), "test": len(source.test)}
-    found = None
+    near = None
     if options.neighbours is not None:
-        found = nearest(next(iter(trained.networks.values())), sources[0], setting)
+        near = nearest(next(iter(trained.networks.values())), sources[0], setting)
     if world().rank == 0:
-        if options.neighbours is not None and found is not None:
-            sheets.save("--neighbours", options.neighbours, picture(found, sources[0]))
+        if options.neighbours is not None and near is not None:
+            sheets.save("--neighbours", options.neighbours, picture(near, sources[0]))
         _write(out, trained, results)
     return results
 

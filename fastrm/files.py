@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import re
 import stat
 import tempfile
+import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -18,6 +20,10 @@ from fastrm.errors import UsageError
 from fastrm.machine.memory import exhausted
 
 T = TypeVar("T")
+_PASSING = {errno.EIO, errno.EAGAIN, errno.ETIMEDOUT, errno.ECONNRESET, errno.ECONNABORTED, errno.EHOSTUNREACH} | {
+    getattr(errno, name) for name in ("ESTALE", "EHOSTDOWN", "ENETDOWN", "EREMOTEIO") if hasattr(errno, name)
+}
+_PAUSES = (0.1, 0.5, 2.5)  # seconds
 
 
 def write_whole(path: Path, write: Callable[[Path], object], *, before: Callable[[], object] = lambda: None) -> None:
@@ -43,6 +49,22 @@ def writing(out: Path, flag: str = "--out") -> Iterator[None]:
         yield
     except OSError as error:
         raise UsageError(f"{flag} {out} cannot be written: {error.strerror or error}") from None
+
+
+def insistent(read: Callable[[], T]) -> T:
+    """Read something, and again after a while where the error is one that passes, as networks have them.
+
+    Raises:
+        OSError: it is another one, or did not pass.
+    """
+    for pause in _PAUSES:
+        try:
+            return read()
+        except OSError as error:
+            if error.errno not in _PASSING:
+                raise
+        time.sleep(pause)
+    return read()
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:

@@ -15,20 +15,24 @@ from unittest import mock
 
 import torch
 import torch.distributed as dist
+from PIL import Image
 from torch import Tensor, nn
 
 from fastrm import train
 from fastrm.data import open_source
+from fastrm.data.encoded import _whole
+from fastrm.data.paths import stated
 from fastrm.data.settling import settled
 from fastrm.errors import UsageError
 from fastrm.evaluate import EvaluateConfig, evaluate
 from fastrm.machine.distributed import gather_rows, processes, replicate, shuffled, synchronise_norms, world
+from fastrm.machine.joined import joined
 from fastrm.machine.meeting import together
 from fastrm.methods import Method, build_method, find, names
 from fastrm.methods.base import Encoding
 from fastrm.probes import Pixels, frozen_scores
 from fastrm.probes.features import Setting
-from fastrm.settings.config import Config, build
+from fastrm.settings.config import Config, DeviceConfig, build
 
 EVAL_IMAGES = 300  # two batches
 SMALL: dict[str, Any] = {
@@ -191,6 +195,21 @@ def evaluated(folder: Path) -> None:
         scores(folder / "mocov3 test_resnet", folder / "evaluation.json", neighbours=folder / "neighbours.png")
 
 
+def slowed(folder: Path) -> None:
+    """A run whose evaluation keeps one process 40 s in a group with a limit of 15 s."""
+    from fastrm.data.eval_loader import eval_view
+
+    waits = [40.0] if world().rank == 1 else []
+
+    def late(*args: Any) -> Tensor:
+        if waits:
+            time.sleep(waits.pop())
+        return eval_view(*args)
+
+    with mock.patch("fastrm.data.eval_loader.eval_view", late):
+        train.train(build(**{**SMALL, "method": "byol", "max_steps": 2, "out": folder / "slowed"}))
+
+
 class Slow(Pixels):
     """Takes longer than the time limit in one of the processes."""
 
@@ -245,8 +264,71 @@ def failing(folder: Path) -> None:
     (folder / f"failing{world().rank}.json").write_text(json.dumps(said))
 
 
+def refused(call: Callable[[], object]) -> str:
+    """What is said of a wrong call."""
+    try:
+        call()
+    except UsageError as error:
+        return str(error)
+    return ""
+
+
+def started(folder: Path) -> None:
+    """A run on files that the first process lists, with nothing in the cache of the second, which misses some."""
+    rank, pictures = world().rank, folder / "pictures"
+    if rank == 0:
+        for number in range(48):
+            path = pictures / f"class{number % 3}" / f"{number:02}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.new("RGB", (16, 16), (5 * number, 90, 120)).save(path)
+    dist.barrier()
+    options = {**SMALL, "data": str(pictures), "batch_size": 8, "method": "byol", "eval_every": 0}
+    lost = {str(pictures / f"class{number % 3}" / f"{number:02}.png") for number in (1, 11, 21, 31)}
+    missed: set[str] = set()
+
+    def read(path: str) -> tuple[bytes, int]:
+        if rank and path in lost:
+            missed.add(path)
+            raise FileNotFoundError(2, "No such file or directory", path)
+        return _whole(path)
+
+    def sizes(paths: Any, number: int) -> Any:
+        found, changed = stated(paths, number)
+        found[: 20 * rank] = -1
+        return found, changed
+
+    with (
+        mock.patch.dict("os.environ", {"XDG_CACHE_HOME": str(folder / f"cache{rank}")}),
+        mock.patch("fastrm.run.images.open_source", wraps=open_source) as opens,
+        mock.patch("fastrm.data.encoded._whole", read),
+    ):
+        train.train(build(**options, out=folder / "started"))
+        with mock.patch("fastrm.data.sent.stated", sizes):
+            said = refused(lambda: train.train(build(**options, out=folder / "other")))
+    cached = sorted(path.suffix for path in (folder / f"cache{rank}").rglob("*.index"))
+    (folder / f"started{rank}.json").write_text(json.dumps([opens.call_count, cached, said, len(missed)]))
+
+
+def agreeing(folder: Path) -> None:
+    """What two unlike GPUs agree on, and what all say where one cannot do what is asked for."""
+    rank = world().rank
+
+    def lacking(*_: object) -> str:
+        if rank:
+            raise UsageError("--precision bf16: this GPU does not have it; use fp16 or fp32")
+        return "bf16"
+
+    best = mock.patch("fastrm.machine.joined.choose_precision", return_value=("bf16", "fp16")[rank])
+    with best, joined(DeviceConfig(), optimizer="lars") as machine:
+        found = machine.precision
+    with mock.patch("fastrm.machine.joined.choose_precision", lacking):
+        said = refused(lambda: joined(DeviceConfig(), optimizer="lars").__enter__())
+    (folder / f"agreeing{rank}.json").write_text(json.dumps([found, said]))
+
+
 # Behind the pooling of the last two are layers that DenseCL's loss does not reach.
 TRAINED = [*((m, "test_resnet") for m in names()), ("densecl", "test_convnext"), ("densecl", "mobilenetv3_small_050")]
+SLOW: dict[str, Callable[[Path], object]] = {"slowed": slowed}
 PARTS: dict[str, Callable[[Path], object]] = {
     "gradients": gradients,
     "shuffle": shuffle,
@@ -254,6 +336,8 @@ PARTS: dict[str, Callable[[Path], object]] = {
     "evaluated": evaluated,
     "failing": failing,
     "slow": slow,
+    "started": started,
+    "agreeing": agreeing,
     "whole": lambda folder: train.train(resumed(folder / "whole", 6)),
     "first half": lambda folder: train.train(resumed(folder / "parts", 3)),
     "second half": lambda folder: train.train(resumed(folder / "parts", 6)),
@@ -262,12 +346,14 @@ PARTS: dict[str, Callable[[Path], object]] = {
 
 def main(where: Path, *names: str) -> None:
     """Parts by name, in one process group: leaving one and joining the next is a race."""
+    limit = 15 if names == ("slowed",) else 1800
     with (
+        mock.patch("fastrm.machine.distributed.TIMEOUT", datetime.timedelta(seconds=limit)),
         processes(torch.device("cpu")) as here,
         mock.patch("fastrm.machine.joined.processes", return_value=nullcontext(here)),
     ):
         for name in names:
-            PARTS[name](where)
+            (PARTS | SLOW)[name](where)
 
 
 if __name__ == "__main__":

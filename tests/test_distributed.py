@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 
+from benchmarks.scaling import Machine, Run, share_of_evaluations
 from fastrm import train
 from fastrm.data import open_source
 from fastrm.data.settling import settled
@@ -20,6 +21,7 @@ from fastrm.errors import UsageError
 from fastrm.machine.distributed import processes
 from fastrm.probes import frozen_scores
 from fastrm.probes.features import Setting
+from fastrm.settings.fields import RunConfig
 from tests.distributed_worker import EVAL_IMAGES, PARTS, STEPS, TRAINED, Slow, resumed, scores
 
 ROOT = Path(__file__).parent.parent
@@ -86,6 +88,32 @@ def test_a_run_of_two_processes_goes_on_where_it_was(done: Path) -> None:
         train.train(resumed(done / "parts", 7))
 
 
+@pytest.mark.slow
+def test_four_processes_do_what_two_do(tmp_path: Path) -> None:
+    run = torchrun("-m", "tests.distributed_worker", str(tmp_path), *PARTS, processes=4, timeout=1200)
+    assert run.returncode == 0, run.stderr
+    results = json.loads((tmp_path / "gradients.json").read_text())
+    assert max(max(pair) for pair in results.values()) < 1e-5
+    run_folder = tmp_path / "mocov3 test_resnet"
+    scores(run_folder, tmp_path / "alone.json")
+    ours, alone = (json.loads((tmp_path / name).read_text()) for name in ("evaluation.json", "alone.json"))
+    assert numbers(ours) == numbers(alone)
+
+
+@pytest.mark.slow
+def test_a_run_outlives_an_evaluation_that_takes_longer_than_the_time_limit(tmp_path: Path) -> None:
+    run = torchrun("-m", "tests.distributed_worker", str(tmp_path), "slowed")
+    assert run.returncode == 0, run.stderr
+    assert "knn_student" in json.loads((tmp_path / "slowed" / "summary.json").read_text())
+
+
+def test_evaluations_of_imagenet_take_at_most_two_percent_by_the_cost_model() -> None:
+    resnet50 = Run(forward=8.2e9, trained=0, averaged=0, norms=0, batch=512)
+    share = share_of_evaluations(resnet50, 8, Machine(), RunConfig().eval_images)
+    assert 0.005 < share < 0.02
+    assert share_of_evaluations(resnet50, 8, Machine(), 1_281_167) > 0.05
+
+
 def numbers(scored: dict[str, Any]) -> dict[str, Any]:
     """All that evaluation.json holds by the path to it, apart from the gaps."""
     flat: dict[str, Any] = {}
@@ -124,6 +152,24 @@ def test_an_error_of_one_process_ends_all_with_one_line(done: Path) -> None:
     first, second = (json.loads((done / f"failing{rank}.json").read_text()) for rank in (0, 1))
     assert second == ["UsageError: --data is wrong", "KeyError: 'a bug'"]
     assert first == ["UsageError: --data is wrong", "TrainingError: process 1 failed: 'a bug'"]
+
+
+def test_the_first_process_lists_for_all(done: Path) -> None:
+    """Nothing is in the cache of the second, which lists nothing and misses some files."""
+    first, second = (json.loads((done / f"started{rank}.json").read_text()) for rank in (0, 1))
+    assert first[:2] == [2, [".index"]]
+    assert second[:2] == [0, []]
+    assert first[2] == second[2]
+    assert (first[3], second[3] > 0) == (0, True)
+    assert "of 48 files that process 0 on" in first[2]
+    assert "misses 20 and finds 0 of another size; the first is" in first[2]
+    assert not (done / "other").exists()
+    assert json.loads((done / "started" / "summary.json").read_text())["images"] == 48
+
+
+def test_unlike_machines_agree_on_a_precision(done: Path) -> None:
+    found = [json.loads((done / f"agreeing{rank}.json").read_text()) for rank in (0, 1)]
+    assert found == [["fp16", "--precision bf16: this GPU does not have it; use fp16 or fp32"]] * 2
 
 
 def test_what_torchrun_did_not_set_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

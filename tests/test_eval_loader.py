@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import warnings
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 from torchvision.transforms import v2
 
 from fastrm import train
-from fastrm.data import Source, eval_loader, make_loader, open_source
+from fastrm.data import Source, encoded, eval_loader, make_loader, open_source
 from fastrm.data.encoded import FileImages
 from fastrm.data.eval_loader import eval_view
 from fastrm.data.scan import scan
@@ -169,7 +170,7 @@ def test_a_run_and_its_evaluation_say_what_was_lost_after_the_scan(
         lost.unlink(missing_ok=True)
         return found
 
-    monkeypatch.setattr("fastrm.run.assemble.scan", then_lost)
+    monkeypatch.setattr("fastrm.run.images.scan", then_lost)
     with pytest.warns(UserWarning, match=r"left out, since it cannot be read: .*03\.png \(No such file"):
         train.train(small(data=str(folder), batch_size=8, max_steps=2, epochs=1, eval_every=1))
     assert str(lost) in (tmp_path / "run" / "skipped.txt").read_text()
@@ -296,3 +297,26 @@ def test_a_part_of_the_labelled_images_is_the_same_each_time(folder: Path) -> No
     assert [f"class{label}" for label in few.bank.labels] == [Path(name).parent.name for name in names]
     assert len(few.train) == 20
     assert source.limited(20).bank is bank
+
+
+def test_an_error_that_passes_is_no_broken_file(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _, _, test = opened(folder)
+    whole, failed = encoded._whole, list[str]()
+
+    def flaky(path: str) -> tuple[bytes, int]:
+        if failed.count(path) < 2:
+            failed.append(path)
+            raise OSError(errno.ESTALE, "Stale file handle", path)
+        return whole(path)
+
+    pauses: list[float] = []
+    monkeypatch.setattr(encoded, "_whole", flaky)
+    monkeypatch.setattr("fastrm.files.time.sleep", pauses.append)
+    assert test.content(0) == test.paths[0].read_bytes()
+    assert len(failed) == 2
+    assert pauses == sorted(pauses)
+    test.paths[1].unlink()  # which does not pass
+    failed.extend([test.name(1)] * 2)
+    with pytest.raises(FileNotFoundError):
+        test.content(1)
+    assert len(pauses) == 2

@@ -24,6 +24,7 @@ from fastrm.data.paths import Paths, Rows, chosen, count, row_at, stated
 from fastrm.data.sources import Images
 from fastrm.data.stored import Values, as_rgb, header, stored
 from fastrm.errors import UsageError
+from fastrm.files import insistent
 
 try:  # a third faster than Pillow, but torchvision 0.29 announces that it will go
     from torchvision.io import ImageReadMode, decode_jpeg
@@ -145,6 +146,15 @@ class EncodedImages(Images):
         raise UsageError(f"none of the {len(self)} image {self.NOUN} can be read; the first is {self.name(0)}")
 
 
+def _whole(path: str) -> tuple[bytes, int]:
+    """What a file holds, and its time of change in nanoseconds."""
+    state = os.stat(path)
+    if not stat.S_ISREG(state.st_mode):
+        raise BrokenImage("it is not a regular file")
+    with open(path, "rb") as file:
+        return file.read(), state.st_mtime_ns
+
+
 class FileImages(EncodedImages):
     """Images in files of their own.
 
@@ -170,13 +180,8 @@ class FileImages(EncodedImages):
 
     def content(self, index: int) -> bytes:
         """The bytes of a file; a pipe, where reading would wait for ever, is broken."""
-        path = self.name(index)
-        state = os.stat(path)
-        if not stat.S_ISREG(state.st_mode):
-            raise BrokenImage("it is not a regular file")
-        with open(path, "rb") as file:
-            content = file.read()
-        self.compare(index, len(content), state.st_mtime_ns)
+        content, changed = insistent(lambda: _whole(self.name(index)))
+        self.compare(index, len(content), changed)
         return content
 
     def compare(self, index: int, size: int, changed: int) -> None:

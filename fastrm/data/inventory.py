@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from fastrm.data.sources import Images
@@ -52,7 +53,9 @@ class Inventory:
         return replace(self, shift=next_epoch * self.steps_per_epoch - step), words
 
 
-def inventory(images: Images, *, left_out: int, steps_per_epoch: int) -> Inventory:
-    """Take the inventory of the images that a run is to be trained on."""
-    hashes = torch.from_numpy(np.array(images.hashes()))  # the index cannot be written to
-    return Inventory(hashes=hashes, left_out=left_out, steps_per_epoch=steps_per_epoch)
+def inventory(
+    images: Images, *, left_out: int, steps_per_epoch: int, hashes: NDArray[np.int64] | None = None
+) -> Inventory:
+    """Take the inventory of the images that a run is to be trained on; ``hashes`` are theirs, where they are known."""
+    own = torch.from_numpy(np.array(images.hashes() if hashes is None else hashes))  # the index cannot be written to
+    return Inventory(hashes=own, left_out=left_out, steps_per_epoch=steps_per_epoch)

@@ -19,7 +19,7 @@ from fastrm.data.paths import Paths, columns, folder_at, folders_of, names_of, s
 from fastrm.data.remote import is_url
 from fastrm.data.sources import endings
 from fastrm.data.tar import Shard, read_shard
-from fastrm.files import at_home
+from fastrm.files import at_home, insistent
 
 
 class ShardImages(EncodedImages):
@@ -46,7 +46,9 @@ class ShardImages(EncodedImages):
 
     def content(self, index: int) -> bytes:
         """The bytes of a member."""
-        row = self.row(index)
+        return insistent(lambda: self._member(self.row(index)))
+
+    def _member(self, row: int) -> bytes:
         at = folder_at(self.table, row)
         with open(self._shard(at), "rb") as file:
             self._compare(at, os.fstat(file.fileno()))

@@ -102,22 +102,6 @@ def on_this_machine() -> int:
     return _variable("LOCAL_WORLD_SIZE", str(world().size), least=1)
 
 
-@contextmanager
-def first_alone() -> Iterator[None]:
-    """Let the first process go through before the others: it fills the caches that they then read.
-
-    If it fails, the others go through nevertheless, and find the same fault, rather than wait for it.
-    """
-    rank, size = world()
-    if rank:
-        dist.barrier()
-    try:
-        yield
-    finally:
-        if size > 1 and not rank:
-            dist.barrier()
-
-
 def replicate(module: nn.Module, device: torch.device) -> DistributedDataParallel:
     """Average the gradients of ``module`` over all processes.
 

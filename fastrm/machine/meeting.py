@@ -12,6 +12,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
+import numpy as np
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -21,6 +23,8 @@ from fastrm.machine.distributed import gather_objects, world
 T = TypeVar("T")
 _LEAST, _MOST = 0.001, 0.1
 """Seconds between two looks at the store."""
+_CHUNK = 2**26
+"""Bytes that are sent at a time."""
 _TOLD = "_told_to_all"
 _meetings = 0
 """Of this process's life: it is the same in all processes."""
@@ -67,6 +71,22 @@ def everyone(value: T) -> list[T]:
     """Plain values of all processes, in order of rank, once all are there."""
     meet()
     return gather_objects(value)
+
+
+def from_first(content: bytes) -> bytes:
+    """The bytes that the first process has, in all, once all are there; in parts of bounded size."""
+    rank, size = world()
+    if size == 1:
+        return content
+    count = everyone(len(content))[0]
+    device = "cuda" if dist.get_backend() == "nccl" else "cpu"
+    held = np.empty(count, dtype=np.uint8) if rank else np.frombuffer(content, dtype=np.uint8)
+    for start in range(0, count, _CHUNK):
+        part = torch.tensor(held[start : start + _CHUNK], device=device)
+        dist.broadcast(part, 0)
+        if rank:
+            held[start : start + _CHUNK] = part.cpu().numpy()
+    return held.tobytes() if rank else content
 
 
 def total(values: Tensor) -> Tensor:

@@ -18,16 +18,15 @@ from torch import nn
 from torch.profiler import record_function
 
 from fastrm import hooks as listeners
-from fastrm.data import Augmentation, Loader, Source, augmentation_of, located, make_loader, open_source
+from fastrm.data import Augmentation, Loader, Source, augmentation_of, located, make_loader
 from fastrm.data.formats import PixelFormat
 from fastrm.data.inventory import Inventory, inventory
 from fastrm.data.loader import Batch
-from fastrm.data.scan import scan, unreadable
-from fastrm.data.settling import PixelOptions, formatted, settled
+from fastrm.data.scan import unreadable
+from fastrm.data.sent import opened_once
 from fastrm.errors import UsageError
-from fastrm.files import as_utf8
 from fastrm.machine.device import available_cores
-from fastrm.machine.distributed import first_alone
+from fastrm.machine.distributed import on_this_machine
 from fastrm.machine.joined import Machine, joined
 from fastrm.machine.memory import enough
 from fastrm.methods import Method, build_method, find
@@ -36,7 +35,7 @@ from fastrm.models.named import refusing
 from fastrm.optim import Schedule, build_optimizer
 from fastrm.probes import OnlineLinear
 from fastrm.probes.features import Setting
-from fastrm.run import checkpoint, said
+from fastrm.run import images, said
 from fastrm.run.faults import LOWER
 from fastrm.run.graph import GraphedStep
 from fastrm.run.objects import Objects
@@ -125,9 +124,10 @@ def assemble(config: Config, objects: Objects, opened: ExitStack) -> Parts:
     )
     if isinstance(recipe, Augmentation):
         kind.check_views(len(recipe.views))
-    workers = min(available_cores(), 8) if config.input.workers is None else config.input.workers
-    source, broken = _opened(objects.data, config, workers)
-    whole, source = source, source.limited(config.run.eval_images)
+    own_cores = max(1, available_cores() // on_this_machine())
+    workers = min(own_cores, 8) if config.input.workers is None else config.input.workers
+    whole, broken, hashes = opened_once(lambda: images.opened(objects.data, config, workers))
+    source = whole.limited(config.run.eval_images)
     # A run is evaluated from other folders than it was started in.
     root = config.input.data_root
     place = config.input.data if objects.data is not None else located(config.input.data)
@@ -184,7 +184,7 @@ def assemble(config: Config, objects: Objects, opened: ExitStack) -> Parts:
         source=source,
         labelled=(len(whole.bank or ()), len(whole.test or ())),
         broken=broken,
-        images=inventory(source.train, left_out=len(broken), steps_per_epoch=steps_per_epoch),
+        images=inventory(source.train, left_out=len(broken), steps_per_epoch=steps_per_epoch, hashes=hashes),
         augmentation=recipe if isinstance(recipe, Augmentation) else None,
         loader=loader,
         schedule=Schedule(config.optim, config.method, batch, steps_per_epoch),
@@ -199,44 +199,9 @@ def assemble(config: Config, objects: Objects, opened: ExitStack) -> Parts:
         step=step,
         online=_online(config.run, source, method, batch, device),
         display=Display(console(file=screen(), highlight=False, soft_wrap=True, quiet=world.rank > 0)),
-        out=_folder(config, source),
+        out=images.folder_of(config, source),
         workers=workers,
     )
-
-
-def _opened(data: Any, config: Config, workers: int) -> tuple[Source, dict[str, str]]:
-    """The images, without those that cannot be read, and what is wrong with these."""
-    settings, broken = config.input, dict[str, str]()
-    with first_alone():  # it may download the images, and leaves the others what it found
-        keep = not config.run.dry_run  # what is found in a folder and its files is kept, and a dry run writes nothing
-        source = open_source(
-            settings.data if data is None else data,
-            settings.data_root,
-            image_column=settings.image_column,
-            label_column=settings.label_column,
-            keep=keep,
-        )
-        if settings.scan and keep:
-            source, broken = scan(source, workers=workers)
-        if (format := _format_of_before(config, source)) is not None:
-            return formatted(source, format), broken
-        return settled(source, PixelOptions.of(settings), workers=workers), broken
-
-
-def _folder(config: Config, source: Source) -> Path:
-    """The run folder."""
-    return config.run.out or Path("runs", f"{as_utf8(source.name)}-{config.method.method}-{config.model.arch}")
-
-
-def _format_of_before(config: Config, source: Source) -> PixelFormat | None:
-    """How the run that is to go on takes its images, whatever is in its folder of data by now."""
-    wish = config.run.resume
-    if wish == "never":
-        return None
-    if wish != "auto":
-        return checkpoint.format_in(Path(wish))
-    formats = map(checkpoint.format_in, checkpoint.own(_folder(config, source)))
-    return next((format for format in formats if format is not None), None)  # a damaged one gives way to those before
 
 
 def _check_channels(config: Config, backbone: Backbone, loader: Loader, source: Source) -> None:
@@ -290,8 +255,8 @@ def built_in(
     after += [listeners.LOGGERS[name]() for name in settings.log_to]
     after.append(listeners.Checkpoints(settings.checkpoint_every, keep_best if settings.keep_best else None))
     if settings.eval_every and source.test is not None:
-        images = Setting(parts.config.input.image_size, parts.machine.device, parts.workers)
+        setting = Setting(parts.config.input.image_size, parts.machine.device, parts.workers)
         after.append(
-            listeners.KNN(source, images, every=settings.eval_every, online=parts.online, untrained=parts.untrained)
+            listeners.KNN(source, setting, every=settings.eval_every, online=parts.online, untrained=parts.untrained)
         )
     return before, after

@@ -86,7 +86,7 @@ class InputConfig:
     """What is read of TIFF and other files with several pages: the first, all as the bands of one image, or each as an
     image. auto: as bands where all files have as many gray ones of one size, and else the first."""
     workers: Workers | None = None
-    """Loader processes a training process, 0 for none; unset: as many as cores, at most 8."""
+    """Loader processes a training process, 0 for none; unset: its share of the machine's cores, at most 8."""
 
 
 @dataclass(frozen=True, kw_only=True)
