@@ -26,7 +26,6 @@ from tests.conftest import natural_pictures
 ROUNDING = 0.5 / 255
 # In float32 there is nothing but the order of the sums.
 EXACT = 1e-5
-ALL = torch.ones(6, dtype=torch.bool)
 
 
 @pytest.fixture
@@ -53,6 +52,11 @@ def changed(images: Tensor, change_: Callable[..., object], *parameters: object,
     return copy
 
 
+def jitter_(images: Tensor, factors: Tensor, order: Tensor) -> None:
+    chosen = torch.ones(len(images), dtype=torch.bool)
+    batched.carry_out_(batched.jitter(chosen, factors, order, images.shape[1]), images)
+
+
 @pytest.mark.parametrize("size", [24, 32, 112])
 @pytest.mark.parametrize("mode", ["bilinear", "bicubic"])
 def test_crop_with_antialiased_resize_and_flip(pixels: Tensor, mode: str, size: int) -> None:
@@ -76,7 +80,7 @@ def test_each_colour_change(images: Tensor, column: int, theirs: Callable[[Tenso
     values = [-0.33, -0.1, -0.03, 0.0, 0.07, 0.33] if column == 3 else [0.0, 0.6, 0.8, 1.0, 1.2, 1.4]
     factors = torch.tensor([1.0, 1.0, 1.0, 0.0]).repeat(6, 1)
     factors[:, column] = torch.tensor(values)
-    mine = changed(images, batched.jitter_, ALL, factors, torch.tensor([2, 0, 3, 1]).repeat(6, 1))
+    mine = changed(images, jitter_, factors, torch.tensor([2, 0, 3, 1]).repeat(6, 1))
     for i, value in enumerate(values):
         assert error(mine[i], theirs(images[i], value)) < EXACT, value
 
@@ -85,7 +89,7 @@ def test_colour_changes_come_in_each_images_own_order(images: Tensor) -> None:
     changes = (F.adjust_brightness, F.adjust_contrast, F.adjust_saturation, F.adjust_hue)
     factors = torch.tensor([1.4, 0.6, 1.4, 0.1]).repeat(6, 1)
     orders = torch.tensor([[0, 1, 2, 3], [3, 2, 1, 0], [1, 3, 0, 2], [2, 0, 3, 1], [3, 1, 2, 0], [0, 3, 1, 2]])
-    mine = changed(images, batched.jitter_, ALL, factors, orders)
+    mine = changed(images, jitter_, factors, orders)
     for i, order in enumerate(orders.tolist()):
         want = images[i]
         for kind in order:
@@ -96,11 +100,11 @@ def test_colour_changes_come_in_each_images_own_order(images: Tensor) -> None:
 def test_grayscale_blur_solarize_normalise(images: Tensor) -> None:
     assert error(changed(images, batched.saturation_, torch.zeros(6)), F.rgb_to_grayscale(images, 3)) < EXACT
     sigmas = torch.tensor([0.1, 0.43, 0.8, 1.2, 1.6, 2.0])
-    mine = changed(images, batched.blur_, sigmas, 6)
+    mine = changed(images, batched.blur_, batched.gaussian(sigmas, 6))
     for i, sigma in enumerate(sigmas.tolist()):
         assert error(mine[i], F.gaussian_blur(images[i], [13, 13], [sigma, sigma])) < EXACT
     large = torch.rand(1, 3, 130, 130)  # more than two blocks of the band
-    mine = changed(large, batched.blur_, sigmas[-1:], 6)
+    mine = changed(large, batched.blur_, batched.gaussian(sigmas[-1:], 6))
     assert error(mine[0], F.gaussian_blur(large[0], [13, 13], [2.0, 2.0])) < EXACT
     as_bytes = (images * 255).round().to(torch.uint8)
     assert error(changed(as_bytes.float() / 255, batched.solarize_), F.solarize(as_bytes, 128) / 255) < EXACT
@@ -111,6 +115,46 @@ def test_grayscale_blur_solarize_normalise(images: Tensor) -> None:
         batched.normalise(images * 255, mean, std, out=out)
         assert out.is_contiguous(memory_format=torch.channels_last)
         assert float((out - want).abs().max()) < spacing * float(want.abs().max())
+
+
+@pytest.mark.parametrize("size", [32, 64, 112])
+def test_no_value_of_an_operation_is_off_by_more_than_rounding(size: int) -> None:
+    images = natural_pictures(5, size, size).float() / 255
+    sigma = torch.tensor([0.3, 0.7, 1.1, 1.5, 2.0])
+    widths = [[value, value] for value in sigma.tolist()]
+    factors = torch.tensor([0.6, 0.8, 1.0, 1.2, 1.4])
+    shifts = torch.tensor([-0.33, -0.1, 0.0, 0.1, 0.33])
+    operations: list[tuple[Callable[..., object], Tensor, Callable[[Tensor, int], Tensor]]] = [
+        (batched.brightness_, factors, lambda image, i: F.adjust_brightness(image, float(factors[i]))),
+        (batched.contrast_, factors, lambda image, i: F.adjust_contrast(image, float(factors[i]))),
+        (batched.saturation_, factors, lambda image, i: F.adjust_saturation(image, float(factors[i]))),
+        (batched.hue_, shifts, lambda image, i: F.adjust_hue(image, float(shifts[i]))),
+        (batched.saturation_, 0 * factors, lambda image, i: F.rgb_to_grayscale(image, 3)),
+        (batched.blur_, batched.gaussian(sigma, 6), lambda image, i: F.gaussian_blur(image, [13, 13], widths[i])),
+        (lambda images, _: batched.solarize_(images), factors, lambda image, i: F.solarize(image, 127.5 / 255)),
+    ]
+    for change_, parameter, theirs in operations:
+        chosen = [True, False, True, True, True]
+        mine = images * 255
+        batched.carry_out_([batched.Step(change_, chosen, parameter)], mine)
+        want = torch.stack([theirs(image, i) if chosen[i] else image for i, image in enumerate(images)])
+        off = (mine - 255 * want).abs()
+        assert float(off.max()) <= 1.5, change_
+        assert float(off.mean()) < 0.1, change_
+
+
+@pytest.mark.parametrize("size", [8, 32, 64, 96])
+def test_views_are_the_same_however_many_are_changed_at_a_time(size: int) -> None:
+    view = View(blur_probability=0.6, solarize_probability=0.3)
+    sides = torch.full((8,), size)
+    draws = draw(view, sides, sides, size, torch.Generator().manual_seed(2))
+    together = natural_pictures(8, size, size).float()
+    apart = together.clone()
+    batched.recolour_(together, draws, blur_radius=2)
+    planned = batched.steps(draws, 3, 2, torch.device("cpu"))
+    for start, count in ((0, 1), (1, 1), (2, 3), (5, 3)):
+        batched.carry_out_(planned, apart[start : start + count], start)
+    assert torch.equal(together, apart)
 
 
 def composed(image: Tensor, draws: Draws, i: int, mode: str, size: int, radius: int) -> Tensor:

@@ -14,7 +14,16 @@ from numpy.typing import NDArray
 from PIL import Image
 
 import fastrm
-from fastrm.data import Augmentation, PixelFormat, PixelOptions, View, eval_loader, make_loader, open_source
+from fastrm.data import (
+    Augmentation,
+    PixelFormat,
+    PixelOptions,
+    View,
+    eval_loader,
+    make_loader,
+    open_source,
+    torch_loader,
+)
 from fastrm.data.decode import BrokenImage
 from fastrm.data.scan import scan
 from fastrm.data.settling import settled
@@ -358,6 +367,24 @@ def test_pages_are_bands_or_images_and_this_is_said(dtype: str, tmp_path: Path) 
     assert len(set(split.train.identities())) == 12
     loader = make_loader(split, method="mocov2", image_size=16, batch_size=12, device="cpu", workers=0, seed=0)
     assert next(iter(loader)).views[0].shape[0] == 12
+
+
+@pytest.mark.parametrize("name", ["gray of 8 bits", "deep gray and RGB", "5 bands"])
+def test_views_do_not_depend_on_how_many_are_made_at_a_time(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fill(tmp_path / "set", {f"{i}.{ending}": content for i, (ending, content) in enumerate(CHANNELS[name][0] * 4)})
+
+    def views() -> tuple[torch.Tensor, ...]:
+        loader = make_loader(
+            str(tmp_path / "set"), method="byol", image_size=32, batch_size=4, device="cpu", workers=0, seed=2
+        )
+        return next(iter(loader)).views
+
+    together = views()
+    monkeypatch.setattr(torch_loader, "_VALUES", 1)  # a gray picture of a set in colour alone, too
+    for mine, other in zip(together, views(), strict=True):
+        assert torch.equal(mine, other)
 
 
 # The whole way

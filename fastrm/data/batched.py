@@ -6,8 +6,9 @@ leave pictures of other bands as they are; a gray picture may stay at C = 1 all 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,33 +22,50 @@ _BAND = 56
 _FEW = 16
 
 
+class Step(NamedTuple):
+    """An operation on some images of a batch."""
+
+    change_: Callable[[Tensor, Tensor], object]
+    chosen: list[bool]
+    """[B]; a list: to ask tensors, a few images at a time, takes longer than to change a small view."""
+    parameter: Tensor
+    """[B, ...], on the device of the images."""
+
+
 def recolour_(images: Tensor, draws: Draws, *, blur_radius: int) -> Tensor:
     """Carry out in place, on [B, C, S, S], all that follows the crop and the flip, only where it was drawn."""
+    planned = steps(draws, images.shape[1], blur_radius, images.device)
     # On a CPU a few at a time, so that they stay in its cache between the operations.
     count = max(1, _CACHED // images[0].numel()) if images.device.type == "cpu" else len(images)
     for start in range(0, len(images), count):
-        _recolour_(images[start : start + count], draws.part(slice(start, start + count)), blur_radius)
+        carry_out_(planned, images[start : start + count], start)
     return images
 
 
-def _recolour_(images: Tensor, draws: Draws, radius: int) -> None:
-    jitter_(images, draws.jitter, draws.factors, draws.order)
-    if images.shape[1] == 3:
-        _where(images, draws.gray, saturation_, torch.zeros(len(images)))
-    _where(images, draws.sigma > 0, lambda part, sigma: blur_(part, sigma, radius), draws.sigma)
-    _where(images, draws.solarize, lambda part, _: solarize_(part), draws.sigma)
+def steps(draws: Draws, channels: int, radius: int, device: torch.device) -> list[Step]:
+    """What :func:`recolour_` does, in its order."""
+    factors = draws.factors.to(device, non_blocking=True)
+    kernel = gaussian(draws.sigma.to(device, non_blocking=True), radius)
+    planned = jitter(draws.jitter, factors, draws.order, channels)
+    if channels == 3:
+        planned.append(Step(saturation_, draws.gray.tolist(), torch.zeros_like(factors[:, 0])))
+    planned.append(Step(blur_, (draws.sigma > 0).tolist(), kernel))
+    planned.append(Step(lambda images, _: solarize_(images), draws.solarize.tolist(), factors))
+    return planned
 
 
-def _where(images: Tensor, mask: Tensor, change_: Callable[[Tensor, Tensor], object], parameter: Tensor) -> None:
-    """Change the images that the mask chooses, each by its ``parameter``; mask and parameter [B] are on the CPU."""
-    at = mask.nonzero()[:, 0]
-    if len(at) == len(images):
-        change_(images, parameter.to(images.device, non_blocking=True))
-    elif len(at):
-        index = at.to(images.device, non_blocking=True)
-        part = images.index_select(0, index)
-        change_(part, parameter[at].to(images.device, non_blocking=True))
-        images.index_copy_(0, index, part)
+def carry_out_(planned: Iterable[Step], images: Tensor, start: int = 0) -> None:
+    """Change images [N, C, S, S] in place, which are those from ``start`` on of the batch that was planned for."""
+    some = slice(start, start + len(images))
+    for change_, chosen, parameter in planned:
+        at = [i for i, mine in enumerate(chosen[some]) if mine]
+        if len(at) == len(images):
+            change_(images, parameter[some])
+        elif at:
+            index = torch.tensor(at).to(images.device, non_blocking=True)
+            part = images.index_select(0, index)
+            change_(part, parameter[some].index_select(0, index))
+            images.index_copy_(0, index, part)
 
 
 def crop(picture: Tensor, box: Sequence[int], flip: bool, size: int, interpolation: str) -> Tensor:
@@ -65,6 +83,8 @@ def crop(picture: Tensor, box: Sequence[int], flip: bool, size: int, interpolati
     """
     top, left, height, width = box
     part = picture[None, :, top : top + height, left : left + width]
+    if part.dtype == torch.uint8 and part.stride(1) == 1:  # as decoders give them: torch would undo their order first
+        part = part.contiguous(memory_format=torch.channels_last)
     resized = functional.interpolate(part, (size, size), mode=interpolation, antialias=True)
     return resized.flip(-1) if flip else resized
 
@@ -107,37 +127,38 @@ def _resize_weights(start: Tensor, length: Tensor, source: int, size: int, bicub
     return weight / weight.sum(dim=2, keepdim=True)
 
 
-def jitter_(images: Tensor, chosen: Tensor, factors: Tensor, order: Tensor) -> None:
-    """Change brightness, contrast, saturation and hue of the chosen images, each in its own order.
+def jitter(chosen: Tensor, factors: Tensor, order: Tensor, channels: int) -> list[Step]:
+    """The changes of brightness, contrast, saturation and hue of the chosen images, each in its own order.
 
     Args:
-        images: float32 [B, C, H, W].
-        chosen: bool [B]; this and the rest on the CPU.
-        factors: float32 [B, 4].
+        chosen: bool [B].
+        factors: float32 [B, 4], on the device of the images.
         order: int64 [B, 4].
+        channels: of the images; the last two changes need RGB.
     """
-    changes = (brightness_, contrast_, saturation_, hue_) if images.shape[1] == 3 else (brightness_, contrast_)
-    for place in order.unbind(1):
-        for column in sorted(set(place[chosen].tolist())):
-            if column < len(changes):
-                _where(images, chosen & (place == column), changes[column], factors[:, column])
+    changes = (brightness_, contrast_, saturation_, hue_) if channels == 3 else (brightness_, contrast_)
+    return [
+        Step(change_, (chosen & (place == column)).tolist(), factors[:, column])
+        for place in order.unbind(1)
+        for column, change_ in enumerate(changes)
+    ]
 
 
 def brightness_(images: Tensor, factor: Tensor) -> None:
     """Multiply [B, C, H, W] by ``factor`` [B]."""
-    images.mul_(factor[:, None, None, None]).clamp_(0, 255)
+    images.mul_(factor.view(-1, 1, 1, 1)).clamp_(0, 255)
 
 
 def contrast_(images: Tensor, factor: Tensor) -> None:
     """Scale the distance of [B, C, H, W] from the picture's mean gray by ``factor`` [B]."""
-    factor = factor[:, None, None, None]
+    factor = factor.view(-1, 1, 1, 1)
     mean = luma(images.mean(dim=(2, 3), keepdim=True))
     images.mul_(factor).add_(mean * (1 - factor)).clamp_(0, 255)
 
 
 def saturation_(images: Tensor, factor: Tensor) -> None:
     """Scale the distance of [B, 3, H, W] from the pixel's gray by ``factor`` [B]; 0 makes them gray."""
-    images.lerp_(luma(images), (1 - factor)[:, None, None, None]).clamp_(0, 255)
+    images.lerp_(luma(images), (1 - factor).view(-1, 1, 1, 1)).clamp_(0, 255)
 
 
 def luma(images: Tensor) -> Tensor:
@@ -159,50 +180,60 @@ def hue_(images: Tensor, shift: Tensor) -> None:
     low = torch.minimum(torch.minimum(red, green), blue)
     chroma = torch.maximum(torch.maximum(red, green), blue).sub_(low)
     turned = (green + blue).sub_(red).sub_(low).div_(chroma.clamp(min=1e-5)).add_(1)
-    turned = torch.copysign(turned, green - blue).add_(6 * shift[:, None, None])
+    turned = torch.copysign(turned, green - blue).add_(6 * shift.view(-1, 1, 1))
     for channel, place in ((red, 0), (green, 2), (blue, -2)):
         # | |difference| - 3 | is 3 - distance up to a difference of 6, and more than 2, of which 1 is used, up to 7.
         share = (turned - place).abs_().sub_(3).abs_().sub_(1).clamp_(0, 1)
         torch.addcmul(low, chroma, share, out=channel)
 
 
-def blur_(images: Tensor, sigma: Tensor, radius: int) -> None:
-    """Blur [B, C, S, S] by Gaussians of ``sigma`` [B] pixels, reflected at the edges; ``radius`` must be below S."""
-    tap = torch.arange(-radius, radius + 1, device=images.device)
-    at = tap / sigma[:, None]
+def gaussian(sigma: Tensor, radius: int) -> Tensor:
+    """Kernels [B, 2 * radius + 1] of Gaussians of ``sigma`` [B] pixels."""
+    at = torch.arange(-radius, radius + 1, device=sigma.device) / sigma[:, None]
     # Nothing of it is seen beyond six sigmas, where it becomes denormal: twenty times slower to multiply on a CPU.
     kernel = (-0.5 * at**2).exp() * (at.abs() <= 6)
-    kernel = kernel / kernel.sum(dim=1, keepdim=True)
+    return kernel / kernel.sum(dim=1, keepdim=True)
+
+
+def blur_(images: Tensor, kernel: Tensor) -> None:
+    """Convolve rows and columns of [B, C, S, S], reflected at the edges, with ``kernel`` [B, 2 * radius + 1].
+
+    The radius must be below S.
+    """
     # Matrix products with the band that holds the kernel, a block of rows or columns at a time: faster on a CPU than a
     # depthwise convolution, and the zeros outside the band are few.
-    count, size, block = len(images), images.shape[-1], min(images.shape[-1], _BAND)
+    count, channels, size, _ = images.shape
+    radius, block = kernel.shape[1] // 2, min(size, _BAND)
     wide = block + 2 * radius
     band = images.new_zeros(count, block, wide)
     band.as_strided((count, block, 2 * radius + 1), (block * wide, wide + 1, 1)).copy_(kernel[:, None])
     parts = [(start, min(block, size - start)) for start in range(0, size, block)]
-    padded = functional.pad(images, (0, 0, radius, radius), mode="reflect")
+    padded = functional.pad(images, (0, 0, radius, radius), mode="reflect").flatten(0, 1)
+    out, each = images.view(-1, size, size), band.repeat_interleave(channels, dim=0)
     for start, n in parts:
-        matrix = band[:, None, :n, : n + 2 * radius]
-        images[:, :, start : start + n] = _product(matrix, padded[:, :, start : start + n + 2 * radius], n)
-    padded = functional.pad(images, (radius, radius, 0, 0), mode="reflect")
+        seen = n + 2 * radius
+        out[:, start : start + n] = _product(each[:, :n, :seen], padded[:, start : start + seen], n, count)
+    padded = functional.pad(images, (radius, radius, 0, 0), mode="reflect").flatten(1, 2)
+    out, each = images.view(count, -1, size), band.mT
     for start, n in parts:
-        matrix = band[:, None, :n, : n + 2 * radius].mT
-        images[..., start : start + n] = _product(padded[..., start : start + n + 2 * radius], matrix, n)
+        seen = n + 2 * radius
+        out[..., start : start + n] = _product(padded[..., start : start + seen], each[:, :seen, :n], n, count)
 
 
-def _product(left: Tensor, right: Tensor, n: int) -> Tensor:
-    """Matrix products [B, ...] of ``n`` rows or columns, which are the same however many images there are.
+def _product(left: Tensor, right: Tensor, n: int, count: int) -> Tensor:
+    """Matrix products of ``n`` rows or columns, which are the same however many images, ``count``, there are.
 
     Of few rows a CPU sums in another order where there are several images.
     """
     if n >= _FEW or left.device.type != "cpu":
-        return left @ right
-    return torch.cat([one @ other for one, other in zip(left.split(1), right.split(1), strict=True)])
+        return torch.bmm(left, right)
+    pairs = zip(left.chunk(count), right.chunk(count), strict=True)
+    return torch.cat([torch.bmm(one, other) for one, other in pairs])
 
 
 def solarize_(images: Tensor) -> None:
-    """Invert what rounds to 128 of 255 or more."""
-    images.copy_(torch.where(images >= 127.5, 255 - images, images))
+    """Invert what rounds to 128 of 255 or more: of a value and its inverse that is the smaller one."""
+    torch.minimum(images, 255 - images, out=images)
 
 
 def normalise(images: Tensor, mean: tuple[float, ...], std: tuple[float, ...], *, out: Tensor) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
@@ -79,10 +79,6 @@ class Draws:
     """bool [B]."""
     tries: Tensor
     """float64 [B, 22]: what :func:`boxes` finds the crop from."""
-
-    def part(self, which: slice) -> Draws:
-        """Return what was drawn for some of the images."""
-        return Draws(**{field.name: getattr(self, field.name)[which] for field in fields(self)})
 
 
 def draw(view: View, heights: Tensor, widths: Tensor, side: int, generator: torch.Generator) -> Draws:

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from itertools import starmap
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
@@ -75,15 +76,24 @@ class _Views(Dataset[Loaded]):
         dtype = torch.uint8 if format.bytes else torch.float32
         wide = max(crop.shape[1] for crop in crops)  # gray pictures among others
         out = batched.empty_views(len(crops), size, dtype, _CPU, channels=format.channels)
+        steps = batched.steps(draws, wide, blur_radius(view, size), _CPU)
         count = max(1, _VALUES // (wide * size * size))
         for start in range(0, len(crops), count):
             some = slice(start, start + count)
-            part = torch.cat([crop.expand(-1, wide, -1, -1) for crop in crops[some]])
-            image = part.to(torch.float32, memory_format=torch.contiguous_format)
-            batched.recolour_(image, draws.part(some), blur_radius=blur_radius(view, size))
-            # First to bytes, then to channels last: twice as fast.
-            out[some] = image.round_().to(dtype) if format.bytes else image
+            part = crops[start] if count == 1 else torch.cat([crop.expand(-1, wide, -1, -1) for crop in crops[some]])
+            images = torch.empty(len(part), wide, size, size)
+            _copy(part, images)
+            batched.carry_out_(steps, images, start)
+            # NumPy makes bytes ten times as fast as torch.
+            made = torch.from_numpy(images.round_().numpy().astype(np.uint8)) if format.bytes else images
+            _copy(made, out[some])
         return out
+
+
+def _copy(source: Tensor, target: Tensor) -> None:
+    """Copy [B, C or 1, S, S] to or from channels last: by NumPy and by channel up to five times as fast as by torch."""
+    for channel in range(target.shape[1]):
+        target[:, channel].numpy()[...] = source[:, min(channel, source.shape[1] - 1)].numpy()
 
 
 class TorchLoader(Loader):
