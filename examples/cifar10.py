@@ -1,15 +1,21 @@
 """A small network learns from the photographs of CIFAR-10, without labels, in hours of two CPU cores.
 
 python examples/cifar10.py FOLDER --out runs/cifar10
+python examples/cifar10.py --out runs/cifar10 --export cifar10.safetensors
 """
 
 import argparse
+import hashlib
+from pathlib import Path
 
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import nn
 
 import fastrm
 from fastrm.data import Augmentation, View
+from fastrm.export import ExportConfig, export
 
 VIEW = View(size=24, blur_probability=0.0)
 SETTINGS = {
@@ -63,13 +69,31 @@ class SmallResNet(nn.Module):
         return self.blocks(self.stem(images))
 
 
+def export_half(run, file, which):
+    """Write a run's backbone as ``fastrm.export`` does, then with its convolutions in float16, in half of the bytes."""
+    card = export(ExportConfig(checkpoint=run, format="safetensors", which=which, out=file), arch=SmallResNet())
+    with safe_open(file, "pt") as full:
+        about = full.metadata()
+        state = {name: full.get_tensor(name) for name in full.keys()}  # noqa: SIM118 -- no mapping
+    save_file({name: value.half() if value.ndim > 1 else value for name, value in state.items()}, file, about)
+    checksum = hashlib.sha256(file.read_bytes()).hexdigest()
+    said = f"\n## This file\n\nIts convolutions are in float16. SHA-256: `{checksum}`.\n"
+    card.write_text(card.read_text(encoding="utf-8") + said, encoding="utf-8")
+
+
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("data", help="a folder with train/CLASS/… and val/CLASS/…")
+    parser.add_argument("data", nargs="?", help="a folder with train/CLASS/… and val/CLASS/…; unset: no training")
     parser.add_argument("--epochs", type=int, default=40)
     parser.add_argument("--eval-every", type=int, default=4)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", default="runs/cifar10")
+    parser.add_argument("--out", type=Path, default=Path("runs/cifar10"))
+    parser.add_argument("--export", type=Path, help="the file that the backbone is written to, for fastrm.load")
+    parser.add_argument("--which", default="student", choices=("student", "teacher"), help="whose backbone")
     given = vars(parser.parse_args())
-    torch.manual_seed(given["seed"])  # of the first weights, which are the module's own
-    print(fastrm.pretrain(given.pop("data"), arch=SmallResNet(), **given, **SETTINGS).scores)
+    data, file, which = (given.pop(name) for name in ("data", "export", "which"))
+    if data is not None:
+        torch.manual_seed(given["seed"])  # of the first weights, which are the module's own
+        print(fastrm.pretrain(data, arch=SmallResNet(), **given, **SETTINGS).scores)
+    if file is not None:
+        export_half(given["out"], file, which)

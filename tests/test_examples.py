@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 import json
 import runpy
@@ -13,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 
+import fastrm
 from fastrm import export
 from fastrm.data import open_source
 from tests.conftest import run_of_one_step
@@ -49,6 +51,19 @@ def test_fine_tuning_with_timm(pictures: Path, run: Callable[..., str], tmp_path
     export.main(["--checkpoint", str(of), "--format", "timm", "--out", str(tmp_path / "mine")])
     data = ["--data", pictures / "split", "--epochs", "1", "--workers", "0"]
     assert "% of val right" in run("finetune_timm.py", "--backbone", "mine", *data)
+
+
+def test_the_small_network_in_half_precision(tmp_path: Path) -> None:
+    example = runpy.run_path(str(ROOT / "examples" / "cifar10.py"))
+    settings = {**example["SETTINGS"], "batch_size": 4, "eval_every": 0, "epochs": 1, "log_to": ()}
+    images, file = np.random.default_rng(0).integers(0, 256, (8, 32, 32, 3), np.uint8), tmp_path / "half.safetensors"
+    result = fastrm.pretrain(images, arch=example["SmallResNet"](), out=tmp_path / "run", **settings)
+    example["export_half"](result.folder, file, "student")
+    assert hashlib.sha256(file.read_bytes()).hexdigest() in file.with_name(f"{file.name}.md").read_text()
+    assert file.stat().st_size < 1.5e6 < sum(4 * p.numel() for p in result.student.parameters())
+    half = fastrm.load(file, arch=example["SmallResNet"]())
+    views = torch.randn(2, 3, 32, 32)
+    torch.testing.assert_close(half(views), result.student(views), rtol=0.02, atol=0.02)
 
 
 @pytest.fixture
