@@ -6,7 +6,8 @@ import io
 import json
 import os
 import tarfile
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +20,12 @@ from PIL import Image
 from fastrm import evaluate, train
 from fastrm.data import SUPERVISED, _kind, located, open_source
 from fastrm.data.inventory import inventory
-from fastrm.data.mapped import Mapped
+from fastrm.data.items import ItemImages
+from fastrm.data.mapped import Mapped, MappedImages, PlacedImages
 from fastrm.data.scan import scan
 from fastrm.errors import UsageError
 from fastrm.export import main as export
+from fastrm.files import cache_root
 from fastrm.models.weights import metadata
 from fastrm.settings.config import Config, build
 from tests.conftest import natural_pictures
@@ -157,6 +160,11 @@ def as_hdf5(root: Path, **how: Any) -> str:
 
 def as_packed_hdf5(root: Path) -> str:
     return as_hdf5(root, compression="gzip", chunks=(5, 20, 24, 3))
+
+
+def as_deep_npy(root: Path) -> str:
+    np.save(root / "deep.npy", ARRAY.astype(np.uint16) * 257)
+    return str(root / "deep.npy")
 
 
 ENCODED = (as_list, as_csv, as_tsv, as_paths, as_bytes, as_folder, as_hub, as_url_of_shards, as_url_of_table)
@@ -613,3 +621,31 @@ def test_what_may_be_a_key_in_a_url_is_not_passed_on_with_weights(tmp_path: Path
     flat = settings("https://host/train-{0..3}.tar?signature=secret", tmp_path).flat()
     assert metadata(flat, "student")["data"] == "https://host/train-{0..3}.tar"
     assert metadata({**flat, "data": "/photos?"}, "student")["data"] == "/photos?"
+
+
+@pytest.mark.parametrize("write", [*ARRAYS, as_deep_npy])
+def test_an_array_is_read_once_for_what_tells_its_images_apart(
+    write: Callable[[Path], str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    read: list[str] = []
+    for kind in (MappedImages, ItemImages):
+        plain = kind.identities
+
+        def reading(images: Any, plain: Callable[[Any], Iterator[bytes]] = plain) -> Iterator[bytes]:
+            read.append("all")
+            return plain(images)
+
+        monkeypatch.setattr(kind, "identities", reading)
+    data = write(tmp_path)
+    hashes = open_source(data, keep=False).train.hashes()
+    for changed, times in ((1e9, 1), (1.1e9, 1), (time.time() + 9, 2)):  # the last of them is not over yet
+        os.utime(data, (changed, changed))
+        read.clear()
+        for _ in range(2):
+            np.testing.assert_array_equal(open_source(data).train.hashes(), hashes)
+        assert len(read) == times
+    assert len(list((cache_root() / "index").iterdir())) == 1
+    part = open_source(data).train.subset(np.array([2, 0]))
+    if isinstance(part, PlacedImages):
+        np.testing.assert_array_equal(part.hashes(), hashes[[2, 0]])

@@ -6,6 +6,8 @@ copied into the cache once, as .npy.
 
 from __future__ import annotations
 
+import os
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,7 @@ from numpy.typing import NDArray
 from fastrm.data.columns import Wanted
 from fastrm.data.copies import copied, folder_of, said, state
 from fastrm.data.given import open_array
+from fastrm.data.index import TICK, look_up
 from fastrm.data.mapped import Mapped, order
 from fastrm.data.rows import as_label, numbered
 from fastrm.data.sources import Source
@@ -48,6 +51,7 @@ def open_array_file(files: Sequence[Path], data: str, wanted: Wanted, keep: bool
     if len(files) > 1:
         raise UsageError(f"--data {data} names {len(files):,} files of arrays; give one")
     path = files[0]
+    about = os.stat(path)
     if path.suffix.lower() == ".npy":
         wanted.refuse(data)
         values, labels, notes = _npy(path, data)
@@ -61,7 +65,11 @@ def open_array_file(files: Sequence[Path], data: str, wanted: Wanted, keep: bool
             if wanted.label is not None:
                 raise UsageError(f"--data {data}: the labels hold {error}") from None
             notes.append(f"labels are not used, since they hold {error}")
-    return open_array(values, name=path.stem, given=f"--data {data}", labels=numbers, notes=notes)
+    source = open_array(values, name=path.stem, given=f"--data {data}", labels=numbers, notes=notes)
+    if keep and about.st_mtime_ns <= time.time_ns() - TICK:  # else it may be changed again, and get the same time
+        where = "array", os.path.realpath(path), notes[0]
+        source.train.kept = look_up(where, (*where, about.st_size, about.st_mtime_ns), lambda table: True)
+    return source
 
 
 def _npy(path: Path, data: str) -> tuple[NDArray[Any], NDArray[Any] | None, list[str]]:

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from fastrm.data.decode import NOT_DECODED
 from fastrm.data.formats import RGB, PixelFormat
+from fastrm.data.index import Found, Table
 from fastrm.data.stored import Values
 
 Some = TypeVar("Some", bound="Images")
@@ -37,6 +38,7 @@ class Images(ABC):
     Attributes:
         format: how their values become what a network is given.
         unreadable: what is wrong with the images that could not be read, by index.
+        kept: what the cache knows of them, where what tells them from others is kept there; None where it is not.
     """
 
     NOUN: ClassVar[str] = "images"
@@ -46,6 +48,7 @@ class Images(ABC):
         self._labels = labels
         self.format = RGB
         self.unreadable: dict[int, str] = {}
+        self.kept: Found | None = None
 
     @property
     def labels(self) -> NDArray[np.int64] | None:
@@ -95,8 +98,14 @@ class Images(ABC):
 
     def hashes(self) -> NDArray[np.int64]:
         """int64 [N]: of what tells each image from others."""
+        if self.kept is not None and self.kept.table is not None:
+            return self.kept.table["hash"]
         digests = (blake2b(one, digest_size=8).digest() for one in self.identities())
-        return np.fromiter((int.from_bytes(digest, "little", signed=True) for digest in digests), np.int64, len(self))
+        numbers = (int.from_bytes(digest, "little", signed=True) for digest in digests)
+        found = np.fromiter(numbers, np.int64, len(self))
+        if self.kept is not None:
+            self.kept.keep(Table({}, len(self)), {"hash": found})
+        return found
 
     @abstractmethod
     def subset(self, indices: NDArray[np.int64]) -> Images:
