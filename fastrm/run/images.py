@@ -55,5 +55,5 @@ def _format_of_before(config: Config, source: Source) -> PixelFormat | None:
         return None
     if wish != "auto":
         return checkpoint.format_in(Path(wish))
-    found = checkpoint.own(folder_of(config, source))
-    return checkpoint.format_in(found[0]) if found else None
+    formats = map(checkpoint.format_in, checkpoint.own(folder_of(config, source)))
+    return next((format for format in formats if format is not None), None)  # a damaged one gives way to those before
