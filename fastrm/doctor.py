@@ -13,8 +13,10 @@ from collections.abc import Callable
 
 import torch
 
+from fastrm.data import copies
 from fastrm.data.dali_loader import dali_problem
 from fastrm.machine.device import available_cores, choose_compile, choose_device, choose_precision, why_no_gpu
+from fastrm.machine.memory import size as in_words
 from fastrm.optim import apex_problem
 from fastrm.terminal import shell
 from fastrm.version import __version__
@@ -98,6 +100,12 @@ def _version(package: str) -> str | None:
         return None
 
 
+def _copies() -> str:
+    if not (size := copies.held()):
+        return f"none in {copies.root()}"
+    return f"{in_words(size)} of tables and remote files in {copies.root()}; delete it for room: they are made again"
+
+
 PARTS: dict[str, Callable[[], str]] = {
     "fastrm": lambda: f"{__version__}, Python {platform.python_version()}, torch {torch.__version__}",
     "device": _device,
@@ -109,6 +117,7 @@ PARTS: dict[str, Callable[[], str]] = {
     "compile": _compile,
     "apex": _apex,
     "distributed": _distributed,
+    "copies": _copies,
 }
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import shutil
 import tarfile
 import time
 from collections.abc import Callable, Iterator
@@ -17,8 +18,8 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
-from fastrm import evaluate, train
-from fastrm.data import SUPERVISED, _kind, located, open_source
+from fastrm import doctor, evaluate, train
+from fastrm.data import SUPERVISED, _kind, copies, located, open_source
 from fastrm.data.inventory import inventory
 from fastrm.data.items import ItemImages
 from fastrm.data.mapped import Mapped, MappedImages, PlacedImages
@@ -26,6 +27,7 @@ from fastrm.data.scan import scan
 from fastrm.errors import UsageError
 from fastrm.export import main as export
 from fastrm.files import cache_root
+from fastrm.machine.memory import size as in_words
 from fastrm.models.weights import metadata
 from fastrm.settings.config import Config, build
 from tests.conftest import natural_pictures
@@ -567,6 +569,27 @@ def test_files_at_a_local_url_are_read_where_they_lie(root: Path) -> None:
     pytest.importorskip("fsspec")
     data = as_bytes(root)
     assert open_source(f"file://{data}").about == open_source(data).about
+
+
+@pytest.mark.parametrize("form", [as_bytes, as_url_of_shards, as_packed_hdf5])
+def test_copies_are_counted_and_made_again_where_they_were_deleted(
+    form: Callable[[Path], str], root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    data = form(root)
+    assert copies.held() == 0
+    before = inventory(open_source(data).train, left_out=0, steps_per_epoch=1).hashes
+    size = copies.held()
+    assert size == sum(path.stat().st_size for path in (tmp_path / "cache" / "fastrm" / "copies").rglob("*.*")) > 0
+    assert f"{in_words(size)} of tables and remote files in {copies.root()}" in doctor.PARTS["copies"]()
+    monkeypatch.setattr("shutil.disk_usage", lambda _: type("Usage", (), {"free": 10}))
+    with pytest.raises(UsageError, match=rf"; delete {copies.root()}, which holds .* of earlier copies, or set XDG"):
+        copies.check_room(data, 11)
+    monkeypatch.undo()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    shutil.rmtree(copies.root())
+    assert torch.equal(inventory(open_source(data).train, left_out=0, steps_per_epoch=1).hashes, before)
+    assert copies.held() == size
 
 
 def test_no_room_for_a_copy_is_said_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -26,9 +26,19 @@ def state(path: Path) -> str:
     return digest.hexdigest()
 
 
+def root() -> Path:
+    """The folder in the cache that all copies are in. What is in it may be deleted between runs, and is made again."""
+    return cache_root() / "copies"
+
+
+def held() -> int:
+    """How many bytes the copies take."""
+    return sum(file.stat().st_size for file in root().rglob("*") if file.is_file())
+
+
 def folder_of(*of: object) -> Path:
     """The folder in the cache that holds the copy of what these tell."""
-    return cache_root() / "copies" / blake2b(repr(of).encode("utf-8", "surrogateescape"), digest_size=16).hexdigest()
+    return root() / blake2b(repr(of).encode("utf-8", "surrogateescape"), digest_size=16).hexdigest()
 
 
 _OTHER = "set XDG_CACHE_HOME to a folder on another disk"
@@ -44,9 +54,10 @@ def check_room(data: str, size: int) -> None:
             f"--data {data} cannot be copied to {cache_root()}: {error.strerror or error}; {_OTHER}"
         ) from None
     if free < size:
+        old = f"delete {root()}, which holds {in_words(before)} of earlier copies, or " if (before := held()) else ""
         raise UsageError(
             f"--data {data} is copied to {cache_root()}, which takes {in_words(size)}, and {in_words(free)} are free; "
-            f"{_OTHER}"
+            f"{old}{_OTHER}"
         )
 
 
