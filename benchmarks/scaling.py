@@ -73,7 +73,7 @@ def exchanged(run: Run, ranks: int) -> dict[str, float]:
     keys = run.directions * run.batch * (ranks - 1) * run.width * 4
     exchange = {"all-reduce": 2 * others * run.trained * 4, "keys": keys}
     if run.queue:  # shuffle-BN: images and encodings of both views
-        exchange["shuffle"] = 2 * run.batch * (ranks - 1) * (run.image_bytes + 4 * (2048 + 2 * run.width))
+        exchange["shuffle"] = 2 * others * run.batch * (run.image_bytes + 4 * (2048 + 2 * run.width))
     return exchange
 
 

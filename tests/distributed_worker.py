@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import copy
 import datetime
 import json
+import os
+import signal
 import sys
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -16,7 +20,9 @@ from unittest import mock
 import torch
 import torch.distributed as dist
 from PIL import Image
+from timm.layers import BatchNormAct2d
 from torch import Tensor, nn
+from torch.distributed.tensor.debug import CommDebugMode
 
 from fastrm import train
 from fastrm.data import open_source
@@ -25,14 +31,18 @@ from fastrm.data.paths import stated
 from fastrm.data.settling import settled
 from fastrm.errors import UsageError
 from fastrm.evaluate import EvaluateConfig, evaluate
-from fastrm.machine.distributed import gather_rows, processes, replicate, shuffled, synchronise_norms, world
+from fastrm.machine.distributed import gather_rows, processes, replicate, shuffled, world
 from fastrm.machine.joined import joined
 from fastrm.machine.meeting import together
+from fastrm.machine.signals import Asked, Signals
 from fastrm.methods import Method, build_method, find, names
 from fastrm.methods.base import Encoding
+from fastrm.models.synchronised import synchronise_norms
+from fastrm.optim.schedules import Rates
 from fastrm.probes import Pixels, frozen_scores
 from fastrm.probes.features import Setting
 from fastrm.settings.config import Config, DeviceConfig, build
+from tests.test_step import Reads, ready
 
 EVAL_IMAGES = 300  # two batches
 SMALL: dict[str, Any] = {
@@ -95,7 +105,7 @@ def gradients(folder: Path) -> None:
         views = torch.randn(2, 16, 3, 16, 16, dtype=torch.float64)
         shared = made(method, norm)
         if not shared.queues:
-            synchronise_norms(shared, torch.device("cpu"))
+            synchronise_norms(shared)
         network = replicate(shared, torch.device("cpu"))
         mine = views[:, 16 // size * rank : 16 // size * (rank + 1)]
         output = network(mine[0], mine[1], weight)
@@ -137,17 +147,23 @@ def shuffle(folder: Path) -> None:
     rank, size = world()
     images = torch.arange(8.0 * rank, 8.0 * rank + 8)[:, None, None, None].expand(8, 3, 4, 4)
     seen: list[Tensor] = []
+    exchange = dist.all_to_all_single
 
     def network(batch: Tensor) -> Encoding:
         seen.append(batch[:, 0, 0, 0])
         rows = batch.mean(dim=(2, 3))
-        return Encoding(rows, 2 * rows, 2 * rows)
+        twice = 2 * rows
+        return Encoding(rows, twice, twice)
 
     for last in (False, True):
         mine = images.contiguous(memory_format=torch.channels_last if last else torch.contiguous_format)
-        encoding = shuffled(network, mine)
+        with CommDebugMode() as exchanges, mock.patch.object(dist, "all_to_all_single", wraps=exchange) as moved:
+            encoding = shuffled(network, mine)
         assert torch.equal(encoding.backbone, images.mean(dim=(2, 3)))
         assert torch.equal(encoding.output, 2 * images.mean(dim=(2, 3)))
+        # One batch there and its two encodings back, whatever the number of processes.
+        assert exchanges.get_total_counts() == len(moved.call_args_list) == 3
+        assert [rows.numel() for call in moved.call_args_list for rows in call.args[:2]] == 2 * [8 * 48] + 4 * [8 * 3]
     everyone = gather_rows(torch.stack(seen).T.contiguous())[0].T
     for row in everyone:
         assert sorted(row.tolist()) == list(range(8 * size))
@@ -155,6 +171,96 @@ def shuffle(folder: Path) -> None:
     assert 0 < foreign < 8
     (folder / f"shuffled{rank}").touch()
 
+
+def normalised(folder: Path) -> None:
+    """Layers on shares of 5 and 2 images against torch's on all 7 in float64, and how often they meet the others."""
+    rank, _ = world()
+    mine = slice(0, 5) if rank == 0 else slice(5, 7)
+    results = {}
+    for (name, (layer, shape)), dtype in product(LAYERS.items(), (torch.float32, torch.float64)):
+        torch.manual_seed(2)
+        images = torch.randn(7, *shape) + 300  # far from 0
+        upstream = torch.randn(7, *shape)
+        whole, own = layer().double(), nn.Sequential(layer().to(dtype))
+        synchronise_norms(own)
+        everyone, part = images.double().requires_grad_(), images[mine].to(dtype).requires_grad_()
+        want = whole(everyone)
+        want.backward(upstream.double())
+        with CommDebugMode() as forward:
+            output = own(part)
+        with CommDebugMode() as backward:
+            output.backward(upstream[mine].to(dtype))
+        assert everyone.grad is not None
+        pairs = {"output": (output, want[mine]), "gradient": (part.grad, everyone.grad[mine])}
+        pairs |= {key: (value, whole.state_dict()[key[2:]]) for key, value in own.state_dict().items()}
+        for key, parameter in whole.named_parameters():
+            total = own.get_parameter(f"0.{key}").grad.clone()
+            dist.all_reduce(total)
+            pairs[f"gradient of {key}"] = total, parameter.grad
+        results[f"{name} {str(dtype)[6:]}"] = {
+            "errors": {key: float((ours - theirs).abs().max()) for key, (ours, theirs) in pairs.items()},
+            "exchanges": (forward.get_total_counts(), backward.get_total_counts()),
+        }
+        alone = layer().to(dtype)
+        alone.load_state_dict(own[0].state_dict())
+        assert name == "no statistics" or torch.equal(copy.deepcopy(own).eval()(part), alone.eval()(part))
+    if rank == 0:
+        (folder / "normalised.json").write_text(json.dumps(results))
+
+
+def compiled(folder: Path, *methods: str) -> None:
+    """Student, teacher and predictor as one graph each, under DDP: the gradient of the plain ones."""
+    for method in methods:
+        gradients = []
+        for fast in (False, True):
+            torch.manual_seed(3)
+            built = build_method(build(**{**SMALL, "method": method}), trained=True).train()
+            for part in (built.student, built.teacher, built.predictor):
+                if fast:
+                    part.compile(backend="aot_eager", fullgraph=True)
+            views = torch.randn(2, 4, 3, 32, 32, generator=torch.Generator().manual_seed(world().rank))
+            replicate(built, torch.device("cpu"))(*views, torch.tensor(0.7)).loss.backward()
+            gradients.append([p.grad for p in built.parameters() if p.grad is not None])
+        for ours, theirs in zip(*gradients, strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+        (folder / f"compiled {method} {world().rank}").touch()
+
+
+def signals(folder: Path) -> None:
+    """A signal to one process reaches all with the question after it, for which none of them waits."""
+    rank, _ = world()
+    with Signals() as heard:
+        if rank == 1:
+            os.kill(os.getpid(), signal.SIGUSR1)
+            dist.barrier()  # the other one comes here only if its question does not wait for this one's
+        assert heard.asked() == Asked(save=False, end=0, stop=False, failed=False)
+        if rank == 0:
+            dist.barrier()
+        assert heard.asked(stop=rank == 0) == Asked(save=True, end=0, stop=False, failed=False)
+        assert heard.asked(failed=rank == 1, wait=True) == Asked(save=False, end=0, stop=True, failed=True)
+        assert heard.asked() == Asked(save=False, end=0, stop=False, failed=False)
+    (folder / f"signals{rank}").touch()
+
+
+def reads(folder: Path) -> None:
+    """How many values the host reads in a step of each method."""
+    counts = {}
+    for method in names():
+        step, batches = ready(build(**{**SMALL, "method": method}), torch.device("cpu"))
+        for _ in range(2):
+            with Reads() as found:
+                step(batches, Rates(0.1, 1.0, 0.9), measure=False)
+        counts[method] = found.count
+    (folder / f"reads{world().rank}.json").write_text(json.dumps(counts))
+
+
+LAYERS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
+    "BatchNorm1d": (lambda: nn.BatchNorm1d(6), (6,)),
+    "BatchNorm2d": (lambda: nn.BatchNorm2d(6, momentum=None), (6, 5, 4)),
+    "BatchNorm3d": (lambda: nn.BatchNorm3d(6, affine=False), (6, 2, 5, 4)),
+    "no statistics": (lambda: nn.BatchNorm2d(6, track_running_stats=False), (6, 3, 3)),
+    "BatchNormAct2d": (lambda: BatchNormAct2d(6, act_layer=nn.GELU), (6, 5, 4)),
+}
 
 STEPS = 8  # with 16 keys each they fill a queue of 96, and begin it anew
 
@@ -328,10 +434,16 @@ def agreeing(folder: Path) -> None:
 
 # Behind the pooling of the last two are layers that DenseCL's loss does not reach.
 TRAINED = [*((m, "test_resnet") for m in names()), ("densecl", "test_convnext"), ("densecl", "mobilenetv3_small_050")]
-SLOW: dict[str, Callable[[Path], object]] = {"slowed": slowed}
+SLOW: dict[str, Callable[[Path], object]] = {
+    "slowed": slowed,
+    "compiled": lambda folder: compiled(folder, *names()),
+}
 PARTS: dict[str, Callable[[Path], object]] = {
     "gradients": gradients,
     "shuffle": shuffle,
+    "normalised": normalised,
+    "signals": signals,
+    "reads": reads,
     **{" ".join(pair): partial(trained, method=pair[0], arch=pair[1]) for pair in TRAINED},
     "evaluated": evaluated,
     "failing": failing,

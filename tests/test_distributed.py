@@ -55,6 +55,36 @@ def test_loss_and_gradient_are_those_of_the_full_batch(done: Path) -> None:
         assert gradient < 1e-5, name
 
 
+def test_batchnorm_is_that_of_the_whole_batch_and_exchanges_once_each_way(done: Path) -> None:
+    """Far from 0, where E[x^2] - E[x]^2 has no digits left."""
+    results = json.loads((done / "normalised.json").read_text())
+    assert len(results) == 10
+    for name, found in results.items():
+        assert found["exchanges"] == [1, 1], name
+        for key, error in found["errors"].items():
+            # The means of about 300 are rounded to half of 2^-15, and the deviation is 1; a weight's gradient sums that
+            # over up to 140 values times their gradients, which are below 4.
+            rounded = 2**-16 * (140 * 4 if key == "gradient of weight" else 4)
+            assert error < (1e-11 if "float64" in name else rounded), (name, key)
+
+
+def test_a_signal_to_one_process_reaches_all_and_no_step_waits(done: Path) -> None:
+    assert all((done / f"signals{rank}").exists() for rank in (0, 1))
+
+
+def test_one_value_a_step_is_read_in_two_processes_too(done: Path) -> None:
+    """That which says whether the gradient is finite; on a GPU it stays there."""
+    for rank in (0, 1):
+        assert json.loads((done / f"reads{rank}.json").read_text()) == dict.fromkeys(METHODS, 1)
+
+
+@pytest.mark.slow
+def test_networks_compile_without_graph_breaks_under_ddp(tmp_path: Path) -> None:
+    run = torchrun("-m", "tests.distributed_worker", str(tmp_path), "compiled", timeout=580)
+    assert run.returncode == 0, run.stderr
+    assert {path.name for path in tmp_path.iterdir()} == {f"compiled {m} {rank}" for m in METHODS for rank in (0, 1)}
+
+
 def test_shuffled_batches_give_every_image_its_own_encoding(done: Path) -> None:
     assert all((done / f"shuffled{rank}").exists() for rank in (0, 1))
 

@@ -124,11 +124,10 @@ def gather_rows(rows: Tensor) -> tuple[Tensor, int]:
     rank, size = world()
     if size == 1:
         return rows, 0
-    last = rows.ndim == 4 and rows.is_contiguous(memory_format=torch.channels_last)
-    sent = (rows.permute(0, 2, 3, 1) if last else rows).detach().contiguous()
-    gathered = sent.new_empty(size * len(sent), *sent.shape[1:])
-    _all_gather(gathered, sent)
-    return gathered.permute(0, 3, 1, 2) if last else gathered, rank * len(rows)
+    plain, restored = _rows_first(rows)
+    gathered = plain.new_empty(size * len(plain), *plain.shape[1:])
+    _all_gather(gathered, plain)
+    return restored(gathered), rank * len(rows)
 
 
 def gather_objects(value: Any) -> list[Any]:
@@ -153,88 +152,37 @@ def shuffled(network: Callable[[Tensor], E], images: Tensor) -> E:
     """Encode images in batches that are mixed over all processes, and give each its own rows back.
 
     Shuffle-BN (He et al., arXiv 1911.05722): the keys' BatchNorm then sees other images than the queries', so that
-    its statistics do not tell which key belongs to a query. ``network`` returns a dataclass of tensors [B, …], and
-    has no gradient.
+    its statistics do not tell which key belongs to a query. Each process sends a random part of its batch to each, of
+    one size or one row more, so that the host knows all sizes, and no process holds more than one batch. ``network``
+    returns a dataclass of tensors [B, …], and has no gradient.
     """
-    everyone, own = gather_rows(images)
-    count = len(images)
-    order = torch.randperm(len(everyone), device=images.device)
-    dist.broadcast(order, 0)
-    encoding: Any = network(everyone[order[own : own + count]])
-    back = order.argsort()[own : own + count]
+    rank, size = world()
+    least, more = divmod(len(images), size)
+    sent = [least + ((other - rank) % size < more) for other in range(size)]
+    received = [least + ((rank - other) % size < more) for other in range(size)]
+    order = torch.randperm(len(images), device=images.device)
+    encoding: Any = network(_exchanged(images[order], sent, received))
+    back = order.argsort()
     restored: dict[int, Tensor] = {}  # fields may be one and the same tensor
     for field in dataclasses.fields(encoding):
         rows = getattr(encoding, field.name)
         if id(rows) not in restored:
-            restored[id(rows)] = gather_rows(rows)[0][back]
+            restored[id(rows)] = _exchanged(rows, received, sent)[back]
     changes = {field.name: restored[id(getattr(encoding, field.name))] for field in dataclasses.fields(encoding)}
     mine: E = dataclasses.replace(encoding, **changes)
     return mine
 
 
-class _Sum(torch.autograd.Function):
-    """Sum over all processes; so is its gradient."""
-
-    @staticmethod
-    def forward(ctx: Any, values: Tensor) -> Tensor:
-        total = values.clone()
-        dist.all_reduce(total)
-        return total
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> Tensor:
-        total = grads[0].clone()
-        dist.all_reduce(total)
-        return total
+def _exchanged(rows: Tensor, sent: list[int], received: list[int]) -> Tensor:
+    """Rows from all processes for as many rows to them, in order of rank; ``sent`` and ``received`` count them."""
+    plain, restored = _rows_first(rows)
+    found = plain.new_empty(sum(received), *plain.shape[1:])
+    dist.all_to_all_single(found, plain, received, sent)
+    return restored(found)
 
 
-class _SyncOnCPU(nn.modules.batchnorm._BatchNorm):
-    """BatchNorm over the batch of all processes on CPUs, which ``torch.nn.SyncBatchNorm`` does not know."""
-
-    def _check_input_dim(self, input: Tensor) -> None:
-        pass
-
-    def forward(self, input: Tensor) -> Tensor:
-        if not self.training:
-            return super().forward(input)
-        axes = [axis for axis in range(input.ndim) if axis != 1]
-        shape = [1, -1, *(1 for _ in axes[1:])]
-        count = input.numel() // input.shape[1] * world().size  # all have batches of one size
-        values = input.to(torch.promote_types(input.dtype, torch.float32))
-        average = _Sum.apply(values.sum(axes)) / count
-        centred = values - average.view(shape)
-        variance = _Sum.apply(centred.square().sum(axes)) / count
-        if self.track_running_stats:
-            assert self.running_mean is not None
-            assert self.running_var is not None
-            assert self.num_batches_tracked is not None
-            with torch.no_grad():
-                self.num_batches_tracked += 1
-                share = 1 / float(self.num_batches_tracked) if self.momentum is None else self.momentum
-                self.running_mean.lerp_(average, share)
-                self.running_var.lerp_(variance * (count / max(1, count - 1)), share)
-        out = centred * (variance + self.eps).rsqrt().view(shape)
-        if self.affine:
-            out = out * self.weight.view(shape) + self.bias.view(shape)
-        return out.to(input.dtype)
-
-
-def synchronise_norms(module: nn.Module, device: torch.device) -> None:
-    """Let every BatchNorm in ``module`` see the batch of all processes.
-
-    Raises:
-        UsageError: there is one that cannot on a CPU.
-    """
-    if world().size == 1:
-        return
-    for name, child in module.named_children():
-        if not isinstance(child, nn.modules.batchnorm._BatchNorm):
-            synchronise_norms(child, device)
-        elif device.type == "cuda":
-            from timm.layers import convert_sync_batchnorm
-
-            setattr(module, name, convert_sync_batchnorm(child))
-        elif type(child) in (nn.BatchNorm1d, nn.BatchNorm2d):
-            child.__class__ = _SyncOnCPU
-        else:
-            raise UsageError(f"{type(child).__name__} cannot be synchronised between processes on CPUs; start one")
+def _rows_first(rows: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+    """Contiguous rows without gradient, and what gives others like them the memory format of ``rows``."""
+    if rows.ndim == 4 and rows.is_contiguous(memory_format=torch.channels_last):
+        return rows.detach().permute(0, 2, 3, 1), lambda found: found.permute(0, 3, 1, 2)
+    return rows.detach().contiguous(), lambda found: found

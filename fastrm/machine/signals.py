@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import datetime
 import multiprocessing
 import os
 import signal
@@ -36,11 +38,13 @@ class Asked(NamedTuple):
 class Signals:
     """While this is entered, the first signal is noted and a second one of those that end a run takes effect at once.
 
-    In several processes a signal to any of them counts for all, at the same step.
+    In several processes a signal to any of them counts for all, at the same step: that after the next question, since
+    the processes exchange while they train, and no step waits for it.
     """
 
     def __init__(self) -> None:
         self._save, self._end = False, 0
+        self._sent: tuple[torch.Tensor, Any] | None = None
         self._before: dict[int, Any] = {}
         self._group: Any = dist.new_group(backend="gloo") if world().size > 1 else None
 
@@ -52,6 +56,9 @@ class Signals:
     def __exit__(self, *_: object) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
+        if self._sent is not None:  # the group must not be left in the middle; but another process may have died
+            with contextlib.suppress(RuntimeError):
+                self._sent[1].wait(datetime.timedelta(seconds=10))
 
     def _note(self, number: int, _: FrameType | None) -> None:
         self._save = True
@@ -61,13 +68,23 @@ class Signals:
                 os.kill(os.getpid(), number)
             self._end = number
 
-    def asked(self, *, stop: bool = False, failed: bool = False) -> Asked:
-        """What came since this was last asked, to any process, and what its hooks want; to be called in all of them."""
-        save, self._save = self._save, False
-        together = torch.tensor([int(save), self._end, int(stop), int(failed)])
+    def asked(self, *, stop: bool = False, failed: bool = False, wait: bool = False) -> Asked:
+        """What came since this was last asked, to any process, and what its hooks want; to be called in all of them.
+
+        Several processes get the answer to the question before, which has arrived, and for ``wait`` that to this one
+        too.
+        """
+        wishes = torch.tensor([int(self._save), self._end, int(stop), int(failed)])
+        self._save, answered = False, [wishes]
         if self._group is not None:  # over gloo, so that no device is waited for
-            dist.all_reduce(together, dist.ReduceOp.MAX, group=self._group)
-        return Asked(bool(together[0]), int(together[1]), bool(together[2]), bool(together[3]))
+            sent = dist.all_reduce(wishes, dist.ReduceOp.MAX, group=self._group, async_op=True)
+            questions = [question for question in (self._sent, (wishes, sent)) if question is not None]
+            self._sent = None if wait else questions.pop()
+            for _, arriving in questions:
+                arriving.wait()
+            answered = [torch.zeros_like(wishes), *(answer for answer, _ in questions)]
+        together = torch.stack(answered).amax(dim=0).tolist()
+        return Asked(bool(together[0]), together[1], bool(together[2]), bool(together[3]))
 
 
 def _numbers() -> list[int]:

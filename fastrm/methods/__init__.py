@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from fastrm.errors import UsageError, first_line
-from fastrm.machine.distributed import synchronise_norms, world
+from fastrm.machine.distributed import world
 from fastrm.machine.memory import exhausted
 from fastrm.methods.base import Encoder, Encoding, Method, StepOutput
 from fastrm.methods.contrastive import Contrastive
@@ -26,6 +26,7 @@ from fastrm.methods.unused import counted, freeze_unused
 from fastrm.models import build_backbone, mlp, module_name
 from fastrm.models.layout import lay_out
 from fastrm.models.named import refusing
+from fastrm.models.synchronised import synchronise_norms
 from fastrm.models.weights import adapted, load_weights, read_weights
 from fastrm.settings.config import Config, check_value
 
@@ -99,7 +100,7 @@ def build_method(
         _freeze(method, config, layout, name)
         _start(method, config.model.init_from)
         if not method.queues:
-            synchronise_norms(method, device)
+            synchronise_norms(method)
     return method
 
 

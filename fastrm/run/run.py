@@ -135,14 +135,20 @@ class Run:
             self._saver.wait()
 
     def asked(self) -> Asked:
-        """What signals and hooks ask for after this step, in any process; to be called in all of them."""
+        """What signals and hooks ask for after this step, in any process; to be called in all of them.
+
+        Several processes know of it one step later, but for the last step.
+        """
         if self._asked is None or self._asked[0] != self.step:
-            found = self._signals.asked(stop=self.stopping, failed=self._hooks.fault is not None)
+            failed, last = self._hooks.fault is not None, self.step >= self.total_steps
+            found = self._signals.asked(stop=self.stopping, failed=failed, wait=last)
             self._asked = self.step, found
         return self._asked[1]
 
     def stop(self) -> None:
-        """End the run after this step, with a checkpoint and results; a call in one process counts for all.
+        """End the run after this step, with a checkpoint and results; several processes: after the next one.
+
+        A call in one process counts for all.
 
         The same command goes on with the steps that are left.
         """
