@@ -16,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastrm import train
 from fastrm.data import Batch
+from fastrm.errors import UsageError
 from fastrm.hooks.profile import PARTS
 from fastrm.methods import build_method
 from fastrm.methods.pair import TeacherPair
@@ -273,3 +274,42 @@ def test_verification_says_nothing_of_a_batch_without_a_finite_loss(small: Small
     views = torch.randn(2, 8, 3, 32, 32) * math.nan
     assert verification_warning(step.verify((views[0], views[1]))) is None
     assert verification_warning({"verify_loss": math.inf, "verify_gradient": 0.0}) is not None
+
+
+@pytest.mark.parametrize(("arch", "stem"), [("test_resnet", "imagenet"), ("test_vit", "auto")])
+def test_activations_that_are_computed_again_take_less_memory_and_give_the_same_bits(
+    arch: str, stem: str, small: Small
+) -> None:
+    found = []
+    for again in (False, True):
+        config = small(method="mocov3", arch=arch, image_size=64, stem=stem, checkpoint_activations=again)
+        torch.manual_seed(0)
+        method = build_method(config, trained=True).train()
+        kept: dict[int, int] = {}
+        own = {p.untyped_storage().data_ptr() for p in method.parameters()}
+
+        def pack(value: Tensor, kept: dict[int, int] = kept, own: set[int] = own) -> Tensor:
+            if (place := value.untyped_storage().data_ptr()) not in own:
+                kept[place] = value.untyped_storage().nbytes()
+            return value
+
+        images = torch.randn(2, 16, 3, 64, 64)
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda value: value):
+            features = method.student.backbone(images[0])
+        del features
+        step = Step(
+            method, build_optimizer(method, config.optim), precision="fp32", accumulate=1, clip_norm=1.0,
+            layout=torch.channels_last,
+        )  # fmt: skip
+        for _ in range(2):
+            step([Batch((images[0], images[1]), [])], Rates(0.1, 1.0, 0.9), measure=True)
+        found.append((method.state_dict(), sum(kept.values())))
+    (plain, whole), (recomputed, blocks) = found
+    assert all(torch.equal(value, recomputed[name]) for name, value in plain.items())
+    # The stem of a ResNet, most of what so small a one keeps, is none of its blocks.
+    assert blocks < (0.8 if arch == "test_resnet" else 0.2) * whole
+
+
+def test_a_network_without_blocks_to_compute_again_is_refused(small: Small) -> None:
+    with pytest.raises(UsageError, match="--checkpoint-activations: Sequential has no blocks"):
+        build_method(small(checkpoint_activations=True), trained=True, arch=nn.Sequential(nn.Conv2d(3, 8, 3, 2)))

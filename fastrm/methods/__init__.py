@@ -97,6 +97,8 @@ def build_method(
             lay_out(method, (method.student.backbone, method.teacher.backbone) if small_maps else (), size)
     method.notes = list(backbone.notes)
     if trained:
+        if config.device.checkpoint_activations:
+            method.student.backbone.checkpoint_activations()
         _freeze(method, config, layout, name)
         _start(method, config.model.init_from)
         if not method.queues:

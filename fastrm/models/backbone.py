@@ -6,6 +6,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from fastrm.errors import UsageError
+
 
 class Backbone(nn.Module):
     """A network of timm's interface without its classifier: images to pooled features, and to their map.
@@ -17,6 +19,7 @@ class Backbone(nn.Module):
         transformer: whether it is one in what methods distinguish, such as the depth of MoCo-v3's heads.
         channels: of the images that it takes.
         options: what ``timm.create_model`` was given besides ``num_classes=0``.
+        recomputes: whether blocks are computed again in the backward pass.
         notes: what of the wish could not be done, and why, a sentence each.
     """
 
@@ -38,6 +41,7 @@ class Backbone(nn.Module):
         self.transformer = transformer
         self.channels = channels
         self.options: dict[str, Any] = {}
+        self.recomputes = False
         self.notes: list[str] = []
         self._channels_last = channels_last
 
@@ -56,6 +60,22 @@ class Backbone(nn.Module):
         """What ``forward`` and ``forward_features`` give, in one pass."""
         features = self.net.forward_features(images)
         return self._pooled(features), self._mapped(features)
+
+    def checkpoint_activations(self) -> None:
+        """Keep only the input of each block, and compute the block again in the backward pass.
+
+        Raises:
+            UsageError: the network cannot.
+        """
+        try:
+            self.net.set_grad_checkpointing(True)
+        except (AttributeError, AssertionError):
+            name = type(self.net).__name__
+            raise UsageError(
+                f"--checkpoint-activations: {name} has no blocks that can be computed again (set_grad_checkpointing of "
+                "timm's networks); leave it out, or lower --batch-size"
+            ) from None
+        self.recomputes = True
 
     def _pooled(self, features: Any) -> Tensor:
         pooled: Tensor = self.net.forward_head(features, pre_logits=True)

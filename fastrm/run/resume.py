@@ -23,7 +23,7 @@ FREE_ON_RESUME = frozenset(
     {"max_steps", "log_every", "profile", "eval_every", "eval_images", "verify_every", "log_to"}
     | {"checkpoint_every", "keep", "keep_every", "keep_best"}
     | {"out", "resume", "recipe", "device", "compile", "cuda_graph", "channels_last", "kernels", "loader", "scan"}
-    | {"workers", "allow_changed_data", "dry_run"}
+    | {"checkpoint_activations", "workers", "allow_changed_data", "dry_run"}
     | {"data", "data_root", "image_column", "label_column"}  # of the images their inventory is compared
     | {"augmentation"}  # and every number of the views that it stands for
 )

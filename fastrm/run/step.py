@@ -14,6 +14,7 @@ from fastrm.data.loader import Batch
 from fastrm.errors import TrainingError
 from fastrm.machine.distributed import replicate, world
 from fastrm.methods import Method, StepOutput
+from fastrm.methods.base import unchanged_buffers
 from fastrm.methods.verify import verify
 from fastrm.optim import TeacherOptimizer
 from fastrm.optim.schedules import Rates
@@ -81,6 +82,7 @@ class Step:
         self.in_a_row = torch.zeros((), device=self.device)
         self.residual_weight = torch.zeros((), device=self.device)
         self.statistics = _one_tensor(method)
+        self.recomputes = method.student.backbone.recomputes
         self.network = replicate(method, self.device) if world().size > 1 else method
 
     def __call__(
@@ -130,7 +132,9 @@ class Step:
         arranged = [view.contiguous(memory_format=self.layout) for view in views]
         with torch.autocast(self.device.type, self.autocast, enabled=self.autocast is not None):
             output: StepOutput = self.network(*arranged, self.residual_weight, measure=measure)
-        with record_function("backward"):
+        # What is computed again would let BatchNorm's statistics follow the batch a second time.
+        recomputing = unchanged_buffers(self.method.student) if self.recomputes else contextlib.nullcontext()
+        with record_function("backward"), recomputing:
             self._scaled(output.loss).backward()
         return output._replace(loss=output.loss.detach())
 

@@ -178,6 +178,9 @@ class DeviceConfig:
     auto: on a GPU with Triton, where it pays in minutes; not on the CPU, where a ResNet-18 was no faster."""
     cuda_graph: bool = False
     """Capture the whole step as one CUDA graph: for small images and networks, where launches dominate."""
+    checkpoint_activations: bool = False
+    """Keep only the input of each block of the student, and compute the block again in the backward pass: less memory,
+    the same bits, about a third more time. For networks that timm can do it with, such as ResNets and ViTs."""
     channels_last: bool = True
     """Keep images and convolution weights in channels-last order."""
     kernels: Literal["auto", "triton", "cpu", "reference"] = "auto"
