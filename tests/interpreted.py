@@ -8,7 +8,9 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Collection, Iterable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -19,6 +21,18 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() and not INTERPRETED el
 
 TRITON = pytest.param("triton", marks=() if INTERPRETED else pytest.mark.gpu)
 BACKENDS = ["reference", "cpu", TRITON]
+# What takes the interpreter long, beside cases of the same behaviour that do not.
+SLOW_TRITON = pytest.param("triton", marks=[*TRITON.marks, *([pytest.mark.slow] if INTERPRETED else [])])
+
+
+def with_backends(cases: Iterable[str], often: Collection[str]) -> list[Any]:
+    """(case, backend) for all backends; the interpreter runs Triton's other cases than ``often`` by night."""
+    triton = {case: TRITON if case in often else SLOW_TRITON for case in cases}
+    return [
+        pytest.param(case, *backend.values, marks=backend.marks, id=f"{case}-{backend.values[0]}")
+        for case in triton
+        for backend in (pytest.param("reference"), pytest.param("cpu"), triton[case])
+    ]
 
 
 def device_of(backend: str) -> torch.device:
@@ -30,11 +44,14 @@ def device_of(backend: str) -> torch.device:
     return DEVICE
 
 
-def run_triton_cases(file: str) -> None:
-    """Run the Triton cases of a test file in the interpreter."""
+often_and_slow = pytest.mark.parametrize("cases", ["not slow", pytest.param("slow", marks=pytest.mark.slow)])
+
+
+def run_triton_cases(file: str, cases: str = "not slow") -> None:
+    """Run the Triton cases of a test file in the interpreter: those that are not marked slow, or those that are."""
     if INTERPRETED:
         pytest.skip("this is that run")
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-k", "triton", file]
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-k", "triton", "-m", cases, file]
     environment = {**os.environ, "TRITON_INTERPRET": "1"}
     root = Path(__file__).parent.parent
     done = subprocess.run(command, env=environment, cwd=root, capture_output=True, text=True, check=False)

@@ -173,6 +173,16 @@ ENCODED = (as_list, as_csv, as_tsv, as_paths, as_bytes, as_folder, as_hub, as_ur
 ARRAYS = (as_npy, as_hdf5, as_packed_hdf5)
 forms = pytest.mark.parametrize("form", [*ENCODED, *ARRAYS], ids=lambda form: form.__name__)
 
+# A run on each is long; these differ most.
+some_forms = pytest.mark.parametrize(
+    "form",
+    [
+        pytest.param(form, marks=[] if form in (as_csv, as_url_of_shards, as_hdf5) else [pytest.mark.slow])
+        for form in (*ENCODED, *ARRAYS)
+    ],
+    ids=lambda form: form.__name__,
+)
+
 
 def settings(data: str, out: Path, **leaves: Any) -> Config:
     quick: dict[str, Any] = {
@@ -217,7 +227,7 @@ def test_the_pictures_and_their_labels(form: Callable[[Path], str], root: Path) 
     assert list(parts.identities())[1] == list(source.train.identities())[30]
 
 
-@forms
+@some_forms
 def test_a_run_is_resumed_to_the_bit_evaluated_and_exported(
     form: Callable[[Path], str], root: Path, whole: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -19,7 +19,7 @@ from fastrm.kernels import FeatureQueue, _blocked, _fused, _sweep, info_nce, res
 from fastrm.kernels._scoring import Scoring
 from fastrm.kernels.dispatch import triton
 from tests import oracle
-from tests.interpreted import BACKENDS, INTERPRETED, TRITON, device_of, run_triton_cases
+from tests.interpreted import BACKENDS, INTERPRETED, SLOW_TRITON, TRITON, device_of, often_and_slow, run_triton_cases
 
 F16, BF16, F32, F64 = torch.float16, torch.bfloat16, torch.float32, torch.float64
 FUSED = ["cpu", TRITON]
@@ -412,7 +412,7 @@ def compiled_as_eager(compiler: str, backend: str) -> None:
             torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("backend", [*FUSED, pytest.param("reference", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("backend", ["cpu", SLOW_TRITON, pytest.param("reference", marks=pytest.mark.slow)])
 def test_a_whole_step_compiles_without_graph_breaks(backend: str) -> None:
     compiled_as_eager("aot_eager", backend)
 
@@ -614,5 +614,6 @@ def test_extra_memory_at_moco_size() -> None:
 
 
 @pytest.mark.skipif(triton is None, reason="needs Triton")
-def test_triton_cases_in_the_interpreter() -> None:
-    run_triton_cases(__file__)
+@often_and_slow
+def test_triton_cases_in_the_interpreter(cases: str) -> None:
+    run_triton_cases(__file__, cases)

@@ -21,7 +21,7 @@ from fastrm.optim.schedules import Rates
 from fastrm.run.graph import GraphedStep
 from fastrm.run.step import Step
 from fastrm.settings.config import Config
-from tests.interpreted import TRITON, device_of, run_triton_cases
+from tests.interpreted import SLOW_TRITON, TRITON, device_of, often_and_slow, run_triton_cases
 from tests.recorded import Graph, cuda_graphs  # noqa: F401 (a fixture)
 
 Small = Callable[..., Config]
@@ -74,11 +74,13 @@ def trained(step: Step, bad: Callable[[int], bool], count: int) -> list[dict[str
 
 
 MEASURED = (0, 3, 5, 7, 13)
-CASES = [("mocov3", "lars"), ("mocov2", "adamw")]
+CASES = [
+    pytest.param("mocov3", "lars", *SLOW_TRITON.values, marks=SLOW_TRITON.marks),
+    pytest.param("mocov2", "adamw", *TRITON.values, marks=TRITON.marks),
+]
 
 
-@pytest.mark.parametrize("backend", [TRITON])
-@pytest.mark.parametrize(("method", "optimizer"), CASES)
+@pytest.mark.parametrize(("method", "optimizer", "backend"), CASES)
 def test_a_captured_step_counts_skips_and_stops_as_a_plain_one(
     method: str,
     optimizer: str,
@@ -217,5 +219,6 @@ def test_what_a_graph_would_not_see_is_refused(backend: str, cuda_graphs: type[G
     assert host_value("fused_ema_", "momentum", torch.tensor(0.5)) == 0.5
 
 
-def test_triton_cases_in_the_interpreter() -> None:
-    run_triton_cases(__file__)
+@often_and_slow
+def test_triton_cases_in_the_interpreter(cases: str) -> None:
+    run_triton_cases(__file__, cases)

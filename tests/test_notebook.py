@@ -51,6 +51,7 @@ def pictures(cell: Any) -> list[str]:
     return [output.data["image/png"] for output in cell.outputs if "image/png" in output.get("data", {})]
 
 
+@pytest.mark.slow
 @needs_jupyter
 def test_the_notebook_runs_with_less(tmp_path: Path) -> None:
     cells = executed(tmp_path, "\nEPOCHS, PATCHES, WORKERS = 1, 16, 0")

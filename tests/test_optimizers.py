@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from fastrm.kernels import fused_ema_
 from fastrm.kernels import optim as launches
 from fastrm.optim import LARS, SGD, AdamW, apex_problem, fused_lamb
-from tests.interpreted import TRITON, device_of, run_triton_cases
+from tests.interpreted import TRITON, device_of, often_and_slow, run_triton_cases, with_backends
 
 Array = NDArray[np.float64]
 Rule = Callable[[list[Array], list[Array | None], list[dict[str, Any]], int], None]
@@ -122,8 +122,9 @@ def grouped(things: list[Any]) -> list[Any]:
     return things[::2] + things[1::2]
 
 
-def test_triton_cases_in_the_interpreter() -> None:
-    run_triton_cases(__file__)
+@often_and_slow
+def test_triton_cases_in_the_interpreter(cases: str) -> None:
+    run_triton_cases(__file__, cases)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -162,8 +163,7 @@ def test_every_step_against_the_definition_and_torch(name: str, backend: str) ->
                 torch.testing.assert_close(p, q, rtol=2e-5, atol=2e-6)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("name", ["lars", "dampening", "adamw"])
+@pytest.mark.parametrize(("name", "backend"), with_backends(["lars", "dampening", "adamw"], often=["lars"]))
 def test_state_round_trip_is_exact(name: str, backend: str) -> None:
     device = device_of(backend)
     kind, _, options, other = CASES[name]
@@ -209,8 +209,9 @@ def test_goes_on_from_torchs_state(name: str, backend: str) -> None:
             torch.testing.assert_close(p, q, rtol=2e-5, atol=2e-6)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("name", ["lars", "momentum", "dampening", "adamw"])
+@pytest.mark.parametrize(
+    ("name", "backend"), with_backends(["lars", "momentum", "dampening", "adamw"], often=["dampening"])
+)
 def test_a_step_that_the_scaler_skips_moves_nothing(name: str, backend: str) -> None:
     device = device_of(backend)
     kind, _, options, _ = CASES[name]
@@ -389,8 +390,7 @@ def test_the_teacher_is_that_of_fused_ema() -> None:
             assert torch.equal(a, b)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(("name", "backend"), with_backends(CASES, often=["adamw"]))
 def test_a_parameter_without_a_teacher_moves_all_the_same(name: str, backend: str) -> None:
     """As a predictor's; one of those that have a teacher has no gradient besides."""
     kind, _, options, other = CASES[name]

@@ -185,6 +185,7 @@ def test_an_output_folder_whose_name_is_no_text_is_refused_at_the_start(quick: S
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_from_the_parent_of_a_checkout_a_run_ends_well(tmp_path: Path) -> None:
     """There ``fastrm/`` is the checkout, which Python takes for a namespace package: ``fastrm/__init__.py`` never runs.
 

@@ -79,6 +79,7 @@ def test_a_place_for_caches_that_another_user_has_prepared_is_not_taken(common: 
     assert done.stdout.strip() != f"{common}/fastrm-54321"
 
 
+@pytest.mark.slow
 def test_no_home_at_all(common: Path) -> None:
     """The real thing once: training, as a user whom the system does not know, in a folder of anybody's."""
     command = [*unknown_user(), sys.executable, "-m", "fastrm.train", "--data", "digits", *TINY, "--max-steps", "1"]

@@ -75,11 +75,13 @@ def run(*command: str) -> tuple[int, str, str]:
     return started.returncode, *said
 
 
-@pytest.mark.parametrize("raising", [("torch",), pytest.param(KINDS, marks=pytest.mark.slow)], ids=["often", "all"])
+@pytest.mark.parametrize("kinds", [("torch",), pytest.param(KINDS, marks=pytest.mark.slow)], ids=["often", "all"])
 def test_a_script_ends_with_its_own_status_whatever_loader_it_holds(
-    raising: tuple[str, ...], script: Path, pictures: Path
+    kinds: tuple[str, ...], script: Path, pictures: Path
 ) -> None:
-    want = {f"{kind},comes to its end": "0" for kind in KINDS} | {f"{kind},raises": "1" for kind in raising}
+    want = {
+        f"{kind},{ending}": status for kind in kinds for ending, status in (("comes to its end", "0"), ("raises", "1"))
+    }
     want["torch,is killed"] = str(-signal.SIGKILL)
     many = script.with_name("many.py")
     many.write_text(MANY)
@@ -87,9 +89,8 @@ def test_a_script_ends_with_its_own_status_whatever_loader_it_holds(
     assert dict(line.split(":") for line in said.splitlines() if ":" in line) == want, errors
 
 
-@pytest.mark.parametrize(
-    ("ending", "status"), [("comes to its end", 0), pytest.param("raises", 1, marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("ending", "status"), [("comes to its end", 0), ("raises", 1)])
 def test_a_script_under_torchrun_ends(ending: str, status: int, script: Path, tmp_path: Path) -> None:
     launch = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
     code, said, errors = run(*launch, str(script), "torch", ending, str(tmp_path))
