@@ -5,8 +5,10 @@ from __future__ import annotations
 import contextlib
 import json
 import multiprocessing
+import platform
 import signal
 import statistics
+import subprocess
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -32,6 +34,7 @@ from fastrm.probes import Pixels, frozen_scores
 from fastrm.probes.features import Setting
 from fastrm.settings.config import ResidualPlace
 
+ROOT = Path(__file__).parent.parent
 Curve = tuple[list[float], list[float]]
 """(steps or epochs, values)."""
 SCORES = ("knn_student", "knn_teacher", "linear_student", "linear_teacher")
@@ -165,6 +168,17 @@ def curve(out: Path, metric: str, by: Literal["step", "epoch"] = "step") -> Curv
     records = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     found = [record for record in records if metric in record]
     return [record[by] for record in found], [record[metric] for record in found]
+
+
+def made() -> dict[str, Any]:
+    """What figures are of: the commit, the day, torch and the device."""
+    asked = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True)
+    return {
+        "commit": asked.stdout.strip() or None,
+        "date": time.strftime("%Y-%m-%d"),
+        "torch": torch.__version__,
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine(),
+    }
 
 
 def in_turn(

@@ -12,10 +12,7 @@ from __future__ import annotations
 
 import argparse
 import math
-import platform
 import statistics
-import subprocess
-import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,13 +20,12 @@ from typing import Any
 import torch
 from scipy.stats import t as students_t
 
-from benchmarks._study import SCORE_NAMES, SCORES, Setup, Trial, curve, in_turn, mean, run, untouched
+from benchmarks._study import ROOT, SCORE_NAMES, SCORES, Setup, Trial, curve, in_turn, made, mean, run, untouched
 from examples.cifar10 import SETTINGS, SmallResNet
 from fastrm.files import cache_root, read_json, write_json, write_text
 from fastrm.machine.device import available_cores
 from fastrm.terminal import shell
 
-ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "docs" / "study" / "photos"
 METHODS = {"mocov3": "MoCo-v3", "mocov2": "MoCo-v2"}
 _GPU = {"arch": "resnet18", "stem": "small", "cuda_graph": True, "batch_size": 256, "hidden_dim": 2048}
@@ -74,24 +70,13 @@ def record(trial: Trial, seed: int, setup: Setup, folder: Path, results: Path, t
     for metric in ("gap", "knn_student", "knn_teacher"):
         epochs, values = curve(folder / trial.name / str(seed), metric, by="epoch")
         curves[metric] = [[round(epoch, 2), round(v, 4)] for epoch, v in zip(epochs, values, strict=True)]
-    found = {"scores": scores, "curves": curves, **_made(threads)}
+    found = {"scores": scores, "curves": curves, **made(), "threads": threads}
     write_json(_file(trial, seed, results), found)
     return found
 
 
 def _file(trial: Trial, seed: int, results: Path) -> Path:
     return results / f"{trial.name}-{seed}.json"
-
-
-def _made(threads: int) -> dict[str, Any]:
-    asked = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True)
-    return {
-        "commit": asked.stdout.strip() or None,
-        "date": time.strftime("%Y-%m-%d"),
-        "torch": torch.__version__,
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine(),
-        "threads": threads,
-    }
 
 
 def interval(differences: Sequence[float]) -> str:

@@ -6,6 +6,7 @@ python examples/cifar10.py --out runs/cifar10 --export cifar10.safetensors
 
 import argparse
 import hashlib
+import time
 from pathlib import Path
 
 import torch
@@ -69,6 +70,29 @@ class SmallResNet(nn.Module):
         return self.blocks(self.stem(images))
 
 
+class Clock:
+    """Logs the hours of processor time that a run took so far, also before it was cut off."""
+
+    def __init__(self):
+        self.before = -time.process_time()
+
+    def hours(self):
+        return (self.before + time.process_time()) / 3600
+
+    def on_step(self, run, step, outputs):
+        if run.logging:
+            run.log({"cpu_hours": self.hours()})
+
+    def on_evaluate(self, run, step, scores):
+        run.log({"cpu_hours": self.hours()})
+
+    def state_dict(self):
+        return {"hours": self.hours()}
+
+    def load_state_dict(self, state):
+        self.before += 3600 * state["hours"]
+
+
 def export_half(run, file, which):
     """Write a run's backbone as ``fastrm.export`` does, then with its convolutions in float16, in half of the bytes."""
     card = export(ExportConfig(checkpoint=run, format="safetensors", which=which, out=file), arch=SmallResNet())
@@ -94,6 +118,6 @@ if __name__ == "__main__":
     data, file, which = (given.pop(name) for name in ("data", "export", "which"))
     if data is not None:
         torch.manual_seed(given["seed"])  # of the first weights, which are the module's own
-        print(fastrm.pretrain(data, arch=SmallResNet(), **given, **SETTINGS).scores)
+        print(fastrm.pretrain(data, arch=SmallResNet(), hooks=[Clock()], **given, **SETTINGS).scores)
     if file is not None:
         export_half(given["out"], file, which)

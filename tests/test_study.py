@@ -13,7 +13,7 @@ import pytest
 import scipy.stats
 import torch
 
-from benchmarks import _study, study, study_photos
+from benchmarks import _study, learning, study, study_photos
 from benchmarks._study import Setup, Trial
 from benchmarks.study import QUESTIONS, Question, Scale
 from examples.cifar10 import SmallResNet
@@ -122,6 +122,23 @@ def test_a_study_of_photographs_goes_on_from_the_files_of_finished_runs(
     other = json.loads(next(files.glob("mocov3*w1-0.json")).read_text())["scores"]["knn_student"]
     assert f"| {100 * (other - 0.125):+.1f} |" in said
     assert said.count("not run") == 2 * (len(study_photos.ROWS["MoCo-v3"]) - 2)
+
+
+def test_a_run_becomes_a_curve_by_hours(tmp_path: Path) -> None:
+    lines = [
+        {"step": 1, "epoch": 0.5, "loss": 2.0, "cpu_hours": 0.1},
+        {"step": 2, "epoch": 1.0, "knn_student": 0.25, "knn_teacher": 0.5},
+        {"step": 2, "epoch": 1.0, "cpu_hours": 0.2},
+        {"step": 4, "epoch": 2.0, "knn_student": 0.5, "knn_teacher": 0.75},
+        {"step": 4, "epoch": 2.0, "cpu_hours": 0.4},
+    ]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (tmp_path / "summary.json").write_text(json.dumps({"knn_pixels": 0.4, "knn_untrained": 0.3}))
+    learning.main([str(tmp_path), "--json", str(tmp_path / "a.json"), "--svg", str(tmp_path / "a.svg")])
+    found = read_json(tmp_path / "a.json")
+    assert [(p["epoch"], p["cpu_hours"], p["knn_teacher"]) for p in found["points"]] == [(1, 0.2, 0.5), (2, 0.4, 0.75)]
+    assert (found["pixels"], found["untrained"]) == (0.4, 0.3)
+    assert "the raw pixels" in (tmp_path / "a.svg").read_text()
 
 
 def test_differences_have_the_interval_of_students_t() -> None:
