@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.util
 import io
+import struct
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -62,10 +64,21 @@ def with_tifffile(values: NDArray[Any], **options: Any) -> bytes:
     return content.getvalue()
 
 
+def packed_by(how: str, values: NDArray[Any], **options: Any) -> bytes:
+    pytest.importorskip("imagecodecs", reason="tifffile packs and unpacks with it")
+    options = {"photometric": "minisblack", "planarconfig": "contig", "predictor": True} | options
+    return with_tifffile(values, compression=how, **options)
+
+
 STORED: dict[str, tuple[Callable[[], bytes], NDArray[Any]]] = {
     "float32": (lambda: tiff(DEEP.astype("f4") / 7), DEEP.astype("f4") / 7),
     "float from -1 to 1": (lambda: tiff((2 * RAMP - 1).astype("f4")), (2 * RAMP - 1).astype("f4")),
     "float16": (lambda: with_tifffile(DEEP.astype("f2")), DEEP.astype("f2")),
+    "LZW of many bands": (lambda: packed_by("lzw", many(DEEP.astype("u2"), 6)), many(DEEP.astype("u2"), 6)),
+    "LZW in tiles": (
+        lambda: packed_by("lzw", many(DEEP.astype("i2"), 5), tile=(16, 16), predictor=False), many(DEEP.astype("i2"), 5)
+    ),
+    "zstd": (lambda: packed_by("zstd", many(DEEP.astype("f4"), 7), predictor=False), many(DEEP.astype("f4"), 7)),
     "double": (lambda: tiff(DEEP / 7), DEEP / 7),
     "float colour": (lambda: tiff(many(DEEP.astype("f4"), 3)), many(DEEP.astype("f4"), 3)),
     "PFM": (lambda: b"Pf\n48 32\n-1.0\n" + DEEP.astype("<f4")[::-1].tobytes(), DEEP.astype("f4")),
@@ -440,6 +453,23 @@ def test_trained_resumed_scored_and_exported(kind: str, tmp_path: Path) -> None:
     images = torch.rand(2, model.channels, 16, 16)
     with torch.no_grad():
         torch.testing.assert_close(model(images), whole.student.cpu().eval()(images))
+
+
+def test_a_packed_tiff_says_what_unpacks_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tifffile = pytest.importorskip("tifffile")
+    content = with_tifffile(many(DEEP.astype("u2"), 6), photometric="minisblack", planarconfig="contig")
+    plain, lzw = (struct.pack("<HHII", 259, 3, 1, packing) for packing in (1, 5))
+    assert content.count(plain) == 1
+    if importlib.util.find_spec("imagecodecs") is not None:
+
+        def lacking(page: Any) -> None:
+            raise ValueError(f"{page.compression!r} requires the 'imagecodecs' package")
+
+        monkeypatch.setattr(tifffile.TiffPage, "asarray", lacking)
+    fill(tmp_path, {f"{i}.tif": content.replace(plain, lzw) for i in range(2)})
+    said = r"0.tif \(this TIFF is packed by LZW, which needs imagecodecs: pip install 'fastrm\[tiff\]'\)"
+    with pytest.raises(UsageError, match=said):
+        scan(open_source(tmp_path), workers=1)
 
 
 def test_a_damaged_newest_checkpoint_leaves_the_pixels_as_they_were(

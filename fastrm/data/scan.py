@@ -169,7 +169,7 @@ def _looked_at(images: EncodedImages, index: int) -> _Found:
 def _rules() -> str:
     """A digest of what files are read with and of the rules; when it changes they are looked at again."""
     digest = hashlib.sha256(f"{PIL.__version__}\0{sorted(features.get_supported())}\0".encode())
-    digest.update(str(find_spec("tifffile") is not None).encode())
+    digest.update(str([find_spec(name) is not None for name in ("tifffile", "imagecodecs")]).encode())
     for rules in (decode, stored):
         digest.update(inspect.getsource(rules).encode())
     return digest.hexdigest()[:32]

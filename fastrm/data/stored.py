@@ -232,7 +232,7 @@ def _tiff(content: bytes, page: int) -> NDArray[Any]:
             raise BrokenImage(f"it has {len(found)} pages")
         read = found[page]
         _check_whole(read, len(content))
-        values: NDArray[Any] = read.asarray()
+        values = _unpacked(read)
         layout = read.axes
         if layout == "SYX":
             values = np.moveaxis(values, 0, 2)
@@ -244,6 +244,19 @@ def _tiff(content: bytes, page: int) -> NDArray[Any]:
             values = _without_transparency(values)
         turn = read.tags.get("Orientation")
         return _upright(values, int(turn.value) if turn is not None else 1)
+
+
+def _unpacked(page: Any) -> NDArray[Any]:
+    try:
+        values: NDArray[Any] = page.asarray()
+    except ValueError as error:
+        if "requires the 'imagecodecs' package" not in str(error):
+            raise
+        packed = getattr(page.compression, "name", page.compression)
+        raise BrokenImage(
+            f"this TIFF is packed by {packed}, which needs imagecodecs: pip install 'fastrm[tiff]'"
+        ) from None
+    return values
 
 
 def _check_whole(page: Any, length: int) -> None:
