@@ -14,7 +14,7 @@ from collections.abc import Callable
 import torch
 
 from fastrm.data import copies
-from fastrm.data.dali_loader import dali_problem
+from fastrm.data.dali_loader import dali_problem, dali_trial
 from fastrm.machine.device import available_cores, choose_compile, choose_device, choose_precision, why_no_gpu
 from fastrm.machine.memory import size as in_words
 from fastrm.optim import apex_problem
@@ -60,7 +60,7 @@ def _loader() -> str:
 
 
 def _dali() -> str:
-    problem = dali_problem()
+    problem = dali_problem() or dali_trial(_here())
     return (
         f"not used: {problem}" if problem else f"{_version('nvidia-dali-cuda130') or _version('nvidia-dali-cuda120')}"
     )

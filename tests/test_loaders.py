@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import gzip
 import io
+import itertools
 import shutil
 import tarfile
+import threading
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -18,8 +20,8 @@ import torch
 from PIL import Image
 
 from fastrm import train
-from fastrm.data import make_loader, open_source
-from fastrm.data.dali_loader import DaliLoader, dali_problem, encoded
+from fastrm.data import dali_loader, make_loader, open_source
+from fastrm.data.dali_loader import DaliLoader, dali_problem, dali_trial, encoded
 from fastrm.data.decode import decode
 from fastrm.data.draws import draw_views
 from fastrm.data.encoded import FileImages
@@ -395,3 +397,86 @@ def test_what_does_not_fit_at_full_size_is_shrunk_or_refused(tmp_path: Path, mon
         UsageError, match=r"--loader memory: the images take .* even if .*; give --loader torch or auto"
     ):
         kept_loader(tmp_path, loader="memory")
+
+
+class Failing:
+    """A pipeline of DALI's that fails once."""
+
+    def __init__(self, sound: Any, error: Exception) -> None:
+        self.sound, self.error = sound, error
+
+    def run(self, **inputs: Any) -> Any:
+        raise self.error
+
+
+def of_dali(operator: str, met: str) -> RuntimeError:
+    return RuntimeError(
+        f"Critical error in pipeline:\nError in MIXED operator `nvidia.dali.fn.{operator}`,\nwhich was used in the "
+        f'pipeline definition with the following traceback:\n\n  File "/memory/cuda.py", line 1\n\nencountered:\n\n'
+        f"{met}\nCurrent pipeline object is no longer valid."
+    )
+
+
+@needs_dali
+@pytest.mark.parametrize(
+    "error",
+    [
+        of_dali("decoders.image", "CUDA allocation failed. Current memory usage: 80 GB"),
+        of_dali("decoders.image", "nvImageCodec failure: '#6'"),
+        of_dali("decoders.image", "Can't allocate 4194304 bytes on device 0."),
+        of_dali("decoders.image", "nvml error (999): An internal driver error occurred"),
+        of_dali("slice", "Slice can't be placed out of bounds"),
+        RuntimeError("CUDA runtime API error cudaErrorIllegalAddress (700)"),
+    ],
+)
+def test_what_is_no_fault_of_a_file_is_raised(pictures: Path, error: RuntimeError) -> None:
+    loader = made(pictures / "classes")
+    loader._pipeline = Failing(loader._pipeline, error)
+    with pytest.raises(RuntimeError) as raised:
+        next(iter(loader))
+    assert raised.value is error
+
+
+@needs_dali
+def test_a_file_that_only_pillow_decodes_is_said(pictures: Path) -> None:
+    want = next(iter(made(pictures / "classes")))
+    loader = made(pictures / "classes")
+    loader._pipeline = Failing(loader._pipeline, of_dali("decoders.image", "nvImageCodec failure: '#5'"))
+    with pytest.warns(UserWarning, match=r"DALI could not decode a batch \(nvImageCodec failure: '#5'\), but Pillow"):
+        found = next(iter(loader))
+    assert found.indices == want.indices
+    for ours, theirs in zip(found.views, want.views, strict=True):
+        assert float((ours - theirs).abs().mean()) < 0.05  # two decoders' rounding
+
+
+@needs_dali
+def test_files_are_read_while_others_are_decoded(pictures: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    loader = made(pictures / "classes", workers=1)
+    third = threading.Event()
+    plain, count = loader._images.read, itertools.count(1)
+
+    def read(*arguments: Any) -> Any:
+        if next(count) == 3 * 8:
+            third.set()
+        return plain(*arguments)
+
+    monkeypatch.setattr(loader._images, "read", read)
+    run = loader._pipeline.run
+    waited: list[bool] = []
+
+    def decoded(**inputs: Any) -> Any:
+        waited.append(third.wait(timeout=60))
+        return run(**inputs)
+
+    monkeypatch.setattr(loader._pipeline, "run", decoded)
+    assert len(next(iter(loader)).indices) == 8
+    assert all(waited)  # the first batch was decoded once the third had been read
+
+
+@needs_dali
+def test_doctor_tries_dali(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert dali_trial(torch.device("cpu")) is None
+    monkeypatch.setattr(
+        dali_loader, "_pipeline", lambda *_, **__: Failing(None, of_dali("decoders.image", "no libnvjpeg"))
+    )
+    assert dali_trial(torch.device("cpu")) == "it is installed, but cannot decode on cpu: no libnvjpeg"
