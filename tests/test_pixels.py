@@ -16,16 +16,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 import fastrm
-from fastrm.data import (
-    Augmentation,
-    PixelFormat,
-    PixelOptions,
-    View,
-    eval_loader,
-    make_loader,
-    open_source,
-    torch_loader,
-)
+from fastrm.data import Augmentation, PixelFormat, PixelOptions, View, batched, eval_loader, make_loader, open_source
 from fastrm.data.decode import BrokenImage
 from fastrm.data.scan import scan
 from fastrm.data.settling import settled
@@ -395,7 +386,7 @@ def test_views_do_not_depend_on_how_many_are_made_at_a_time(
         return next(iter(loader)).views
 
     together = views()
-    monkeypatch.setattr(torch_loader, "_VALUES", 1)  # a gray picture of a set in colour alone, too
+    monkeypatch.setattr(batched, "_CACHED", 1)  # a gray picture of a set in colour alone, too
     for mine, other in zip(together, views(), strict=True):
         assert torch.equal(mine, other)
 

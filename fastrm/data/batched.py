@@ -18,6 +18,8 @@ from fastrm.data.augmentation import LUMA
 from fastrm.data.draws import Draws
 
 _CACHED = 2**20  # values of a chunk on a CPU: fewer spend the time on calls, more leave the cache
+_LARGE = 2**17  # values of an image that is changed alone: to copy it to others and back takes longer than calls
+_ALL = 2**31  # on a GPU
 _BAND = 56
 _FEW = 16
 
@@ -35,11 +37,17 @@ class Step(NamedTuple):
 def recolour_(images: Tensor, draws: Draws, *, blur_radius: int) -> Tensor:
     """Carry out in place, on [B, C, S, S], all that follows the crop and the flip, only where it was drawn."""
     planned = steps(draws, images.shape[1], blur_radius, images.device)
-    # On a CPU a few at a time, so that they stay in its cache between the operations.
-    count = max(1, _CACHED // images[0].numel()) if images.device.type == "cpu" else len(images)
+    count = at_a_time(images[0].numel(), images.device)
     for start in range(0, len(images), count):
         carry_out_(planned, images[start : start + count], start)
     return images
+
+
+def at_a_time(values: int, device: torch.device) -> int:
+    """How many images of so many values: on a CPU a few, so that they stay in its cache between the operations."""
+    if device.type != "cpu":
+        return _ALL
+    return 1 if values > _LARGE else max(1, _CACHED // values)
 
 
 def steps(draws: Draws, channels: int, radius: int, device: torch.device) -> list[Step]:
@@ -240,8 +248,10 @@ def normalise(images: Tensor, mean: tuple[float, ...], std: tuple[float, ...], *
     """Write ``(images / 255 - mean) / std`` of [B, 1 or C, H, W] into ``out`` [B, C, H, W], in its dtype and order."""
     work = out if out.dtype == torch.float32 else torch.empty_like(out, dtype=torch.float32)
     height, width = images.shape[2:]
-    # Converted first: an operation on two dtypes is not vectorised on a CPU.
-    work.copy_(images).sub_(_spread(mean, height, width, out.device)).div_(_spread(std, height, width, out.device))
+    mean_, std_ = _spread(mean, height, width, out.device), _spread(std, height, width, out.device)
+    count = at_a_time(work[0].numel(), work.device)
+    for source, part in zip(images.split(count), work.split(count), strict=True):
+        part.copy_(source).sub_(mean_).div_(std_)  # converted first: of two dtypes it is not vectorised on a CPU
     return work if work is out else out.copy_(work)
 
 

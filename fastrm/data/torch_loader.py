@@ -28,8 +28,6 @@ from fastrm.machine.signals import leave_to_the_trainer
 AHEAD = 2
 """Batches that each loader process makes ready ahead."""
 _HELD = 8
-_VALUES = 2**18
-"""That are recoloured at a time: fewer spend the time on calls, more leave the cache."""
 _CPU = torch.device("cpu")
 
 
@@ -77,7 +75,7 @@ class _Views(Dataset[Loaded]):
         wide = max(crop.shape[1] for crop in crops)  # gray pictures among others
         out = batched.empty_views(len(crops), size, dtype, _CPU, channels=format.channels)
         steps = batched.steps(draws, wide, blur_radius(view, size), _CPU)
-        count = max(1, _VALUES // (wide * size * size))
+        count = batched.at_a_time(wide * size * size, _CPU)
         for start in range(0, len(crops), count):
             some = slice(start, start + count)
             part = crops[start] if count == 1 else torch.cat([crop.expand(-1, wide, -1, -1) for crop in crops[some]])
