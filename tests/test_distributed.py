@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -16,11 +17,13 @@ import torch
 from benchmarks.scaling import Machine, Run, share_of_evaluations
 from fastrm import train
 from fastrm.data import open_source
+from fastrm.data.draws import BatchSampler
 from fastrm.data.settling import settled
 from fastrm.errors import UsageError
 from fastrm.machine.distributed import processes
 from fastrm.probes import frozen_scores
 from fastrm.probes.features import Setting
+from fastrm.run import checkpoint
 from fastrm.settings.fields import RunConfig
 from tests.distributed_worker import EVAL_IMAGES, PARTS, STEPS, TRAINED, Slow, resumed, scores
 
@@ -110,12 +113,44 @@ def test_teacher_and_queue_are_the_same_everywhere_after_steps(method: str, arch
     assert np.isfinite([line["loss"] for line in lines[:STEPS]]).all()
 
 
-def test_a_run_of_two_processes_goes_on_where_it_was(done: Path) -> None:
-    """Bit for bit, and only with as many processes."""
+def test_a_run_of_two_processes_goes_on_where_it_was(done: Path, tmp_path: Path) -> None:
+    """Bit for bit with as many processes; in one with the batches, the queue and the schedule of two."""
     whole, parts = (torch.load(done / out / "checkpoint.pt", weights_only=True)["method"] for out in ("whole", "parts"))
     assert all(torch.equal(value, parts[name]) for name, value in whole.items())
-    with pytest.raises(UsageError, match="is of a run in 2 processes, and these are 1"):
-        train.train(resumed(done / "parts", 7))
+    shutil.copytree(done / "parts", tmp_path / "parts")
+    before = checkpoint.load(tmp_path / "parts")
+    train.train(resumed(tmp_path / "parts", 7))
+    after = checkpoint.load(tmp_path / "parts")
+    assert (after["step"], len(after["random"]), after["config"]["batch_size"]) == (7, 1, 16)
+    assert int(after["method"]["queues.0.pointer"]) == 7 * 16 % 96
+    first, second = (state["method"]["queues.0.features"] for state in (before, after))
+    assert torch.equal(first[16:], second[16:])  # the seventh batch takes the place of the first
+    assert not torch.equal(first[:16], second[:16])
+
+
+def test_the_images_of_a_step_are_the_same_in_any_number_of_processes() -> None:
+    def step(number: int, processes: int) -> list[int]:
+        samplers = [BatchSampler(100, 24 // processes, 3, rank, processes) for rank in range(processes)]
+        for sampler in samplers:
+            sampler.seek(number)
+        return [index for sampler in samplers for index in next(iter(sampler)).images]
+
+    for number in (0, 5, 11):
+        assert step(number, 1) == step(number, 2) == step(number, 4)
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_in_four_processes_after_two_and_in_one_after_four(tmp_path: Path) -> None:
+    for part, number in (("first half", 2), ("second half", 4)):
+        run = torchrun("-m", "tests.distributed_worker", str(tmp_path), part, processes=number)
+        assert run.returncode == 0, run.stderr
+    said = "the run was in 2 processes, and goes on in 4, which draw other views of the same images"
+    assert f"{said}; --batch-size stays 16, 4 a process" in run.stdout
+    train.train(resumed(tmp_path / "parts", 8))
+    state = checkpoint.load(tmp_path / "parts")
+    assert (state["step"], int(state["method"]["queues.0.pointer"])) == (8, 8 * 16 % 96)
+    steps = [json.loads(line)["step"] for line in (tmp_path / "parts" / "metrics.jsonl").read_text().splitlines()]
+    assert steps == list(range(1, 9))
 
 
 @pytest.mark.slow

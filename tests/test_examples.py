@@ -5,8 +5,13 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import json
+import os
 import runpy
+import signal
+import socket
+import subprocess
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -17,6 +22,7 @@ import torch
 import fastrm
 from fastrm import export
 from fastrm.data import open_source
+from fastrm.run import checkpoint
 from tests.conftest import run_of_one_step
 
 ROOT = Path(__file__).parent.parent
@@ -132,3 +138,83 @@ def test_a_logger_of_ones_own(run: Callable[..., str], tmp_path: Path) -> None:
         (record["step"], record["loss"]) for record in records if "loss" in record
     ]
     assert [step for step, name, _ in logged if name == "knn_student"] == ["1", "2"]
+
+
+SHELL = [ROOT / "examples" / name for name in ("elastic.sh", "slurm.sh")]
+TINY = [
+    "--data", "digits", "--arch", "test_resnet", "--image-size", "32", "--stem", "imagenet", "--batch-size", "32",
+    "--hidden-dim", "32", "--output-dim", "16", "--predictor-hidden-dim", "32", "--epochs", "1", "--eval-every", "0",
+    "--log-every", "1", "--checkpoint-every", "2", "--max-steps", "24", "--workers", "0", "--device", "cpu",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("script", SHELL, ids=lambda script: script.name)
+def test_shell_scripts_are_sound(script: Path) -> None:
+    subprocess.run(["bash", "-n", str(script)], check=True)
+
+
+def started(script: Path, out: Path, folder: Path, **variables: str) -> subprocess.Popen[str]:
+    """A script of the examples, with what stands for SLURM's commands in ``folder``."""
+    folder.mkdir(exist_ok=True)
+    stubs = {
+        "srun": 'shift; exec "$@"\n',  # without its option
+        "scontrol": f'if [ "$1" = show ]; then echo localhost; else echo "$@" >> {folder}/asked; fi\n',
+    }
+    for name, text in stubs.items():
+        (folder / name).write_text("#!/bin/bash\n" + text)
+        (folder / name).chmod(0o755)
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    path = os.pathsep.join([str(folder), str(Path(sys.executable).parent), os.environ["PATH"]])
+    given = {"PATH": path, "PORT": str(port), "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **variables}
+    return subprocess.Popen(
+        ["bash", str(script), *TINY, "--out", str(out)],
+        env={**os.environ, **given}, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+
+
+def until_step(out: Path, step: int, process: subprocess.Popen[str]) -> None:
+    """Wait until a run has recorded a step."""
+    metrics = out / "metrics.jsonl"
+    while not metrics.is_file() or metrics.read_text().count("\n") < step:
+        assert process.poll() is None, process.communicate()[1][-2000:]
+        threading.Event().wait(0.2)
+
+
+def below(pid: int) -> list[int]:
+    """Processes that a process started, and those that they did."""
+    found = subprocess.run(["pgrep", "-P", str(pid)], capture_output=True, text=True, check=False).stdout.split()
+    return [each for child in map(int, found) for each in (child, *below(child))]
+
+
+@pytest.mark.slow
+def test_torchrun_starts_a_run_again_of_which_a_process_was_killed(tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    agent = started(SHELL[0], out, tmp_path / "stubs", NODES="1:1", PROCESSES="2")
+    until_step(out, 4, agent)
+    os.kill(below(agent.pid)[-1], signal.SIGKILL)
+    _, said = agent.communicate(timeout=400)
+    assert agent.returncode == 0, said
+    assert json.loads((out / "summary.json").read_text())["step"] == 24
+    steps = [json.loads(line)["step"] for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert steps == list(range(1, 25))
+
+
+@pytest.mark.slow
+def test_a_job_of_slurm_saves_asks_for_its_place_and_goes_on(tmp_path: Path) -> None:
+    out, stubs = tmp_path / "run", tmp_path / "stubs"
+    slurm = {"SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "x", "SLURM_NNODES": "1", "SLURM_GPUS_ON_NODE": "2"}
+    job = started(SHELL[1], out, stubs, **slurm)
+    until_step(out, 3, job)
+    job.send_signal(signal.SIGTERM)
+    job.communicate(timeout=300)
+    assert (stubs / "asked").read_text() == "requeue 7\n"
+    done = checkpoint.load(out)["step"]
+    assert 3 <= done < 24
+    job = started(SHELL[1], out, stubs, **slurm, SLURM_RESTART_COUNT="1")
+    _, said = job.communicate(timeout=400)
+    assert job.returncode == 0, said
+    assert checkpoint.load(out)["step"] == 24
+    steps = [json.loads(line)["step"] for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert steps == list(range(1, 25))

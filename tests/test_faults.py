@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import signal
@@ -18,7 +17,7 @@ import numpy as np
 import pytest
 import torch
 
-from fastrm import train
+from fastrm import Trainer, train
 from fastrm.errors import Stopped, TrainingError, UsageError
 from fastrm.machine.signals import Signals
 from fastrm.methods import build_method
@@ -382,12 +381,70 @@ def test_a_wrong_fused_gradient_is_said(small: Small, monkeypatch: pytest.Monkey
     assert verification_warning({"verify_loss": 1e-4, "verify_gradient": 1e-3}) is None
 
 
-def test_a_checkpoint_of_another_number_of_processes_says_what_changes(small: Small, tmp_path: Path) -> None:
-    train.train(small(max_steps=1))
-    path = tmp_path / "run" / checkpoint.NAME
+def as_of_two_processes(out: Path) -> None:
+    """Let a checkpoint be one of a run in two processes, whose batches were those of one."""
+    path = out / checkpoint.NAME
     state = checkpoint.load(path)
     state["random"] *= 2
     torch.save({**state, "checksum": checkpoint.checksum(state)}, path)
-    with pytest.raises(UsageError, match="of a run in 2 processes, and these are 1: every batch would be another"):
-        train.train(small(max_steps=2))
-    assert json.loads((tmp_path / "run" / "summary.json").read_text())["step"] == 1
+
+
+def test_a_run_in_another_number_of_processes_goes_on_and_says_what_changes(
+    small: Small, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Sampler, queue, random states and schedule continue, and the batch that the checkpoint has holds."""
+    leaves = {"method": "mocov2", "queue_size": 256}
+    train.train(small(**leaves, max_steps=5, out=tmp_path / "whole"))
+    train.train(small(**leaves, max_steps=2))
+    as_of_two_processes(tmp_path / "run")
+    batch = checkpoint.load(tmp_path / "run")["config"]["batch_size"]
+    assert batch != 256
+    train.train(small(**leaves, max_steps=5, batch_size=None))
+    said = capsys.readouterr().out
+    assert "the run was in 2 processes, and goes on in 1, which draw other views of the same images" in said
+    assert f"--batch-size stays {batch}, {batch} a process" in said
+    assert_as_uninterrupted(tmp_path / "run", tmp_path / "whole")
+
+
+def test_with_other_processes_and_another_batch_a_run_goes_on_with_the_next_epoch(
+    small: Small, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    train.train(small(max_steps=1, epochs=4))
+    before = checkpoint.load(tmp_path / "run")
+    with pytest.raises(UsageError, match="--batch-size was"):
+        train.train(small(max_steps=3, epochs=4, batch_size=480))
+    as_of_two_processes(tmp_path / "run")
+    train.train(small(max_steps=4, epochs=4, batch_size=480))
+    then = before["config"]["batch_size"]
+    said = f"--batch-size was {then}, is 480: the run goes on at epoch 1, with a learning rate for the batch"
+    assert said in capsys.readouterr().out
+    after = checkpoint.load(tmp_path / "run")
+    assert after["step"] == 4
+    assert after["images"]["shift"] == 1  # of the 2 steps that an epoch has now, one more than was made
+    assert records(tmp_path / "run")[-1]["epoch"] == 2.5
+
+
+def test_a_checkpoint_is_saved_when_long_none_was(
+    small: Small, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A step takes two minutes here."""
+    now = [0.0]
+    monkeypatch.setattr("fastrm.hooks.checkpoints.time.monotonic", lambda: now[0])
+    saved: list[int] = []
+
+    class Watch:
+        def on_step(self, run: Any, step: int, _: object) -> None:
+            now[0] += 120.0
+
+        def on_checkpoint(self, run: Any, path: Path) -> None:
+            saved.append(run.step)
+
+    def steps_saved(**leaves: Any) -> list[int]:
+        saved.clear()
+        config = small(epochs=1, max_steps=14, checkpoint_every=8, resume="never", **leaves).flat()
+        Trainer(**config, hooks=[Watch()]).fit()
+        return list(saved)
+
+    assert steps_saved(checkpoint_minutes=5) == [3, 6, 8, 11, 14]
+    assert steps_saved() == [8, 14]  # after 8 steps of two minutes another one is due
+    assert steps_saved(checkpoint_minutes=0) == [8, 14]

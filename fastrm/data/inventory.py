@@ -38,18 +38,21 @@ class Inventory:
 
         Returns:
             This list at its place in the run, and in words how it differs from that one; empty if it does not. A list
-            that differs starts with the next whole epoch, so that epochs never count backwards.
+            that differs, or is gone through in other batches, starts with the next whole epoch, so that epochs never
+            count backwards.
         """
         old: Tensor = then["hashes"]
+        next_epoch = -(-(step + int(then["shift"])) // int(then["steps_per_epoch"]))
         if torch.equal(old, self.hashes):
-            return replace(self, shift=int(then["shift"])), ""
+            if then["steps_per_epoch"] == self.steps_per_epoch:
+                return replace(self, shift=int(then["shift"])), ""
+            return replace(self, shift=next_epoch * self.steps_per_epoch - step), ""
         mine, theirs = self.hashes.numpy(), old.numpy()
         new, missing = len(np.setdiff1d(mine, theirs)), len(np.setdiff1d(theirs, mine))
         words = f"{len(old):,} images then, {len(self.hashes):,} now"
         words += f"; {new:,} new or changed, {missing:,} missing or changed" if new or missing else " in another order"
         if self.left_out != then["left_out"]:
             words += f"; {then['left_out']:,} files were left out as broken, and {self.left_out:,} are now"
-        next_epoch = -(-(step + int(then["shift"])) // int(then["steps_per_epoch"]))
         return replace(self, shift=next_epoch * self.steps_per_epoch - step), words
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
 
@@ -12,21 +13,36 @@ if TYPE_CHECKING:
 
 
 class Checkpoints(Hook):
-    """Saves every so many steps or at the end of each epoch, and after the last step.
+    """Saves every so many steps or at the end of each epoch, after the last step, and when long nothing was saved.
 
     Args:
         every: steps between two checkpoints; None is an epoch.
+        minutes: since the last one, by the clock of the first process, after which all save; 0: however long it is.
         keep_best: gets the score of the step that was saved last, with its value; None keeps no best one.
     """
 
-    def __init__(self, every: int | None, keep_best: Callable[[int, str, float], None] | None = None) -> None:
-        self._every, self._keep_best = every, keep_best
+    def __init__(
+        self, every: int | None, *, minutes: float = 0.0, keep_best: Callable[[int, str, float], None] | None = None
+    ) -> None:
+        self._every, self._seconds, self._keep_best = every, 60 * minutes, keep_best
+        self._last = time.monotonic()
+
+    def on_start(self, run: Run) -> None:
+        """The clock starts."""
+        self._last = time.monotonic()
+
+    def on_checkpoint(self, *_: object) -> None:
+        """It starts again."""
+        self._last = time.monotonic()
 
     def on_step(self, run: Run, step: int, _: object = None) -> None:
         """Save, if it is time."""
         due = step % self._every == 0 if self._every else run.schedule.ends_epoch(step)
         if due or step == run.total_steps:
             run.save()
+        elif run.rank == 0 and self._seconds and time.monotonic() - self._last >= self._seconds:
+            self._last = time.monotonic()  # several processes save a step later
+            run.save_soon()
 
     def on_evaluate(self, run: Run, step: int, scores: Mapping[str, float]) -> None:
         """Keep the checkpoint of this step if none scored better."""

@@ -68,6 +68,10 @@ class Signals:
                 os.kill(os.getpid(), number)
             self._end = number
 
+    def save_soon(self) -> None:
+        """Ask for a checkpoint as a signal does."""
+        self._save = True
+
     def asked(self, *, stop: bool = False, failed: bool = False, wait: bool = False) -> Asked:
         """What came since this was last asked, to any process, and what its hooks want; to be called in all of them.
 

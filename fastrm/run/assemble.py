@@ -111,11 +111,10 @@ def assemble(config: Config, objects: Objects, opened: ExitStack) -> Parts:
     """
     machine = opened.enter_context(joined(config.device, optimizer=config.optim.optimizer))
     device, world, precision = machine.device, machine.world, machine.precision
-    config = resolved(config, world.size).replace(compile="on" if machine.compiled else "off")
-    request = said.asked(config, world)
-    opened.enter_context(enough(device, lambda: request, LOWER))
-    batch, accumulate = config.input.batch_size, config.optim.accumulate
-    assert batch is not None
+    config = config.replace(compile="on" if machine.compiled else "off")
+    if config.input.batch_size is not None:  # what is wrong is said before the images are looked through
+        config = resolved(config, world.size)
+    opened.enter_context(enough(device, lambda: said.asked(config, world), LOWER))
 
     kind = find(objects.method or config.method.method)
     given = config.input
@@ -128,6 +127,10 @@ def assemble(config: Config, objects: Objects, opened: ExitStack) -> Parts:
     workers = min(own_cores, 8) if config.input.workers is None else config.input.workers
     whole, broken, hashes = opened_once(lambda: images.opened(objects.data, config, workers))
     source = whole.limited(config.run.eval_images)
+    if config.input.batch_size is None:
+        config = resolved(config.replace(batch_size=images.batch_of_before(config, source)), world.size)
+    batch, accumulate = config.input.batch_size, config.optim.accumulate
+    assert batch is not None
     # A run is evaluated from other folders than it was started in.
     root = config.input.data_root
     place = config.input.data if objects.data is not None else located(config.input.data)
@@ -253,7 +256,13 @@ def built_in(
         before.append(listeners.Verification(settings.verify_every, parts.step.verify))
     after: list[Any] = [listeners.Progress(parts.display), metrics]
     after += [listeners.LOGGERS[name]() for name in settings.log_to]
-    after.append(listeners.Checkpoints(settings.checkpoint_every, keep_best if settings.keep_best else None))
+    after.append(
+        listeners.Checkpoints(
+            settings.checkpoint_every,
+            minutes=settings.checkpoint_minutes,
+            keep_best=keep_best if settings.keep_best else None,
+        )
+    )
     if settings.eval_every and source.test is not None:
         setting = Setting(parts.config.input.image_size, parts.machine.device, parts.workers)
         after.append(

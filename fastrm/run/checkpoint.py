@@ -70,14 +70,29 @@ def load(path: Path) -> dict[str, Any]:
     return state
 
 
-def format_in(path: Path) -> PixelFormat | None:
-    """How the run of a checkpoint takes its images, without reading the rest; None where it cannot be read."""
+def glanced(path: Path) -> Mapping[str, Any]:
+    """What a checkpoint says of its run, without reading the tensors; nothing where it cannot be read."""
     try:
         state = torch.load(locate(path), mmap=True, weights_only=True, map_location="cpu")
-        found = PixelFormat.of(state.get("pixels"))
-        return found if found.limits else None  # of views that a callable made
+        return state if isinstance(state, dict) else {}
     except Exception:  # what is wrong with it is said when it is loaded
+        return {}
+
+
+def format_in(path: Path) -> PixelFormat | None:
+    """How the run of a checkpoint takes its images; None where it cannot be read."""
+    try:
+        found = PixelFormat.of(glanced(path).get("pixels"))
+        return found if found.limits else None  # of views that a callable made
+    except Exception:  # as above
         return None
+
+
+def batch_in(path: Path) -> int | None:
+    """Images an optimizer step of the run of a checkpoint, over all processes; None where it cannot be read."""
+    settings = glanced(path).get("config")
+    found = settings.get("batch_size") if isinstance(settings, dict) else None
+    return found if isinstance(found, int) else None
 
 
 @contextmanager

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from fastrm.data import Source, open_source
-from fastrm.data.formats import PixelFormat
 from fastrm.data.scan import scan
 from fastrm.data.sent import Opened
 from fastrm.data.settling import PixelOptions, formatted, settled
 from fastrm.files import as_utf8
 from fastrm.machine.distributed import on_this_machine
+from fastrm.machine.meeting import everyone
 from fastrm.run import checkpoint
 from fastrm.settings.config import Config
+
+T = TypeVar("T")
 
 
 def opened(data: Any, config: Config, workers: int) -> Opened:
@@ -36,7 +39,8 @@ def opened(data: Any, config: Config, workers: int) -> Opened:
     threads = workers * on_this_machine()
     if settings.scan and keep:
         source, broken = scan(source, workers=threads)
-    if (format := _format_of_before(config, source)) is not None:
+    # Whatever is in the folder of data by now, a run goes on with its images taken as they were.
+    if (format := _of_before(config, source, checkpoint.format_in)) is not None:
         source = formatted(source, format)
     else:
         source = settled(source, PixelOptions.of(settings), workers=threads)
@@ -48,12 +52,15 @@ def folder_of(config: Config, source: Source) -> Path:
     return config.run.out or Path("runs", f"{as_utf8(source.name)}-{config.method.method}-{config.model.arch}")
 
 
-def _format_of_before(config: Config, source: Source) -> PixelFormat | None:
-    """How the run that is to go on takes its images, whatever is in its folder of data by now."""
+def batch_of_before(config: Config, source: Source) -> int | None:
+    """Images an optimizer step of the run that is to go on; None where none is."""
+    return everyone(_of_before(config, source, checkpoint.batch_in))[0]
+
+
+def _of_before(config: Config, source: Source, read: Callable[[Path], T | None]) -> T | None:
+    """What a checkpoint of the run that is to go on says; of a run's own a damaged one gives way to those before."""
     wish = config.run.resume
     if wish == "never":
         return None
-    if wish != "auto":
-        return checkpoint.format_in(Path(wish))
-    formats = map(checkpoint.format_in, checkpoint.own(folder_of(config, source)))
-    return next((format for format in formats if format is not None), None)  # a damaged one gives way to those before
+    there = checkpoint.own(folder_of(config, source)) if wish == "auto" else [Path(wish)]
+    return next((found for found in map(read, there) if found is not None), None)

@@ -21,7 +21,7 @@ from fastrm.settings.config import Config, flag
 # Settings that may differ between a run and its continuation, since they do not change what is learned.
 FREE_ON_RESUME = frozenset(
     {"max_steps", "log_every", "profile", "eval_every", "eval_images", "verify_every", "log_to"}
-    | {"checkpoint_every", "keep", "keep_every", "keep_best"}
+    | {"checkpoint_every", "checkpoint_minutes", "keep", "keep_every", "keep_best"}
     | {"out", "resume", "recipe", "device", "compile", "cuda_graph", "channels_last", "kernels", "loader", "scan"}
     | {"checkpoint_activations", "workers", "allow_changed_data", "dry_run"}
     | {"data", "data_root", "image_column", "label_column"}  # of the images their inventory is compared
@@ -84,19 +84,17 @@ def resume(
         if there and not any(file.samefile(path) for file in there):
             raise UsageError(f"--resume {wish} would overwrite the run in --out {out}; choose another --out")
         state = load(path)
-    stays = _same_settings(path, state, now, images.steps_per_epoch)
-    if (processes := len(state["random"])) != world().size:
-        raise UsageError(
-            f"{path} is of a run in {processes} processes, and these are {world().size}: every batch would be another "
-            "one. Start as many, or give another --out"
-        )
+    processes = len(state["random"])
+    stays = _same_settings(path, state, now, images.steps_per_epoch, elastic=processes != world().size)
     _same_views(path, state, augmentation)
     start = _compared(path, state, now, images)._replace(settings=stays)
+    if processes != world().size:
+        start = start._replace(notes=(*start.notes, _elsewhere(state, now, start)))
     state.setdefault("hooks", {OLD_ONLINE: state["online"]} if "online" in state else {})
     with fitting(path):
         for name, part in parts.items():
             part.load_state_dict(state[name])
-        random = state["random"][world().rank]
+        random = state["random"][world().rank % processes]
         torch.set_rng_state(random["cpu"])
         if torch.cuda.is_available() and "cuda" in random:
             torch.cuda.set_rng_state(random["cuda"])
@@ -104,19 +102,24 @@ def resume(
 
 
 def _same_settings(
-    path: Path, state: Mapping[str, Any], now: Mapping[str, Any], steps_per_epoch: int
+    path: Path, state: Mapping[str, Any], now: Mapping[str, Any], steps_per_epoch: int, *, elastic: bool
 ) -> Mapping[str, Any]:
-    """Hold the settings against those of a checkpoint, and return what of those stays although another is given."""
+    """Hold the settings against those of a checkpoint, and return what of those stays although another is given.
+
+    Where the number of processes is another one (``elastic``) the batch may be too.
+    """
     then = Config().flat() | state["config"]  # settings that are newer than the checkpoint had their defaults
     free = FREE_ON_RESUME if "images" in state or now["allow_changed_data"] else FREE_ON_RESUME - {"data"}
     if "augmentation" not in state and not str(now["augmentation"]).startswith("<"):  # objects were not recorded then
         free -= {"augmentation"}
+    if elastic:
+        free |= {"batch_size", "accumulate"}
     changed = {name for name in now if name not in free and then.get(name) != now[name]}
     if "data" in changed and _same_file(then["data"], now["data"]):
         changed.remove("data")
     longer = changed - {"warmup_epochs"} == {"epochs"} and now["epochs"] > then["epochs"]
     place = state["step"] + state.get("images", {}).get("shift", 0)
-    if longer and place >= then["epochs"] * steps_per_epoch:
+    if longer and place >= then["epochs"] * state.get("images", {}).get("steps_per_epoch", steps_per_epoch):
         return {"warmup_epochs": then["warmup_epochs"]}
     if changed:
         ordered = [name for name in now if name in changed]
@@ -126,6 +129,18 @@ def _same_settings(
             f"{path} is of other settings: {differences}{hint}. Use its own, another --out, or --resume never"
         )
     return {}
+
+
+def _elsewhere(state: Mapping[str, Any], now: Mapping[str, Any], start: Start) -> str:
+    """What changes in a run that goes on in another number of processes."""
+    then, processes, size = state["config"], len(state["random"]), world().size
+    words = f"the run was in {processes} processes, and goes on in {size}, which draw other views of the same images"
+    changed = [name for name in ("batch_size", "accumulate") if now[name] != then[name]]
+    if not changed:
+        return f"{words}; --batch-size stays {now['batch_size']}, {now['batch_size'] // size} a process"
+    parts = ", ".join(f"{flag(name)} was {then[name]}, is {now[name]}" for name in changed)
+    epoch = (start.step + start.images.shift) / start.images.steps_per_epoch
+    return f"{words}; {parts}: the run goes on at epoch {epoch:g}, with a learning rate for the batch"
 
 
 def _same_views(path: Path, state: Mapping[str, Any], augmentation: Augmentation | None) -> None:

@@ -134,6 +134,10 @@ class Run:
         if wait:
             self._saver.wait()
 
+    def save_soon(self) -> None:
+        """Ask all processes to save, at the same step; a call in one of them counts for all."""
+        self._signals.save_soon()
+
     def asked(self) -> Asked:
         """What signals and hooks ask for after this step, in any process; to be called in all of them.
 

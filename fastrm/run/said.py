@@ -23,8 +23,7 @@ _SCORED = {"student": "student", "teacher": "teacher", "untrained": "untrained",
 
 def asked(config: Config, world: World) -> str:
     """What a run asks of the memory."""
-    batch = config.input.batch_size
-    assert batch is not None
+    batch = config.input.batch_size or world.size * 256
     images = batch // (world.size * config.optim.accumulate)
     return (
         f"{config.method.method} with {config.model.arch} on {images} images of {config.input.image_size} pixels at a "

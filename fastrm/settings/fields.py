@@ -208,6 +208,8 @@ class RunConfig:
     """Train a linear classifier along with the student, on its detached features, and score it at each evaluation."""
     checkpoint_every: Annotated[int, Range(at_least=1)] | None = None
     """Steps between two checkpoints, besides the one at the end; unset: an epoch."""
+    checkpoint_minutes: Annotated[float, Range(at_least=0)] = 15.0
+    """Save besides when this many minutes have passed since the last checkpoint; 0: never for that."""
     keep: Annotated[int, Range(at_least=1)] = 2
     """Checkpoints that are kept, the newest among them."""
     keep_every: Annotated[int, Range(at_least=1)] | None = None
