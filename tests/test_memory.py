@@ -73,6 +73,7 @@ def test_errors_of_memory_are_known(short: Callable[[], None]) -> None:
         "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
         "CUDA error: out of memory",
         "std::bad_alloc",
+        "encountered:\n\nCUDA allocation failed",
         "Caught _ArrayMemoryError in DataLoader worker process 0.\nOriginal Traceback: …",
         "[enforce fail at alloc_cpu.cpp:117] DefaultCPUAllocator: not enough memory: you tried to allocate 8 bytes",
         "unable to mmap 1024 bytes from file </torch_1_2>: Cannot allocate memory (12)",

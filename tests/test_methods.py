@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fastrm.errors import UsageError
+from fastrm.machine.device import choose_queue_dtype
 from fastrm.methods import Method, build_method
 from fastrm.methods.densecl import matched
 from fastrm.optim import build_optimizer
@@ -308,3 +309,25 @@ def test_densecl_takes_a_transformers_map() -> None:
         encoding = method.student(images)
     assert features.shape == (2, 2, 2, 768)
     torch.testing.assert_close(encoding.positions, features.flatten(1, 2))
+
+
+@pytest.mark.parametrize("name", ["mocov2", "densecl"])
+def test_queues_of_half_the_bytes(name: str) -> None:
+    losses = []
+    for dtype in ("float32", "bfloat16"):
+        torch.manual_seed(0)
+        method = build_method(settings(name, queue_dtype=dtype)).train()
+        assert {queue.features.dtype for queue in method.queues} == {getattr(torch, dtype)}
+        views = torch.randn(2, 8, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+        output = method(*views, torch.tensor(0.5))
+        method.push(output.keys)
+        assert all(int(queue.pointer) == 8 for queue in method.queues)
+        losses.append(float(output.loss))
+    # A key that is rounded to 2^-9 of itself moves a similarity by 2^-9 at most, divided by the temperature of 0.3.
+    assert abs(losses[0] - losses[1]) < 2**-9 / 0.3
+
+
+def test_where_a_queue_is_in_bfloat16() -> None:
+    assert choose_queue_dtype("auto", torch.device("cpu")) == torch.float32
+    assert choose_queue_dtype("auto", torch.device("cuda")) == torch.bfloat16
+    assert choose_queue_dtype("float32", torch.device("cuda")) == torch.float32

@@ -51,6 +51,18 @@ def choose_precision(wanted: str, device: torch.device) -> str:
     return wanted
 
 
+def choose_queue_dtype(wanted: str, device: torch.device) -> torch.dtype:
+    """``auto`` is bfloat16 on a GPU and float32 on the CPU.
+
+    Raises:
+        UsageError: the name is unknown.
+    """
+    check_value("queue_dtype", wanted)
+    if wanted == "auto":
+        wanted = "bfloat16" if device.type == "cuda" else "float32"
+    return {"bfloat16": torch.bfloat16, "float32": torch.float32}[wanted]
+
+
 def choose_compile(wanted: str, device: torch.device) -> bool:
     """``auto`` is yes on a GPU with Triton, which torch.compile needs there, and no on the CPU.
 

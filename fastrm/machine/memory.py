@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 _SHARED = re.compile(r"unable to (open|allocate|mmap|resize|write).*(shared|/torch_|bytes from file)", re.I | re.S)
 _SHORT = re.compile(
     r"out of memory|(can't|cannot|not|failed to|unable to) allocate|not enough memory|STATUS_\w*ALLOC\w*"
-    r"|\bbad[_ ]alloc|\w*MemoryError\b",
+    r"|\ballocation failed|cudaErrorMemoryAllocation|\bbad[_ ]alloc|\w*MemoryError\b",
     re.I,
 )
 _ON_DEVICE = re.compile(r"cuda|cudnn|cublas|cusolver|nccl|OutOfMemoryError", re.I)

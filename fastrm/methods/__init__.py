@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from fastrm.errors import UsageError, first_line
+from fastrm.machine.device import choose_queue_dtype
 from fastrm.machine.distributed import world
 from fastrm.machine.memory import exhausted
 from fastrm.methods.base import Encoder, Encoding, Method, StepOutput
@@ -89,6 +90,7 @@ def build_method(
     with refusing(name, f"cannot be prepared for --method {kind.name}"):
         kind.prepare(backbone, name)
     method: Method[Any] = kind(backbone, config.method, backend=backend).to(device)
+    method.queues.to(choose_queue_dtype(config.method.queue_dtype, device))
     layout = torch.contiguous_format
     if config.device.channels_last:
         layout = torch.channels_last

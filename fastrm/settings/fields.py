@@ -124,6 +124,9 @@ class MethodConfig:
     """Temperature of the contrastive loss, in methods with one."""
     queue_size: Annotated[int, Range(at_least=1, at_most=2**24)] = 65536
     """Keys held as negatives, in methods with a queue."""
+    queue_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """How the queue holds its keys; losses are summed in float32 always.
+    auto: float32 on the CPU; bfloat16 on a GPU, where a product of float32 rows is made of three in TF32."""
     symmetric: bool = False
     """Score both directions, each against a queue of its own, and average, in methods that otherwise score one."""
     dense_weight: Share = 0.5
