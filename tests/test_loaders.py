@@ -10,6 +10,7 @@ import tarfile
 import threading
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -377,6 +378,45 @@ def test_kept_images_give_the_same_views_and_are_decoded_once(
     if not workers:
         monkeypatch.setattr("fastrm.data.encoded.FileImages.content", lambda *_: pytest.fail("read again"))
         assert len(list(kept)) == len(plain)
+
+
+@pytest.mark.parametrize("deep", [False, True])
+def test_a_small_set_is_kept_unasked_in_several_epochs(
+    deep: bool, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At full size, of which 8 bytes per image are for its place."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    folder = tmp_path / "deep" if deep else pictures / "flat"
+    if deep:
+        folder.mkdir()
+        for index in range(12):
+            values = np.random.default_rng(index).integers(0, 4096, (48, 32), dtype=np.uint16)
+            Image.fromarray(values).save(folder / f"{index}.png")
+    source, _ = scan(open_source(folder, keep=False), workers=1)
+    source = replace(source, train=source.train.subset(np.arange(12)))
+    shapes = [source.train.values(i).shape for i in range(len(source.train))]
+    room = sum(height * width * (2 if deep else 3) for height, width, _ in shapes) + 8 * (len(shapes) + 1)
+
+    def made(data: Any, **options: Any) -> Any:
+        return kept_loader(data, **{"epochs": 2, "batch_size": 4} | options)
+
+    def is_kept(loader: Any) -> bool:
+        return any("kept in memory" in note for note in loader.notes)
+
+    for few, right in ((room, True), (room - 8, False)):
+        with monkeypatch.context() as patch:
+            patch.setattr("fastrm.data.kept.capacity", lambda device, few=few: int(few / 0.03) + 1)
+            assert is_kept(made(source)) == right
+    unknown = open_source(folder, keep=False)
+    assert not any(map(is_kept, (made(source, epochs=1), made(source, loader="torch"), made(unknown))))
+    kept, plain = made(source), made(source, loader="torch")
+    wanted = [list(plain), list(plain)]
+    for epoch, want in enumerate(wanted):
+        if epoch:
+            monkeypatch.setattr("fastrm.data.encoded.FileImages.content", lambda *_: pytest.fail("read again"))
+        for mine, other in zip(kept, want, strict=True):
+            assert mine.indices == other.indices
+            assert all(torch.equal(a, b) for a, b in zip(mine.views, other.views, strict=True))
 
 
 def test_what_does_not_fit_at_full_size_is_shrunk_or_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,6 +16,7 @@ from torch.nn import functional
 
 from fastrm.data.augmentation import View
 from fastrm.data.decode import BROKEN
+from fastrm.data.encoded import EncodedImages
 from fastrm.data.measuring import spread_over
 from fastrm.data.sources import Images
 from fastrm.data.stored import DTYPES, Values
@@ -24,6 +25,8 @@ from fastrm.machine.memory import capacity, size
 
 SHARE = 0.5
 """Of the memory, for the images of all processes on a machine together."""
+FEW = 0.03
+"""Of the memory, for a set that is kept unasked."""
 _SAMPLED = 64
 _MARGIN = 1.1
 """By which a set may be larger than its sample says."""
@@ -95,6 +98,31 @@ def keep(images: Images, views: Sequence[View], image_size: int, *, processes: i
         f"--loader memory: the images take {size(room.shrunk)} even if their shorter side is shrunk to {room.side} "
         f"pixels, more than {whose}; give --loader torch or auto"
     )
+
+
+def keep_few(images: EncodedImages, *, processes: int = 1) -> tuple[KeptImages, str] | None:
+    """The images as they are kept, and that in words, if they certainly take a small part of the memory at full size.
+
+    Args:
+        images: with their format.
+        processes: on this machine, each of which keeps all.
+
+    Returns:
+        None if they take more, or if their sizes are unknown, since they were not looked at before.
+    """
+    looks, there = images.looks, capacity(torch.device("cpu"))
+    if looks is None or there is None:
+        return None
+    each = looks.size.astype(np.int64).prod(axis=1)
+    if images.format.rgb:
+        each *= 3
+    else:
+        each *= np.array([np.dtype(name).itemsize for name in DTYPES])[looks.dtype] * looks.bands.astype(np.int64)
+        each *= looks.pages if images.format.pages == "bands" else 1
+    room = int((each + _ALIGNED).sum()) + _ALIGNED
+    if room > FEW * there / processes:
+        return None
+    return KeptImages(images, room, None), f"the decoded images are kept in memory, {size(room)}, as they are few"
 
 
 class KeptImages(Images):

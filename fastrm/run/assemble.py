@@ -6,6 +6,7 @@ What can be wrong is found here, before anything is written.
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Collection, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -147,6 +148,7 @@ def assemble(config: Config, objects: Objects, opened: ExitStack) -> Parts:
         loader=config.input.loader,
         rank=world.rank,
         world_size=world.size,
+        epochs=min(config.optim.epochs, (config.optim.max_steps or math.inf) * batch / len(source.train)),
     )
     kind.check_views(loader.views)
     steps_per_epoch = len(loader) // accumulate

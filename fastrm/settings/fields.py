@@ -68,7 +68,7 @@ class InputConfig:
     """What reads and augments the images.
     memory: named sets on the device; of others each image is decoded once, and kept at full size, or shrunk where
     memory does not suffice. auto: memory for named sets; for files dali on a GPU where it is installed, and else torch,
-    worker processes."""
+    worker processes, which keep what they decode of a set that takes at most 3 % of the memory."""
     scan: bool = True
     """Before the run, look for broken files in a folder, leave them out and list them in skipped.txt. Without it, what
     cannot be read is left out when it is met, and DALI shows some damaged JPEGs that are left out otherwise."""
