@@ -64,10 +64,11 @@ def steps(draws: Draws, channels: int, radius: int, device: torch.device) -> lis
 
 def carry_out_(planned: Iterable[Step], images: Tensor, start: int = 0) -> None:
     """Change images [N, C, S, S] in place, which are those from ``start`` on of the batch that was planned for."""
-    some = slice(start, start + len(images))
+    count = len(images)
+    some = slice(start, start + count)
     for change_, chosen, parameter in planned:
         at = [i for i, mine in enumerate(chosen[some]) if mine]
-        if len(at) == len(images):
+        if len(at) == count:
             change_(images, parameter[some])
         elif at:
             index = torch.tensor(at).to(images.device, non_blocking=True)
