@@ -75,6 +75,17 @@ def test_the_small_network_in_half_precision(tmp_path: Path) -> None:
     torch.testing.assert_close(half(views), result.student(views), rtol=0.02, atol=0.02)
 
 
+def test_the_weights_that_lie_beside_the_example_are_those_of_their_card() -> None:
+    file, example = ROOT / "examples" / "cifar10.safetensors", runpy.run_path(str(ROOT / "examples" / "cifar10.py"))
+    assert file.stat().st_size < 2e6
+    assert hashlib.sha256(file.read_bytes()).hexdigest() in file.with_name(f"{file.name}.md").read_text("utf-8")
+    model = fastrm.load(file, arch=example["SmallResNet"]())
+    views = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    features = model(views)
+    assert features.shape == (2, 192)
+    assert features.isfinite().all()
+
+
 @pytest.fixture
 def resnet18(tmp_path: Path) -> Path:
     """A backbone for torchvision."""
