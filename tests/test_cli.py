@@ -175,7 +175,7 @@ def test_an_evaluation_is_added_to_the_earlier_ones(
     shown = capsys.readouterr().out
     assert "synthetic, % right" in shown
     sets = json.loads((tmp_path / "run" / "evaluation.json").read_text())["sets"]
-    assert set(sets["digits"]) == {"gap", "scores", "left_out"}
+    assert set(sets["digits"]) == {"gap", "scores", "left_out", "bank", "test"}
     assert sets["digits"]["left_out"] == 0
     assert set(sets["digits"]["scores"]["teacher"]) == {"linear", "semi_0.05"}
     assert set(sets["synthetic"]["scores"]["pixels"]) == {"linear_quick"}

@@ -16,7 +16,15 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from fastrm.kernels import EMA, _ema_kernel, ema, ema_avg_fn, fused_ema_, multi_tensor
-from tests.interpreted import BACKENDS, INTERPRETED, TRITON, device_of, run_triton_cases
+from tests.interpreted import (
+    BACKENDS,
+    INTERPRETED,
+    SLOW_TRITON,
+    TRITON,
+    device_of,
+    often_and_slow,
+    run_triton_cases,
+)
 
 F16, BF16, F32, F64 = torch.float16, torch.bfloat16, torch.float32, torch.float64
 SIZES: list[tuple[int, ...]] = [(0,), (1,), (7,), (1023,), (1024,), (4097,), (70_001,), ()]
@@ -63,8 +71,9 @@ def check(
             assert_close(shadow[i], old[i], source[i], momentum)
 
 
-def test_triton_cases_in_the_interpreter() -> None:
-    run_triton_cases(__file__)
+@often_and_slow
+def test_triton_cases_in_the_interpreter(cases: str) -> None:
+    run_triton_cases(__file__, cases)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -140,7 +149,7 @@ def test_layouts_and_nothing_outside_a_view(teacher_view: str, student_view: str
     assert torch.equal(shadow_block.cpu()[outside], shadow_before)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", ["reference", "cpu", SLOW_TRITON])
 def test_300_tensors_of_several_dtypes(backend: str) -> None:
     device = device_of(backend)
     shapes = [(1 + 37 * i % 91, 1 + i % 5) for i in range(300)]

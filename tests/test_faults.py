@@ -102,6 +102,7 @@ def test_a_second_signal_ends_at_once() -> None:
     assert done.returncode == -signal.SIGTERM
 
 
+@pytest.mark.slow
 def test_from_the_shell_a_signal_to_all_processes_saves(tmp_path: Path) -> None:
     """As a scheduler sends it: to the loader's processes too."""
     run = subprocess.Popen(

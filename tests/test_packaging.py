@@ -119,6 +119,7 @@ for name in ("tests", "benchmarks", "fastrm"):
     ]
 
 
+@pytest.mark.slow
 def test_uninstalled_from_the_root(sources: Path, tmp_path: Path) -> None:
     environment = tmp_path / "environment"
     venv.create(environment, with_pip=False, symlinks=True)

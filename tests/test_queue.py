@@ -13,7 +13,15 @@ from torch import Tensor, nn
 from fastrm.kernels import FeatureQueue, enqueue_, queue
 from fastrm.kernels.dispatch import triton
 from tests import oracle
-from tests.interpreted import BACKENDS, INTERPRETED, TRITON, device_of, run_triton_cases
+from tests.interpreted import (
+    BACKENDS,
+    INTERPRETED,
+    SLOW_TRITON,
+    TRITON,
+    device_of,
+    often_and_slow,
+    run_triton_cases,
+)
 
 F16, BF16, F32, F64 = torch.float16, torch.bfloat16, torch.float32, torch.float64
 
@@ -114,7 +122,7 @@ def test_a_module_goes_round_for_long(backend: str) -> None:
     assert module.pointer.item() == at == 12 * 7 % 23
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", ["reference", "cpu", SLOW_TRITON])
 def test_a_push_compiles_without_graph_breaks(backend: str) -> None:
     module = FeatureQueue(10, 4).to(device_of(backend))
     other = copy.deepcopy(module)
@@ -199,5 +207,6 @@ def test_wrong_input_is_named_and_writes_nothing(name: str) -> None:
 
 
 @pytest.mark.skipif(triton is None, reason="needs Triton")
-def test_triton_cases_in_the_interpreter() -> None:
-    run_triton_cases(__file__)
+@often_and_slow
+def test_triton_cases_in_the_interpreter(cases: str) -> None:
+    run_triton_cases(__file__, cases)

@@ -38,7 +38,7 @@ METHODS = ["mocov3", "mocov2", "byol", "densecl"]
     [
         ("densecl", "test_resnet"),
         ("mocov3", "test_vit"),
-        ("byol", "test_convnext"),
+        pytest.param("byol", "test_convnext", marks=pytest.mark.slow),
         *(pytest.param(method, "test_resnet", marks=pytest.mark.slow) for method in METHODS[:3]),
     ],
 )

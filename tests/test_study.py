@@ -58,7 +58,8 @@ def test_trials_have_names_of_their_own_and_a_plain_one_each() -> None:
 
 
 @pytest.mark.usefixtures("tiny")
-@pytest.mark.parametrize("jobs", ["threads", pytest.param("processes", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("jobs", ["threads", "processes"])
 def test_a_small_study_goes_on_where_it_was_cut_off(
     jobs: str, idx_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -81,10 +81,12 @@ def glanced(path: Path) -> Mapping[str, Any]:
 
 def format_in(path: Path) -> PixelFormat | None:
     """How the run of a checkpoint takes its images; None where it cannot be read."""
+    if not (state := glanced(path)):
+        return None
     try:
-        found = PixelFormat.of(glanced(path).get("pixels"))
+        found = PixelFormat.of(state.get("pixels"))
         return found if found.limits else None  # of views that a callable made
-    except Exception:  # as above
+    except Exception:  # what is wrong with it is said when it is loaded
         return None
 
 
