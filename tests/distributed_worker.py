@@ -436,6 +436,7 @@ def agreeing(folder: Path) -> None:
 TRAINED = [*((m, "test_resnet") for m in names()), ("densecl", "test_convnext"), ("densecl", "mobilenetv3_small_050")]
 SLOW: dict[str, Callable[[Path], object]] = {
     "slowed": slowed,
+    "reads": reads,
     "compiled": lambda folder: compiled(folder, *names()),
 }
 PARTS: dict[str, Callable[[Path], object]] = {
@@ -443,7 +444,6 @@ PARTS: dict[str, Callable[[Path], object]] = {
     "shuffle": shuffle,
     "normalised": normalised,
     "signals": signals,
-    "reads": reads,
     **{" ".join(pair): partial(trained, method=pair[0], arch=pair[1]) for pair in TRAINED},
     "evaluated": evaluated,
     "failing": failing,

@@ -26,12 +26,11 @@ SLOW_TRITON = pytest.param("triton", marks=[*TRITON.marks, *([pytest.mark.slow] 
 
 
 def with_backends(cases: Iterable[str], often: Collection[str]) -> list[Any]:
-    """(case, backend) for all backends; the interpreter runs Triton's other cases than ``often`` by night."""
-    triton = {case: TRITON if case in often else SLOW_TRITON for case in cases}
+    """(case, backend) on the CPU and with Triton; the interpreter runs the cases that are not ``often`` by night."""
     return [
         pytest.param(case, *backend.values, marks=backend.marks, id=f"{case}-{backend.values[0]}")
-        for case in triton
-        for backend in (pytest.param("reference"), pytest.param("cpu"), triton[case])
+        for case in cases
+        for backend in (pytest.param("cpu"), TRITON if case in often else SLOW_TRITON)
     ]
 
 

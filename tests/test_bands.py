@@ -112,7 +112,7 @@ def test_a_run_loads(name: str, which: str, checkpoints: Callable[[str], tuple[P
         ("resnet", "timm", "it.safetensors"),
         ("resnet", "safetensors", "it.safetensors"),
         ("small", "safetensors", "it.safetensors"),
-        ("small", "onnx", "it.onnx"),
+        pytest.param("small", "onnx", "it.onnx", marks=pytest.mark.slow),
         ("convnext", "timm", "folder"),
         ("vit", "timm", "folder"),
         ("vit", "timm", "it.pth"),

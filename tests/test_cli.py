@@ -126,6 +126,7 @@ def test_compile_has_short_forms(given: str, meant: str) -> None:
         assert read_flags(argv).device.compile == meant
 
 
+@pytest.mark.slow
 def test_a_picture_folder_from_the_shell(tmp_path: Path) -> None:
     """The real thing once: another process, a folder with an odd name, the default output folder."""
     folder = tmp_path / "my pictures ü"

@@ -139,6 +139,7 @@ def test_a_dataset_of_ones_own(pictures: Path, run: Callable[..., str], tmp_path
     assert 0 <= summary["knn_student"] <= 1
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("few_digits", "small_heads")
 def test_a_logger_of_ones_own(run: Callable[..., str], tmp_path: Path) -> None:
     for steps in ("1", "2"):
