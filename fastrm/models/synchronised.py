@@ -6,17 +6,19 @@
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from timm.layers import BatchNormAct2d
 from torch import Tensor, nn
-from torch.distributed._functional_collectives import all_gather_tensor, all_reduce
 from torch.nn.functional import batch_norm
 
 from fastrm.errors import UsageError
 from fastrm.machine.distributed import world
+
+if dist.is_available():
+    from torch.distributed._functional_collectives import all_gather_tensor, all_reduce
 
 
 class _Normalised(torch.autograd.Function):
@@ -95,21 +97,23 @@ class SynchronisedBatchNorm(nn.modules.batchnorm._BatchNorm):
         return _normalised(self, input) if self.training else super().forward(input)
 
 
-class SynchronisedBatchNormAct(BatchNormAct2d):
-    """The same for timm's layer of BatchNorm, drop and activation in one."""
+@cache
+def _kinds() -> dict[type[nn.Module], type[nn.Module]]:
+    """What becomes of each kind of layer. timm takes seconds to import, and only several processes come here."""
+    from timm.layers import BatchNormAct2d
 
-    group: Any
+    class SynchronisedBatchNormAct(BatchNormAct2d):
+        """The same for timm's layer of BatchNorm, drop and activation in one."""
 
-    def forward(self, x: Tensor) -> Tensor:
-        """[N, C, H, W] to the same."""
-        output: Tensor = self.act(self.drop(_normalised(self, x))) if self.training else super().forward(x)
-        return output
+        group: str
 
+        def forward(self, x: Tensor) -> Tensor:
+            """[N, C, H, W] to the same."""
+            output: Tensor = self.act(self.drop(_normalised(self, x))) if self.training else super().forward(x)
+            return output
 
-_KINDS: dict[type[nn.Module], type[nn.Module]] = {
-    **dict.fromkeys((nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm), SynchronisedBatchNorm),
-    BatchNormAct2d: SynchronisedBatchNormAct,
-}
+    plain = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+    return {**dict.fromkeys(plain, SynchronisedBatchNorm), BatchNormAct2d: SynchronisedBatchNormAct}
 
 
 def synchronise_norms(module: nn.Module) -> None:
@@ -121,13 +125,14 @@ def synchronise_norms(module: nn.Module) -> None:
     norms = [norm for norm in module.modules() if isinstance(norm, nn.modules.batchnorm._BatchNorm)]
     if world().size == 1 or not norms:
         return
+    kinds = _kinds()
     for norm in norms:
-        if type(norm) not in _KINDS:
+        if type(norm) not in kinds:
             raise UsageError(
                 f"{type(norm).__name__} cannot be synchronised between processes; start one process, or use "
-                f"{', '.join(kind.__name__ for kind in _KINDS)}"
+                f"{', '.join(kind.__name__ for kind in kinds)}"
             )
     group: Any = dist.new_group()  # their own, so that they do not queue behind the gradients of DDP
     for norm in norms:
-        kind: Any = _KINDS[type(norm)]
+        kind: Any = kinds[type(norm)]
         norm.__class__, norm.group = kind, group.group_name
