@@ -208,6 +208,19 @@ def test_a_run_goes_on_without_standard_output(
     assert said == "notice: standard output cannot be written: Broken pipe; the run goes on, and logs to its folder\n"
 
 
+def test_a_signal_that_comes_while_all_are_asked_is_not_lost(monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = torch.tensor
+
+    def meanwhile(values: object) -> torch.Tensor:
+        monkeypatch.undo()
+        os.kill(os.getpid(), signal.SIGUSR1)
+        return plain(values)
+
+    with Signals() as signals:
+        monkeypatch.setattr(torch, "tensor", meanwhile)
+        assert [signals.asked().save for _ in range(3)] == [False, True, False]
+
+
 def test_a_lost_terminal_saves_and_ends_a_run_unless_nohup_says_otherwise() -> None:
     before = signal.signal(signal.SIGHUP, signal.SIG_DFL)  # nohup may have started these tests too
     try:

@@ -78,8 +78,9 @@ class Signals:
         Several processes get the answer to the question before, which has arrived, and for ``wait`` that to this one
         too.
         """
-        wishes = torch.tensor([int(self._save), self._end, int(stop), int(failed)])
-        self._save, answered = False, [wishes]
+        save, self._save = self._save, False  # at once: a signal that comes later is that of the next question
+        wishes = torch.tensor([int(save), self._end, int(stop), int(failed)])
+        answered = [wishes]
         if self._group is not None:  # over gloo, so that no device is waited for
             sent = dist.all_reduce(wishes, dist.ReduceOp.MAX, group=self._group, async_op=True)
             questions = [question for question in (self._sent, (wishes, sent)) if question is not None]
