@@ -316,17 +316,16 @@ def slowed(folder: Path) -> None:
         train.train(build(**{**SMALL, "method": "byol", "max_steps": 2, "out": folder / "slowed"}))
 
 
-class Slow(Pixels):
-    """Takes longer than the time limit in one of the processes."""
+class Disturbed(Pixels):
+    """Does something besides in one of the processes, once."""
 
-    def __init__(self, seconds: float) -> None:
+    def __init__(self, do: Callable[[], object]) -> None:
         super().__init__(8)
-        self.seconds = seconds
+        self.to_do = [do]
 
     def forward(self, images: Tensor) -> Tensor:
-        if world().rank == 1 and len(images) > 1:
-            time.sleep(self.seconds)
-            self.seconds = 0.0
+        if world().rank == 1 and len(images) > 1 and self.to_do:
+            self.to_do.pop()()
         return super().forward(images)
 
 
@@ -338,23 +337,14 @@ def slow(folder: Path) -> None:
     dist.barrier()
     limits(datetime.timedelta(seconds=3))
     try:
-        found = frozen_scores({"it": Slow(5.0)}, source, setting, knn=True)
+        found = frozen_scores({"it": Disturbed(lambda: time.sleep(5))}, source, setting, knn=True)
     finally:
         limits(datetime.timedelta(minutes=30))
     (folder / f"slow{world().rank}.json").write_text(json.dumps([value.value for value in found["it"].values()]))
 
 
-class Failing(Pixels):
-    """Fails in one of the processes."""
-
-    def __init__(self, error: Exception) -> None:
-        super().__init__(8)
-        self.error = error
-
-    def forward(self, images: Tensor) -> Tensor:
-        if world().rank == 1 and len(images) > 1:
-            raise self.error
-        return super().forward(images)
+def raised(error: Exception) -> None:
+    raise error
 
 
 def failing(folder: Path) -> None:
@@ -362,9 +352,10 @@ def failing(folder: Path) -> None:
     source, setting = settled(open_source("digits")).limited(EVAL_IMAGES), Setting(16, torch.device("cpu"), 0)
     said = []
     for error in (UsageError("--data is wrong"), KeyError("a bug")):
+        network = Disturbed(partial(raised, error))
         try:
             with together():
-                frozen_scores({"it": Failing(error)}, source, setting, knn=True)
+                frozen_scores({"it": network}, source, setting, knn=True)
         except Exception as heard:
             said.append(f"{type(heard).__name__}: {heard}")
     (folder / f"failing{world().rank}.json").write_text(json.dumps(said))

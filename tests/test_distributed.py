@@ -21,11 +21,11 @@ from fastrm.data.draws import BatchSampler
 from fastrm.data.settling import settled
 from fastrm.errors import UsageError
 from fastrm.machine.distributed import processes
-from fastrm.probes import frozen_scores
+from fastrm.probes import Pixels, frozen_scores
 from fastrm.probes.features import Setting
 from fastrm.run import checkpoint
 from fastrm.settings.fields import RunConfig
-from tests.distributed_worker import EVAL_IMAGES, PARTS, STEPS, TRAINED, Slow, resumed, scores
+from tests.distributed_worker import EVAL_IMAGES, PARTS, STEPS, TRAINED, resumed, scores
 
 ROOT = Path(__file__).parent.parent
 METHODS = ["mocov3", "mocov2", "byol", "densecl"]
@@ -212,7 +212,7 @@ def test_an_evaluation_may_take_longer_than_the_time_limit(done: Path) -> None:
     first, second = (json.loads((done / f"slow{rank}.json").read_text()) for rank in (0, 1))
     assert first == second
     source = settled(open_source("digits")).limited(EVAL_IMAGES)
-    alone = frozen_scores({"it": Slow(0.0)}, source, Setting(16, torch.device("cpu"), 0), knn=True)["it"]
+    alone = frozen_scores({"it": Pixels(8)}, source, Setting(16, torch.device("cpu"), 0), knn=True)["it"]
     assert first == [value.value for value in alone.values()]
 
 

@@ -16,15 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from fastrm.kernels import EMA, _ema_kernel, ema, ema_avg_fn, fused_ema_, multi_tensor
-from tests.interpreted import (
-    BACKENDS,
-    INTERPRETED,
-    SLOW_TRITON,
-    TRITON,
-    device_of,
-    often_and_slow,
-    run_triton_cases,
-)
+from tests.interpreted import BACKENDS, INTERPRETED, SLOW_TRITON, TRITON, device_of, often_and_slow, run_triton_cases
 
 F16, BF16, F32, F64 = torch.float16, torch.bfloat16, torch.float32, torch.float64
 SIZES: list[tuple[int, ...]] = [(0,), (1,), (7,), (1023,), (1024,), (4097,), (70_001,), ()]

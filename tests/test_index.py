@@ -261,7 +261,7 @@ def test_a_file_that_was_changed_in_place_is_found_when_it_is_read(
 ) -> None:
     """Here none is looked at beforehand, as are most of many files."""
     with monkeypatch.context() as patch:
-        patch.setattr(indexed, "_SAMPLE", 0)
+        patch.setattr(indexed, "SAMPLE", 0)
         source, _ = scan(open_source(str(data)), workers=1)
         overwrite(data)
         same = open_source(str(data))

@@ -24,7 +24,7 @@ from tests.test_index import long_ago
 @pytest.fixture(autouse=True)
 def _cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setattr(indexed, "_SAMPLE", 4)
+    monkeypatch.setattr(indexed, "SAMPLE", 4)
 
 
 NAMES = [f"{folder}/{i}.png" for i in range(12) for folder in "ab"]
@@ -194,7 +194,7 @@ def test_a_file_that_was_changed_in_place_is_found_when_it_is_read(
     given = kind(data)
     long_ago(data)
     with monkeypatch.context() as patch:
-        patch.setattr(indexed, "_SAMPLE", 0)
+        patch.setattr(indexed, "SAMPLE", 0)
         start(given)
         overwrite(data, given)
         source = start(given)

@@ -13,15 +13,7 @@ from torch import Tensor, nn
 from fastrm.kernels import FeatureQueue, enqueue_, queue
 from fastrm.kernels.dispatch import triton
 from tests import oracle
-from tests.interpreted import (
-    BACKENDS,
-    INTERPRETED,
-    SLOW_TRITON,
-    TRITON,
-    device_of,
-    often_and_slow,
-    run_triton_cases,
-)
+from tests.interpreted import BACKENDS, INTERPRETED, SLOW_TRITON, TRITON, device_of, often_and_slow, run_triton_cases
 
 F16, BF16, F32, F64 = torch.float16, torch.bfloat16, torch.float32, torch.float64
 

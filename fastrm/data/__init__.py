@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +23,7 @@ from fastrm.data.sources import ArrayImages, Images, Source
 from fastrm.data.torch_loader import TorchLoader
 from fastrm.data.views import augmentation_of
 from fastrm.errors import UsageError
+from fastrm.machine.distributed import on_this_machine
 from fastrm.settings.config import check_value
 
 __all__ = [
@@ -149,7 +149,7 @@ def make_loader(
             assert isinstance(source.train, EncodedImages)
             return DaliLoader(source.train, recipe, workers=workers, **common)
     images, notes = source.train, []
-    here = int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
+    here = on_this_machine(world_size)
     if kind == "memory" and not isinstance(images, ArrayImages):
         views = recipe.views if isinstance(recipe, Augmentation) else (View(),)
         images, said = keep(images, views, image_size, processes=here)

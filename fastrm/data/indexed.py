@@ -12,10 +12,11 @@ from numpy.typing import NDArray
 from fastrm.data.encoded import FileImages
 from fastrm.data.index import Table
 from fastrm.data.looks import carried
+from fastrm.data.measuring import spread_over
 from fastrm.data.paths import Paths, stated
 
-_SAMPLE = 256
-"""Files whose sizes and times are compared at each start."""
+SAMPLE = 256
+"""Files whose sizes are compared at each start, and in each process."""
 
 
 class IndexedImages(FileImages):
@@ -71,6 +72,6 @@ def with_sizes(table: Table, root: str, earlier: Table | None) -> tuple[dict[str
 
 def differ(table: Table, root: str) -> bool:
     """Whether one of a sample of the files has another size or time than in the table."""
-    rows = np.unique(np.linspace(0, table.rows - 1, min(table.rows, _SAMPLE)).astype(np.int32))
+    rows = np.array(spread_over(table.rows, SAMPLE), dtype=np.int32)
     sizes, changed = stated(Paths(table, root, rows).texts(), len(rows))
     return not (np.array_equal(sizes, table["bytes"][rows]) and np.array_equal(changed, table["changed"][rows]))

@@ -15,6 +15,8 @@ from numpy.typing import NDArray
 
 from fastrm.data.encoded import EncodedImages, FileImages
 from fastrm.data.index import Table
+from fastrm.data.indexed import SAMPLE
+from fastrm.data.measuring import spread_over
 from fastrm.data.pages import PageImages
 from fastrm.data.paths import stated
 from fastrm.data.scan import MOST
@@ -23,9 +25,6 @@ from fastrm.data.sources import Images, Source
 from fastrm.errors import UsageError
 from fastrm.machine.distributed import world
 from fastrm.machine.meeting import everyone, from_first, together
-
-_SAMPLE = 256
-"""Files that each process looks for."""
 
 
 class Opened(NamedTuple):
@@ -93,7 +92,7 @@ def _check_files(source: Source) -> None:
     """
     assert isinstance(source.train, EncodedImages)
     files = source.train.stored_in()
-    chosen = [str(files[at]) for at in np.unique(np.linspace(0, len(files) - 1, min(len(files), _SAMPLE)).astype(int))]
+    chosen = [str(files[at]) for at in spread_over(len(files), SAMPLE)]
     first, *others = everyone((socket.gethostname(), stated(chosen, len(chosen))[0]))
     for number, (host, sizes) in enumerate(others, start=1):
         differ = sizes != first[1]

@@ -97,9 +97,9 @@ def started_first() -> bool:
     return _variable("WORLD_SIZE", "1", least=1) == 1 or _variable("RANK", "0") == 0
 
 
-def on_this_machine() -> int:
-    """How many of the processes are on this machine; all, where torchrun does not say it."""
-    return _variable("LOCAL_WORLD_SIZE", str(world().size), least=1)
+def on_this_machine(size: int | None = None) -> int:
+    """How many of ``size`` processes, or of those that joined, are on this machine; all, where torchrun is silent."""
+    return _variable("LOCAL_WORLD_SIZE", str(world().size if size is None else size), least=1)
 
 
 def replicate(module: nn.Module, device: torch.device) -> DistributedDataParallel:

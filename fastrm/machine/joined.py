@@ -46,7 +46,7 @@ def joined(settings: DeviceConfig, *, optimizer: str) -> Iterator[Machine]:
     device = own_device(choose_device(settings.device))
     with unchanged(device), processes(device) as world:
         if world.size > 1 and "OMP_NUM_THREADS" not in os.environ:  # else each process takes all cores
-            torch.set_num_threads(max(1, available_cores() // on_this_machine()))
+            torch.set_num_threads(own_cores())
         with together():  # what one machine does not allow is said by all
             backend = choose_kernels(settings.kernels, device)
             precision = agreed(everyone(choose_precision(settings.precision, device)))
@@ -54,6 +54,11 @@ def joined(settings: DeviceConfig, *, optimizer: str) -> Iterator[Machine]:
             if settings.cuda_graph:
                 check_cuda_graph(settings.kernels, optimizer, device, precision, world.size)
         yield Machine(device, world, precision, backend, compiled)
+
+
+def own_cores() -> int:
+    """This process's share of the cores, of which the processes of a machine have as many each; at least one."""
+    return max(1, available_cores() // on_this_machine())
 
 
 def agreed(choices: Sequence[str]) -> str:

@@ -109,8 +109,8 @@ def of_round(images: Images, number: int) -> int:
     return min(size, len(images) - number * size)
 
 
-def pooled(network: nn.Module, views: Tensor, width: int) -> Tensor:
-    """Features float32 [B, width] of views [B, C, H, W], of which there may be none."""
+def pooled(network: nn.Module, views: Tensor, width: int = 0) -> Tensor:
+    """Features float32 [B, C] of views [B, C, H, W], or [0, width] of none."""
     if not len(views):
         return torch.empty(0, width, device=views.device)
     with evaluating(network):
@@ -121,7 +121,7 @@ def pooled(network: nn.Module, views: Tensor, width: int) -> Tensor:
 def width_of(network: nn.Module, images: Images, setting: Setting) -> int:
     """C of a network's features."""
     side = setting.image_size
-    return pooled(network, torch.zeros(1, images.format.channels, side, side, device=setting.device), 0).shape[1]
+    return pooled(network, torch.zeros(1, images.format.channels, side, side, device=setting.device)).shape[1]
 
 
 def shares(
@@ -165,9 +165,7 @@ def features(
     """
     labels = labels_of(images, setting.device)
     for batch, indices in batches(images, setting):
-        with evaluating(backbone):
-            pooled: Tensor = backbone(batch).float()
-        yield pooled, labels[indices]
+        yield pooled(backbone, batch), labels[indices]
         done(len(batch))
 
 

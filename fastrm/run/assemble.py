@@ -26,9 +26,7 @@ from fastrm.data.loader import Batch
 from fastrm.data.scan import unreadable
 from fastrm.data.sent import opened_once
 from fastrm.errors import UsageError
-from fastrm.machine.device import available_cores
-from fastrm.machine.distributed import on_this_machine
-from fastrm.machine.joined import Machine, joined
+from fastrm.machine.joined import Machine, joined, own_cores
 from fastrm.machine.memory import enough
 from fastrm.methods import Method, build_method, find
 from fastrm.models import Backbone, untrained
@@ -124,8 +122,7 @@ def assemble(config: Config, objects: Objects, opened: ExitStack) -> Parts:
     )
     if isinstance(recipe, Augmentation):
         kind.check_views(len(recipe.views))
-    own_cores = max(1, available_cores() // on_this_machine())
-    workers = min(own_cores, 8) if config.input.workers is None else config.input.workers
+    workers = min(own_cores(), 8) if config.input.workers is None else config.input.workers
     whole, broken, hashes = opened_once(lambda: images.opened(objects.data, config, workers))
     source = whole.limited(config.run.eval_images)
     if config.input.batch_size is None:

@@ -82,7 +82,6 @@ class Step:
         self.in_a_row = torch.zeros((), device=self.device)
         self.residual_weight = torch.zeros((), device=self.device)
         self.statistics = _one_tensor(method)
-        self.recomputes = method.student.backbone.recomputes
         self.network = replicate(method, self.device) if world().size > 1 else method
 
     def __call__(
@@ -133,7 +132,8 @@ class Step:
         with torch.autocast(self.device.type, self.autocast, enabled=self.autocast is not None):
             output: StepOutput = self.network(*arranged, self.residual_weight, measure=measure)
         # What is computed again would let BatchNorm's statistics follow the batch a second time.
-        recomputing = unchanged_buffers(self.method.student) if self.recomputes else contextlib.nullcontext()
+        student = self.method.student
+        recomputing = unchanged_buffers(student) if student.backbone.recomputes else contextlib.nullcontext()
         with record_function("backward"), recomputing:
             self._scaled(output.loss).backward()
         return output._replace(loss=output.loss.detach())
