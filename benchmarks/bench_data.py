@@ -30,7 +30,7 @@ from torchvision.transforms import v2
 from benchmarks._timing import DEVICE
 from fastrm.data import Source, make_loader, open_source
 from fastrm.data.augmentation import IMAGENET_MEAN, IMAGENET_STD, Augmentation, View
-from fastrm.data.dali_loader import dali_problem
+from fastrm.data.dali import dali_problem
 from fastrm.data.draws import blur_radius, draw_views
 from fastrm.data.encoded import FileImages
 from fastrm.data.torch_loader import TorchLoader

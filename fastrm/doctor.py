@@ -14,7 +14,7 @@ from collections.abc import Callable
 import torch
 
 from fastrm.data import copies
-from fastrm.data.dali_loader import dali_problem, dali_trial
+from fastrm.data.dali import dali_problem, dali_trial
 from fastrm.machine.device import available_cores, choose_compile, choose_device, choose_precision, why_no_gpu
 from fastrm.machine.memory import size as in_words
 from fastrm.optim import apex_problem

@@ -21,7 +21,7 @@ from PIL import Image, features
 from fastrm.data import make_loader, open_source
 from fastrm.data import scan as scanning
 from fastrm.data.augmentation import Augmentation, View
-from fastrm.data.dali_loader import dali_problem
+from fastrm.data.dali import dali_problem
 from fastrm.data.decode import BrokenImage, decode, inspect, reason
 from fastrm.data.encoded import FileImages
 from fastrm.data.scan import scan

@@ -26,7 +26,7 @@ from PIL import Image, features
 
 from fastrm import pretrained
 from fastrm.data.augmentation import SUPERVISED
-from fastrm.data.dali_loader import encoded, uncompressed
+from fastrm.data.dali import encoded, uncompressed
 from fastrm.data.decode import BROKEN, BrokenImage
 from fastrm.data.draws import BatchSampler, Request
 from fastrm.data.encoded import FileImages

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from fastrm.data.dali_loader import dali_problem
+from fastrm.data.dali import dali_problem
 
 ROOT = Path(__file__).parent.parent
 KINDS = ("torch", "eval", "memory", *(() if dali_problem() else ("dali",)))

@@ -18,7 +18,7 @@ import fastrm
 from fastrm import train
 from fastrm.data import Augmentation, Source, View, augmentation_of, make_loader, open_source, sheets
 from fastrm.data.__main__ import main as contact_sheet
-from fastrm.data.dali_loader import dali_problem
+from fastrm.data.dali import dali_problem
 from fastrm.data.draws import draw_views
 from fastrm.data.sources import ArrayImages
 from fastrm.errors import UsageError

@@ -9,7 +9,8 @@ import torch
 
 from fastrm.data.augmentation import SUPERVISED, Augmentation, View
 from fastrm.data.called import Augment
-from fastrm.data.dali_loader import DaliLoader, dali_problem
+from fastrm.data.dali import dali_problem, decodes_on
+from fastrm.data.dali_loader import DaliLoader
 from fastrm.data.encoded import EncodedImages
 from fastrm.data.eval_loader import EvalLoader
 from fastrm.data.formats import PixelFormat
@@ -179,7 +180,7 @@ def _kind(loader: str, images: Images, recipe: Augmentation | Augment, device: t
             return "torch"
         if isinstance(images, ArrayImages) and images.format.bytes and _fits(images, device):
             return "memory"
-        return "dali" if files and images.format.rgb and device.type == "cuda" and not dali_problem() else "torch"
+        return "dali" if _decoded_there(images, device) else "torch"
     if loader == "dali" and called:
         raise UsageError("--loader dali has the built-in augmentations only; for a callable give torch or auto")
     if loader == "memory" and isinstance(images, ItemImages) and not images.items.fixed():
@@ -197,6 +198,12 @@ def _kind(loader: str, images: Images, recipe: Augmentation | Augment, device: t
     return loader
 
 
+def _decoded_there(images: Images, device: torch.device) -> bool:
+    """Whether it is a GPU that DALI decodes these images on, unless another loader is asked for."""
+    files = isinstance(images, EncodedImages) and images.format.rgb
+    return files and device.type == "cuda" and decodes_on(device)
+
+
 def _fits(images: ArrayImages, device: torch.device) -> bool:
     """Whether an array takes at most half of a GPU's memory."""
     return device.type != "cuda" or 2 * images.arrays.nbytes <= torch.cuda.get_device_properties(device).total_memory
@@ -210,14 +217,30 @@ def _device(device: str | torch.device) -> torch.device:
 
 
 def eval_loader(
-    images: Images, *, image_size: int, batch_size: int, workers: int, rank: int = 0, world_size: int = 1
+    images: Images,
+    *,
+    image_size: int,
+    batch_size: int,
+    workers: int,
+    device: str | torch.device = "cpu",
+    loader: str = "auto",
+    rank: int = 0,
+    world_size: int = 1,
 ) -> EvalLoader:
     """Return the images in order, as the evaluation sees them: batches of one view each, float32 [B, C, H, W].
 
     An image that cannot be read is left out with a warning: the ``indices`` of a batch say which images it holds. The
     loader's ``broken`` says which files are left out and why; more than a tenth of them is a :class:`UsageError`.
-    Process ``rank`` of ``world_size`` gets every so many batches.
+    Process ``rank`` of ``world_size`` gets every so many batches. Where :func:`make_loader` would give ``"dali"`` for a
+    ``device`` that is a GPU, DALI decodes there and leaves the views there; else ``workers`` processes decode.
     """
+    place = _device(device)
     return EvalLoader(
-        images, image_size=image_size, batch_size=batch_size, workers=workers, rank=rank, world_size=world_size
+        images,
+        image_size=image_size,
+        batch_size=batch_size,
+        workers=workers,
+        dali=place if loader in ("auto", "dali") and _decoded_there(images, place) else None,
+        rank=rank,
+        world_size=world_size,
     )

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
-from torchvision.transforms.v2 import functional
 
+from fastrm.data.dali_views import DaliViews, Views
 from fastrm.data.decode import BROKEN, reason
-from fastrm.data.formats import RGB, PixelFormat
+from fastrm.data.encoded import EncodedImages
+from fastrm.data.eval_view import eval_view
 from fastrm.data.items import ItemImages
 from fastrm.data.loader import Batch
 from fastrm.data.scan import report
@@ -22,61 +21,6 @@ from fastrm.machine.signals import leave_to_the_trainer
 
 _View = tuple[int, Tensor | str]
 """An image's index, and its view, or why it cannot be read."""
-_Views = tuple[list[int], Tensor | None, dict[int, str]]
-"""Indices and views of a batch's images, and what is wrong with those that are left out."""
-
-
-_LONG = 16  # times the shorter side: what is resized whole; of longer pictures just the part that is seen
-
-
-def eval_view(pixels: Tensor, image_size: int, format: PixelFormat = RGB) -> Tensor:
-    """The customary evaluation view: shorter side to 256/224 of the size and the centre; small pictures whole.
-
-    Args:
-        pixels: [C, H, W] as ``format`` fits them, of any shape; memory is bounded by the picture and the view.
-        image_size: S; up to 64, the whole picture is seen, in a square.
-        format: of the pixels.
-
-    Returns:
-        float32 [channels, S, S], normalised by the format's mean and standard deviation.
-    """
-    short = round(image_size * 256 / 224)
-    seen = [
-        functional.to_image(_squared(part, image_size) if image_size <= 64 else _centre(part, short, image_size))
-        for part in _parts(pixels)
-    ]
-    scaled = torch.cat([functional.to_dtype(part, torch.float32, scale=True) for part in seen])
-    if not format.bytes:
-        scaled = scaled / 255
-    views = scaled.expand(format.channels, -1, -1)
-    return functional.normalize(views, list(format.mean), list(format.std))
-
-
-def _parts(pixels: Tensor) -> list[Image.Image]:
-    """What Pillow resizes at once: RGB of bytes, or a band."""
-    arrays = pixels.numpy()
-    if pixels.dtype == torch.uint8 and len(arrays) == 3:
-        return [Image.fromarray(np.ascontiguousarray(arrays.transpose(1, 2, 0)))]
-    return [Image.fromarray(np.ascontiguousarray(band)) for band in arrays]
-
-
-def _squared(picture: Image.Image, size: int) -> Image.Image:
-    if picture.height > _LONG * picture.width:  # rows last would make a picture of all rows of this width
-        picture = picture.resize((picture.width, size), Image.Resampling.BILINEAR)
-    return picture.resize((size, size), Image.Resampling.BILINEAR)
-
-
-def _centre(picture: Image.Image, short: int, size: int) -> Image.Image:
-    """Resize so that the shorter side is ``short``, and take ``size`` squared from the centre, as torchvision does."""
-    width, height = picture.size
-    if max(width, height) <= _LONG * min(width, height):
-        return functional.center_crop(functional.resize(picture, [short], antialias=True), [size])
-    # The same pixels, without those around them: 256 times the length of a picture that is one pixel wide.
-    wide, high = (int(short * side / min(width, height)) for side in (width, height))
-    left, top = (round((side - size) / 2) for side in (wide, high))
-    x, y = width / wide, height / high
-    box = (left * x, top * y, (left + size) * x, (top + size) * y)
-    return picture.resize((size, size), Image.Resampling.BILINEAR, box=box)
 
 
 class EvalLoader:
@@ -84,21 +28,37 @@ class EvalLoader:
 
     Of several processes each gets every so many batches, which are the same however many processes there are.
 
+    ``dali`` is where DALI decodes the images, which are files of RGB; without it, ``workers`` processes decode.
+
     Attributes:
         broken: images that were left out here, by name, and what is wrong with them.
     """
 
     def __init__(
-        self, images: Images, *, image_size: int, batch_size: int, workers: int, rank: int = 0, world_size: int = 1
+        self,
+        images: Images,
+        *,
+        image_size: int,
+        batch_size: int,
+        workers: int,
+        dali: torch.device | None = None,
+        rank: int = 0,
+        world_size: int = 1,
     ) -> None:
         self.broken: dict[str, str] = {images.name(i): why for i, why in images.unreadable.items()}
         self._images = images
         if isinstance(images, ItemImages):
             check_travels(workers, images)
+        dealt = _Dealt(len(images), batch_size, rank, world_size)
+        self._loader: DaliViews | DataLoader[_View]
+        if dali is not None:
+            assert isinstance(images, EncodedImages)
+            self._loader = DaliViews(images, dealt, image_size=image_size, device=dali, threads=max(1, workers))
+            return
         # A generator of its own, so that an evaluation leaves the run's random numbers as they are.
         self._loader = DataLoader(
             _EvalImages(images, image_size),
-            batch_sampler=_Dealt(len(images), batch_size, rank, world_size),
+            batch_sampler=dealt,
             num_workers=workers,
             collate_fn=_together,
             generator=torch.Generator(),
@@ -153,7 +113,7 @@ class _EvalImages(Dataset[_View]):
             return index, reason(error)
 
 
-def _together(batch: list[_View]) -> _Views:
+def _together(batch: list[_View]) -> Views:
     seen = {index: view for index, view in batch if isinstance(view, Tensor)}
     faults = {index: why for index, why in batch if isinstance(why, str)}
     return list(seen), torch.stack(list(seen.values())) if seen else None, faults

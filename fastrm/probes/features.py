@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fastrm.data import eval_loader
+from fastrm.data import EvalLoader, eval_loader
 from fastrm.data.scan import check_share
 from fastrm.data.sources import Images
 from fastrm.machine.distributed import world
@@ -26,6 +26,8 @@ class Setting(NamedTuple):
     image_size: int
     device: torch.device
     workers: int
+    loader: str = "auto"
+    """As in :func:`fastrm.data.eval_loader`."""
 
 
 class Share(NamedTuple):
@@ -74,8 +76,7 @@ def evaluating(network: nn.Module) -> Iterator[None]:
 
 def batches(images: Images, setting: Setting) -> Iterator[tuple[Tensor, list[int]]]:
     """All images that can be read in order, as the evaluation sees them, float32 [B, C, H, W], and their indices."""
-    loader = eval_loader(images, image_size=setting.image_size, batch_size=BATCH, workers=setting.workers)
-    for batch in loader:
+    for batch in _loader(images, setting):
         yield batch.views[0].to(setting.device, non_blocking=True), batch.indices
 
 
@@ -90,9 +91,7 @@ def rounds(images: Images, setting: Setting) -> Iterator[tuple[Tensor, list[int]
     """
     rank, size = world()
     side = setting.image_size
-    loader = iter(
-        eval_loader(images, image_size=side, batch_size=BATCH, workers=setting.workers, rank=rank, world_size=size)
-    )
+    loader = iter(_loader(images, setting, rank, size))
     for _ in range(math.ceil(len(images) / (BATCH * size))):
         batch = next(loader, None)
         meet()
@@ -101,6 +100,10 @@ def rounds(images: Images, setting: Setting) -> Iterator[tuple[Tensor, list[int]
     for faults in everyone(images.unreadable):
         images.unreadable.update(faults)
     check_share(len(images.unreadable), images, {images.name(i): why for i, why in images.unreadable.items()})
+
+
+def _loader(images: Images, setting: Setting, rank: int = 0, size: int = 1) -> EvalLoader:
+    return eval_loader(images, **setting._asdict(), batch_size=BATCH, rank=rank, world_size=size)
 
 
 def of_round(images: Images, number: int) -> int:

@@ -263,7 +263,8 @@ def built_in(
         )
     )
     if settings.eval_every and source.test is not None:
-        setting = Setting(parts.config.input.image_size, parts.machine.device, parts.workers)
+        given = parts.config.input
+        setting = Setting(given.image_size, parts.machine.device, parts.workers, given.loader)
         after.append(
             listeners.KNN(source, setting, every=settings.eval_every, online=parts.online, untrained=parts.untrained)
         )

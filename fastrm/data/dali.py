@@ -1,0 +1,240 @@
+"""NVIDIA DALI: whether it can be used, what it is given, and batches that it decodes while another one is in use."""
+
+from __future__ import annotations
+
+import importlib
+import io
+import re
+import warnings
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import cache, partial
+from typing import Any, Generic, NamedTuple, TypeVar
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor
+
+from fastrm.data.stored import as_rgb, header
+from fastrm.errors import first_line
+
+Request = TypeVar("Request")
+About = TypeVar("About")
+_MET = "encountered:"
+"""Behind this an error of DALI's says what it is."""
+_AHEAD = 2  # batches that are read and decoded while one is in use
+# What a decoder meets that is no fault of a file: numbers are nvImageCodec's, such as of its allocator.
+_OF_THE_MACHINE = re.compile(
+    r"nvImageCodec failure: '#(1|2|6|8|9|10|11)'|cuda|nvml|driver|device|alloc|memory", re.IGNORECASE
+)
+
+
+@cache
+def dali_problem() -> str | None:
+    """Why DALI cannot be used here; None where it can."""
+    try:
+        importlib.import_module("nvidia.dali.fn")
+    except ImportError as error:
+        if isinstance(error, ModuleNotFoundError):
+            return "DALI is not installed; on Linux: pip install nvidia-dali-cuda130 (or -cuda120)"
+        return f"DALI cannot be imported ({error})"
+    return None
+
+
+def dali_trial(device: torch.device) -> str | None:
+    """Why DALI cannot decode a JPEG on a device; None where it can."""
+    file = io.BytesIO()
+    Image.linear_gradient("L").convert("RGB").save(file, "JPEG")
+    try:
+        pipeline(decode_whole, 1, device, 1).run(encoded=[np.frombuffer(file.getvalue(), dtype=np.uint8)])
+    except Exception as error:  # of whatever kind DALI and its libraries raise
+        return f"it is installed, but cannot decode on {device.type}: {_met(error)}"
+    return None
+
+
+@cache
+def decodes_on(device: torch.device) -> bool:
+    """Whether DALI is here and works on a device; where it is here and does not, a warning says so."""
+    if dali_problem() is not None:
+        return False
+    problem = dali_trial(device)
+    if problem is not None:
+        warnings.warn(f"DALI is not used: {problem}", stacklevel=2)
+    return problem is None
+
+
+class Encoded(NamedTuple):
+    """A file as DALI gets it."""
+
+    content: NDArray[np.uint8]
+    size: tuple[int, int]
+    """Height and width, upright."""
+
+
+Encode = Callable[[bytes], Encoded]
+
+
+def encoded(content: bytes) -> Encoded:
+    """Pass a file's bytes on; what DALI might show otherwise than :func:`fastrm.data.decode.decode`, or not at all, is
+    decoded here and passed on as an uncompressed picture.
+
+    Raises:
+        BrokenImage: it is no picture, or a broken one.
+    """
+    found = header(content)
+    return Encoded(np.frombuffer(content, dtype=np.uint8), found.size) if found.plain else uncompressed(content)
+
+
+def uncompressed(content: bytes) -> Encoded:
+    """Decode a file here, and pass it on as a PPM picture; raises as :func:`encoded`."""
+    picture = as_rgb(content)
+    ppm = b"P6\n%d %d\n255\n" % picture.size + picture.tobytes()
+    return Encoded(np.frombuffer(ppm, dtype=np.uint8), (picture.height, picture.width))
+
+
+@dataclass(frozen=True)
+class Files(Generic[About]):
+    """Files of a batch, which were read and are not decoded."""
+
+    indices: list[int]
+    """Of the images that could be read."""
+    inputs: dict[str, Sequence[Any]]
+    """What DALI is given, by name; each has as many parts as there are files."""
+    about: About
+    """What is to be known once they are decoded."""
+
+
+class DaliDecoder:
+    """While one batch is in use, the next is decoded, and the files of the one after that are read.
+
+    Args:
+        build: makes a pipeline, from files under the name of ``encoded`` to pictures uint8 [S, S, 3].
+        device: where it decodes.
+        threads: how many read files.
+        most: pictures that the pipeline takes at a time.
+
+    Attributes:
+        threads: those that read files.
+    """
+
+    def __init__(self, build: Callable[[], Any], *, device: torch.device, threads: int, most: int) -> None:
+        self._build, self._pipeline, self._most = build, build(), most
+        self.threads = ThreadPoolExecutor(threads)
+        self._reader, self._decoder = ThreadPoolExecutor(1), ThreadPoolExecutor(1)  # each one batch after the other
+        self._device = device
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._again: str | None = None
+
+    def batches(
+        self, requests: Iterable[Request], read: Callable[[Request, Encode], Files[About]]
+    ) -> Iterator[tuple[Files[About], list[Tensor]]]:
+        """Yield what ``read`` made of each request, and each output of the pipeline, uint8 [B, S, S, 3].
+
+        There is no output where there is no file.
+        """
+        submitted: deque[tuple[Future[Files[About]], Future[tuple[Files[About], list[Tensor]]]]] = deque()
+        try:
+            for request in requests:
+                reading = self._reader.submit(read, request, encoded)
+                again = partial(read, request, uncompressed)
+                submitted.append((reading, self._decoder.submit(self._decoded, reading, again)))
+                if len(submitted) > _AHEAD:
+                    yield self._ready(*submitted.popleft()[1].result())
+            while submitted:
+                yield self._ready(*submitted.popleft()[1].result())
+        finally:
+            for futures in submitted:  # left before the end
+                for unused in futures:
+                    unused.cancel()
+
+    def _decoded(
+        self, reading: Future[Files[About]], again: Callable[[], Files[About]]
+    ) -> tuple[Files[About], list[Tensor]]:
+        files = reading.result()
+        try:
+            return files, self._run(files.inputs)
+        except RuntimeError as error:
+            if not _of_a_file(error):
+                raise
+            # DALI does not say which file it could not decode, and is of no use afterwards. Pillow finds the file, if
+            # it too thinks it broken, and decodes the others of this batch.
+            self._pipeline = self._build()
+            sound, files = files.indices, again()
+            if files.indices == sound:
+                self._again = _met(error)
+            return files, self._run(files.inputs)
+
+    def _run(self, inputs: dict[str, Sequence[Any]]) -> list[Tensor]:
+        """The pipeline's outputs, in memory of our own, since DALI writes into its buffers again."""
+        from nvidia.dali.plugin.pytorch import feed_ndarray
+
+        count, whole = len(inputs["encoded"]), list[Tensor]()
+        for start in range(0, count, self._most):
+            some = {name: given[start : start + self._most] for name, given in inputs.items()}
+            parts = [output.as_tensor() for output in self._pipeline.run(**some)]
+            with torch.cuda.stream(self._stream):  # not behind the step that is being trained
+                whole = whole or [
+                    torch.empty((count, *part.shape()[1:]), dtype=torch.uint8, device=self._device) for part in parts
+                ]
+            for part, out in zip(parts, whole, strict=True):
+                feed_ndarray(part, out[start : start + self._most], cuda_stream=self._stream)
+            if self._stream is not None:
+                self._stream.synchronize()
+        return whole
+
+    def _ready(self, files: Files[About], outputs: list[Tensor]) -> tuple[Files[About], list[Tensor]]:
+        """Hand a batch to who uses it."""
+        if self._again is not None:
+            warnings.warn(
+                f"DALI could not decode a batch ({self._again}), but Pillow could: such batches take longer",
+                stacklevel=2,
+            )
+            self._again = None
+        if self._stream is not None:
+            for pictures in outputs:
+                pictures.record_stream(torch.cuda.current_stream(self._device))
+        return files, outputs
+
+
+def _of_a_file(error: RuntimeError) -> bool:
+    """Whether it may be for a file that DALI's decoder failed, and not for the machine."""
+    where, _, met = str(error).rpartition(_MET)
+    return "fn.decoders." in where and _OF_THE_MACHINE.search(met) is None
+
+
+def _met(error: Exception) -> str:
+    """What an error of DALI's is about, in one line, without its traceback of a pipeline's definition."""
+    return first_line(RuntimeError(str(error).rpartition(_MET)[2]))
+
+
+def pipeline(outputs: Callable[[Any, dict[str, Any]], Any], batch_size: int, device: torch.device, threads: int) -> Any:
+    """Files in, out what ``outputs`` makes of them and of how to decode; one definition for GPU and CPU."""
+    from nvidia.dali import fn, pipeline_def, types
+
+    gpu = device.type == "cuda"
+
+    @pipeline_def(  # type: ignore[untyped-decorator, unused-ignore]
+        batch_size=batch_size,
+        num_threads=threads,
+        device_id=(device.index or 0) if gpu else None,
+        prefetch_queue_depth=1,  # batches ahead are this module's business: inputs are given with each run
+    )
+    def decoding() -> Any:
+        # The hardware decoder of a GPU takes this share of the JPEGs, and the CUDA cores the rest.
+        decoder = {"device": "mixed", "hw_decoder_load": 0.65} if gpu else {"device": "cpu"}
+        return outputs(fn.external_source(name="encoded", dtype=types.UINT8, ndim=1), decoder)
+
+    made = decoding()
+    made.build()
+    return made
+
+
+def decode_whole(file: Any, decoder: dict[str, Any], **how: Any) -> Any:
+    """In a pipeline: decode files to RGB."""
+    from nvidia.dali import fn, types
+
+    return fn.decoders.image(file, output_type=types.RGB, **decoder, **how)

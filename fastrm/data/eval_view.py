@@ -1,0 +1,73 @@
+"""What an evaluation sees of a picture."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torchvision.transforms.v2 import functional
+
+from fastrm.data.formats import RGB, PixelFormat
+
+_LONG = 16  # times the shorter side: what is resized whole; of longer pictures just the part that is seen
+_SQUARED = 64  # pixels of a view: up to this, the whole picture is seen
+
+
+def eval_view(pixels: Tensor, image_size: int, format: PixelFormat = RGB) -> Tensor:
+    """The customary evaluation view: shorter side to 256/224 of the size and the centre; small pictures whole.
+
+    Args:
+        pixels: [C, H, W] as ``format`` fits them, of any shape; memory is bounded by the picture and the view.
+        image_size: S; up to 64, the whole picture is seen, in a square.
+        format: of the pixels.
+
+    Returns:
+        float32 [channels, S, S], normalised by the format's mean and standard deviation.
+    """
+    part_seen = _squared if image_size <= _SQUARED else _centre
+    seen = [functional.to_image(part_seen(part, image_size)) for part in _parts(pixels)]
+    scaled = torch.cat([functional.to_dtype(part, torch.float32, scale=True) for part in seen])
+    if not format.bytes:
+        scaled = scaled / 255
+    views = scaled.expand(format.channels, -1, -1)
+    return functional.normalize(views, list(format.mean), list(format.std))
+
+
+def seen_of(height: int, width: int, image_size: int) -> tuple[float, float, float, float]:
+    """What :func:`eval_view` sees of a picture of this size: top, left, bottom and right, in pixels."""
+    if image_size <= _SQUARED:
+        return 0, 0, height, width
+    high, wide = (int(_short(image_size) * side / min(height, width)) for side in (height, width))
+    top, left = (round((side - image_size) / 2) for side in (high, wide))
+    y, x = height / high, width / wide
+    return top * y, left * x, (top + image_size) * y, (left + image_size) * x
+
+
+def _short(image_size: int) -> int:
+    """What the shorter side is resized to."""
+    return round(image_size * 256 / 224)
+
+
+def _parts(pixels: Tensor) -> list[Image.Image]:
+    """What Pillow resizes at once: RGB of bytes, or a band."""
+    arrays = pixels.numpy()
+    if pixels.dtype == torch.uint8 and len(arrays) == 3:
+        return [Image.fromarray(np.ascontiguousarray(arrays.transpose(1, 2, 0)))]
+    return [Image.fromarray(np.ascontiguousarray(band)) for band in arrays]
+
+
+def _squared(picture: Image.Image, size: int) -> Image.Image:
+    if picture.height > _LONG * picture.width:  # rows last would make a picture of all rows of this width
+        picture = picture.resize((picture.width, size), Image.Resampling.BILINEAR)
+    return picture.resize((size, size), Image.Resampling.BILINEAR)
+
+
+def _centre(picture: Image.Image, size: int) -> Image.Image:
+    """Resize so that the shorter side is somewhat longer than ``size``, and take the centre, as torchvision does."""
+    width, height = picture.size
+    if max(width, height) <= _LONG * min(width, height):
+        return functional.center_crop(functional.resize(picture, [_short(size)], antialias=True), [size])
+    # The same pixels, without those around them: 256 times the length of a picture that is one pixel wide.
+    top, left, bottom, right = seen_of(height, width, size)
+    return picture.resize((size, size), Image.Resampling.BILINEAR, box=(left, top, right, bottom))
