@@ -160,7 +160,10 @@ def host_microseconds() -> dict[str, float]:
         mock.patch.object(_ema_kernel, "_ema_kernel", NoLaunch()),
     ):
         prepared = EMA(teacher, student, backend="triton")
+        modules = Holder(teacher), Holder(student)
         return {
+            "fused_ema_ of modules": best(lambda: fused_ema_(*modules, M, backend="triton")),
+            "names of modules": best(lambda: [dict(module.named_parameters()) for module in modules]),
             "fused_ema_": best(lambda: fused_ema_(teacher, student, M, backend="triton")),
             "EMA.update_": best(lambda: prepared.update_(M)),
             "addresses": best(lambda: [*map(Tensor.data_ptr, [*teacher, *student])]),
@@ -174,5 +177,6 @@ def test_host_cost_of_a_repeated_call(benchmark: Any) -> None:
     print("\nhost microseconds of a repeated call, launch left out:", {k: round(v, 1) for k, v in times.items()})
     benchmark.extra_info.update(times)
     benchmark.pedantic(lambda: None, rounds=1)
-    assert times["fused_ema_"] <= 10 * times["addresses"]
-    assert times["EMA.update_"] <= 4 * times["addresses"]
+    assert times["fused_ema_"] <= 5 * times["addresses"]
+    assert times["fused_ema_ of modules"] <= times["names of modules"]
+    assert times["EMA.update_"] <= 3 * times["addresses"]

@@ -82,7 +82,8 @@ class OnTriton:
             lists = (x and taken(x, members) for x in (student, teacher, shadow))
             table = Mirror(key[0]).update(addresses(*lists))
             chunks = Mirror(key[0]).update(cut([teacher[i].numel() for i in members], [BLOCK] * len(members)))
-            self.launches.append((key, table, chunks))
+            kinds = [DTYPES[dtype] for dtype in key[1:]]
+            self.launches.append((key[0], key[-1], kinds, len(chunks), table, chunks))
 
     def __call__(
         self,
@@ -91,21 +92,31 @@ class OnTriton:
         momentum: float | Tensor,
         shadow: Sequence[Tensor] | None,
     ) -> None:
-        for (device, *dtypes, compute), table, chunks in self.launches:
+        for device, compute, kinds, count, table, chunks in self.launches:
             m = _on_device(momentum, device, compute)
             with guard(device):
-                _ema_kernel[(len(chunks),)](
+                _ema_kernel[(count,)](
                     table,
                     chunks,
                     m,
                     0.0 if isinstance(m, Tensor) else 1 - m,  # in double, then rounded once
-                    *(DTYPES[dtype] for dtype in dtypes),
-                    DTYPES[compute],
+                    *kinds,
                     isinstance(m, Tensor),
                     BLOCK,
                     num_warps=WARPS,
                 )
         torch.autograd.graph.increment_version(teacher)  # what autograd saved of a teacher is no longer so
+        if self.copied or self.odd:
+            self._rest(teacher, student, momentum, shadow)
+
+    @torch.no_grad()
+    def _rest(
+        self,
+        teacher: Sequence[Tensor],
+        student: Sequence[Tensor],
+        momentum: float | Tensor,
+        shadow: Sequence[Tensor] | None,
+    ) -> None:
         if self.copied:
             torch._foreach_copy_(taken(teacher, self.copied), taken(student, self.copied))
             if shadow is not None:

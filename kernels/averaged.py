@@ -7,8 +7,9 @@ from typing import Any
 
 from torch import Tensor
 
+from ._seen import places
 from .dispatch import check_backend, check_scalar
-from .ema import EMA, fused_ema_, places
+from .ema import EMA, fused_ema_
 from .sharding import all_plain
 
 

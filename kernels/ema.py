@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -11,6 +10,7 @@ from torch import Tensor
 
 from . import pairing, reference
 from ._ema_kernel import OnTriton
+from ._seen import Seen
 from .dispatch import check_backend, check_not_recomputed, check_once, check_scalar, choose, compute_dtype
 from .multi_tensor import capturing, flat, in_order
 from .pairing import Tensors, taken
@@ -40,6 +40,7 @@ class _OnCPU:
         self.small = [i for i in self.same if not large[i]]
         self.mixed = [i for i, yes in enumerate(same) if not yes]
 
+    @torch.no_grad()
     def __call__(
         self,
         teacher: Sequence[Tensor],
@@ -160,39 +161,22 @@ class EMA:
             self._prepare()
         if capturing():
             _OF_GRAPHS.append(self._update)
-        with torch.no_grad():
-            self._update(self.teacher, self.student, momentum, self.shadow)
-
-
-def places(tensors: list[Tensor]) -> list[Any]:
-    """Where tensors lie, to see whether they have moved."""
-    return [*map(Tensor.data_ptr, tensors), *map(Tensor.stride, tensors), *map(Tensor.numel, tensors)]
+        self._update(self.teacher, self.student, momentum, self.shadow)
 
 
 # Plans that CUDA graphs were captured with: a graph reads their tables, and does not say when it goes.
 _OF_GRAPHS: list[Any] = []
 
-# Plans of past calls by the identity of their tensors. An entry goes when one of its tensors does.
-_PLANS: dict[tuple[Any, ...], tuple[list[Any], _Plan, list[Any]]] = {}
+# Plans of past calls.
+_PLANS = Seen()
 
 
-def _remembered(
-    backend: str | None, teacher: list[Tensor], student: list[Tensor], shadow: list[Tensor] | None
-) -> _Plan:
-    """The plan of an earlier call with these very tensors if they still lie where they did, else a new one."""
+def _planned(backend: str | None, lists: tuple[list[Tensor], list[Tensor], list[Tensor] | None]) -> _Plan:
+    """A new plan, for later calls to find."""
     check_backend("fused_ema_", backend)
-    tensors = [*teacher, *student, *(shadow or ())]
-    key = (backend, len(teacher), len(student), shadow is None, *map(id, tensors))
-    known = _PLANS.get(key)
-    plan = known[1] if known is not None and known[0] == places(tensors) else None
-    if capturing():
-        _OF_GRAPHS.append(plan or _Plan(backend, teacher, student, shadow))
-        return _OF_GRAPHS[-1]  # what is made in a capture is the graph's alone: nothing of it is there before a replay
-    if plan is not None:
-        return plan
-    plan = _Plan(backend, teacher, student, shadow)
-    refs = [weakref.ref(tensor, lambda _: _PLANS.pop(key, None)) for tensor in tensors]
-    _PLANS[key] = places(tensors), plan, refs
+    plan = _Plan(backend, *lists)
+    if not capturing():  # what is made in a capture is the graph's alone: nothing of it is there before a replay
+        _PLANS.keep(backend, lists, plan)
     return plan
 
 
@@ -251,22 +235,26 @@ def fused_ema_(
     check_once("fused_ema_")
     teachers, students = pairing.pair("fused_ema_", teacher, student)
     shadows = None if shadow is None else pairing.listed("fused_ema_", "shadow", shadow)
-    with torch.no_grad():
-        fake = False
-        if not torch.compiler.is_compiling():
-            check_scalar("fused_ema_", "momentum", momentum, low=0, high=1)
-            if not all_plain([*teachers, *students, *(shadows or ())]):
-                teachers, students, shadows = localised("fused_ema_", teachers, students, shadows)
-                fake = any(map(is_fake, [*teachers, *students]))
-        if fake:  # nothing to prepare, and no memory to prepare it for
-            pairing.check("fused_ema_", teachers, students, shadows)
-            check_backend("fused_ema_", backend)
-        if fake or torch.compiler.is_compiling():
+    fake, plan = False, None
+    if not torch.compiler.is_compiling():
+        check_scalar("fused_ema_", "momentum", momentum, low=0, high=1)
+        plan = _PLANS.find(backend, (teachers, students, shadows))
+        if plan is None and not all_plain([*teachers, *students, *(shadows or ())]):
+            teachers, students, shadows = localised("fused_ema_", teachers, students, shadows)
+            fake = any(map(is_fake, [*teachers, *students]))
+            plan = None if fake else _PLANS.find(backend, (teachers, students, shadows))
+    if fake:  # nothing to prepare, and no memory to prepare it for
+        pairing.check("fused_ema_", teachers, students, shadows)
+        check_backend("fused_ema_", backend)
+    if fake or torch.compiler.is_compiling():
+        with torch.no_grad():
             if not isinstance(momentum, Tensor):
                 # An addition keeps a changing number out of the graph; a constructor would bake it in and recompile.
                 zero = teachers[0].new_zeros((), dtype=torch.float64, device="cpu") if teachers else torch.zeros(())
                 momentum = zero + momentum
             return _ema_op(teachers, students, momentum, shadows or [], shadows is not None, backend)
-        plan = _remembered(backend, teachers, students, shadows)
-        teachers, students, shadows = plan.take(teachers, students, shadows)
-        plan.update(teachers, students, momentum, shadows)
+    plan = plan or _planned(backend, (teachers, students, shadows))
+    if capturing():
+        _OF_GRAPHS.append(plan)
+    teachers, students, shadows = plan.take(teachers, students, shadows)
+    plan.update(teachers, students, momentum, shadows)

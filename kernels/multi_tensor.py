@@ -18,6 +18,7 @@ from .dispatch import tl, triton, triton_problem
 
 BLOCK = 2048  # elements that one program handles; twice as many would spill registers in some optimizers
 WARPS = 8  # so 8 elements a thread: two 128-bit float32 loads, or one of half precision, for each operand
+_AS_IT_IS = contextlib.nullcontext()
 DTYPES: dict[torch.dtype | None, Any] = {None: None}  # None stands for an operand that is absent
 if triton is not None:
     DTYPES |= {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
@@ -59,7 +60,9 @@ def launchable(*tensors: Tensor) -> bool:
 
 def guard(device: torch.device) -> contextlib.AbstractContextManager[Any]:
     """Make ``device`` current for a launch: Triton launches on the current one, wherever the tensors are."""
-    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
+    if device.type != "cuda" or (torch.cuda.is_initialized() and torch.cuda.current_device() == device.index):
+        return _AS_IT_IS  # quicker than to set what is set
+    return torch.cuda.device(device)
 
 
 def addresses(*columns: Sequence[Tensor] | None) -> list[list[int]]:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor, nn
 
 from .dispatch import check_strided, check_writable
@@ -40,8 +42,8 @@ def _outermost(named: dict[str, Tensor]) -> dict[str, Tensor]:
     return named
 
 
-def _matched(op: str, teacher: nn.Module, student: nn.Module) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Parameters of both by name, without as little of the names as makes them the same."""
+def _match(op: str, teacher: nn.Module, student: nn.Module) -> tuple[list[Tensor], list[Tensor]]:
+    """Parameters of both, matched by name, without as little of the names as makes them the same."""
     ours, theirs = (
         _outermost(_plain_names(op, name, module, _WRAPPERS))
         for name, module in (("teacher", teacher), ("student", student))
@@ -51,7 +53,14 @@ def _matched(op: str, teacher: nn.Module, student: nn.Module) -> tuple[dict[str,
         ours, theirs = (
             _plain_names(op, name, module, everything) for name, module in (("teacher", teacher), ("student", student))
         )
-    return ours, theirs
+    if ours.keys() != theirs.keys():
+        only = {
+            name: sorted(left)[:5]
+            for name, left in (("teacher", ours.keys() - theirs.keys()), ("student", theirs.keys() - ours.keys()))
+            if left
+        }
+        raise ValueError(f"{op}: parameters without a partner: {only}; teacher and student must match")
+    return list(ours.values()), [theirs[name] for name in ours]
 
 
 def listed(op: str, argument: str, tensors: Iterable[Any] | nn.Module) -> list[Any]:
@@ -61,18 +70,60 @@ def listed(op: str, argument: str, tensors: Iterable[Any] | nn.Module) -> list[A
     return list(tensors)
 
 
+def _walked(module: nn.Module) -> tuple[list[object], list[Tensor]]:
+    """How a module is built, as far as the names of its parameters follow from it; and the parameters."""
+    built: list[object] = []
+    parameters: list[Tensor] = []
+    modules, known = [module], {id(None)}
+    for each in modules:
+        if id(each) not in known:
+            known.add(id(each))
+            own, children = each._parameters, each._modules
+            if own:
+                built += own
+                parameters += own.values()  # type: ignore[arg-type]
+            if children:
+                built += children
+                built += map(id, children.values())
+                modules += children.values()  # type: ignore[arg-type]
+            built.append(len(own))
+    built += map(id, parameters)
+    return built, parameters
+
+
+# By two modules, how they were built when they were matched, and where in their walks the pairs are.
+_MATCHES: dict[tuple[int, int], tuple[Any, ...]] = {}
+
+
+def _pair_modules(op: str, teacher: nn.Module, student: nn.Module) -> tuple[list[Tensor], list[Tensor]]:
+    """Parameters of both, index for index: from a walk through both if they are built as they were the last time."""
+    if torch.compiler.is_compiling():
+        return _match(op, teacher, student)
+    key = id(teacher), id(student)
+    (built, ours), (as_built, theirs) = _walked(teacher), _walked(student)
+    match = _MATCHES.get(key)
+    if match is not None and match[0] == built and match[1] == as_built:
+        return taken(ours, match[2]), taken(theirs, match[3])
+    pairs = _match(op, teacher, student)
+    # A class of its own mind, such as FullyShardedDataParallel, may name other parameters than those that it has.
+    usual = all(
+        type(each).named_parameters is nn.Module.named_parameters
+        and type(each).named_modules is nn.Module.named_modules
+        for root in (teacher, student)
+        for each in root.modules()
+    )
+    if usual:
+        places = [{id(p): i for i, p in enumerate(walked)} for walked in (ours, theirs)]
+        found = [[place[id(p)] for p in paired] for place, paired in zip(places, pairs, strict=True)]
+        refs = [weakref.ref(root, lambda _: _MATCHES.pop(key, None)) for root in (teacher, student)]
+        _MATCHES[key] = built, as_built, *found, refs
+    return pairs
+
+
 def pair(op: str, teacher: Tensors, student: Tensors) -> tuple[list[Tensor], list[Tensor]]:
     """Both as lists, index for index; modules are matched by parameter name."""
     if isinstance(teacher, nn.Module) and isinstance(student, nn.Module):
-        ours, theirs = _matched(op, teacher, student)
-        if ours.keys() != theirs.keys():
-            only = {
-                name: sorted(left)[:5]
-                for name, left in (("teacher", ours.keys() - theirs.keys()), ("student", theirs.keys() - ours.keys()))
-                if left
-            }
-            raise ValueError(f"{op}: parameters without a partner: {only}; teacher and student must match")
-        return list(ours.values()), [theirs[name] for name in ours]
+        return _pair_modules(op, teacher, student)
     return listed(op, "teacher", teacher), listed(op, "student", student)
 
 

@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from fastrm.kernels import EMA, _ema_kernel, ema, ema_avg_fn, fused_ema_, multi_tensor
+from fastrm.kernels import EMA, _ema_kernel, _seen, ema, ema_avg_fn, fused_ema_, multi_tensor, pairing
 from tests.interpreted import BACKENDS, INTERPRETED, SLOW_TRITON, TRITON, device_of, often_and_slow, run_triton_cases
 
 F16, BF16, F32, F64 = torch.float16, torch.bfloat16, torch.float32, torch.float64
@@ -258,6 +258,87 @@ def test_a_tensor_that_moves_is_followed(backend: str) -> None:
     assert torch.equal(kept, before)
     s[0].data = s[0].data.view(4, 6).t()  # in place, with other strides
     check(t, s, 0.5, backend)
+
+
+@pytest.mark.parametrize("guards", ["torch.compile's guards", "none"])
+def test_a_list_seen_before_is_known_by_all_of_its_tensors(guards: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if guards == "none":
+        monkeypatch.setattr(_seen, "_GUARDS", None)
+    shapes = [(6, 4), (9,), (4, 4)]
+    t, s = tensors(shapes, F32, torch.device("cpu"), 0), tensors(shapes, F32, torch.device("cpu"), 1)
+    planned: list[None] = []
+    check_pairs = pairing.check
+    monkeypatch.setattr(pairing, "check", lambda *lists: planned.append(None) or check_pairs(*lists))
+
+    def plans(teacher: list[Tensor], student: list[Tensor]) -> int:
+        planned.clear()
+        check(teacher, student, 0.5, "cpu")
+        return len(planned)
+
+    assert [plans(t, s), plans(t, s), plans([*t], [*s])] == [1, 0, 0]
+    other = [*s[:2], s[2].clone()]
+    assert [plans(t, other), plans(t, other)] == [1, 0]
+    assert [plans([*t, t[0]], [*s, s[0]]), plans([*t, t[0]], [*s, s[0]])] == [1, 0]  # tied
+    assert plans(t, other) == 0
+    t[0].requires_grad_()
+    assert plans(t, other) == 0
+    for change in (
+        lambda x: x.view(4, 6).t(),  # other strides at one address
+        lambda x: x.as_strided((6, 3), (4, 1)),  # another size, with the same strides
+        lambda x: x.clone(),
+    ):
+        for lists in (t, other):
+            lists[0].data = change(lists[0].data)
+        assert [plans(t, other), plans(t, other)] == [1, 0]
+    with pytest.raises(TypeError, match=r"student\[2\] is a int"):
+        fused_ema_(t, [*other[:2], 1], 0.5)  # type: ignore[list-item]
+
+
+def test_modules_seen_before_are_known_by_how_they_are_built() -> None:
+    class Named(nn.Linear):
+        def named_parameters(self, *args: Any, **options: Any) -> Any:
+            return iter([("weight", self.weight)])
+
+    def twins() -> tuple[nn.Sequential, nn.Sequential]:
+        teacher = nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3), nn.Sequential(nn.ReLU(), nn.Linear(3, 3)))
+        return teacher, copy.deepcopy(teacher)
+
+    def check_modules(teacher: nn.Module, student: nn.Module) -> None:
+        with torch.no_grad():
+            for p in student.parameters():
+                p.normal_()
+        named = dict(student.named_parameters())
+        want = {name: definition(numpy(p), numpy(named[name]), 0.25) for name, p in teacher.named_parameters()}
+        fused_ema_(teacher, student, 0.25)
+        for name, p in teacher.named_parameters():
+            np.testing.assert_allclose(numpy(p), want[name], rtol=1e-6, atol=1e-6)
+
+    teacher, student = twins()
+    for _ in range(2):
+        check_modules(teacher, student)
+    student[0].weight = nn.Parameter(torch.ones(3, 3))  # another object of the same name
+    check_modules(teacher, student)
+    student[0], student[2][1] = student[2][1], student[0]  # the same objects by other names
+    check_modules(teacher, student)
+    for each in (teacher, student):
+        each[2].add_module("late", nn.Linear(2, 2))
+    check_modules(teacher, student)
+    for each in (teacher, student):
+        each[2][1].weight = each[0].weight  # tied
+    check_modules(teacher, student)
+    student[0].register_parameter("more", nn.Parameter(torch.ones(3)))
+    with pytest.raises(ValueError, match="without a partner"):
+        fused_ema_(teacher, student, 0.25)
+    own, its = Named(3, 3), Named(3, 3)
+    bias = numpy(own.bias)
+    for _ in range(2):
+        check_modules(own, its)
+    np.testing.assert_array_equal(numpy(own.bias), bias)
+    gc.collect()
+    count = len(pairing._MATCHES)
+    check_modules(*twins())
+    gc.collect()
+    assert len(pairing._MATCHES) == count
 
 
 def test_plans_go_with_their_tensors() -> None:
