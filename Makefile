@@ -83,9 +83,10 @@ study-photos: install
 docs: install
 	$(BIN)/python -m sphinx -W --keep-going -q -b html docs build/docs
 
-# With the Python at hand, not .venv: the packages of a stock PyTorch image are enough.
+# With the Python at hand, not .venv: the packages of a stock PyTorch image are enough, but for tyro and DALI. PHOTOS names
+# a folder with photographs; what reads them is left out without it.
 gpu:
-	$(PYTHON) -m benchmarks.gpu
+	$(PYTHON) -m benchmarks.gpu $(if $(PHOTOS),--photos $(PHOTOS))
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -51,6 +51,8 @@ class Setup(NamedTuple):
     """What a method has besides, or otherwise."""
     arch: Callable[[], nn.Module] | None = None
     """Makes the network; None where the settings name one."""
+    workers: int = 0
+    """Loader processes of an evaluation."""
 
     def network(self, seed: int) -> nn.Module | None:
         """The network with the first weights of a seed."""
@@ -150,7 +152,10 @@ def run(trial: Trial, seed: int, setup: Setup, folder: Path, threads: int) -> di
 
 def scored(networks: Mapping[str, nn.Module], setup: Setup, image_size: int) -> dict[str, float]:
     """kNN (k = 20) and quick linear accuracy of networks, by the names of :data:`SCORES`."""
-    source, setting = open_source(setup.data, setup.data_root), Setting(image_size, choose_device("auto"), workers=0)
+    source, setting = (
+        open_source(setup.data, setup.data_root),
+        Setting(image_size, choose_device("auto"), setup.workers),
+    )
     found = frozen_scores(networks, source, setting, knn=True, linear=True)
     kinds = {"knn": "knn20", "linear": "linear_quick"}
     return {f"{kind}_{name}": found[name][score].value for kind, score in kinds.items() for name in networks}

@@ -62,6 +62,12 @@ class Row:
     """Microseconds of its kernels and copies alone; NaN on the CPU."""
 
 
+def synchronise() -> None:
+    """Wait for the GPU, where there is one."""
+    if DEVICE.type == "cuda":
+        torch.cuda.synchronize()
+
+
 def once(call: Callable[[], object], repeats: int) -> float:
     """Milliseconds of one call: the mean of ``repeats`` in a row."""
     if DEVICE.type == "cuda":

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import v2
 
-from benchmarks._timing import DEVICE
+from benchmarks._timing import DEVICE, synchronise
 from fastrm import train
 from fastrm.data import Batch, Source, open_source
 from fastrm.data.augmentation import IMAGENET_MEAN, IMAGENET_STD, View
@@ -102,11 +102,6 @@ def rate(loader: Any, stem: str, step: Callable[[Tensor, Tensor], None]) -> floa
             begin = time.perf_counter()
     synchronise()
     return batch * (steps - 1) / (time.perf_counter() - begin)
-
-
-def synchronise() -> None:
-    if DEVICE.type == "cuda":
-        torch.cuda.synchronize()
 
 
 def trainer(config: Config, folder: Path) -> Callable[[], float]:

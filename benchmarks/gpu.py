@@ -1,8 +1,11 @@
-"""What a GPU machine shows in one go: correctness, benchmarks and the kernel report, as Markdown and JSON.
+"""What a GPU machine shows: correctness, the loader, whole runs, and the benchmarks, as Markdown and JSON.
 
-    make gpu        (or: python -m benchmarks.gpu --out gpu-report)
+    make gpu PHOTOS=FOLDER        (or: python -m benchmarks.gpu --photos FOLDER --out gpu-report)
 
-Needs only the packages of a stock PyTorch image with pytest and pytest-benchmark, and no network.
+Parts that time nothing run at once, then those that do, one after the other. Each has a limit of its own, and the
+report is written anew after each. What reads photographs gets links to those in FOLDER, many times over, and is left
+out where none is named. Needs the packages of a stock PyTorch image with pytest and pytest-benchmark, tyro, pydantic
+and DALI, and no network.
 """
 
 from __future__ import annotations
@@ -10,86 +13,207 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
+import os
 import re
+import shutil
 import subprocess
 import sys
+import tempfile
 import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
 from fastrm.machine.device import available_cores
 
 PYTEST = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
+TESTED = ("ema", "optimizers", "contrastive", "queue", "step", "fuzz_kernels")
+COPIES = 60
+"""Links to each photograph: 192 of them are 11,520 images, in classes of their own for evaluations."""
+CLASSES = 8
 
 
-def parts(out: Path) -> dict[str, list[str]]:
-    """Commands by name, in order: figures mean nothing before correctness."""
-    bench = [*PYTEST, "-s", "--benchmark-only"]
-    # The tests compile a kernel for nearly every case, on the host.
-    several = ["-n", str(min(available_cores(), 12))] if importlib.util.find_spec("xdist") else []
-    files = ("ema", "optimizers", "contrastive", "queue", "step", "fuzz_kernels")
+# Also the lines of a profile.
+_TOLD = re.compile(r"\d+ (passed|failed)|cut off|^E  |^FAILED|Error:|^warning|left out|\d%$|^step +[\d.]+$")
+
+
+class Part(NamedTuple):
+    """A command, and how long it may take."""
+
+    command: list[str]
+    seconds: int
+    timed: bool = True
+    """Whether it must run alone."""
+    photos: bool = False
+    """Whether it needs photographs."""
+
+
+def parts(work: Path, photos: Path | None) -> dict[str, Part]:
+    """All parts by name, in order: figures mean nothing before correctness.
+
+    Args:
+        work: folder for what they write: NAME, NAME.json.
+        photos: folder with train/CLASS.
+    """
+    several = ["-n", str(min(available_cores(), 8))] if importlib.util.find_spec("xdist") else []
+    root, cores = str(photos), str(available_cores())
+    run = [sys.executable, "-m", "fastrm.train", "--data", root, "--arch", "resnet50", "--batch-size", "256"]
+    run += ["--loader", "dali", "--workers", cores, "--eval-every", "0", "--log-every", "10", "--resume", "never"]
+    compiled = [*run, "--compile", "on", "--verify-every", "20"]
+    plain = [*run, "--compile", "off", "--profile", "5"]
+
+    def check(name: str) -> list[str]:
+        return [sys.executable, "-m", "benchmarks.gpu_checks", name, "--photos", root]
+
+    def bench(name: str, file: str, *only: str) -> list[str]:
+        return [
+            *PYTEST,
+            "-s",
+            "--benchmark-only",
+            f"--benchmark-json={work}/{name}.json",
+            f"benchmarks/bench_{file}.py",
+            *only,
+        ]
+
+    tests = [*PYTEST, *several, "-m", "gpu", *(f"tests/test_{name}.py" for name in TESTED)]
+    ranks = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m"]
     return {
-        "correctness": [*PYTEST, *several, "-m", "gpu", *(f"tests/test_{name}.py" for name in files)],
-        "teacher update": [*bench, f"--benchmark-json={out}/ema.json", "benchmarks/bench_ema.py"],
-        "optimizers": [*bench, f"--benchmark-json={out}/optim.json", "benchmarks/bench_optim.py"],
-        "losses": [*bench, f"--benchmark-json={out}/contrastive.json", "benchmarks/bench_contrastive.py"],
-        "queue": [*bench, f"--benchmark-json={out}/queue.json", "benchmarks/bench_queue.py"],
-        "step": [*bench, f"--benchmark-json={out}/step.json", "-m", "gpu", "benchmarks/bench_step.py"],
-        "kernel report": [sys.executable, "-m", "benchmarks.kernel_report"],
+        "tests": Part(tests, 240, timed=False),
+        "crops": Part(check("crops"), 90, timed=False, photos=True),
+        "two processes": Part([*ranks, "benchmarks.gpu_checks", "ranks"], 240, timed=False),
+        "NCCL": Part(check("nccl"), 60, timed=False),
+        # Fills the caches of the compiler, which take longest.
+        "compiling": Part([*compiled, "--max-steps", "2", "--out", f"{work}/compiling"], 240, timed=False, photos=True),
+        "loader": Part(check("rates"), 90, photos=True),
+        "copies": Part(check("copies"), 40, photos=True),
+        "compiled run": Part([*compiled, "--max-steps", "60", "--out", f"{work}/compiled run"], 120, photos=True),
+        "plain run": Part([*plain, "--max-steps", "40", "--out", f"{work}/plain run"], 90, photos=True),
+        "evaluation": Part(check("evaluation"), 60, photos=True),
+        "losses": Part(bench("losses", "contrastive"), 120),
+        "teacher": Part(bench("teacher", "ema"), 60),
+        "optimizers": Part(bench("optimizers", "optim"), 90),
+        "queue": Part(bench("queue", "queue"), 30),
+        "step": Part(bench("step", "step", "-m", "gpu"), 90),
+        "kernel report": Part([sys.executable, "-m", "benchmarks.kernel_report"], 120),
     }  # fmt: skip
 
 
-def main() -> int:
-    """Run the parts; the status is that of the first that fails."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, default=Path("gpu-report"), help="folder for report.md and report.json")
-    names = [*parts(Path())]
-    parser.add_argument("--only", nargs="+", choices=names, default=names, help="parts to run; all unless given")
-    parser.add_argument("--limit", type=float, default=480, help="seconds for everything; later parts are left out")
-    options = parser.parse_args()
-    if not torch.cuda.is_available():
-        print("make gpu needs a CUDA device, and torch finds none; `make test` runs everything that does without")
-        return 2
-    options.out.mkdir(parents=True, exist_ok=True)
+class Result(NamedTuple):
+    """What a part gave."""
+
+    status: int
+    seconds: float
+    output: str
+
+    @property
+    def told(self) -> list[str]:
+        """Its tables and warnings, and how it ended; of one that failed, its last lines too."""
+        lines = self.output.splitlines()
+        found = [line for line in lines if line.startswith("|") or _TOLD.search(line)]
+        return found + (["", "```", *lines[-30:], "```"] if self.status else [])
+
+
+def ran(part: Part) -> Result:
+    """Run a part, and cut it off at its limit."""
+    begin = time.monotonic()
+    with subprocess.Popen(
+        part.command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+    ) as process:
+        try:
+            output, _ = process.communicate(timeout=part.seconds)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, 9)
+            output = f"{process.communicate()[0]}\ncut off after {part.seconds} s"
+    return Result(process.returncode, time.monotonic() - begin, output)
+
+
+def in_order(chosen: dict[str, Part]) -> Iterator[tuple[str, Result]]:
+    """Results as they come: of what is not timed all at once, then of the others."""
+    untimed = [name for name, part in chosen.items() if not part.timed]
+    with ThreadPoolExecutor(max(1, len(untimed))) as pool:
+        under_way = {pool.submit(ran, chosen[name]): name for name in untimed}
+        for done in as_completed(under_way):
+            yield under_way[done], done.result()
+    for name, part in chosen.items():
+        if part.timed:
+            yield name, ran(part)
+
+
+def logged(folder: Path) -> list[str]:
+    """What a run logged of its speed and of its verification."""
+    file = folder / "metrics.jsonl"
+    records = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+    rates = [record["images_per_second"] for record in records if "images_per_second" in record]
+    told = [f"| images per second | {', '.join(f'{rate:,.0f}' for rate in rates)} |"] if rates else []
+    checked = {name: value for record in records for name, value in record.items() if name.startswith("verify")}
+    return told + [f"| {name} | {value:.1e} |" for name, value in checked.items()]
+
+
+def many(photos: Path, folder: Path) -> Path:
+    """Links to the photographs in a folder, many times over, in classes."""
+    for number, path in enumerate(sorted(file.resolve() for file in photos.rglob("*") if file.is_file())):
+        into = folder / "train" / f"class{number % CLASSES}"
+        into.mkdir(parents=True, exist_ok=True)
+        for copy in range(COPIES):
+            (into / f"{copy:03}-{path.name}").symlink_to(path)
+    return folder
+
+
+def write(out: Path, found: dict[str, object], lines: list[str]) -> None:
+    """Write the report of all results so far."""
+    (out / "report.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    (out / "report.json").write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
+
+
+def report(out: Path, chosen: dict[str, Part], work: Path) -> int:
+    """Run parts, and write what they gave after each; the status is that of the first that fails."""
+    begin, status = time.monotonic(), 0
     machine = {
         "gpu": torch.cuda.get_device_name(),
         "capability": ".".join(map(str, torch.cuda.get_device_capability())),
         "torch": torch.__version__,
         "date": time.strftime("%Y-%m-%d"),
     }
-    status, begin = 0, time.monotonic()
-    report: dict[str, object] = {"machine": machine}
+    found: dict[str, object] = {"machine": machine}
     lines = ["# GPU report", "", " · ".join(machine.values())]
-    for name, command in parts(options.out.resolve()).items():
-        if name not in options.only:
-            continue
-        start = time.monotonic()
-        left = options.limit - (start - begin)
-        if left <= 0:
-            lines += ["", f"## {name}", "", "left out: no time"]
-            continue
-        try:
-            done = subprocess.run(command, capture_output=True, text=True, timeout=left, check=False)
-            output, code = done.stdout + done.stderr, done.returncode
-        except subprocess.TimeoutExpired as cut:
-            output, code = f"{(cut.stdout or b'').decode()}\ncut off after {left:.0f} s", 124
-        status = status or code
-        tables = re.findall(r"^\|.*$", output, flags=re.MULTILINE)
-        closing = [line for line in output.splitlines() if re.search(r"\d+ (passed|failed)|cut off|^E  ", line)]
-        lines += ["", f"## {name}", "", *tables, "", *closing]
-        report[name] = {"status": code, "output": output}
-        verdict = "ok" if code == 0 else f"status {code}"
-        print(f"{name}: {verdict}, {time.monotonic() - start:.0f} s  {' '.join(closing[-1:])}", flush=True)
-    for file in options.out.glob("*.json"):
-        if file.name != "report.json":
-            benchmarks = json.loads(file.read_text(encoding="utf-8") or "{}").get("benchmarks", [])
-            report[file.stem] = {b["name"]: b["extra_info"] for b in benchmarks}
-            file.unlink()
-    (options.out / "report.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    (options.out / "report.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
-    print(f"{options.out / 'report.md'} and report.json, in {time.monotonic() - begin:.0f} s")
+    for name, result in in_order(chosen):
+        status = status or result.status
+        about = [*logged(work / name), *result.told]
+        lines += ["", f"## {name}", "", *about]
+        found[name] = result._asdict()
+        shutil.rmtree(work / name, ignore_errors=True)  # of a run, with its checkpoints
+        if (figures := work / f"{name}.json").exists() and (text := figures.read_text(encoding="utf-8")):
+            found[f"{name}, figures"] = {b["name"]: b["extra_info"] for b in json.loads(text)["benchmarks"]}
+        write(out, found, lines)
+        verdict = "ok" if result.status == 0 else f"status {result.status}"
+        print(f"{name}: {verdict}, {result.seconds:.0f} s", flush=True)
+    print(f"{out / 'report.md'} and report.json, in {time.monotonic() - begin:.0f} s")
     return status
+
+
+def main() -> int:
+    """Entry point."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--out", type=Path, default=Path("gpu-report"), help="folder for report.md and report.json")
+    parser.add_argument("--photos", type=Path, help="folder with photographs; what needs them is left out without it")
+    names = list(parts(Path(), Path()))
+    parser.add_argument("--only", nargs="+", choices=names, default=names, help="parts to run; all unless given")
+    options = parser.parse_args()
+    if not torch.cuda.is_available():
+        print("make gpu needs a CUDA device, and torch finds none; `make test` runs everything that does without")
+        return 2
+    options.out.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory() as folder:
+        work = Path(folder)
+        chosen = parts(work, options.photos and many(options.photos, work / "photos"))
+        chosen = {name: part for name, part in chosen.items() if name in options.only}
+        for name in [name for name, part in chosen.items() if part.photos and options.photos is None]:
+            print(f"{name}: left out, since no --photos is given")
+            del chosen[name]
+        return report(options.out, chosen, work)
 
 
 if __name__ == "__main__":

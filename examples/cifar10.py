@@ -23,7 +23,6 @@ SETTINGS = {
     "method": "mocov3",
     "augmentation": Augmentation(views=(VIEW, VIEW)),
     "image_size": 32,
-    "batch_size": 128,
     "optimizer": "adamw",
     "lr": 2e-3,
     "weight_decay": 1e-4,
@@ -34,7 +33,7 @@ SETTINGS = {
     "predictor_hidden_dim": 512,
     "output_dim": 128,
     "loader": "memory",
-    "workers": 0,
+    "cuda_graph": torch.cuda.is_available(),
 }
 
 
@@ -110,6 +109,8 @@ if __name__ == "__main__":
     parser.add_argument("data", nargs="?", help="a folder with train/CLASS/… and val/CLASS/…; unset: no training")
     parser.add_argument("--epochs", type=int, default=40)
     parser.add_argument("--eval-every", type=int, default=4)
+    parser.add_argument("--batch-size", type=int, default=128)
+    parser.add_argument("--workers", type=int, default=0, help="processes and threads that decode")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path("runs/cifar10"))
     parser.add_argument("--export", type=Path, help="the file that the backbone is written to, for fastrm.load")

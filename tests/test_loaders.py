@@ -26,10 +26,13 @@ from fastrm.data.dali import dali_problem, dali_trial, encoded
 from fastrm.data.dali_loader import DaliLoader
 from fastrm.data.decode import decode
 from fastrm.data.draws import draw_views
-from fastrm.data.encoded import FileImages
+from fastrm.data.encoded import EncodedImages, FileImages
 from fastrm.data.formats import RGB
+from fastrm.data.memory_loader import MemoryLoader, of_one_size
 from fastrm.data.patterns import expand
 from fastrm.data.scan import scan
+from fastrm.data.settling import settled
+from fastrm.data.sources import ArrayImages
 from fastrm.data.stored import examined
 from fastrm.data.torch_loader import TorchLoader
 from fastrm.errors import UsageError
@@ -526,3 +529,32 @@ def test_doctor_tries_dali(monkeypatch: pytest.MonkeyPatch) -> None:
     assert dali_trial(torch.device("cpu")) is None
     monkeypatch.setattr(dali, "pipeline", lambda *_, **__: Failing(of_dali("decoders.image", "no libnvjpeg")))
     assert dali_trial(torch.device("cpu")) == "it is installed, but cannot decode on cpu: no libnvjpeg"
+
+
+def test_files_of_one_size_are_held_as_one_array(tmp_path: Path) -> None:
+    """The views of a set in memory, without the file that was lost since the scan; in place of it comes the next."""
+    rng = np.random.default_rng(0)
+    for number, pixels in enumerate(rng.integers(0, 256, (24, 40, 48, 3), dtype=np.uint8)):
+        Image.fromarray(pixels).save(tmp_path / f"{number:02}.png")
+    source, _ = scan(settled(open_source(str(tmp_path))), workers=0)
+    images = source.train
+    assert isinstance(images, EncodedImages)
+    assert of_one_size(images)
+    arrays = np.stack([np.asarray(Image.open(path)) for path in sorted(tmp_path.iterdir())])
+    arrays[5] = arrays[6]
+    (tmp_path / "05.png").write_bytes(b"lost")
+    options: dict[str, Any] = {
+        "image_size": 16, "device": torch.device("cpu"), "dtype": torch.float32, "batch_size": 8, "seed": 0, "rank": 0,
+        "world_size": 1,
+    }  # fmt: skip
+    recipe = find("mocov3").augmentation(0.2)
+    held = MemoryLoader(images, recipe, workers=2, **options)
+    with pytest.warns(UserWarning, match=r"05\.png"):
+        ours = list(held)
+    theirs = list(MemoryLoader(ArrayImages(arrays, None), recipe, **options))
+    for one, other in zip(ours, theirs, strict=True):
+        assert one.indices == [6 if at == 5 else at for at in other.indices]
+        assert all(torch.equal(*views) for views in zip(one.views, other.views, strict=True))
+    assert len(held.broken) == 1
+    Image.fromarray(arrays[0, :20]).save(tmp_path / "00.png")
+    assert not of_one_size(scan(settled(open_source(str(tmp_path))), workers=0)[0].train)  # type: ignore[arg-type]

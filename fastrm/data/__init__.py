@@ -17,7 +17,7 @@ from fastrm.data.formats import PixelFormat
 from fastrm.data.items import ItemImages
 from fastrm.data.kept import keep, keep_few
 from fastrm.data.loader import Batch, Loader
-from fastrm.data.memory_loader import MemoryLoader
+from fastrm.data.memory_loader import MemoryLoader, of_one_size
 from fastrm.data.opening import located, open_source
 from fastrm.data.settling import PixelOptions, settled
 from fastrm.data.sources import ArrayImages, Images, Source
@@ -83,11 +83,11 @@ def make_loader(
         workers: loader processes; 0 loads in this one.
         seed: the same seed gives the same views, whatever the number of workers.
         dtype: of the views; that in which the network computes saves a conversion.
-        loader: ``"memory"`` holds named sets and arrays of bytes on the device, and keeps what it decodes of others in
-            the host's memory, shrunk where that does not suffice; ``"dali"`` reads files; ``"torch"`` uses worker
-            processes; ``"auto"`` is memory for named sets and arrays, for files dali on a GPU where it is installed,
-            and else torch, which is the faster of the two on a CPU; what torch decodes is kept if it is read in more
-            than one epoch and takes at most 3 % of the memory, which gives the same views.
+        loader: ``"memory"`` holds named sets and arrays of bytes on the device, on a GPU also files of one size, and
+            keeps what it decodes of others in the host's memory, shrunk where that does not suffice; ``"dali"`` reads
+            files; ``"torch"`` uses worker processes; ``"auto"`` is memory for named sets and arrays, for files dali on
+            a GPU where it is installed, and else torch, which is the faster of the two on a CPU; what torch decodes is
+            kept if it is read in more than one epoch and takes at most 3 % of the memory, which gives the same views.
         crop_min: smallest share of the area that a crop takes, in a method's augmentation.
         data_root: where a named set lies.
         rank, world_size: this process among all; together they see every image once an epoch.
@@ -144,8 +144,9 @@ def make_loader(
     if isinstance(recipe, Augmentation):
         if isinstance(source.train, ItemImages) and source.train.items.unseen is not None:
             raise UsageError(f"data: {source.train.items.unseen}; a callable as augmentation may take it")
-        if kind == "memory" and isinstance(source.train, ArrayImages) and source.train.format.bytes:
-            return MemoryLoader(source.train, recipe, **common)
+        if kind == "memory" and _held_whole(source.train, place):
+            assert isinstance(source.train, ArrayImages | EncodedImages)
+            return MemoryLoader(source.train, recipe, workers=workers, **common)
         if kind == "dali":
             assert isinstance(source.train, EncodedImages)
             return DaliLoader(source.train, recipe, workers=workers, **common)
@@ -202,6 +203,13 @@ def _decoded_there(images: Images, device: torch.device) -> bool:
     """Whether it is a GPU that DALI decodes these images on, unless another loader is asked for."""
     files = isinstance(images, EncodedImages) and images.format.rgb
     return files and device.type == "cuda" and decodes_on(device)
+
+
+def _held_whole(images: Images, device: torch.device) -> bool:
+    """Whether the device is to hold all images as one array, and to make all views."""
+    if isinstance(images, ArrayImages):
+        return images.format.bytes
+    return device.type == "cuda" and isinstance(images, EncodedImages) and of_one_size(images)
 
 
 def _fits(images: ArrayImages, device: torch.device) -> bool:

@@ -26,6 +26,8 @@ Request = TypeVar("Request")
 About = TypeVar("About")
 _MET = "encountered:"
 """Behind this an error of DALI's says what it is."""
+HARDWARE = 0.65
+"""Share of the JPEGs that the decoder of a GPU takes; the CUDA cores take the rest."""
 _AHEAD = 2  # batches that are read and decoded while one is in use
 # What a decoder meets that is no fault of a file: numbers are nvImageCodec's, such as of its allocator.
 _OF_THE_MACHINE = re.compile(
@@ -224,8 +226,7 @@ def pipeline(outputs: Callable[[Any, dict[str, Any]], Any], batch_size: int, dev
         prefetch_queue_depth=1,  # batches ahead are this module's business: inputs are given with each run
     )
     def decoding() -> Any:
-        # The hardware decoder of a GPU takes this share of the JPEGs, and the CUDA cores the rest.
-        decoder = {"device": "mixed", "hw_decoder_load": 0.65} if gpu else {"device": "cpu"}
+        decoder = {"device": "mixed", "hw_decoder_load": HARDWARE} if gpu else {"device": "cpu"}
         return outputs(fn.external_source(name="encoded", dtype=types.UINT8, ndim=1), decoder)
 
     made = decoding()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
 from torch import Tensor
@@ -10,23 +11,43 @@ from torch import Tensor
 from fastrm.data import batched
 from fastrm.data.augmentation import Augmentation, View
 from fastrm.data.draws import Draws, Request, blur_radius, draw_views
+from fastrm.data.encoded import EncodedImages
 from fastrm.data.loader import Batch, Loader, normalising
+from fastrm.data.scan import readable, report
 from fastrm.data.sources import ArrayImages
+from fastrm.terminal.progress import bar
 
 _TINY = 2**11  # values of a picture below which a call for each costs more than the wasted arithmetic of all together
 
 
+def of_one_size(images: EncodedImages) -> bool:
+    """Whether the images have bytes in RGB and one size, as far as is known without reading them."""
+    looks = images.looks
+    return images.format.rgb and looks is not None and bool((looks.size == looks.size[:1]).all())
+
+
 class MemoryLoader(Loader):
-    """Views of images held as arrays."""
+    """Views of images of one size, held as an array; encoded ones are decoded at the start.
+
+    Args:
+        images: what the views are of.
+        augmentation: how they are made.
+        image_size: side of views that say none themselves.
+        device: that holds the images and makes the views.
+        dtype: of the views.
+        workers: threads that decode.
+        sampling: as :class:`Loader` takes it.
+    """
 
     def __init__(
         self,
-        images: ArrayImages,
+        images: ArrayImages | EncodedImages,
         augmentation: Augmentation,
         *,
         image_size: int,
         device: torch.device,
         dtype: torch.dtype,
+        workers: int = 0,
         **sampling: int,
     ) -> None:
         super().__init__(len(images), **sampling)
@@ -34,11 +55,34 @@ class MemoryLoader(Loader):
         self._size, self._dtype = image_size, dtype
         self.channels = images.format.channels
         self._mean, self._std = normalising(augmentation, images.format)
-        self._pixels = images.tensor().to(device)
+        self._images, self._faults = images, dict[int, str]()
+        self._instead: dict[int, int] = {}
+        """Of images that cannot be read, which other ones are taken."""
+        pixels = images.tensor() if isinstance(images, ArrayImages) else self._decoded(images, max(1, workers))
+        self._pixels = pixels.to(device)
+
+    def _decoded(self, images: EncodedImages, threads: int) -> Tensor:
+        """All images, uint8 [N, 3, H, W]."""
+        assert images.looks is not None
+        height, width = images.looks.size[0].tolist()
+        pixels = torch.empty((len(images), 3, height, width), dtype=torch.uint8)
+
+        def decode(index: int) -> None:
+            at, picture = readable(images, index, images.pixels, self._faults)
+            pixels[index] = picture
+            if at != index:
+                self._instead[index] = at
+
+        text = f"images of {width}x{height} pixels, for the memory"
+        with bar(text, len(images)) as task, ThreadPoolExecutor(threads) as pool:
+            for _ in pool.map(decode, range(len(images))):
+                task.advance(1)
+        return pixels
 
     def _batches(self) -> Iterator[Batch]:
+        report(self.broken, self._images, self._faults)
         for request in self._sampler:
-            yield Batch(self._views(request), request.images)
+            yield Batch(self._views(request), [self._instead.get(at, at) for at in request.images])
 
     def _views(self, request: Request) -> tuple[Tensor, ...]:
         height, width = self._pixels.shape[2:]
