@@ -30,7 +30,7 @@ import torch
 from fastrm.machine.device import available_cores
 
 PYTEST = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
-TESTED = ("ema", "optimizers", "contrastive", "queue", "step", "fuzz_kernels")
+TESTED = ("ema", "optimizers", "contrastive", "queue", "step", "fuzz_kernels", "dali_views")
 COPIES = 60
 """Links to each photograph: 192 of them are 11,520 images, in classes of their own for evaluations."""
 CLASSES = 8
