@@ -81,23 +81,23 @@ def parts(work: Path, photos: Path | None) -> dict[str, Part]:
     tests = [*PYTEST, *several, "-m", "gpu", *(f"tests/test_{name}.py" for name in TESTED)]
     ranks = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m"]
     return {
-        "tests": Part(tests, 240, timed=False),
-        "crops": Part(check("crops"), 90, timed=False, photos=True),
-        "two processes": Part([*ranks, "benchmarks.gpu_checks", "ranks"], 240, timed=False),
+        "tests": Part(tests, 140, timed=False),
+        "crops": Part(check("crops"), 60, timed=False, photos=True),
+        "two processes": Part([*ranks, "benchmarks.gpu_checks", "ranks"], 140, timed=False),
         "NCCL": Part(check("nccl"), 60, timed=False),
         # Fills the caches of the compiler, which take longest.
-        "compiling": Part([*compiled, "--max-steps", "2", "--out", f"{work}/compiling"], 240, timed=False, photos=True),
-        "loader": Part(check("rates"), 90, photos=True),
-        "copies": Part(check("copies"), 40, photos=True),
-        "compiled run": Part([*compiled, "--max-steps", "60", "--out", f"{work}/compiled run"], 120, photos=True),
-        "plain run": Part([*plain, "--max-steps", "40", "--out", f"{work}/plain run"], 90, photos=True),
-        "evaluation": Part(check("evaluation"), 60, photos=True),
-        "losses": Part(bench("losses", "contrastive"), 120),
-        "teacher": Part(bench("teacher", "ema"), 60),
-        "optimizers": Part(bench("optimizers", "optim"), 90),
-        "queue": Part(bench("queue", "queue"), 30),
-        "step": Part(bench("step", "step", "-m", "gpu"), 90),
-        "kernel report": Part([sys.executable, "-m", "benchmarks.kernel_report"], 120),
+        "compiling": Part([*compiled, "--max-steps", "2", "--out", f"{work}/compiling"], 140, timed=False, photos=True),
+        "loader": Part(check("rates"), 60, photos=True),
+        "copies": Part(check("copies"), 30, photos=True),
+        "compiled run": Part([*compiled, "--max-steps", "60", "--out", f"{work}/compiled run"], 90, photos=True),
+        "plain run": Part([*plain, "--max-steps", "40", "--out", f"{work}/plain run"], 60, photos=True),
+        "evaluation": Part(check("evaluation"), 45, photos=True),
+        "losses": Part(bench("losses", "contrastive"), 90),
+        "teacher": Part(bench("teacher", "ema"), 45),
+        "optimizers": Part(bench("optimizers", "optim"), 60),
+        "queue": Part(bench("queue", "queue"), 20),
+        "step": Part(bench("step", "step", "-m", "gpu"), 60),
+        "kernel report": Part([sys.executable, "-m", "benchmarks.kernel_report"], 90),
     }  # fmt: skip
 
 
