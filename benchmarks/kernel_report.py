@@ -42,6 +42,8 @@ class Case:
         floor: bytes an element that have to move.
         aligned: pointers that are known to be at 16-byte addresses; all of them unless given.
         archs: compute capabilities that it is launched on; all of them unless given.
+        stores: bits of its widest stores, of a kernel that reads bytes in places which it finds out; those of the
+            others are judged by ``elements``, and their loads are of 128 bits.
     """
 
     name: str
@@ -53,6 +55,7 @@ class Case:
     floor: float | None = None
     aligned: tuple[str, ...] | None = None
     archs: tuple[int, ...] | None = None
+    stores: int | None = None
 
 
 @dataclass(frozen=True)
@@ -266,7 +269,54 @@ def contrastive_cases() -> Iterable[Case]:
     )
 
 
-CASES: list[Callable[[], Iterable[Case]]] = [ema_cases, optim_cases, contrastive_cases]
+def view_cases() -> Iterable[Case]:
+    from fastrm.kernels import _augment, _augment_kernel
+
+    strides = ("image_stride", "row_stride", "column_stride", "band_stride")
+    for side, bands, dtype, boxes, radius in (
+        (224, 3, "bf16", False, 6),
+        (224, 3, "fp32", False, 6),
+        (32, 3, "bf16", True, 1),
+        (96, 3, "bf16", True, 3),
+        (224, 5, "bf16", False, 6),
+    ):
+        name = f"{dtype} {side}{' of boxes' * boxes}{f', {bands} bands' * (bands != 3)}"
+        plan = _augment.plan(side, side, bands, radius)
+        types = {"images_ptr": "*u8", "table_ptr": "*i32", "first": "i32", **dict.fromkeys(strides, "i32")}
+        constants = {"BANDS": bands, "OUT_H": side, "OUT_W": side, "BOXES": boxes, "BICUBIC": False}
+        sums = {"sums_ptr": "*fp32"}
+        if plan.sums:
+            yield Case(
+                name=f"gray {name}",
+                kernel=_augment_kernel.gray_kernel,
+                types={**types, **sums},
+                constants={**constants, **plan.gray()},
+                options={"num_warps": plan.warps(False)},
+                stores=32,
+            )
+        for blur in (False, True):
+            yield Case(
+                name=f"view {name}{', blurred' * blur}",
+                kernel=_augment_kernel.view_kernel,
+                types={
+                    **types,
+                    "out_ptr": f"*{dtype}",
+                    "numbers_ptr": "*fp32",
+                    "radius": "i32",
+                    **(sums if plan.sums else {}),
+                },
+                constants={
+                    **constants,
+                    **({} if plan.sums else {"sums_ptr": None}),
+                    "CHANNELS": bands,
+                    **plan.view(blur),
+                },
+                options={"num_warps": plan.warps(blur)},
+                stores=128 if bands == 3 else 16,
+            )
+
+
+CASES: list[Callable[[], Iterable[Case]]] = [ema_cases, optim_cases, contrastive_cases, view_cases]
 
 
 def _names(*dtypes: Any) -> list[Any]:

@@ -4,14 +4,18 @@ Every operation takes ``backend=None`` (choose by device), ``"triton"``, ``"cpu"
 is asked for and cannot be had raises and says why.
 """
 
+from .augment import augment_views
 from .averaged import ema_avg_fn
 from .contrastive import info_nce, residual_info_nce, residual_loss
 from .ema import EMA, fused_ema_
 from .queue import FeatureQueue, enqueue_
+from .view_parameters import ViewParameters
 
 __all__ = [
     "EMA",
     "FeatureQueue",
+    "ViewParameters",
+    "augment_views",
     "ema_avg_fn",
     "enqueue_",
     "fused_ema_",

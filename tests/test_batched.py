@@ -14,11 +14,11 @@ from torch import Tensor
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as F
 
-from fastrm.data import batched
 from fastrm.data.__main__ import main
 from fastrm.data.augmentation import View
 from fastrm.data.draws import Draws, draw
 from fastrm.errors import UsageError
+from fastrm.kernels import batched
 from fastrm.methods import find
 from tests.conftest import natural_pictures
 

@@ -16,12 +16,13 @@ from numpy.typing import NDArray
 from PIL import Image
 
 import fastrm
-from fastrm.data import Augmentation, PixelFormat, PixelOptions, View, batched, eval_loader, make_loader, open_source
+from fastrm.data import Augmentation, PixelFormat, PixelOptions, View, eval_loader, make_loader, open_source
 from fastrm.data.decode import BrokenImage
 from fastrm.data.scan import scan
 from fastrm.data.settling import settled
 from fastrm.data.stored import Look, examined, stored
 from fastrm.errors import UsageError
+from fastrm.kernels import batched
 from fastrm.run import checkpoint
 from tests.conftest import natural_pictures
 from tests.test_decode import RAMP, colour, png, scaled, tiff, with_alpha, written

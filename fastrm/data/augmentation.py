@@ -14,8 +14,6 @@ from fastrm.settings.kinds import problem
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
-LUMA = (0.2989, 0.587, 0.114)
-"""Shares of red, green and blue in gray, as in ITU-R BT.601."""
 
 Interpolation = Literal["bilinear", "bicubic"]
 _TOLD = 3  # differences that are named

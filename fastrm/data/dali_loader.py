@@ -1,7 +1,8 @@
 """Images in files through NVIDIA DALI: decoding and the crops there, on the GPU or the CPU.
 
-What follows the crop is :mod:`fastrm.data.batched` on the same device, so that colours are torchvision's: DALI turns a
-hue in YIQ, not in HSV. Order and parameters come from :mod:`fastrm.data.draws`, which makes ``seek`` exact.
+What follows the crop is :func:`fastrm.kernels.augment_views` on the same device, so that colours are torchvision's:
+DALI turns a hue in YIQ, not in HSV. Order and parameters come from :mod:`fastrm.data.draws`, which makes ``seek``
+exact.
 """
 
 from __future__ import annotations
@@ -13,13 +14,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastrm.data import batched
 from fastrm.data.augmentation import Augmentation, View
 from fastrm.data.dali import DaliDecoder, Encode, Files, decode_whole, pipeline
 from fastrm.data.draws import Draws, Request, blur_radius, draw_views
 from fastrm.data.encoded import EncodedImages
-from fastrm.data.loader import Batch, Loader, normalising
+from fastrm.data.loader import Batch, Loader, normalising, one_ahead
 from fastrm.data.scan import report
+from fastrm.kernels import augment_views
 
 
 class DaliLoader(Loader):
@@ -51,6 +52,9 @@ class DaliLoader(Loader):
         self._decoder = DaliDecoder(build, device=device, threads=threads, most=batch_size)
 
     def _batches(self) -> Iterator[Batch]:
+        yield from one_ahead(self._made(), self._device)
+
+    def _made(self) -> Iterator[Batch]:
         for files, crops in self._decoder.batches(self._sampler, self._read):
             report(self.broken, self._images, dict(self._images.unreadable))
             each = zip(crops, files.about, self._augmentation.views, strict=True)
@@ -69,10 +73,16 @@ class DaliLoader(Loader):
 
     def _recoloured(self, crops: Tensor, draws: Draws, view: View) -> Tensor:
         """Carry out what follows the crop."""
-        images = crops.permute(0, 3, 1, 2).to(torch.float32, memory_format=torch.contiguous_format)
-        batched.recolour_(images, draws, blur_radius=blur_radius(view, images.shape[-1]))
-        out = batched.empty_views(len(images), images.shape[-1], self._dtype, self._device)
-        return batched.normalise(images, self._mean, self._std, out=out)
+        side = view.side(self._size)
+        return augment_views(
+            crops,
+            draws.after_the_crop(),
+            out_size=side,
+            dtype=self._dtype,
+            mean=self._mean,
+            std=self._std,
+            blur_radius=blur_radius(view, side),
+        )
 
 
 def _crops(

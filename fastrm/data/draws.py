@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from fastrm.data.augmentation import View
+from fastrm.kernels.view_parameters import Drawn
 
 
 class Request(NamedTuple):
@@ -58,25 +59,11 @@ class BatchSampler:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Draws:
+class Draws(Drawn):
     """What was drawn for one view of B images; on the CPU."""
 
     box: Tensor
     """int64 [B, 4]: top, left, height and width of the crop, in pixels."""
-    jitter: Tensor
-    """bool [B]: whether the four colour changes are made."""
-    factors: Tensor
-    """float32 [B, 4]: brightness, contrast, saturation, and the hue's shift in turns of the colour circle."""
-    order: Tensor
-    """int64 [B, 4]: the columns of ``factors`` in the order in which they are carried out."""
-    gray: Tensor
-    """bool [B]."""
-    sigma: Tensor
-    """float32 [B]: standard deviation of the blur in pixels of the view; 0 for none."""
-    solarize: Tensor
-    """bool [B]."""
-    flip: Tensor
-    """bool [B]."""
     tries: Tensor
     """float64 [B, 22]: what :func:`boxes` finds the crop from."""
 

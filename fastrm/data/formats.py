@@ -10,9 +10,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastrm.data.augmentation import IMAGENET_MEAN, IMAGENET_STD, LUMA
+from fastrm.data.augmentation import IMAGENET_MEAN, IMAGENET_STD
 from fastrm.data.decode import BrokenImage
 from fastrm.data.stored import Values
+from fastrm.kernels.batched import LUMA
 
 Limits = tuple[tuple[float, ...], tuple[float, ...]]
 """What becomes 0 and what becomes 1: a number per band, or one for all of them."""

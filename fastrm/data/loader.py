@@ -6,6 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from fastrm.data.augmentation import Augmentation
@@ -36,6 +37,29 @@ def normalising(augmentation: Augmentation, format: PixelFormat) -> tuple[tuple[
                 f"augmentation: {name} has {len(values)} numbers, and the images {format.channels} channels"
             )
     return augmentation.mean or format.mean, augmentation.std or format.std
+
+
+def one_ahead(batches: Iterator[Batch], device: torch.device) -> Iterator[Batch]:
+    """The same batches; on a GPU each is made on a stream of its own, while the one before is in use."""
+    if device.type != "cuda":
+        yield from batches
+        return
+    own = torch.cuda.Stream(device)
+    own.wait_stream(torch.cuda.current_stream(device))  # on which the images came
+    ready: Batch | None = None
+    event = None
+    while True:
+        with torch.cuda.stream(own):
+            following, done = next(batches, None), own.record_event()
+        if ready is not None and event is not None:
+            user = torch.cuda.current_stream(device)
+            user.wait_event(event)
+            for view in ready.views:
+                view.record_stream(user)
+            yield ready
+        if following is None:
+            return
+        ready, event = following, done
 
 
 class Loader(ABC):

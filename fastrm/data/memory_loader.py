@@ -8,16 +8,14 @@ from concurrent.futures import ThreadPoolExecutor
 import torch
 from torch import Tensor
 
-from fastrm.data import batched
 from fastrm.data.augmentation import Augmentation, View
 from fastrm.data.draws import Draws, Request, blur_radius, draw_views
 from fastrm.data.encoded import EncodedImages
-from fastrm.data.loader import Batch, Loader, normalising
+from fastrm.data.loader import Batch, Loader, normalising, one_ahead
 from fastrm.data.scan import readable, report
 from fastrm.data.sources import ArrayImages
+from fastrm.kernels import augment_views
 from fastrm.terminal.progress import bar
-
-_TINY = 2**11  # values of a picture below which a call for each costs more than the wasted arithmetic of all together
 
 
 def of_one_size(images: EncodedImages) -> bool:
@@ -59,7 +57,7 @@ class MemoryLoader(Loader):
         self._instead: dict[int, int] = {}
         """Of images that cannot be read, which other ones are taken."""
         pixels = images.tensor() if isinstance(images, ArrayImages) else self._decoded(images, max(1, workers))
-        self._pixels = pixels.to(device)
+        self._pixels = pixels.to(device).permute(0, 2, 3, 1)
 
     def _decoded(self, images: EncodedImages, threads: int) -> Tensor:
         """All images, uint8 [N, 3, H, W]."""
@@ -81,32 +79,28 @@ class MemoryLoader(Loader):
 
     def _batches(self) -> Iterator[Batch]:
         report(self.broken, self._images, self._faults)
+        yield from one_ahead(self._made(), self._pixels.device)
+
+    def _made(self) -> Iterator[Batch]:
         for request in self._sampler:
             yield Batch(self._views(request), [self._instead.get(at, at) for at in request.images])
 
     def _views(self, request: Request) -> tuple[Tensor, ...]:
-        height, width = self._pixels.shape[2:]
+        height, width = self._pixels.shape[1:3]
         sizes = [(height, width)] * len(request.images)
         drawn = draw_views(self._augmentation.views, sizes, self._size, self._sampler.generator(request))
         return tuple(self._view(request, *pair) for pair in zip(self._augmentation.views, drawn, strict=True))
 
     def _view(self, request: Request, view: View, draws: Draws) -> Tensor:
         side = view.side(self._size)
-        images = self._cropped(request, draws, side, view.interpolation)
-        batched.recolour_(images, draws, blur_radius=blur_radius(view, side))
-        out = batched.empty_views(len(images), side, self._dtype, images.device, channels=self.channels)
-        return batched.normalise(images, self._mean, self._std, out=out)
-
-    def _cropped(self, request: Request, draws: Draws, side: int, interpolation: str) -> Tensor:
-        """float32 [B, C, S, S]: in one go on a GPU or where the pictures are tiny; else picture by picture in bytes."""
-        if self._pixels.device.type == "cuda" or self._pixels[0].numel() < _TINY:
-            index = torch.tensor(request.images).to(self._pixels.device, non_blocking=True)
-            bicubic = interpolation == "bicubic"
-            return batched.crop_resize(
-                self._pixels.index_select(0, index), draws.box, draws.flip, side, bicubic=bicubic
-            )
-        out = torch.empty(len(request.images), self._pixels.shape[1], side, side)
-        places = zip(request.images, draws.box.tolist(), draws.flip.tolist(), strict=True)
-        for row, (at, box, flip) in zip(out, places, strict=True):
-            row.copy_(batched.crop(self._pixels[at], box, flip, side, interpolation)[0])
-        return out
+        return augment_views(
+            self._pixels,
+            draws,
+            index=torch.tensor(request.images),
+            out_size=side,
+            dtype=self._dtype,
+            mean=self._mean,
+            std=self._std,
+            interpolation=view.interpolation,
+            blur_radius=blur_radius(view, side),
+        )

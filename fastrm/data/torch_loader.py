@@ -1,4 +1,4 @@
-"""The augmentation in worker processes: decoding and crops in bytes, and the rest by :mod:`fastrm.data.batched`."""
+"""The augmentation in worker processes: decoding and crops in bytes, and the rest by :mod:`fastrm.kernels.batched`."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from fastrm.data import batched
 from fastrm.data.augmentation import Augmentation, View
 from fastrm.data.called import Augment, CalledViews
 from fastrm.data.draws import BatchSampler, Draws, Request, blur_radius, boxes, draw_views
@@ -23,6 +22,7 @@ from fastrm.data.seeding import seeded
 from fastrm.data.sources import Images
 from fastrm.data.workers import Loaded, check_travels
 from fastrm.errors import UsageError
+from fastrm.kernels import batched
 from fastrm.machine.signals import leave_to_the_trainer
 
 AHEAD = 2

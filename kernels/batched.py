@@ -14,8 +14,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from fastrm.data.augmentation import LUMA
-from fastrm.data.draws import Draws
+from .view_parameters import Drawn
+
+LUMA = (0.2989, 0.587, 0.114)
+"""Shares of red, green and blue in gray, as in ITU-R BT.601."""
 
 _CACHED = 2**20  # values of a chunk on a CPU: fewer spend the time on calls, more leave the cache
 _LARGE = 2**17  # values of an image that is changed alone: to copy it to others and back takes longer than calls
@@ -34,9 +36,9 @@ class Step(NamedTuple):
     """[B, ...], on the device of the images."""
 
 
-def recolour_(images: Tensor, draws: Draws, *, blur_radius: int) -> Tensor:
-    """Carry out in place, on [B, C, S, S], all that follows the crop and the flip, only where it was drawn."""
-    planned = steps(draws, images.shape[1], blur_radius, images.device)
+def recolour_(images: Tensor, drawn: Drawn, *, blur_radius: int) -> Tensor:
+    """Carry out in place, on [B, C, H, W], all that follows the crop and the flip, only where it was drawn."""
+    planned = steps(drawn, images.shape[1], blur_radius, images.device)
     count = at_a_time(images[0].numel(), images.device)
     for start in range(0, len(images), count):
         carry_out_(planned, images[start : start + count], start)
@@ -50,15 +52,15 @@ def at_a_time(values: int, device: torch.device) -> int:
     return 1 if values > _LARGE else max(1, _CACHED // values)
 
 
-def steps(draws: Draws, channels: int, radius: int, device: torch.device) -> list[Step]:
+def steps(drawn: Drawn, channels: int, radius: int, device: torch.device) -> list[Step]:
     """What :func:`recolour_` does, in its order."""
-    factors = draws.factors.to(device, non_blocking=True)
-    kernel = gaussian(draws.sigma.to(device, non_blocking=True), radius)
-    planned = jitter(draws.jitter, factors, draws.order, channels)
+    factors = drawn.factors.to(device, non_blocking=True)
+    kernel = gaussian(drawn.sigma.to(device, non_blocking=True), radius)
+    planned = jitter(drawn.jitter, factors, drawn.order, channels)
     if channels == 3:
-        planned.append(Step(saturation_, draws.gray.tolist(), torch.zeros_like(factors[:, 0])))
-    planned.append(Step(blur_, (draws.sigma > 0).tolist(), kernel))
-    planned.append(Step(lambda images, _: solarize_(images), draws.solarize.tolist(), factors))
+        planned.append(Step(saturation_, drawn.gray.tolist(), torch.zeros_like(factors[:, 0])))
+    planned.append(Step(blur_, (drawn.sigma > 0).tolist(), kernel))
+    planned.append(Step(lambda images, _: solarize_(images), drawn.solarize.tolist(), factors))
     return planned
 
 
@@ -77,14 +79,14 @@ def carry_out_(planned: Iterable[Step], images: Tensor, start: int = 0) -> None:
             images.index_copy_(0, index, part)
 
 
-def crop(picture: Tensor, box: Sequence[int], flip: bool, size: int, interpolation: str) -> Tensor:
+def crop(picture: Tensor, box: Sequence[int], flip: bool, size: int | Sequence[int], interpolation: str) -> Tensor:
     """Crop, resize with antialiasing, and flip one picture, in its own dtype, on the CPU.
 
     Args:
         picture: uint8 or float32 [C, H, W].
         box: top, left, height, width.
         flip: left to right.
-        size: S.
+        size: S, or height and width.
         interpolation: ``"bilinear"`` or ``"bicubic"``.
 
     Returns:
@@ -94,18 +96,18 @@ def crop(picture: Tensor, box: Sequence[int], flip: bool, size: int, interpolati
     part = picture[None, :, top : top + height, left : left + width]
     if part.dtype == torch.uint8 and part.stride(1) == 1:  # as decoders give them: torch would undo their order first
         part = part.contiguous(memory_format=torch.channels_last)
-    resized = functional.interpolate(part, (size, size), mode=interpolation, antialias=True)
+    resized = functional.interpolate(part, sides(size), mode=interpolation, antialias=True)
     return resized.flip(-1) if flip else resized
 
 
-def crop_resize(pixels: Tensor, box: Tensor, flip: Tensor, size: int, *, bicubic: bool) -> Tensor:
+def crop_resize(pixels: Tensor, box: Tensor, flip: Tensor, size: int | Sequence[int], *, bicubic: bool) -> Tensor:
     """Crop, resize with antialiasing, and flip on a GPU: each image between a weight matrix for rows and for columns.
 
     Args:
         pixels: uint8 [B, C, H, W].
         box: int64 [B, 4]: top, left, height, width.
         flip: bool [B].
-        size: S.
+        size: S, or height and width.
         bicubic: or bilinear.
 
     Returns:
@@ -113,8 +115,9 @@ def crop_resize(pixels: Tensor, box: Tensor, flip: Tensor, size: int, *, bicubic
     """
     box = box.to(pixels.device, non_blocking=True)
     flip = flip.to(pixels.device, non_blocking=True)
-    rows = _resize_weights(box[:, 0], box[:, 2], pixels.shape[-2], size, bicubic)
-    columns = _resize_weights(box[:, 1], box[:, 3], pixels.shape[-1], size, bicubic)
+    height, width = sides(size)
+    rows = _resize_weights(box[:, 0], box[:, 2], pixels.shape[-2], height, bicubic)
+    columns = _resize_weights(box[:, 1], box[:, 3], pixels.shape[-1], width, bicubic)
     columns = torch.where(flip[:, None, None], columns.flip(1), columns)
     out = rows[:, None] @ pixels.float() @ columns[:, None].transpose(-1, -2)
     return out.clamp_(0, 255)  # a bicubic overshoots
@@ -205,28 +208,39 @@ def gaussian(sigma: Tensor, radius: int) -> Tensor:
 
 
 def blur_(images: Tensor, kernel: Tensor) -> None:
-    """Convolve rows and columns of [B, C, S, S], reflected at the edges, with ``kernel`` [B, 2 * radius + 1].
+    """Convolve rows and columns of [B, C, H, W], reflected at the edges, with ``kernel`` [B, 2 * radius + 1].
 
-    The radius must be below S.
+    The radius must be below H and W.
     """
     # Matrix products with the band that holds the kernel, a block of rows or columns at a time: faster on a CPU than a
     # depthwise convolution, and the zeros outside the band are few.
-    count, channels, size, _ = images.shape
-    radius, block = kernel.shape[1] // 2, min(size, _BAND)
-    wide = block + 2 * radius
-    band = images.new_zeros(count, block, wide)
-    band.as_strided((count, block, 2 * radius + 1), (block * wide, wide + 1, 1)).copy_(kernel[:, None])
-    parts = [(start, min(block, size - start)) for start in range(0, size, block)]
+    count, channels, height, width = images.shape
+    radius = kernel.shape[1] // 2
     padded = functional.pad(images, (0, 0, radius, radius), mode="reflect").flatten(0, 1)
-    out, each = images.view(-1, size, size), band.repeat_interleave(channels, dim=0)
-    for start, n in parts:
+    out, each = images.view(-1, height, width), _band(kernel, height).repeat_interleave(channels, dim=0)
+    for start, n in _blocks(height):
         seen = n + 2 * radius
         out[:, start : start + n] = _product(each[:, :n, :seen], padded[:, start : start + seen], n, count)
     padded = functional.pad(images, (radius, radius, 0, 0), mode="reflect").flatten(1, 2)
-    out, each = images.view(count, -1, size), band.mT
-    for start, n in parts:
+    out, each = images.view(count, -1, width), _band(kernel, width).mT
+    for start, n in _blocks(width):
         seen = n + 2 * radius
         out[..., start : start + n] = _product(padded[..., start : start + seen], each[:, :seen, :n], n, count)
+
+
+def _band(kernel: Tensor, size: int) -> Tensor:
+    """Matrices of a block of rows, in each of which the kernel is one place further to the right."""
+    count, taps = kernel.shape
+    block = min(size, _BAND)
+    wide = block + taps - 1
+    band = kernel.new_zeros(count, block, wide)
+    band.as_strided((count, block, taps), (block * wide, wide + 1, 1)).copy_(kernel[:, None])
+    return band
+
+
+def _blocks(size: int) -> list[tuple[int, int]]:
+    """Where each block starts, and how long it is."""
+    return [(start, min(_BAND, size - start)) for start in range(0, size, _BAND)]
 
 
 def _product(left: Tensor, right: Tensor, n: int, count: int) -> Tensor:
@@ -267,5 +281,10 @@ def empty_views(
     count: int, size: int | Sequence[int], dtype: torch.dtype, device: torch.device, *, channels: int = 3
 ) -> Tensor:
     """[B, C, S, S], or [B, C, H, W] of a size (H, W), in channels-last order, not yet filled."""
-    height, width = (size, size) if isinstance(size, int) else size
-    return torch.empty((count, channels, height, width), dtype=dtype, device=device, memory_format=torch.channels_last)
+    shape = (count, channels, *sides(size))
+    return torch.empty(shape, dtype=dtype, device=device, memory_format=torch.channels_last)
+
+
+def sides(size: int | Sequence[int]) -> tuple[int, int]:
+    """Height and width of a size, which is that of a square or both."""
+    return (size, size) if isinstance(size, int) else (size[0], size[1])

@@ -1,0 +1,161 @@
+"""``augment_views`` in Triton: one launch for small views, and for large ones at most three.
+
+A region of up to 64 x 64 pixels lies in the registers of a program, where all that is drawn is done with it, in the
+image's own order. Views of up to 64 pixels are one region, and contrast takes their mean there. Larger ones are cut
+in tiles: a launch sums the gray of each tile of the images whose contrast is changed, as it is before that; the next
+makes the views that are not blurred; the last those that are, from regions that reach over their tiles by the
+radius, so that nothing in between is written. A blur is the product with a band matrix on each side.
+
+The table of what was drawn is sorted, so that each launch has its rows side by side: not blurred and as they are, not
+blurred and changed, blurred and changed, blurred and as they are.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ._augment_ops import COLUMNS
+from .dispatch import triton
+from .multi_tensor import guard
+from .view_parameters import Drawn
+
+if TYPE_CHECKING:
+    from .augment import Work
+
+if triton is not None:
+    from ._augment_kernel import gray_kernel, view_kernel
+
+_REGION = 64  # side, in pixels; of a larger one the values would not fit in the registers
+_TILE = 32  # of what is not blurred, which needs no more than it writes
+_LEAST = 16  # side of a tile of what is blurred
+
+
+class Plan(NamedTuple):
+    """How views are cut in regions."""
+
+    height: int
+    width: int
+    sums: bool
+    """Whether the gray of an image is summed by a launch of its own."""
+    plain: int
+    """Side of the regions of what is not blurred, which are its tiles."""
+    region: int
+    """Of what is blurred."""
+    tile: int
+    """Of what is blurred."""
+
+    def gray(self) -> dict[str, int]:
+        """Compile-time arguments of the sum."""
+        return {**self._cut(self.plain), "R": self.plain}
+
+    def view(self, blur: bool) -> dict[str, int]:
+        """Compile-time arguments of the views."""
+        sums = self._cut(self.plain)["TILES"]
+        side, tile = (self.region, self.tile) if blur else (self.plain, self.plain)
+        sides = {"R": side, "T": tile, "GRAY_TILES": sums, "SUMS": 1 << (sums - 1).bit_length()}
+        return {**self._cut(tile), **sides, "BLUR": blur}
+
+    def warps(self, blur: bool) -> int:
+        """Of a program, for so many pixels that no register is spilt."""
+        side = self.region if blur else self.plain
+        return 8 if side > _TILE else 4 if side == _TILE else 1
+
+    def _cut(self, side: int) -> dict[str, int]:
+        across = -(-self.width // side)
+        return {"TILES_X": across, "TILES": across * -(-self.height // side)}
+
+
+def plan(height: int, width: int, bands: int, radius: int) -> Plan:
+    """Cut views of this size, with a blur of this radius."""
+    whole = max(height, width) <= _REGION
+    region = max(_LEAST, 1 << (max(height, width) - 1).bit_length()) if whole else _REGION
+    tile = region if whole else (_REGION - 2 * radius) // 8 * 8
+    return Plan(height, width, not whole or bands not in (1, 3), region if whole else _TILE, region, tile)
+
+
+def _table(drawn: Drawn, index: Tensor | None, bands: int) -> tuple[Tensor, int, int, int]:
+    """The table, int32 [B, COLUMNS], and how many of its rows are of the first kind, of the first two, and three."""
+    count = len(drawn.flip)
+    blurred, jitter = drawn.sigma > 0, drawn.jitter
+    kind = torch.where(blurred, 3 - jitter.int(), jitter.int())
+    rows = kind.argsort(stable=True)
+    order = drawn.order
+    if bands != 3:  # there is no saturation and no hue
+        order = torch.cat([order[order < 2].view(count, 2), torch.zeros(count, 2, dtype=order.dtype)], dim=1)
+    number = 4 if bands == 3 else 2
+    before = (order == 1)[:, :number].int().argmax(dim=1)
+    table = torch.empty(count, COLUMNS, dtype=torch.int32)
+    table[:, 0] = rows if index is None else index[rows]
+    table[:, 1] = rows
+    if drawn.box is not None:
+        table[:, 2:6] = drawn.box[rows]
+    table[:, 6] = drawn.flip[rows]
+    table[:, 7] = number * jitter[rows]
+    table[:, 8] = before[rows]
+    table[:, 9:13] = order[rows]
+    table[:, 13] = drawn.gray[rows]
+    table[:, 14] = drawn.solarize[rows]
+    real = table.view(torch.float32)
+    real[:, 15] = drawn.sigma[rows]
+    real[:, 16:20] = drawn.factors[rows]
+    some, more, most = (int((kind <= last).sum()) for last in range(3))
+    return table, some, more, most
+
+
+@lru_cache(maxsize=32)  # made once: a tensor of the host's numbers makes the host wait for a GPU
+def _numbers(mean: tuple[float, ...], std: tuple[float, ...], device: torch.device) -> Tensor:
+    """What bytes are multiplied by, and what is added: [2, C]."""
+    pairs = [(1 / (255 * s), -m / s) for m, s in zip(mean, std, strict=True)]
+    return torch.tensor(pairs, dtype=torch.float32).T.contiguous().to(device)
+
+
+def launch(work: Work) -> bool:
+    """Make the views, unless a blur is too wide; whether they were made."""
+    images, drawn = work.images, work.drawn
+    count, channels, height, width = work.out.shape
+    bands, device = images.shape[3], images.device
+    table, some, more, most = _table(drawn, work.index, bands)
+    cut = plan(height, width, bands, work.radius)
+    if more < count and cut.tile < _LEAST:
+        return False
+    if device.type == "cuda":
+        table = table.pin_memory().to(device, non_blocking=True)
+    summing = cut.gray()
+    shared = {
+        "images_ptr": images,
+        "table_ptr": table,
+        "sums_ptr": torch.empty(count, summing["TILES"], device=device) if cut.sums else None,
+        "image_stride": images.stride(0),
+        "row_stride": images.stride(1),
+        "column_stride": images.stride(2),
+        "band_stride": images.stride(3),
+        "BANDS": bands,
+        "OUT_H": height,
+        "OUT_W": width,
+        "BOXES": drawn.box is not None,
+        "BICUBIC": work.bicubic,
+    }
+    numbers = _numbers(work.mean, work.std, device)
+    with guard(device):
+        if cut.sums and some < most:
+            gray_kernel[((most - some) * summing["TILES"],)](
+                **shared, **summing, first=some, num_warps=cut.warps(False)
+            )
+        for blur, start, stop in ((False, 0, more), (True, more, count)):
+            making = cut.view(blur)
+            if start < stop:
+                view_kernel[((stop - start) * making["TILES"],)](
+                    **shared,
+                    **making,
+                    out_ptr=work.out,
+                    numbers_ptr=numbers,
+                    first=start,
+                    radius=work.radius,
+                    CHANNELS=channels,
+                    num_warps=cut.warps(blur),
+                )
+    return True

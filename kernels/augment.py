@@ -1,0 +1,221 @@
+"""The augmentation of a view in few launches: crop, flip, colours, grayscale, blur, solarize, normalise."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from . import _augment, batched
+from .dispatch import check_strided, choose, no_autocast
+from .view_parameters import OP, Drawn, ViewParameters, completed
+
+_TINY = 2**11  # values of a picture below which a call for each costs more than the wasted arithmetic of all together
+_INPUTS = (torch.uint8, torch.float32)
+_OUTPUTS = (torch.float32, torch.bfloat16, torch.float16)
+
+
+@dataclass(frozen=True)
+class Work:
+    """A checked call."""
+
+    images: Tensor
+    """[N, H, W, C]."""
+    index: Tensor | None
+    """[B] rows of the images, on the CPU; None: in their order."""
+    drawn: Drawn
+    out: Tensor
+    """[B, C, H, W], channels last."""
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    bicubic: bool
+    radius: int
+    """Of the blur, in pixels."""
+
+
+def _planes(work: Work) -> Tensor:
+    """The images of the batch, [B, C, H, W]."""
+    planes = work.images.permute(0, 3, 1, 2)
+    if work.index is None:
+        return planes
+    return planes.index_select(0, work.index.to(planes.device, non_blocking=True))
+
+
+def _flipped(planes: Tensor, flip: Tensor) -> Tensor:
+    """float32 [B, C, H, W] of our own, in the order of a contiguous tensor."""
+    images = planes.to(torch.float32, memory_format=torch.contiguous_format, copy=True)
+    if flip.any():
+        at = flip.nonzero()[:, 0].to(images.device)
+        images.index_copy_(0, at, images.index_select(0, at).flip(-1))
+    return images
+
+
+def _finish(work: Work, images: Tensor) -> None:
+    batched.recolour_(images, work.drawn, blur_radius=work.radius)
+    batched.normalise(images, work.mean, work.std, out=work.out)
+
+
+@torch.no_grad()
+def _reference(work: Work) -> None:
+    """An operation after the other, on the whole batch."""
+    planes, drawn = _planes(work), work.drawn
+    if drawn.box is None:
+        images = _flipped(planes, drawn.flip)
+    else:
+        images = batched.crop_resize(planes, drawn.box, drawn.flip, work.out.shape[2:], bicubic=work.bicubic)
+    _finish(work, images)
+
+
+@torch.no_grad()
+def _cpu(work: Work) -> None:
+    """Crops in bytes, a picture after the other, and the rest for as many as the cache holds."""
+    drawn, (count, _, height, width) = work.drawn, work.out.shape
+    if drawn.box is None or work.images[0].numel() < _TINY:
+        return _reference(work)
+    interpolation = "bicubic" if work.bicubic else "bilinear"
+    images = torch.empty(count, work.images.shape[3], height, width)
+    places = range(count) if work.index is None else work.index.tolist()
+    pixels = work.images.permute(0, 3, 1, 2)
+    for row, at, box, flip in zip(images, places, drawn.box.tolist(), drawn.flip.tolist(), strict=True):
+        row.copy_(batched.crop(pixels[at], box, flip, (height, width), interpolation)[0])
+    _finish(work, images)
+
+
+def _triton(work: Work) -> None:
+    if not _augment.launch(work):
+        _reference(work)
+
+
+_IMPLEMENTATIONS = {"triton": _triton, "cpu": _cpu, "reference": _reference}
+
+
+def augment_views(
+    images: Tensor,
+    parameters: ViewParameters,
+    *,
+    out_size: int | Sequence[int],
+    dtype: torch.dtype = torch.float32,
+    mean: Sequence[float],
+    std: Sequence[float],
+    index: Tensor | None = None,
+    interpolation: str = "bilinear",
+    blur_radius: int | None = None,
+    out: Tensor | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """Make a view of each image: crop, flip, colour changes in its own order, grayscale, blur, solarize, normalise.
+
+    Each operation is what torchvision's v2 functional transform of that name does (``resized_crop`` with antialiasing,
+    ``adjust_brightness``, ``adjust_contrast``, ``adjust_saturation``, ``adjust_hue``, ``rgb_to_grayscale``,
+    ``gaussian_blur``, ``solarize`` at 128, ``normalize``), computed in float32 without rounding to bytes in between.
+    Images of other than three bands get no saturation, hue and grayscale; their contrast is about the bands' mean.
+
+    On a GPU it takes at most two launches for views of up to 64 pixels and three for larger ones, reads the images once
+    (twice where contrast needs the mean of a larger one), writes the views once, and gives the same bits each time. One
+    table of parameters is uploaded, and the host does not wait. A blur is a product in fp16 there, which is right to
+    a fifth of a step of 255; one with a radius over 24 pixels, of a larger view, is left to the reference.
+
+    Args:
+        images: uint8, or float32 with white at 255: crops [B, H, W, C] of ``out_size``; or, with ``parameters.box``,
+            whole images [B, H, W, C] of one size. Strides may be any: of [B, C, H, W] pass ``x.permute(0, 2, 3, 1)``.
+        parameters: what is done to each image.
+        out_size: side of the views, or their height and width, in pixels.
+        dtype: of the views: ``torch.float32``, ``torch.bfloat16`` or ``torch.float16``.
+        mean, std: a number per channel of the views, of values from 0 to 1: subtracted, and divided by. Of images with
+            one band there may be more of them than one: the band is repeated.
+        index: integers [B] on the CPU; view i is of ``images[index[i]]``, of whole images [N, H, W, C].
+        interpolation: ``"bilinear"`` or ``"bicubic"``.
+        blur_radius: taps of the blur on each side of a pixel, as torchvision's ``kernel_size`` is twice that and one.
+            None: three of the largest standard deviation.
+        out: a tensor to write, [B, C, H, W] of ``dtype`` in channels-last order.
+        backend: ``None``, ``"triton"``, ``"cpu"`` or ``"reference"``.
+
+    Returns:
+        Views [B, C, H, W] in channels-last order.
+
+    Raises:
+        ValueError, TypeError: a shape, dtype, device or number does not fit, or the backend cannot be had. Nothing is
+            written then.
+    """
+    check_strided(OP, "images", images)
+    if images.ndim != 4 or 0 in images.shape[1:]:
+        raise ValueError(f"{OP}: images has shape {tuple(images.shape)}; it must be [B, H, W, C]")
+    if images.dtype not in _INPUTS:
+        raise TypeError(f"{OP}: images is {images.dtype}; it must be torch.uint8 or torch.float32")
+    height, width = _sides(out_size)
+    if dtype not in _OUTPUTS:
+        raise TypeError(f"{OP}: dtype is {dtype}; it must be one of {', '.join(map(str, _OUTPUTS))}")
+    if interpolation not in ("bilinear", "bicubic"):
+        raise ValueError(f"{OP}: interpolation={interpolation!r}; it must be 'bilinear' or 'bicubic'")
+    if index is not None:
+        _check_index(index, len(images))
+    count = len(images) if index is None else len(index)
+    drawn = completed(parameters, count)
+    shape = tuple(images.shape[1:3])
+    if drawn.box is None and shape != (height, width):
+        raise ValueError(
+            f"{OP}: images are {shape[0]}x{shape[1]} and out_size is {height}x{width}; without a box they must agree"
+        )
+    if drawn.box is not None:
+        _check_boxes(drawn.box, *shape)
+    numbers = tuple(map(float, mean)), tuple(map(float, std))
+    channels = len(numbers[0])
+    if not channels or len(numbers[1]) != channels or images.shape[3] not in (1, channels):
+        raise ValueError(
+            f"{OP}: mean has {channels} numbers, std {len(numbers[1])}, and images {images.shape[3]} bands; "
+            "it must be as many of each"
+        )
+    if not all(map(math.isfinite, (*numbers[0], *numbers[1]))) or 0 in numbers[1]:
+        raise ValueError(f"{OP}: mean is {numbers[0]} and std {numbers[1]}; they must be finite, and std not 0")
+    widest = float(drawn.sigma.max()) if count else 0.0
+    radius = max(1, math.ceil(3 * widest)) if blur_radius is None else blur_radius
+    if widest > 0 and not 0 < radius < min(height, width):
+        raise ValueError(
+            f"{OP}: blur_radius={radius}, of a largest sigma of {widest:g}; it must be at least 1 and below the "
+            f"{min(height, width)} pixels of a view"
+        )
+    wanted = (count, channels, height, width)
+    if out is None:
+        out = batched.empty_views(count, (height, width), dtype, images.device, channels=channels)
+    elif (tuple(out.shape), out.dtype, out.device) != (wanted, dtype, images.device) or not out.is_contiguous(
+        memory_format=torch.channels_last
+    ):
+        raise ValueError(
+            f"{OP}: out is {out.dtype} {tuple(out.shape)} of strides {out.stride()} on {out.device}; it must be "
+            f"{dtype} {wanted} in channels-last order on {images.device}"
+        )
+    run = choose(OP, backend, _IMPLEMENTATIONS, images.device)
+    if count:
+        with no_autocast(images.device):
+            run(Work(images, index, drawn, out, *numbers, interpolation == "bicubic", radius))
+    return out
+
+
+def _sides(out_size: int | Sequence[int]) -> tuple[int, int]:
+    found = batched.sides(out_size) if isinstance(out_size, int) or len(out_size) == 2 else ()
+    if not found or not all(isinstance(side, int) and 0 < side <= 2**14 for side in found):
+        raise ValueError(f"{OP}: out_size={out_size!r}; it must be one or two whole numbers from 1 to {2**14}")
+    return found
+
+
+def _check_index(index: Tensor, count: int) -> None:
+    check_strided(OP, "index", index)
+    if index.ndim != 1 or index.dtype not in (torch.int64, torch.int32) or index.device.type != "cpu":
+        raise ValueError(
+            f"{OP}: index is {index.dtype} {tuple(index.shape)} on {index.device}; it must be int64 [B] on the CPU"
+        )
+    if len(index) and not (int(index.min()) >= 0 and int(index.max()) < count):
+        raise ValueError(f"{OP}: index goes from {int(index.min())} to {int(index.max())}; there are {count} images")
+
+
+def _check_boxes(box: Tensor, height: int, width: int) -> None:
+    top, left, high, wide = box.long().unbind(1)
+    inside = (top >= 0) & (left >= 0) & (high > 0) & (wide > 0) & (top + high <= height) & (left + wide <= width)
+    if not inside.all():
+        wrong = box[int(inside.logical_not().nonzero()[0, 0])].tolist()
+        raise ValueError(
+            f"{OP}: box has {wrong} (top, left, height, width), which is not within {height}x{width} pixels"
+        )

@@ -1,0 +1,115 @@
+"""What is done to each image of a batch when its view is made."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .dispatch import check_strided
+
+OP = "augment_views"
+_HIGH = 1e6
+_LEAST = {"factors": (0.0, 0.0, 0.0, -1 / 3), "sigma": (0.0,)}
+_MOST = {"factors": (_HIGH, _HIGH, _HIGH, 1 / 3), "sigma": (_HIGH,)}
+_KINDS = {
+    "box": "integers", "flip": "bool", "jitter": "bool", "factors": "numbers", "order": "integers", "gray": "bool",
+    "sigma": "numbers", "solarize": "bool",
+}  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class ViewParameters:
+    """What :func:`augment_views` does to each of B images, in the order of the fields; None: to no image.
+
+    All tensors are on the CPU, so that the images that an operation concerns are known without asking the device.
+    """
+
+    box: Tensor | None = None
+    """Integers [B, 4]: top, left, height and width of the crop in pixels; None: the images are crops already."""
+    flip: Tensor | None = None
+    """bool [B]: left to right, after the crop."""
+    jitter: Tensor | None = None
+    """bool [B]: whether the four colour changes are made; None: to all images if ``factors`` are given."""
+    factors: Tensor | None = None
+    """float32 [B, 4]: of brightness, contrast and saturation, each at least 0, and the hue's shift in turns of the
+    colour circle, at most a third."""
+    order: Tensor | None = None
+    """Integers [B, 4]: the columns of ``factors`` in the order in which they are carried out; None: as they stand."""
+    gray: Tensor | None = None
+    """bool [B]."""
+    sigma: Tensor | None = None
+    """float32 [B]: standard deviation of the blur in pixels of the view; 0 for none."""
+    solarize: Tensor | None = None
+    """bool [B]: inverts values of 128 and above (of 255)."""
+
+    def after_the_crop(self) -> ViewParameters:
+        """The same without crop and flip, for images that were cropped and flipped elsewhere."""
+        names = ("jitter", "factors", "order", "gray", "sigma", "solarize")
+        return ViewParameters(**{name: getattr(self, name) for name in names})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Drawn(ViewParameters):
+    """The same, with nothing left out but the crop."""
+
+    flip: Tensor
+    jitter: Tensor
+    factors: Tensor
+    order: Tensor
+    gray: Tensor
+    sigma: Tensor
+    solarize: Tensor
+
+
+def completed(given: ViewParameters, count: int) -> Drawn:
+    """Check the parameters of ``count`` images, and fill in what was left out.
+
+    Raises:
+        TypeError, ValueError: names the field, what it is and what it must be.
+    """
+    if not isinstance(given, ViewParameters):
+        raise TypeError(f"{OP}: parameters is a {type(given).__name__}; it must be a ViewParameters")
+    none = torch.zeros(count, dtype=torch.bool)
+    found: dict[str, Any] = {
+        "box": None,
+        "flip": none,
+        "jitter": none if given.factors is None else ~none,
+        "factors": torch.tensor((1.0, 1.0, 1.0, 0.0)).expand(count, 4),  # change nothing
+        "order": torch.arange(4).expand(count, 4),
+        "gray": none,
+        "sigma": torch.zeros(count),
+        "solarize": none,
+    }
+    for name, kind in _KINDS.items():
+        value = getattr(given, name)
+        if value is not None:
+            _check(name, value, kind, count)
+            found[name] = value.float() if kind == "numbers" else value
+    return Drawn(**found)
+
+
+def _check(name: str, value: Tensor, kind: str, count: int) -> None:
+    check_strided(OP, name, value)
+    shape = (count, 4) if name in ("box", "factors", "order") else (count,)
+    if tuple(value.shape) != shape:
+        raise ValueError(f"{OP}: {name} has shape {tuple(value.shape)}; it must be {list(shape)}")
+    if value.device.type != "cpu":
+        raise ValueError(f"{OP}: {name} is on {value.device}; parameters must be on the CPU")
+    right = {
+        "bool": value.dtype == torch.bool,
+        "numbers": value.dtype in (torch.float32, torch.float64),
+        "integers": not (value.is_floating_point() or value.is_complex() or value.dtype == torch.bool),
+    }
+    if not right[kind]:
+        raise TypeError(f"{OP}: {name} is {value.dtype}; it must be {kind}")
+    if kind == "numbers":
+        low, high = (torch.tensor(limits[name]) for limits in (_LEAST, _MOST))
+        if not ((value >= low - 1e-6) & (value <= high + 1e-6)).all():
+            raise ValueError(
+                f"{OP}: {name} has a number that is not from {_LEAST[name]} to {_MOST[name]}, which are its limits"
+            )
+    if name == "order" and not torch.equal(value.sort(dim=1).values.long(), torch.arange(4).expand(count, 4)):
+        raise ValueError(f"{OP}: order must have each of 0, 1, 2 and 3 once in a row")
