@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: install demo test nightly check format bench torture study study-photos docs gpu clean
+.PHONY: install demo test nightly check format bench torture study study-photos race docs gpu clean
 
 install: $(VENV)/installed
 
@@ -78,6 +78,10 @@ study: install
 # run whose figures are in docs/study/photos is not made again.
 study-photos: install
 	$(BIN)/python -m benchmarks.study_photos $(if $(DATA),--data $(DATA))
+
+# Who reaches a kNN accuracy first on those photographs: docs/benchmarks.md. About 1.5 hours; goes on as the study does.
+race: install
+	$(BIN)/python -m benchmarks.race --data $(DATA)
 
 # The documentation as a site, in build/docs.
 docs: install

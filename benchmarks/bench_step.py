@@ -6,7 +6,6 @@ pytest benchmarks/bench_step.py --benchmark-only -s
 from __future__ import annotations
 
 import contextlib
-import copy
 import importlib
 import io
 import json
@@ -20,17 +19,14 @@ from typing import Any
 
 import pytest
 import torch
-from PIL import Image
-from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
-from torchvision.transforms import v2
+from torch import Tensor
 
+from benchmarks._loops import Transformed, in_workers, lars, lightly_loop, mocov3_loop, stepped, transform
 from benchmarks._timing import DEVICE, synchronise
 from fastrm import train
 from fastrm.data import Batch, Source, open_source
-from fastrm.data.augmentation import IMAGENET_MEAN, IMAGENET_STD, View
 from fastrm.machine.device import available_cores
-from fastrm.methods import build_method, find
+from fastrm.methods import Method, build_method, find
 from fastrm.optim import build_optimizer
 from fastrm.optim.schedules import Rates
 from fastrm.run.graph import GraphedStep
@@ -50,43 +46,6 @@ SHARED: dict[str, Any] = {
 def settings(method: str, stem: str, **leaves: Any) -> Config:
     batch, steps = STEMS[stem]
     return build(**{**SHARED, "method": method, "stem": stem, "batch_size": batch, "max_steps": steps, **leaves})
-
-
-class Transformed(Dataset[Any]):
-    """Two views of each picture, as the loops make them: in worker processes, a picture at a time."""
-
-    def __init__(self, source: Source, first: Any, second: Any = None) -> None:
-        self.images, self.first, self.second = source.train, first, second
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def __getitem__(self, index: int) -> Any:
-        image = self.images[index]
-        return self.first(image) if self.second is None else (self.first(image), self.second(image))
-
-
-def in_workers(data: Transformed, batch: int) -> DataLoader[Any]:
-    return DataLoader(data, batch_size=batch, shuffle=True, drop_last=True, num_workers=WORKERS)
-
-
-def transform(view: View) -> v2.Compose:
-    """One of MoCo-v3's views through torchvision."""
-    blur = v2.GaussianBlur(5, tuple(s * SIZE / 224 for s in view.blur_sigma))
-    colour = v2.ColorJitter(view.brightness, view.contrast, view.saturation, view.hue)
-    return v2.Compose(
-        [
-            v2.RandomResizedCrop(SIZE, scale=view.crop_scale, antialias=True),
-            v2.RandomApply([colour], p=view.jitter_probability),
-            v2.RandomGrayscale(view.grayscale_probability),
-            v2.RandomApply([blur], p=view.blur_probability),
-            v2.RandomSolarize(128, p=view.solarize_probability),
-            v2.RandomHorizontalFlip(),
-            v2.ToImage(),
-            v2.ToDtype(torch.float32, scale=True),
-            v2.Normalize(IMAGENET_MEAN, IMAGENET_STD),
-        ]
-    )
 
 
 def rate(loader: Any, stem: str, step: Callable[[Tensor, Tensor], None]) -> float:
@@ -118,88 +77,29 @@ def trainer(config: Config, folder: Path) -> Callable[[], float]:
     return run
 
 
-def encoder(config: Config) -> tuple[nn.Module, nn.Module]:
+def networks(config: Config) -> Method[Any]:
     """Backbone and heads as our run has them, in the usual memory format."""
-    method = build_method(config.replace(channels_last=False), device=DEVICE)
-    return method.student, method.predictor
+    return build_method(config.replace(channels_last=False), device=DEVICE)
 
 
-class Pooled(nn.Module):
-    """An encoder that returns its projection."""
-
-    def __init__(self, inner: nn.Module, predictor: nn.Module | None = None) -> None:
-        super().__init__()
-        self.inner, self.predictor = inner, predictor or nn.Identity()
-
-    def forward(self, images: Tensor) -> Tensor:
-        projection: Tensor = self.predictor(self.inner(images).output)
-        return projection
-
-
-def lightly_loop(source: Source, config: Config) -> Callable[[], float]:
-    """As in lightly's MoCo example: its loss with a memory bank, its update, its transform, SGD."""
-    loss = importlib.import_module("lightly.loss").NTXentLoss(temperature=0.2, memory_bank_size=(4096, 128))
-    update = importlib.import_module("lightly.models.utils").update_momentum
+def lightly_run(source: Source, config: Config) -> Callable[[], float]:
+    """lightly's MoCo example, with its transform and SGD."""
+    method = networks(config)
+    move = stepped(torch.optim.SGD(method.student.parameters(), lr=0.015, momentum=0.9, weight_decay=1e-4))
+    step = lightly_loop(method, move, queue=4096, dim=128, temperature=0.2, momentum=lambda: 0.999)
     views = importlib.import_module("lightly.transforms").MoCoV2Transform(input_size=SIZE)
-    student = Pooled(encoder(config)[0])
-    teacher = copy.deepcopy(student).requires_grad_(False)
-    optimizer = torch.optim.SGD(student.parameters(), lr=0.015, momentum=0.9, weight_decay=1e-4)
-    loss = loss.to(DEVICE)
-
-    def step(first: Tensor, second: Tensor) -> None:
-        update(student, teacher, 0.999)
-        query = student(first)
-        with torch.no_grad():
-            key = teacher(second)
-        value = loss(query, key)
-        value.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-
     batch, stem = STEMS[config.model.stem][0], config.model.stem
-    return lambda: rate(in_workers(Transformed(source, views), batch), stem, step)
+    return lambda: rate(in_workers(Transformed(source, views), batch, WORKERS), stem, step)
 
 
-def mocov3_loop(source: Source, config: Config) -> Callable[[], float]:
-    """In the style of MoCo-v3's official code: symmetric loss of einsum and cross-entropy, a loop for the teacher,
-    LARS parameter by parameter."""
-    student = Pooled(*encoder(config))
-    teacher = Pooled(copy.deepcopy(student.inner)).requires_grad_(False)
-    velocity = {p: torch.zeros_like(p) for p in student.parameters()}
-    criterion = nn.CrossEntropyLoss()
-
-    def contrast(query: Tensor, key: Tensor) -> Tensor:
-        query, key = nn.functional.normalize(query, dim=1), nn.functional.normalize(key, dim=1)
-        logits = torch.einsum("nc,mc->nm", query, key)
-        loss: Tensor = criterion(logits, torch.arange(len(logits), device=DEVICE)) * 2
-        return loss
-
-    @torch.no_grad()
-    def lars() -> None:
-        for p, mu in velocity.items():
-            assert p.grad is not None
-            update = p.grad
-            if p.ndim > 1:
-                update = update.add(p, alpha=1e-6)
-                norm, other = torch.norm(p), torch.norm(update)
-                one = torch.ones_like(norm)
-                update = update * torch.where(norm > 0, torch.where(other > 0, 0.001 * norm / other, one), one)
-            mu.mul_(0.9).add_(update)
-            p.add_(mu, alpha=-0.3)
-            p.grad = None
-
-    def step(first: Tensor, second: Tensor) -> None:
-        query = student(first), student(second)
-        with torch.no_grad():
-            for ours, theirs in zip(student.inner.parameters(), teacher.inner.parameters(), strict=True):
-                theirs.data = theirs.data * 0.99 + ours.data * 0.01
-            key = teacher(first), teacher(second)
-        (contrast(query[0], key[1]) + contrast(query[1], key[0])).backward()
-        lars()
-
-    first, second = (transform(view) for view in find("mocov3").augmentation(0.2).views)
+def mocov3_run(source: Source, config: Config) -> Callable[[], float]:
+    """The official MoCo-v3's style, with torchvision's transforms and LARS."""
+    method = networks(config)
+    move = lars([*method.student.parameters(), *method.predictor.parameters()])
+    step = mocov3_loop(method, move, temperature=1.0, momentum=lambda: 0.99)
+    first, second = (transform(view, SIZE) for view in find("mocov3").augmentation(0.2).views)
     batch, stem = STEMS[config.model.stem][0], config.model.stem
-    return lambda: rate(in_workers(Transformed(source, first, second), batch), stem, step)
+    return lambda: rate(in_workers(Transformed(source, first, second), batch, WORKERS), stem, step)
 
 
 def bare(config: Config) -> Callable[[], float]:
@@ -240,13 +140,12 @@ def compare(names: dict[str, Callable[[], float]], title: str) -> dict[str, floa
 @pytest.mark.parametrize(("method", "stem"), [("mocov2", "small"), ("mocov2", "imagenet"), ("mocov3", "small")])
 def test_against_the_loops(method: str, stem: str, tmp_path: Path, benchmark: Any) -> None:
     source, config = open_source("synthetic"), settings(method, stem)
-    assert isinstance(source.train[0], Image.Image)
     rival: dict[str, Callable[[], float]]
     if method == "mocov2":
         pytest.importorskip("lightly")
-        rival = {"lightly's MoCo example": lightly_loop(source, config)}
+        rival = {"lightly's MoCo example": lightly_run(source, config)}
     else:
-        rival = {"the official MoCo-v3's style": mocov3_loop(source, config)}
+        rival = {"the official MoCo-v3's style": mocov3_run(source, config)}
     names = {"fastrm.train": trainer(config, tmp_path / "run"), **rival, "bare networks": bare(config)}
     ratios = compare(names, f"{method}, {stem} stem")
     benchmark.extra_info.update(ratios)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import math
 import statistics
+import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -12,12 +14,14 @@ import numpy as np
 import pytest
 import scipy.stats
 import torch
+from PIL import Image
 
-from benchmarks import _study, learning, study, study_photos
+from benchmarks import _study, learning, race, study, study_photos
 from benchmarks._study import Setup, Trial
 from benchmarks.study import QUESTIONS, Question, Scale
 from examples.cifar10 import SmallResNet
 from fastrm.files import read_json
+from fastrm.probes.scores import Estimate
 
 ROOT = Path(__file__).parent.parent
 TINY = {
@@ -152,3 +156,57 @@ def test_the_page_shows_what_the_study_found() -> None:
     found = read_json(ROOT / "docs" / "study.json")
     assert study.tables(found).strip() in (ROOT / "docs" / "study.md").read_text(encoding="utf-8")
     assert all(len(found[trial.name]) == 3 for question in QUESTIONS for trial in question.rows.values())
+
+
+def test_a_race_is_timed_without_the_scoring_and_goes_on(
+    pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(race, "frozen_scores", lambda *_, **__: scored())
+    now, scores, runs = [0.0], iter([0.31, 0.3, 0.5, 0.36, 0.44, 0.52]), list[str]()
+
+    def scored() -> dict[str, dict[str, Estimate]]:
+        now[0] += 1000
+        return {"it": {"knn20": Estimate(next(scores), 0.0, 1.0)}}
+
+    def contender(seconds: float) -> Callable[..., None]:
+        def train(data: str, method: str, epochs: int, seed: int, watch: race.Watch, folder: Path) -> None:
+            runs.append(folder.name)
+            while not watch(torch.nn.Identity()):
+                now[0] += seconds
+
+        return train
+
+    monkeypatch.setattr(race, "CONTENDERS", {"mocov3": {"fastrm": contender(10), "another loop": contender(20)}})
+    given = ["--data", str(pictures), "--results", str(tmp_path), "--every", "2", "--seeds", "1"]
+    race.main(given)
+    own = read_json(tmp_path / "mocov3-fastrm-0.json")
+    assert own["points"] == [[2, 10, 0.3], [4, 30, 0.5]]  # the first step ends at 0
+    # 0.4 and 0.45 lie at 20 and 25 s; the other one goes 0.36, 0.44, 0.52 at 20, 60 and 100 s.
+    table = (tmp_path / "tables.md").read_text()
+    assert "| fastrm | 1 | 20 | 25 | 30 | 1.00 |" in table
+    assert "| another loop | 1 | 40 | 65 | 90 | 2.60 |" in table
+    scores = iter([0.31])
+    race.main(given)
+    assert runs == ["mocov3-fastrm-0", "mocov3-loop-0"]
+    assert (tmp_path / "race.svg").read_text().startswith("<?xml")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("method", "contender"), [(m, c) for m, found in race.CONTENDERS.items() for c in found])
+def test_a_contender_of_the_race_trains(method: str, contender: str, tmp_path: Path) -> None:
+    pytest.importorskip("lightly")
+    rng = np.random.default_rng(0)
+    for number, pixels in enumerate(rng.integers(0, 256, (256, 32, 32, 3), dtype=np.uint8)):
+        Image.fromarray(pixels).save(tmp_path / f"{number:03}.png")
+    before, steps = list[torch.Tensor](), 0
+
+    def watch(backbone: torch.nn.Module) -> bool:
+        nonlocal steps
+        steps += 1
+        before.append(torch.cat([p.detach().flatten() for p in backbone.parameters()]).clone())
+        return steps == 2
+
+    race.CONTENDERS[method][contender](str(tmp_path), method, 1, 0, watch, tmp_path / "run")
+    assert steps == 2
+    assert not torch.equal(*before)
