@@ -30,7 +30,7 @@ import torch
 from fastrm.machine.device import available_cores
 
 PYTEST = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
-TESTED = ("ema", "optimizers", "contrastive", "queue", "step", "fuzz_kernels", "dali_views")
+TESTED = ("ema", "optimizers", "contrastive", "queue", "step", "fuzz_kernels", "augment", "dali_views")
 COPIES = 60
 """Links to each photograph: 192 of them are 11,520 images, in classes of their own for evaluations."""
 CLASSES = 8
@@ -95,6 +95,7 @@ def parts(work: Path, photos: Path | None) -> dict[str, Part]:
         "losses": Part(bench("losses", "contrastive"), 90),
         "teacher": Part(bench("teacher", "ema"), 45),
         "optimizers": Part(bench("optimizers", "optim"), 60),
+        "views": Part(bench("views", "views"), 60),
         "queue": Part(bench("queue", "queue"), 20),
         "step": Part(bench("step", "step", "-m", "gpu"), 60),
         "kernel report": Part([sys.executable, "-m", "benchmarks.kernel_report"], 90),
