@@ -9,7 +9,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from functools import partial
 from itertools import product
@@ -23,6 +23,7 @@ from PIL import Image
 from timm.layers import BatchNormAct2d
 from torch import Tensor, nn
 from torch.distributed.tensor.debug import CommDebugMode
+from torch.multiprocessing.spawn import start_processes
 
 from fastrm import train
 from fastrm.data import open_source
@@ -42,12 +43,12 @@ from fastrm.optim.schedules import Rates
 from fastrm.probes import Pixels, frozen_scores
 from fastrm.probes.features import Setting
 from fastrm.settings.config import Config, DeviceConfig, build
-from tests.test_step import Reads, ready
 
 EVAL_IMAGES = 300  # two batches
+QUEUE, STEPS = 48, 4  # with 16 keys each they fill the queue, and begin it anew
 SMALL: dict[str, Any] = {
     "data": "digits", "arch": "test_resnet", "image_size": 32, "batch_size": 16, "epochs": 1, "workers": 0,
-    "hidden_dim": 24, "output_dim": 12, "predictor_hidden_dim": 24, "queue_size": 96, "warmup_epochs": 0.0,
+    "hidden_dim": 24, "output_dim": 12, "predictor_hidden_dim": 24, "queue_size": QUEUE, "warmup_epochs": 0.0,
     "log_every": 1, "eval_every": 1, "eval_images": EVAL_IMAGES, "stem": "imagenet",
 }  # fmt: skip
 
@@ -244,6 +245,8 @@ def signals(folder: Path) -> None:
 
 def reads(folder: Path) -> None:
     """How many values the host reads in a step of each method."""
+    from tests.test_step import Reads, ready  # which takes a while
+
     counts = {}
     for method in names():
         step, batches = ready(build(**{**SMALL, "method": method}), torch.device("cpu"))
@@ -261,8 +264,6 @@ LAYERS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "no statistics": (lambda: nn.BatchNorm2d(6, track_running_stats=False), (6, 3, 3)),
     "BatchNormAct2d": (lambda: BatchNormAct2d(6, act_layer=nn.GELU), (6, 5, 4)),
 }
-
-STEPS = 8  # with 16 keys each they fill a queue of 96, and begin it anew
 
 
 def resumed(out: Path, steps: int) -> Config:
@@ -379,7 +380,7 @@ def started(folder: Path) -> None:
             path.parent.mkdir(parents=True, exist_ok=True)
             Image.new("RGB", (16, 16), (5 * number, 90, 120)).save(path)
     dist.barrier()
-    options = {**SMALL, "data": str(pictures), "batch_size": 8, "method": "byol", "eval_every": 0}
+    options = {**SMALL, "data": str(pictures), "batch_size": 8, "method": "mocov2", "eval_every": 0}
     lost = {str(pictures / f"class{number % 3}" / f"{number:02}.png") for number in (1, 11, 21, 31)}
     missed: set[str] = set()
 
@@ -459,5 +460,20 @@ def main(where: Path, *names: str) -> None:
             (PARTS | SLOW)[name](where)
 
 
+def rank_of_two(rank: int, port: int, where: Path, names: Sequence[str]) -> None:
+    """What torchrun would start."""
+    numbers = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2, "MASTER_PORT": port}
+    os.environ.update({name: str(number) for name, number in numbers.items()})
+    os.environ.update({"MASTER_ADDR": "localhost", "TORCHELASTIC_USE_AGENT_STORE": "True"})
+    main(where, *names)
+
+
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), *sys.argv[2:])
+    folder, parts = Path(sys.argv[1]), sys.argv[2:]
+    if "RANK" in os.environ:
+        main(folder, *parts)
+    else:  # two that are forked here, since each would import the same for ten seconds
+        import sklearn.datasets  # noqa: F401 - which the parts import
+
+        store = dist.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
+        start_processes(rank_of_two, (store.port, folder, parts), nprocs=2, start_method="fork")

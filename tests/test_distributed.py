@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,25 +26,31 @@ from fastrm.probes import Pixels, frozen_scores
 from fastrm.probes.features import Setting
 from fastrm.run import checkpoint
 from fastrm.settings.fields import RunConfig
-from tests.distributed_worker import EVAL_IMAGES, PARTS, STEPS, TRAINED, resumed, scores
+from tests.distributed_worker import EVAL_IMAGES, PARTS, QUEUE, STEPS, TRAINED, resumed, scores
 
 ROOT = Path(__file__).parent.parent
 METHODS = ["mocov3", "mocov2", "byol", "densecl"]
 
 
-def torchrun(*arguments: str, processes: int = 2, timeout: int = 300) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+def worker(*arguments: str, launcher: Sequence[str] = (), timeout: int = 300) -> subprocess.CompletedProcess[str]:
+    """Two processes of their own making, or those of a launcher."""
+    command = [sys.executable, *launcher, "-m", "tests.distributed_worker"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
     return subprocess.run(
         [*command, *arguments], env=environment, cwd=ROOT, capture_output=True, text=True, timeout=timeout, check=False
     )
 
 
+def torchrun(*arguments: str, processes: int = 2, timeout: int = 300) -> subprocess.CompletedProcess[str]:
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+    return worker(*arguments, launcher=launcher, timeout=timeout)
+
+
 @pytest.fixture(scope="module")
 def done(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What two processes left behind that were started once, since a start takes longer than all they do."""
     folder = tmp_path_factory.mktemp("distributed")
-    run = torchrun("-m", "tests.distributed_worker", str(folder), *PARTS, timeout=580)
+    run = worker(str(folder), *PARTS, timeout=580)
     assert run.returncode == 0, run.stderr
     return folder
 
@@ -78,7 +85,7 @@ def test_a_signal_to_one_process_reaches_all_and_no_step_waits(done: Path) -> No
 @pytest.mark.slow
 def test_one_value_a_step_is_read_in_two_processes_too(tmp_path: Path) -> None:
     """That which says whether the gradient is finite; on a GPU it stays there."""
-    run = torchrun("-m", "tests.distributed_worker", str(tmp_path), "reads", timeout=580)
+    run = torchrun(str(tmp_path), "reads", timeout=580)
     assert run.returncode == 0, run.stderr
     for rank in (0, 1):
         assert json.loads((tmp_path / f"reads{rank}.json").read_text()) == dict.fromkeys(METHODS, 1)
@@ -86,7 +93,7 @@ def test_one_value_a_step_is_read_in_two_processes_too(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_networks_compile_without_graph_breaks_under_ddp(tmp_path: Path) -> None:
-    run = torchrun("-m", "tests.distributed_worker", str(tmp_path), "compiled", timeout=580)
+    run = torchrun(str(tmp_path), "compiled", timeout=580)
     assert run.returncode == 0, run.stderr
     assert {path.name for path in tmp_path.iterdir()} == {f"compiled {m} {rank}" for m in METHODS for rank in (0, 1)}
 
@@ -106,7 +113,7 @@ def test_teacher_and_queue_are_the_same_everywhere_after_steps(method: str, arch
         assert torch.equal(value, second[name]), name
         moved += name.startswith("teacher.") and not torch.equal(value, start[name])
     assert moved > 10
-    assert method in ("mocov3", "byol") or int(first["queues.0.pointer"]) == STEPS * 16 % 96
+    assert method in ("mocov3", "byol") or int(first["queues.0.pointer"]) == STEPS * 16 % QUEUE
     lines = [json.loads(line) for line in (done / f"{method} {arch}" / "metrics.jsonl").read_text().splitlines()]
     scores = [STEPS] if method == "mocov3" else []
     assert [line["step"] for line in lines] == [
@@ -125,7 +132,7 @@ def test_a_run_of_two_processes_goes_on_where_it_was(done: Path, tmp_path: Path)
     train.train(resumed(tmp_path / "parts", 7))
     after = checkpoint.load(tmp_path / "parts")
     assert (after["step"], len(after["random"]), after["config"]["batch_size"]) == (7, 1, 16)
-    assert int(after["method"]["queues.0.pointer"]) == 7 * 16 % 96
+    assert int(after["method"]["queues.0.pointer"]) == 7 * 16 % QUEUE
     first, second = (state["method"]["queues.0.features"] for state in (before, after))
     assert torch.equal(first[16:], second[16:])  # the seventh batch takes the place of the first
     assert not torch.equal(first[:16], second[:16])
@@ -145,20 +152,20 @@ def test_the_images_of_a_step_are_the_same_in_any_number_of_processes() -> None:
 @pytest.mark.slow
 def test_a_run_goes_on_in_four_processes_after_two_and_in_one_after_four(tmp_path: Path) -> None:
     for part, number in (("first half", 2), ("second half", 4)):
-        run = torchrun("-m", "tests.distributed_worker", str(tmp_path), part, processes=number)
+        run = torchrun(str(tmp_path), part, processes=number)
         assert run.returncode == 0, run.stderr
     said = "the run was in 2 processes, and goes on in 4, which draw other views of the same images"
     assert f"{said}; --batch-size stays 16, 4 a process" in run.stdout
     train.train(resumed(tmp_path / "parts", 8))
     state = checkpoint.load(tmp_path / "parts")
-    assert (state["step"], int(state["method"]["queues.0.pointer"])) == (8, 8 * 16 % 96)
+    assert (state["step"], int(state["method"]["queues.0.pointer"])) == (8, 8 * 16 % QUEUE)
     steps = [json.loads(line)["step"] for line in (tmp_path / "parts" / "metrics.jsonl").read_text().splitlines()]
     assert steps == list(range(1, 9))
 
 
 @pytest.mark.slow
 def test_four_processes_do_what_two_do(tmp_path: Path) -> None:
-    run = torchrun("-m", "tests.distributed_worker", str(tmp_path), *PARTS, processes=4, timeout=1200)
+    run = torchrun(str(tmp_path), *PARTS, processes=4, timeout=1200)
     assert run.returncode == 0, run.stderr
     results = json.loads((tmp_path / "gradients.json").read_text())
     assert max(max(pair) for pair in results.values()) < 1e-5
@@ -170,7 +177,7 @@ def test_four_processes_do_what_two_do(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_a_run_outlives_an_evaluation_that_takes_longer_than_the_time_limit(tmp_path: Path) -> None:
-    run = torchrun("-m", "tests.distributed_worker", str(tmp_path), "slowed")
+    run = torchrun(str(tmp_path), "slowed")
     assert run.returncode == 0, run.stderr
     assert "knn_student" in json.loads((tmp_path / "slowed" / "summary.json").read_text())
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
 from fastrm.data import SUPERVISED, Loader, Source, make_loader
 from fastrm.errors import UsageError
@@ -108,9 +109,9 @@ class LinearHeads:
         mean_of_own.sum().backward()
         for group in self.optimizer.param_groups:
             group["lr"] = group["rate"] * factor
-            if self.shared:
-                for parameter in group["params"]:
-                    parameter.grad = mean(parameter.grad)
+        if self.shared:  # in one exchange
+            gradients = [parameter.grad for parameter in self.heads.parameters() if parameter.grad is not None]
+            vector_to_parameters(mean(parameters_to_vector(gradients)), gradients)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         return logits.detach()
