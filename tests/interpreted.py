@@ -1,14 +1,18 @@
-"""Triton cases: on the GPU where there is one, else in Triton's interpreter, in a process of its own.
+"""Triton cases: on the GPU where there is one, else in Triton's interpreter, in a process of its own for each file.
 
 The interpreter is chosen when Triton is imported, for a whole process; the other tests need the real compiler.
 """
 
 from __future__ import annotations
 
+import importlib
+import json
 import os
 import subprocess
 import sys
+import tempfile
 from collections.abc import Collection, Iterable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -50,9 +54,38 @@ def run_triton_cases(file: str, cases: str = "not slow") -> None:
     """Run the Triton cases of a test file in the interpreter: those that are not marked slow, or those that are."""
     if INTERPRETED:
         pytest.skip("this is that run")
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-k", "triton", "-m", cases, file]
-    environment = {**os.environ, "TRITON_INTERPRET": "1"}
-    root = Path(__file__).parent.parent
-    done = subprocess.run(command, env=environment, cwd=root, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert " passed" in done.stdout, done.stdout
+    server = _interpreter()
+    with tempfile.NamedTemporaryFile("r", suffix=".txt") as output:
+        arguments = ["-q", "-x", "-p", "no:cacheprovider", "-k", "triton", "-m", cases, file]
+        server.stdin.write(json.dumps([output.name, *arguments]) + "\n")
+        status, said = server.stdout.readline(), output.read()
+    assert status == "0\n", said
+    assert " passed" in said, said
+
+
+@cache
+def _interpreter() -> Any:
+    """A process that has imported what the tests need, which takes longer than the cases of many a file."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "tests.interpreted"], env={**os.environ, "TRITON_INTERPRET": "1"}, text=True, bufsize=1,
+        cwd=Path(__file__).parent.parent, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+    )  # fmt: skip
+
+
+def _serve() -> None:
+    """For each line, the name of a file and arguments, fork a process in which pytest writes to the file."""
+    importlib.import_module("tests.conftest")
+    for line in sys.stdin:
+        name, *arguments = json.loads(line)
+        if (child := os.fork()) == 0:
+            output = os.open(name, os.O_WRONLY)
+            for stream in (1, 2):
+                os.dup2(output, stream)
+            status = pytest.main(arguments)
+            sys.stdout.flush()
+            os._exit(status)
+        print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+
+
+if __name__ == "__main__":
+    _serve()
