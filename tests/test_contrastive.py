@@ -27,6 +27,9 @@ FUSED = ["cpu", TRITON]
 Array = NDArray[np.float64]
 
 
+LARGE = [pytest.mark.slow] if INTERPRETED else []  # beside smaller cases of the same kernels
+
+
 class Case(NamedTuple):
     n: int
     size: int
@@ -69,8 +72,8 @@ CASES = [
     Case(17, 129, 96, queued=False, offset=5),
     Case(64, 64, 128, 0.1, queued=False, dtype=BF16),
     Case(130, 333, 64, 0.07, queued=False, offset=77),
-    Case(300, 2500, 16, queued=False, offset=1777),
-    Case(40, 999, 129, queued=False, offset=959, dtype=F16),
+    pytest.param(Case(300, 2500, 16, queued=False, offset=1777), marks=LARGE),
+    pytest.param(Case(40, 999, 129, queued=False, offset=959, dtype=F16), marks=LARGE),
 ]
 
 
@@ -323,7 +326,11 @@ def test_zero_rows_have_a_zero_finite_gradient(backend: str, queued: bool, dtype
     np.testing.assert_allclose(residual.item(), oracle.residual(numpy(query), numpy(same)).mean(), rtol=2e-3)
 
 
-@pytest.mark.parametrize("case", [Case(70, 500, 64), Case(70, 500, 64, queued=False, offset=9)], ids=lambda c: c.name)
+@pytest.mark.parametrize(
+    "case",
+    [Case(70, 500, 64), pytest.param(Case(70, 500, 64, queued=False, offset=9), marks=LARGE)],
+    ids=lambda case: case.name,
+)
 @pytest.mark.parametrize("backend", FUSED)
 def test_two_runs_give_the_same_bits(backend: str, case: Case) -> None:
     query, key, queue = case.inputs(device_of(backend))
