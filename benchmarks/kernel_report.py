@@ -41,6 +41,7 @@ class Case:
             that cannot be read off (a loop over tiles, say).
         floor: bytes an element that have to move.
         aligned: pointers that are known to be at 16-byte addresses; all of them unless given.
+        even: numbers that are multiples of 16.
         archs: compute capabilities that it is launched on; all of them unless given.
         stores: bits of its widest stores, of a kernel that reads bytes in places which it finds out; those of the
             others are judged by ``elements``, and their loads are of 128 bits.
@@ -54,6 +55,7 @@ class Case:
     elements: int | None = None
     floor: float | None = None
     aligned: tuple[str, ...] | None = None
+    even: tuple[str, ...] = ()
     archs: tuple[int, ...] | None = None
     stores: int | None = None
 
@@ -203,6 +205,8 @@ def contrastive_cases() -> Iterable[Case]:
         kind = _sweep.product_kind(dtype)
         plan = _sweep.plan(n, size, dim, kind, slots=132, major=9 if archs else 8)
         assert plan is not None
+        finish = _sweep.finishing(dim, plan.parts)
+        warps = finish.pop("num_warps")
         in_memory = dim == 256  # temperature and weights, as tensors: a trainer's weight is one
         number = "*fp32" if in_memory else "fp32"
         name = f"{_short(dtype)} {n} x {size} x {dim}{' in batch' * in_batch}{', no gradient' * (not gradient)}"
@@ -251,9 +255,10 @@ def contrastive_cases() -> Iterable[Case]:
                 **shared,
                 **({} if gradient else {"gradient_ptr": None}),
                 **(dict.fromkeys(push) if in_batch else {}),
-                **plan.finish(),
+                **finish,
                 "PUSH_R": _push.block_r(dim),
             },
+            options={"num_warps": warps},
         )
     yield Case(
         name="enqueue f32 into bf16 x 128",
@@ -308,7 +313,81 @@ def view_cases() -> Iterable[Case]:
             )
 
 
-CASES: list[Callable[[], Iterable[Case]]] = [ema_cases, optim_cases, contrastive_cases, view_cases]
+def wide_cases() -> Iterable[Case]:
+    import torch
+
+    from fastrm.kernels import _finish, _push, _sweep, _wide, _wide_kernels
+
+    f32, bf16, f16 = torch.float32, torch.bfloat16, torch.float16
+
+    def matrices(dtype: torch.dtype, *names: str) -> dict[str, str]:
+        return {f"{name}_ptr": f"*{_triton(dtype)}" for name in names}
+
+    for dtype, kind, n, dim, in_batch, gradient in (
+        (bf16, "half", 256, 1024, False, True),
+        (bf16, "half", 256, 1024, False, False),
+        (f16, "half", 64, 128, False, True),  # of a queue in 8 bits, say
+        (f32, "tf32", 256, 1000, True, True),
+        (f32, "tf32x3", 256, 512, False, True),
+        (bf16, "half", 16384, 2048, True, True),
+    ):
+        work = _wide.plan(n, 65536, dim, kind, slots=132, gradient=gradient)
+        tiles = work.tiles
+        name = f"{_short(dtype)} {n} x {dim}, {kind}{' in batch' * in_batch}{', no gradient' * (not gradient)}"
+        absent = {} if gradient else {"weights_ptr": None}
+        shared = {"D": dim, "BLOCK_N": tiles.block_n, "BLOCK_K": tiles.block_k}
+        shared |= {"PRECISION": "tf32" if kind == "half" else kind, "UPCAST": False}
+        types = {**matrices(dtype, "bank"), **matrices(f32, "tops", "totals")}
+        types |= dict.fromkeys(("n", "columns", "width"), "i32")
+        types |= matrices(dtype, "weights") if gradient else {}
+        yield Case(
+            name=f"score {name}",
+            kernel=_wide_kernels.score_kernel,
+            types={**types, **matrices(dtype, "unit"), "tickets_ptr": "*i64", "temperature": "fp32", "shift": "i32"},
+            constants={**shared, **absent, "BLOCK_D": tiles.inner, "IN_BATCH": in_batch, "pointer_ptr": None},
+            options={"num_warps": tiles.warps, "num_stages": tiles.stages},
+            even=("width",),
+        )
+        yield Case(
+            name=f"average {name}",
+            kernel=_wide_kernels.average_kernel,
+            types={
+                **types,
+                **matrices(f32, "logsums"),
+                **(matrices(dtype, "averages") if gradient else {}),
+                **dict.fromkeys(("tiles", "share", "every"), "i32"),
+            },
+            constants={
+                **shared, **absent, **({} if gradient else {"averages_ptr": None}), "BLOCK_D": tiles.block_d,
+                "STEP": tiles.step,
+            },
+            options={"num_warps": tiles.warps, "num_stages": tiles.stages},
+            even=("width",),
+            stores=None if gradient else 32,
+        )  # fmt: skip
+    for dim in (1024, 8192):
+        finish = _sweep.finishing(dim, 16)
+        options = {"num_warps": finish.pop("num_warps")}
+        push = {**matrices(bf16, "queue"), **matrices(f32, "push"), "pointer_ptr": "*i64"}
+        yield Case(
+            name=f"finish and push bf16 x {dim}, 16 parts",
+            kernel=_finish.finish_kernel,
+            types={
+                **matrices(f32, "query", "key", "same", "logsums", "losses", "sums", "gradient"),
+                **matrices(bf16, "averages"),
+                **push,
+                "tickets_ptr": "*i64",
+                **dict.fromkeys(("temperature", "residual_weight", "contrastive_weight", "scale"), "fp32"),
+                **dict.fromkeys(("n", "size", "key_offset", "splits", "count"), "i32"),
+            },
+            constants={
+                "D": dim, "BLOCK_D": _push.block_d(dim), "GRADIENT": True, **finish, "PUSH_R": _push.block_r(dim),
+            },
+            options=options,
+        )  # fmt: skip
+
+
+CASES: list[Callable[[], Iterable[Case]]] = [ema_cases, optim_cases, contrastive_cases, wide_cases, view_cases]
 
 
 def _names(*dtypes: Any) -> list[Any]:
@@ -340,7 +419,7 @@ def read(case: Case, arch: int) -> Reading:
     if unknown:
         raise ValueError(f"{case.name}: arguments {sorted(unknown)} are missing or unknown")
     pointers = [name for name, type_ in case.types.items() if type_.startswith("*")]
-    aligned = pointers if case.aligned is None else case.aligned
+    aligned = (*(pointers if case.aligned is None else case.aligned), *case.even)
     source = ASTSource(
         fn=case.kernel,
         signature={name: case.types.get(name, "constexpr") for name in order},
@@ -349,7 +428,7 @@ def read(case: Case, arch: int) -> Reading:
     )
     compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=case.options)
     usage, code = _disassemble(compiled.asm["cubin"])
-    accesses = [(kind, _bits(suffix)) for kind, suffix in re.findall(r"\b(LDG|LDGSTS|STG)(\.[\w.]+)?", code)]
+    accesses = [(kind, _bits(suffix)) for kind, suffix in re.findall(r"\b(LDG|LDGSTS|STG)\b(\.[\w.]+)?", code)]
     loads = [bits for kind, bits in accesses if kind != "STG"]
     stores = [bits for kind, bits in accesses if kind == "STG"]
     wide = sum(bits >= 128 and bits for _, bits in accesses) // 8

@@ -17,6 +17,8 @@ from .reference import enqueue_, reduce, unit
 
 ROWS = 256  # queries in a block of logits
 ELEMENTS = 1 << 18  # of a block of logits, and of the bank's rows behind it: 1 MiB each in float32
+# Of another device, for what its kernels do not know: few launches, and a product that fills it.
+DEVICE_ROWS, DEVICE_ELEMENTS = 4096, 1 << 24
 
 
 @torch.no_grad()
@@ -75,18 +77,19 @@ def _sweep(
     The positive is the first candidate; row ``key_offset + i`` of an in-batch bank, which is the same, is left out.
     """
     n, dim = u.shape
+    rows, elements = (ROWS, ELEMENTS) if u.device.type == "cpu" else (DEVICE_ROWS, DEVICE_ELEMENTS)
     scaled = u / temperature
     first = (scaled * positive).sum(dim=1, keepdim=True)
     top, total = first.clone(), torch.ones_like(first)  # running maximum, and sum of exp(logit - top)
     average = positive.clone() if gradient else None  # sum of exp(logit - top) * candidate
-    columns = max(ELEMENTS // max(min(n, ROWS), dim, 1), 16)
-    scratch = u.new_empty(min(n, ROWS) * min(columns, len(bank)))
+    columns = max(elements // max(min(n, rows), dim, 1), 16)
+    scratch = u.new_empty(min(n, rows) * min(columns, len(bank)))
     for c in range(0, len(bank), columns):
         block = bank[c : c + columns].to(u.dtype)
         if key_offset is not None:
             block = unit(block)
-        for r in range(0, n, ROWS):
-            part = slice(r, r + ROWS)
+        for r in range(0, n, rows):
+            part = slice(r, r + rows)
             queries = scaled[part]
             logits = scratch[: len(queries) * len(block)].view(len(queries), len(block))
             torch.mm(queries, block.T, out=logits)

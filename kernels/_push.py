@@ -11,7 +11,7 @@ from .dispatch import tl, triton
 from .multi_tensor import guard
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-WIDEST = 512  # columns of a row that one program holds
+WIDEST = 8192  # columns of a row that one program holds
 TILE = 4096  # elements that a program holds of rows it reads and writes
 
 if triton is not None:
@@ -79,6 +79,11 @@ def block_r(dim: int, copies: int = 1) -> int:
     return max(1, TILE // (block_d(dim) * copies))
 
 
+def row_warps(dim: int) -> int:
+    """Warps of a program that holds such a tile."""
+    return max(4, block_d(dim) // 1024)
+
+
 def fits(*matrices: Tensor | None) -> bool:
     """Whether the kernels take these matrices: their dtypes, and a width from 1 to WIDEST."""
     return all(x is None or (x.dtype in DTYPES and 0 < x.shape[1] <= WIDEST) for x in matrices)
@@ -103,6 +108,7 @@ def launch_push(
     with guard(queue.device):
         push_kernel[(triton.cdiv(len(keys), block_r(dim)),)](
             queue, apart(keys, queue), start, pointer, skip, len(keys), len(queue), dim, block_d(dim), block_r(dim),
+            num_warps=row_warps(dim),
         )  # fmt: skip
 
 

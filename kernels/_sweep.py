@@ -18,10 +18,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from . import _blocked
-from ._push import apart, block_d, block_r, fits, launch_push
+from . import _blocked, _wide
+from ._push import DTYPES, WIDEST, apart, block_d, block_r, enqueue_, launch_push, row_warps
 from ._scoring import Scoring
-from .dispatch import INTERPRETED, triton
+from .dispatch import INTERPRETED, compute_dtype, triton
 from .multi_tensor import guard, host_value
 
 if triton is not None:
@@ -45,7 +45,7 @@ def product_kind(dtype: torch.dtype) -> str:
 
     "highest" takes three TF32 products for one, which is right to about 1e-6, like float32 itself.
     """
-    if dtype != torch.float32:
+    if _wide.multiplied(dtype) != torch.float32:
         return "half"
     return "tf32x3" if torch.get_float32_matmul_precision() == "highest" else "tf32"
 
@@ -65,14 +65,13 @@ class Plan(NamedTuple):
     """Of the bank."""
     share: int
     """Tiles of a part."""
-    block_r: int
-    """Rows that are finished at a time."""
-    chunk: int
-    """Parts of the bank that are put together at a time."""
 
-    def finish(self) -> dict[str, int]:
-        """Compile-time arguments of the last launch."""
-        return {"BLOCK_R": self.block_r, "BLOCK_S": triton.next_power_of_2(self.parts), "CHUNK": self.chunk}
+
+def finishing(dim: int, parts: int) -> dict[str, int]:
+    """How the last launch is cut, its compile-time arguments: rows, and parts of the bank that it puts together."""
+    chunk = min(block_r(dim), triton.next_power_of_2(parts))
+    every = triton.next_power_of_2(parts)
+    return {"BLOCK_R": block_r(dim, chunk), "BLOCK_S": every, "CHUNK": chunk, "num_warps": row_warps(dim)}
 
 
 @functools.lru_cache(maxsize=1024)
@@ -103,8 +102,7 @@ def plan(n: int, size: int, dim: int, kind: str, slots: int, major: int) -> Plan
 
     share = -(-tiles // min(range(1, max(2, min(tiles, max(slots // blocks, 4)) + 1)), key=time))
     parts = -(-tiles // max(share, 1)) or 1
-    chunk = min(block_r(dim), triton.next_power_of_2(parts))
-    return Plan(block_n, block_k, warps, stages, blocks, parts, share, block_r(dim, chunk), chunk)
+    return Plan(block_n, block_k, warps, stages, blocks, parts, share)
 
 
 def _capacity(device: torch.device) -> tuple[int, int]:
@@ -115,22 +113,34 @@ def _capacity(device: torch.device) -> tuple[int, int]:
     return properties.multi_processor_count, properties.major
 
 
+def _launchable(x: Tensor) -> Tensor:
+    """``x`` in a dtype that the kernels read."""
+    return x if x.dtype in DTYPES else x.to(_wide.multiplied(x.dtype))
+
+
 @torch.no_grad()
 def swept_losses(scoring: Scoring, gradient: bool) -> tuple[Tensor, Tensor]:
     """The same as :func:`._blocked.blocked_losses`, to which it leaves what the kernels do not take."""
     query, key, same, queue, pointer, push = scoring[:6]
     key_offset, reduction = scoring.key_offset, scoring.reduction
     (n, dim), device = query.shape, query.device
-    bank = key if queue is None else queue
-    size = 0 if bank is None else len(bank)
-    kind = "half" if bank is None else product_kind(bank.dtype)
-    empty_one = n == 0 or (bank is not None and size == 0)
-    fitting = not empty_one and fits(query, key, same, queue, push) and (queue is None or queue.is_contiguous())
-    work = plan(n, size, dim, kind, *_capacity(device)) if fitting else None
-    if work is None:
+    double = compute_dtype(query, key, same, queue, push) == torch.float64
+    if double or n == 0 or (queue is not None and len(queue) == 0) or not 0 < dim <= WIDEST:
         return _blocked.blocked_losses(scoring, gradient)
 
-    groups = triton.cdiv(n, work.block_r)
+    query = _launchable(query)
+    key, same, push = (None if x is None else _launchable(x) for x in (key, same, push))
+    bank = key if queue is None else queue
+    size = 0 if bank is None else len(bank)
+    # What else a queue may be is made what the kernels know part by part, and pushed into by itself.
+    known = queue is None or (queue.dtype in DTYPES and queue.is_contiguous())
+    kind = "half" if bank is None else product_kind(bank.dtype)
+    slots, major = _capacity(device)
+    work = plan(n, size, dim, kind, slots, major) if known and bank is not None else None
+    wide = _wide.plan(n, size, dim, kind, slots, gradient, not known) if work is None and bank is not None else None
+    parts = work.parts if work is not None else wide.parts if wide is not None else 1
+    finish = finishing(dim, parts)
+    groups = triton.cdiv(n, finish["BLOCK_R"])
 
     def empty(*size: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.empty(size, dtype=dtype, device=device)
@@ -146,10 +156,15 @@ def swept_losses(scoring: Scoring, gradient: bool) -> tuple[Tensor, Tensor]:
         for number in scoring.numbers
     )
     written = queue if pointer is not None else None
+    query = apart(query, written)
+    logsums = averages = None
+    if bank is not None:
+        logsums = empty(parts, n)
+        averages = empty(parts, n, dim, dtype=_wide.multiplied(bank.dtype)) if gradient else None
     shared = {
-        "query_ptr": apart(query, written),
-        "logsums_ptr": None if key is None else empty(work.parts, n),
-        "averages_ptr": empty(work.parts, n, dim, dtype=bank.dtype) if gradient and bank is not None else None,
+        "query_ptr": query,
+        "logsums_ptr": logsums,
+        "averages_ptr": averages,
         "tickets_ptr": tickets,
         "temperature": temperature,
         "n": n,
@@ -159,18 +174,19 @@ def swept_losses(scoring: Scoring, gradient: bool) -> tuple[Tensor, Tensor]:
         "BLOCK_D": block_d(dim),
         "GRADIENT": gradient,
     }
-    pushed = 0 if pointer is None or push is None else len(push)
+    pushed = 0 if pointer is None or push is None or not known else len(push)
     with guard(device):
         if key is None or bank is None:
             tickets.zero_()  # which the sweep does otherwise
-        else:
-            if queue is None:
-                bank = torch.empty_like(key, memory_format=torch.contiguous_format)
-                launch_push(bank, key, None, None)
+        elif queue is None:
+            bank = torch.empty_like(key, memory_format=torch.contiguous_format)
+            launch_push(bank, key, None, None)
+        sent = pointer if pushed else None
+        if bank is not None and work is not None:
             sweep_kernel[(work.blocks * work.parts,)](
                 **shared,
                 bank_ptr=bank,
-                pointer_ptr=pointer,
+                pointer_ptr=sent,
                 share=work.share,
                 BLOCK_N=work.block_n,
                 BLOCK_K=work.block_k,
@@ -180,6 +196,9 @@ def swept_losses(scoring: Scoring, gradient: bool) -> tuple[Tensor, Tensor]:
                 num_warps=work.warps,
                 num_stages=work.stages,
             )
+        elif bank is not None and logsums is not None and wide is not None:
+            offset = key_offset if queue is None else None
+            _wide.sweep(query, bank, averages, logsums, tickets, sent, temperature, offset, kind, wide)
         finish_kernel[(groups + triton.cdiv(pushed, block_r(dim)),)](
             **shared,
             key_ptr=None if key is None else apart(key, written),
@@ -190,12 +209,14 @@ def swept_losses(scoring: Scoring, gradient: bool) -> tuple[Tensor, Tensor]:
             residual_weight=residual_weight,
             contrastive_weight=contrastive_weight,
             scale=1 / n if reduction == "mean" else 1.0,
-            splits=work.parts,
+            splits=parts,
             queue_ptr=queue if pushed else None,
             pointer_ptr=pointer if pushed else None,
             push_ptr=apart(push, written) if push is not None and pushed else None,
             count=pushed,
-            **work.finish(),
+            **finish,
             PUSH_R=block_r(dim),
         )
+    if queue is not None and pointer is not None and push is not None and not pushed:
+        enqueue_(queue, pointer, push)
     return values, to_query

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fastrm.kernels import FeatureQueue, _blocked, _fused, _sweep, info_nce, residual_info_nce, residual_loss
+from fastrm.kernels import FeatureQueue, _blocked, _fused, _sweep, _wide, info_nce, residual_info_nce, residual_loss
 from fastrm.kernels._scoring import Scoring
 from fastrm.kernels.dispatch import triton
 from tests import oracle
@@ -65,6 +65,9 @@ CASES = [
     Case(4, 65, 512, dtype=BF16),
     Case(2, 40, 512),
     Case(2, 50, 515),
+    Case(3, 300, 1024, 0.1, dtype=BF16),
+    Case(2, 40, 2048, 0.5),
+    Case(5, 140, 600, queued=False, offset=77, dtype=F16),
     Case(70, 300, 96, dtype=F64),
     Case(1, 1, 3, queued=False),
     Case(2, 3, 1, 0.5, queued=False, offset=1),
@@ -491,6 +494,132 @@ def test_everything_takes_two_launches_and_in_batch_keys_a_third(backend: str, m
     assert counts == ["push_kernel", "sweep_kernel", "finish_kernel"]
 
 
+@pytest.mark.parametrize("backend", [TRITON])
+def test_wide_rows_take_two_launches_a_part_and_a_few_more(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    from fastrm.kernels import _push
+
+    counts: list[str] = []
+    for module, name in (
+        (_push, "push_kernel"), (_wide, "score_kernel"), (_wide, "average_kernel"), (_sweep, "finish_kernel"),
+    ):  # fmt: skip
+        monkeypatch.setattr(module, name, Launches(getattr(module, name), counts, name))
+    query, key, queue = Case(7, 150, 520, dtype=F16).inputs(device_of(backend))
+    assert queue is not None
+    residual_info_nce(query.requires_grad_(), key, key, queue, torch.tensor(3, device=query.device), backend=backend)
+    assert counts == ["push_kernel", "score_kernel", "average_kernel", "finish_kernel"]
+
+
+@pytest.mark.parametrize("gradient", [True, pytest.param(False, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "case",
+    [Case(40, 333, 40, 0.1), Case(40, 300, 20, queued=False, offset=200), Case(9, 300, 24, dtype=F16)],
+    ids=lambda c: c.name,
+)
+@pytest.mark.parametrize("backend", [TRITON])
+def test_wide_and_narrow_agree(backend: str, case: Case, gradient: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The two ways of a GPU, on rows that both take; the wide one in several parts of queries and of the bank."""
+    query, key, queue = case.inputs(device_of(backend))
+    ring = None if queue is None else torch.cat([queue, queue], dim=1)[:, : case.dim]  # with other strides: wide
+    query.requires_grad_(gradient)
+    found = []
+    for bank in (queue, ring):
+        pointer = None if bank is None else torch.tensor(case.size - 3, device=query.device)
+        losses = residual_info_nce(
+            query, key, key[: case.n], bank, pointer, temperature=case.temperature, key_offset=case.offset,
+            backend=backend,
+        )  # fmt: skip
+        slope = torch.autograd.grad(losses[0], query) if gradient else ()
+        found.append((*losses, *slope, *(() if bank is None else (bank.clone(), pointer))))
+        monkeypatch.setattr(_wide, "ROWS", 32)
+        monkeypatch.setattr(_wide, "ELEMENTS", 32 * 192)
+        monkeypatch.setattr(_sweep, "plan", lambda *_: None)
+    close = {"rtol": 2e-3, "atol": 2e-4} if case.dtype == F16 else {"rtol": 1e-5, "atol": 1e-6}
+    for narrow, wide in zip(*found, strict=True):
+        torch.testing.assert_close(wide, narrow, **close)
+
+
+@pytest.mark.parametrize("form", ["queue", "batch"])
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
+@pytest.mark.parametrize("backend", ["cpu", TRITON])
+def test_rows_of_8_bits(backend: str, dtype: torch.dtype, form: str) -> None:
+    query, key, queue = Case(9, 300, 64, 0.3).inputs(device_of(backend))
+    query.requires_grad_()
+    bank = None if form == "batch" or queue is None else queue.to(dtype)
+    keys = torch.cat([key, key.roll(1, 1)]).to(dtype) if bank is None else key
+    loss = info_nce(query, keys, bank, temperature=0.3, reduction="none", backend=backend)
+    (slope,) = torch.autograd.grad(loss.sum(), query)
+    k, c = numpy(keys.float()), None if bank is None else numpy(bank.float())
+
+    def define(at: Array) -> Array:
+        return definition(at, k, c, 0.3)
+
+    q = numpy(query)
+    np.testing.assert_allclose(numpy(loss), define(q), rtol=1e-3)
+    assert_gradient(slope, slopes(define, q, list(range(64))), 5e-3, 1e-6)
+
+
+class Counted:
+    """A kernel that is not launched, but counts that it would be, and the bytes of its tensors."""
+
+    def __init__(self, launches: list[int]) -> None:
+        self.launches = launches
+
+    def __getitem__(self, grid: Any) -> Any:
+        def launch(*args: Any, **named: Any) -> None:
+            tensors = {id(x): x for x in (*args, *named.values()) if isinstance(x, Tensor)}
+            self.launches.append(sum(x.numel() * x.itemsize for x in tensors.values()))
+
+        return launch
+
+
+@pytest.mark.skipif(triton is None, reason="the plan is that of the Triton kernels")
+@pytest.mark.parametrize(
+    ("n", "size", "dim", "dtype", "queued", "launches"),
+    [
+        (256, 65_536, 1_024, BF16, True, 6),
+        (256, 65_536, 2_048, BF16, True, 6),
+        (256, 65_536, 512, F32, True, 6),
+        (256, 65_536, 128, torch.float8_e4m3fn, True, 8),
+        (4_096, 4_096, 1_024, BF16, False, 8),
+        (16_384, 16_384, 1_024, BF16, False, 68),
+    ],
+)
+def test_any_width_takes_few_launches_and_bytes(
+    n: int, size: int, dim: int, dtype: torch.dtype, queued: bool, launches: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from fastrm.kernels import _push
+
+    counted: list[int] = []
+    for module, name in (
+        (_push, "push_kernel"), (_wide, "score_kernel"), (_wide, "average_kernel"), (_sweep, "finish_kernel"),
+    ):  # fmt: skip
+        monkeypatch.setattr(module, name, Counted(counted))
+    monkeypatch.setattr(_sweep, "_capacity", lambda _: (132, 9))
+    query, key = (torch.empty(n, dim, dtype=BF16 if dtype != F32 else F32, device="meta") for _ in range(2))
+    queue = torch.empty(size, dim, dtype=dtype, device="meta") if queued else None
+    _sweep.swept_losses(Scoring(query, key, key, queue, None, None, 0.2, 1.0, 1.0), True)
+    assert len(counted) <= launches
+    width = 4 if dtype == F32 else 2  # of an element in the products
+    products = 2 * width * (size * dim + n * size + n * dim)
+    rows = n * dim * (3 * query.itemsize + 4)  # queries and keys of two views in, the gradient out
+    assert sum(counted) <= 2 * products + rows
+
+
+def test_few_operations_where_no_kernel_knows_the_dtype() -> None:
+    class Count(torch.utils._python_dispatch.TorchDispatchMode):
+        calls = 0
+
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            out = func(*args, **(kwargs or {}))
+            self.calls += not (isinstance(out, Tensor) and out._is_view())
+            return out
+
+    query, queue = (torch.empty(rows, 1024, dtype=F64, device="meta") for rows in (256, 65_536))
+    with Count() as count:
+        _blocked.blocked_losses(Scoring(query, query, query, queue, None, None, 0.2, 1.0, 1.0), True)
+    assert count.calls <= 130
+
+
 def test_no_block_of_the_cpu_path_grows_with_the_bank() -> None:
     class Largest(torch.utils._python_dispatch.TorchDispatchMode):
         elements = 0
@@ -531,7 +660,28 @@ def test_a_plan_covers_the_work(n: int, size: int, dim: int, kind: str, slots: i
     assert plan.blocks * plan.block_n >= n
     assert plan.parts * plan.share * plan.block_k >= size
     assert (plan.parts - 1) * plan.share * plan.block_k <= max(size - 1, 0)  # none is idle
-    assert plan.block_r * plan.chunk * dim <= 4096  # in registers while rows are finished
+    finish = _sweep.finishing(dim, plan.parts)
+    assert finish["BLOCK_R"] * finish["CHUNK"] * dim <= 4096  # in registers while rows are finished
+
+
+@pytest.mark.skipif(triton is None, reason="the plan is that of the Triton kernels")
+@settings(max_examples=200, deadline=None)
+@given(
+    n=st.integers(1, 40_000), size=st.integers(1, 2**21), dim=st.integers(1, 8192), gradient=st.booleans(),
+    kind=st.sampled_from(["half", "tf32", "tf32x3"]), slots=st.sampled_from([1, 4, 84, 132]), converted=st.booleans(),
+)  # fmt: skip
+def test_a_plan_for_wide_rows_covers_the_work(
+    n: int, size: int, dim: int, kind: str, slots: int, gradient: bool, converted: bool
+) -> None:
+    plan = _wide.plan(n, size, dim, kind, slots, gradient, converted)
+    tiles = plan.columns // plan.tiles.block_k
+    assert plan.columns % plan.tiles.block_k == 0
+    assert plan.share * plan.splits >= tiles > plan.share * (plan.splits - 1)
+    assert plan.parts <= plan.splits * -(-size // plan.columns)
+    assert plan.parts > plan.splits * (size // plan.columns) - 1
+    assert plan.rows * plan.columns <= max(_wide.ELEMENTS, plan.rows * plan.tiles.block_k)
+    if converted:
+        assert plan.columns * dim <= max(_wide.ELEMENTS, dim * plan.tiles.block_k)
 
 
 @pytest.mark.skipif(triton is None, reason="the plan is that of the Triton kernels")

@@ -100,6 +100,23 @@ def test_losses(
     assert compiled == {"sweep_kernel", "finish_kernel"} | ({"push_kernel"} if in_batch else set())
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("gradient", [True, False])
+@pytest.mark.parametrize(
+    ("bank", "width", "n", "size", "in_batch"),
+    [(BF16, 1024, 256, 65_536, False), (F32, 600, 70, 500, True), (torch.float8_e4m3fn, 128, 5, 70, False)],
+)
+def test_losses_of_wide_rows(
+    bank: torch.dtype, width: int, n: int, size: int, in_batch: bool, gradient: bool, compiled: set[str]
+) -> None:
+    q = rows(n, width, F32).requires_grad_(gradient)
+    key = rows(size if in_batch else n, width, F32)
+    queue = None if in_batch else rows(size, width, bank)
+    pointer = torch.tensor(0) if bank == BF16 else None
+    residual_info_nce(q, key, rows(n, width, F32), queue, pointer, temperature=torch.tensor(0.2), backend="triton")
+    assert compiled == {"push_kernel", "score_kernel", "average_kernel", "finish_kernel"}
+
+
 def test_the_queue(compiled: set[str]) -> None:
     queue = FeatureQueue(500, 100, dtype=BF16)
     for skip in (None, torch.tensor(0.0)):
