@@ -6,14 +6,18 @@ from __future__ import annotations
 from .batched import LUMA
 from .dispatch import tl, triton
 
+COLUMN = {
+    "image": 0, "view": 1, "box": 2, "flip": 6, "steps": 7, "before": 8, "order": 9, "gray": 13, "solarize": 14,
+    "sigma": 15, "factors": 16,
+}  # fmt: skip
+"""Of the table, a row of int32 for each view; the last two hold float32. ``steps`` are those of colour, and ``before``
+those before the contrast."""
 COLUMNS = 20
-"""Of the table, a row of int32 for each view. The last five hold float32."""
 
 if triton is not None:
     _RED, _GREEN, _BLUE = map(tl.constexpr, LUMA)
-    IMAGE, VIEW, TOP, LEFT, HEIGHT, WIDTH, FLIP = map(tl.constexpr, range(7))
-    STEPS, BEFORE, ORDER = map(tl.constexpr, (7, 8, 9))
-    GRAY, SOLARIZE, SIGMA, FACTORS, ROW = map(tl.constexpr, (13, 14, 15, 16, COLUMNS))
+    IMAGE, VIEW, BOX, FLIP, STEPS, BEFORE, ORDER, GRAY, SOLARIZE, SIGMA, FACTORS = map(tl.constexpr, COLUMN.values())
+    ROW = tl.constexpr(COLUMNS)
 
     @triton.jit
     def real(ptr):
@@ -65,7 +69,7 @@ if triton is not None:
         x = tl.where(tl.load(row_ptr + FLIP) != 0, OUT_W - 1 - x, x)
         if BOXES:
             # As many source pixels as the filter reaches, which widens as the picture shrinks.
-            height, width = tl.load(row_ptr + HEIGHT), tl.load(row_ptr + WIDTH)
+            height, width = tl.load(row_ptr + BOX + 2), tl.load(row_ptr + BOX + 3)
             scale_y, scale_x = height.to(tl.float32) / OUT_H, width.to(tl.float32) / OUT_W
             wide_y, wide_x = tl.maximum(scale_y, 1.0), tl.maximum(scale_x, 1.0)
             reach_y, reach_x = wide_y * (1 + BICUBIC), wide_x * (1 + BICUBIC)
@@ -73,7 +77,7 @@ if triton is not None:
             first_y = tl.floor(centre_y - reach_y + 0.5).to(tl.int32)
             first_x = tl.floor(centre_x - reach_x + 0.5).to(tl.int32)
             taps_y, taps_x = (2 * reach_y + 0.999).to(tl.int32), (2 * reach_x + 0.999).to(tl.int32)
-            image_ptr += tl.load(row_ptr + TOP) * row_stride + tl.load(row_ptr + LEFT) * column_stride
+            image_ptr += tl.load(row_ptr + BOX) * row_stride + tl.load(row_ptr + BOX + 1) * column_stride
             plane = tl.zeros([R, R], tl.float32)
             total_y, total_x = tl.zeros([R], tl.float32), tl.zeros([R], tl.float32)
             for i in range(taps_x):

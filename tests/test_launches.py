@@ -16,7 +16,9 @@ from torch import Tensor
 from fastrm.kernels import (
     EMA,
     FeatureQueue,
+    ViewParameters,
     _sweep,
+    augment_views,
     dispatch,
     info_nce,
     multi_tensor,
@@ -154,3 +156,34 @@ def test_optimizers(kind: Any, dtype: torch.dtype, with_teacher: bool, scaled: b
     optimizer.step()
     want = {LARS: {"_norms_kernel", "_momentum_kernel"}, SGD: {"_momentum_kernel"}, AdamW: {"_adamw_kernel"}}
     assert compiled == want[kind]
+
+
+@pytest.mark.parametrize(
+    ("side", "whole", "bands", "channels", "planar", "dtype"),
+    [
+        (16, None, 1, 1, False, BF16),
+        pytest.param(224, None, 3, 3, False, BF16, marks=pytest.mark.slow),
+        pytest.param(96, 70, 3, 3, True, F32, marks=pytest.mark.slow),
+        pytest.param(33, 28, 1, 3, True, F16, marks=pytest.mark.slow),
+        pytest.param(40, 40, 5, 5, False, F32, marks=pytest.mark.slow),
+        pytest.param(65, None, 2, 2, True, BF16, marks=pytest.mark.slow),
+    ],
+)
+def test_views(
+    side: int, whole: int | None, bands: int, channels: int, planar: bool, dtype: torch.dtype, compiled: set[str]
+) -> None:
+    pixels = whole or side
+    images = torch.zeros(4, bands, pixels, pixels, dtype=torch.uint8)
+    images = images.permute(0, 2, 3, 1) if planar else images.view(4, pixels, pixels, bands)
+    drawn = ViewParameters(
+        factors=torch.ones(4, 4) / 4,
+        sigma=torch.tensor([0.0, 1.0, 0.0, 1.0]),
+        jitter=torch.tensor([True, True, False, False]),
+        box=torch.tensor([[0, 0, pixels, pixels]] * 4) if whole else None,
+    )
+    augment_views(
+        images, drawn, out_size=side, dtype=dtype, mean=[0.5] * channels, std=[0.5] * channels, blur_radius=2,
+        interpolation="bicubic", backend="triton",
+    )  # fmt: skip
+    summed = side > 64 or bands not in (1, 3)
+    assert compiled == {"view_kernel"} | ({"gray_kernel"} if summed else set())
