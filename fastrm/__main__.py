@@ -15,6 +15,7 @@ COMMANDS = {
     "train": "pre-train a backbone on images without labels",
     "evaluate": "score the student and the teacher of a run: kNN, linear, fine-tuning, nearest neighbours",
     "export": "hand a trained backbone to timm, torchvision or ONNX",
+    "embed": "write the features of all images, find what is nearest to a picture, draw a map",
     "report": "show runs on one page, over each other",
     "data": "draw what the network sees of a set of images",
     "doctor": "say what this machine will use, and what is missing",

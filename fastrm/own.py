@@ -117,6 +117,11 @@ def evaluation(path: Path) -> bool:
     return found is not None and isinstance(found["sets"], dict)
 
 
+def features(path: Path) -> bool:
+    """The file beside features that says what they are of."""
+    return _json(path, MARK, "about", "checkpoint") is not None
+
+
 def skipped(path: Path) -> bool:
     """``skipped.txt``: a broken file and what is wrong with it a line, in a run's folder."""
     lines = path.read_text(encoding="utf-8", errors="surrogateescape").splitlines()

@@ -32,6 +32,7 @@ SMALL = {
 }  # fmt: skip
 COMMANDS: dict[str, tuple[Any, type]] = {
     "fastrm.evaluate": (evaluate, evaluate.EvaluateConfig),
+    "fastrm.embed": (embed, embed.EmbedConfig),
     "fastrm.export": (export, export.ExportConfig),
     "fastrm.report": (report, report.ReportConfig),
     "fastrm.data": (views, views.Options),

@@ -50,7 +50,7 @@ def nearest(network: nn.Module, source: Source, setting: Setting, *, count: int 
     assert source.test is not None
     chosen = spread(source.test, count)
     few = source.test.subset(chosen).formatted(source.test.format)
-    queries, asked = _directions(network, few, setting)
+    queries, asked = directions(network, few, setting)
     best = queries.new_zeros(len(queries), 0)
     index = torch.zeros(len(queries), 0, dtype=torch.int64, device=queries.device)
     with bar(f"nearest neighbours, {len(source.bank):,} images", len(source.bank)) as task:
@@ -66,7 +66,7 @@ def nearest(network: nn.Module, source: Source, setting: Setting, *, count: int 
     return Neighbours([int(chosen[i]) for i in asked], index.gather(1, order))
 
 
-def _directions(network: nn.Module, images: Images, setting: Setting) -> tuple[Tensor, list[int]]:
+def directions(network: nn.Module, images: Images, setting: Setting) -> tuple[Tensor, list[int]]:
     """Normalised features [N, C] of the images that can be read, and their indices."""
     rows, indices = [], []
     for batch, own in batches(images, setting):

@@ -1,0 +1,268 @@
+"""Write the features of all images of a collection, in their order, for search, clustering and classifiers.
+
+python -m fastrm.embed runs/mine --data photos --out features.npy
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from torch import nn
+
+from fastrm import own
+from fastrm.data import open_source, sheets
+from fastrm.data.scan import scan
+from fastrm.data.settling import formatted
+from fastrm.data.sources import Images
+from fastrm.errors import UsageError
+from fastrm.files import as_utf8, read_json, write_json, write_whole, writing
+from fastrm.machine.device import choose_device
+from fastrm.machine.memory import enough
+from fastrm.packages import optional
+from fastrm.pretrained import Pretrained, open_pretrained
+from fastrm.probes.embedding import about, embed, flattened, looked_up, plain
+from fastrm.probes.features import Setting
+from fastrm.probes.neighbours import directions
+from fastrm.settings import command_line
+from fastrm.settings.fields import Workers
+from fastrm.settings.kinds import Range, checked
+from fastrm.settings.of_run import OfRun
+from fastrm.terminal import shell
+from fastrm.version import __version__
+
+_COLOURS = "tab20"
+_DRAWN = 20_000  # points of a map, drawn at random from more
+_AT_ONCE = 2**16  # rows of a table that are written at a time
+
+
+@dataclass(frozen=True, kw_only=True)
+class EmbedConfig(OfRun):
+    """Write features of images, a row per image, and beside them what each row is of."""
+
+    out: Path
+    """The array, NAME.npy, or a table, NAME.parquet. NAME.jsonl beside it has the name and the label of each row, and
+    NAME.json what the features are of. The same command goes on where it was cut off."""
+    data: str | None = None
+    """Images, as for fastrm.train; unset: the run's."""
+    data_root: Path | None = None
+    """Where a named set lies; unset: the run's."""
+    image_column: str | None = None
+    """As for fastrm.train."""
+    label_column: str | None = None
+    """As for fastrm.train."""
+    part: Literal["train", "test"] = "train"
+    """Of a set with two parts, which one."""
+    which: Literal["student", "teacher"] = "student"
+    """Whose features."""
+    patches: bool = False
+    """Write the map [h, w, D] of each image in the place of its mean [D]."""
+    dtype: Literal["float32", "float16"] = "float32"
+    """Of the array."""
+    queries: tuple[Path, ...] = ()
+    """Pictures whose nearest images are drawn; labels are not needed."""
+    neighbours: Path | None = None
+    """The picture that is drawn: a query in each row, beside it the images whose features are nearest by cosine."""
+    k: Annotated[int, Range(at_least=1)] = 5
+    """Images per query."""
+    map: Path | None = None
+    """A picture to draw: the images as points, along the two principal components of their features."""
+    device: Literal["auto", "cuda", "cpu"] = "auto"
+    """auto: the GPU if there is one."""
+    workers: Workers = 2
+    """Processes that read the images."""
+
+
+def features(options: EmbedConfig, *, arch: nn.Module | None = None) -> NDArray[Any]:
+    """Write the features, and draw what is asked for.
+
+    Args:
+        options: what is written, and of what.
+        arch: where a module of yours was trained, another one that is built alike.
+
+    Returns:
+        The features [N, D] or [N, h, w, D], mapped from the file, or from the one that a table was made of.
+
+    Raises:
+        UsageError: the network, the images or a file cannot be used; files of others are left alone.
+    """
+    options = checked(options)
+    _check(options)
+    device = choose_device(options.device)
+    lower = "Lower --workers" + ("; or give --device cpu" if device.type == "cuda" else "")
+    with enough(device, lambda: f"features of {options.path}", lower), writing(options.out):
+        return _features(options, device, arch)
+
+
+def _features(options: EmbedConfig, device: torch.device, arch: nn.Module | None) -> NDArray[Any]:
+    trained = open_pretrained(options.path, device, arch=arch)
+    if options.which not in trained.networks:
+        raise UsageError(f"--which {options.which}: {options.path} holds the {', '.join(trained.networks)} only")
+    backbone, setting = trained.networks[options.which], Setting(trained.image_size, device, options.workers)
+    images = _images(options, trained)
+    wanted = about(backbone, images, setting, patches=options.patches, dtype=options.dtype)
+    array, beside = (options.out.with_suffix(end) for end in (".npy", ".json"))
+    described, earlier = plain(wanted), _earlier(options.out)
+    if earlier is not None and earlier["about"] == described and array.is_file():
+        found = np.asarray(np.load(array, mmap_mode="r"))
+        print(f"complete   {array} has these features")
+    else:
+        # What stands beside the array is there first, so that whatever is cut off is known as fastrm's.
+        array.unlink(missing_ok=True)
+        of = {"checkpoint": str(options.path), "which": options.which, "data": options.data}
+        written = {own.MARK: __version__, "about": described, **of}
+        write_json(beside, written)
+        _list(options.out.with_suffix(".jsonl"), images)
+        found = embed(backbone, images, setting, array, wanted, patches=options.patches)
+        if images.unreadable:
+            unread = {as_utf8(images.name(index)): why for index, why in images.unreadable.items()}
+            write_json(beside, {**written, "not_read": unread})
+            print(f"not read   {len(unread)} images, whose rows are NaN; {beside} says why")
+    print(f"features   {array}: {' x '.join(map(str, found.shape))}, {found.dtype}")
+    if options.out.suffix == ".parquet":
+        _table(options.out, found, images)
+        print(f"table      {options.out}")
+    if options.neighbours is not None:
+        sheets.save("--neighbours", options.neighbours, _nearest(options, backbone, trained, setting, images, found))
+        print(f"{options.neighbours}: the pictures of --queries, and beside each what is nearest")
+    if options.map is not None:
+        _map(options.map, found, images)
+        print(f"{options.map}: {min(len(found), _DRAWN):,} images along two principal components")
+    return found
+
+
+def _check(options: EmbedConfig) -> None:
+    out = options.out
+    if out.suffix not in (".npy", ".parquet"):
+        raise UsageError(f"--out {out} must end in .npy or .parquet")
+    if out.suffix == ".parquet":
+        if options.patches:
+            raise UsageError(f"--patches is written to arrays only; give --out {out.with_suffix('.npy')}")
+        optional("pyarrow", extra="tables", wanted_by=f"--out {out}")
+    if not os.access(out.parent, os.W_OK):
+        raise UsageError(f"--out {out} cannot be written: there is no folder {out.parent}, or it is not yours to write")
+    if bool(options.queries) != (options.neighbours is not None):
+        raise UsageError("--queries and --neighbours belong together: pictures, and the file that is drawn")
+    for name in ("neighbours", "map"):
+        if (path := getattr(options, name)) is not None:
+            sheets.check(f"--{name}", path)
+            if options.patches:
+                raise UsageError(f"--{name} needs one row per image; leave --patches out")
+    mine = _earlier(out) is not None
+    for end in (".npy", ".parquet", ".json", ".jsonl"):
+        own.require("--out", out.with_suffix(end), lambda _: mine)
+
+
+def _earlier(out: Path) -> dict[str, Any] | None:
+    """What stands beside features that fastrm wrote; None where it wrote none."""
+    path = out.with_suffix(".json")
+    return read_json(path) if path.is_file() and own.safely(own.features, path) else None
+
+
+def _images(options: EmbedConfig, trained: Pretrained) -> Images:
+    """The images, without those that are broken, which are said."""
+    then = {} if options.data else trained.settings or {}
+    data = options.data or trained.about.get("data", "")
+    if not data:
+        raise UsageError("--data is missing; give the images")
+    root = options.data_root or then.get("data_root")
+    image, label = (getattr(options, name) or then.get(name) for name in ("image_column", "label_column"))
+    opened = open_source(data, root, image_column=image, label_column=label)
+    source, broken = scan(opened, workers=options.workers)
+    source = formatted(source, trained.pixels)
+    images = source.train if options.part == "train" else source.test
+    if images is None:
+        raise UsageError(f"--part test: {source.name} has one part")
+    print(f"data       {source.about}")
+    if broken:
+        first, why = next(iter(broken.items()))
+        print(f"left out   {len(broken)} broken files; the first is {first} ({why})")
+    return images
+
+
+def _list(path: Path, images: Images) -> None:
+    """Write the name of each row, and its label where there are any."""
+    labels = None if images.labels is None else images.labels.tolist()
+
+    def write(partial: Path) -> None:
+        with open(partial, "w", encoding="utf-8") as file:
+            for index in range(len(images)):
+                # A name that is no text keeps its bytes as lone surrogates, which JSON can write as ASCII.
+                row = {"name": images.name(index)} | ({} if labels is None else {"label": labels[index]})
+                file.write(json.dumps(row) + "\n")
+
+    write_whole(path, write)
+
+
+def _table(path: Path, found: NDArray[Any], images: Images) -> None:
+    """Write name, label and features as Parquet."""
+    arrow, parquet = (
+        optional(name, extra="tables", wanted_by=f"--out {path}") for name in ("pyarrow", "pyarrow.parquet")
+    )
+    labels = images.labels
+    kind = arrow.list_(arrow.from_numpy_dtype(found.dtype), found.shape[1])
+    fields = [("name", arrow.string()), *([] if labels is None else [("label", arrow.int64())]), ("features", kind)]
+    schema = arrow.schema(fields).with_metadata({own.MARK: __version__})
+
+    def write(partial: Path) -> None:
+        with parquet.ParquetWriter(partial, schema) as writer:
+            for start in range(0, len(found), _AT_ONCE):
+                rows = found[start : start + _AT_ONCE]
+                values = arrow.array(np.ascontiguousarray(rows).reshape(-1))
+                columns: dict[str, Any] = {"name": [as_utf8(images.name(start + i)) for i in range(len(rows))]}
+                columns |= {} if labels is None else {"label": labels[start : start + len(rows)]}
+                columns["features"] = arrow.FixedSizeListArray.from_arrays(values, found.shape[1])
+                writer.write_table(arrow.table(columns, schema=schema))
+
+    write_whole(path, write)
+
+
+def _nearest(
+    options: EmbedConfig, backbone: nn.Module, trained: Pretrained, setting: Setting, images: Images,
+    found: NDArray[Any],
+) -> Image.Image:  # fmt: skip
+    """The contact sheet of the queries."""
+    queries = formatted(open_source([*options.queries]), trained.pixels).train
+    rows, indices = directions(backbone, queries, setting)
+    near = looked_up(found, rows.cpu(), k=options.k).tolist()
+    each = zip(indices, near, strict=True)
+    pairs = [(queries.name(i), [queries.picture(i), *map(images.picture, row)]) for i, row in each]
+    drawn = [sheets.Row(name, "", [sheets.Tile(sheets.whole(picture)) for picture in seen]) for name, seen in pairs]
+    return sheets.draw(drawn, titles=["picture", "nearest"])
+
+
+def _map(path: Path, found: NDArray[Any], images: Images) -> None:
+    """Draw the images as points, coloured by label."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    chosen = np.sort(np.random.default_rng(0).permutation(len(found))[:_DRAWN])
+    points = flattened(found[chosen].astype(np.float32))
+    colours = None if images.labels is None else images.labels[chosen]
+    figure = Figure(figsize=(7, 6), layout="constrained", dpi=120)
+    axes = figure.add_subplot()
+    by_label: dict[str, Any] = {} if colours is None else {"c": colours, "cmap": _COLOURS}
+    shown = axes.scatter(points[:, 0], points[:, 1], s=6, linewidths=0, **by_label)
+    if colours is not None and len(np.unique(colours)) <= 20:
+        axes.legend(*shown.legend_elements(), title="label", frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
+    axes.set(xlabel="first principal component", ylabel="second", title=f"{len(points):,} images")
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    sheets.save("--map", path, Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB"))
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Entry point."""
+    features(command_line.parse(EmbedConfig, argv, prog="python -m fastrm.embed"))
+
+
+if __name__ == "__main__":
+    shell.run(main)

@@ -1,0 +1,147 @@
+"""Features of all images of a collection, in a file that is filled in parts and can be gone on with."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from hashlib import blake2b
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from fastrm.data.sources import Images
+from fastrm.errors import UsageError
+from fastrm.files import read_json, write_json
+from fastrm.models import Backbone
+from fastrm.own import MARK
+from fastrm.probes.features import Setting, batches, evaluating
+from fastrm.terminal.progress import bar
+from fastrm.version import __version__
+
+_KEPT = 32  # batches after which what is done is safe
+_AT_ONCE = 2**26  # values of features that are compared with queries at a time
+
+
+@dataclass(frozen=True, kw_only=True)
+class About:
+    """What tells the features of a file from others."""
+
+    network: str
+    """A digest of the backbone's tensors."""
+    images: str
+    """A digest of what tells the images from others, in their order."""
+    shape: tuple[int, ...]
+    """Of the array, rows first."""
+    dtype: str
+    """``"float32"`` or ``"float16"``."""
+
+
+def about(backbone: Backbone, images: Images, setting: Setting, *, patches: bool, dtype: str) -> About:
+    """What the features of images will be.
+
+    Args:
+        backbone: images to features [B, D], or a map [B, D, h, w].
+        images: in their order.
+        setting: how images reach the network.
+        patches: whether the map is wanted, as [h, w, D] of each image, in the place of its mean.
+        dtype: of the file.
+
+    Raises:
+        UsageError: the map is wanted, and there is none.
+    """
+    state = blake2b(digest_size=16)
+    for name, value in backbone.net.state_dict().items():
+        state.update(name.encode() + value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    side = setting.image_size
+    with evaluating(backbone):
+        seen = _seen(backbone, torch.zeros(1, images.format.channels, side, side, device=setting.device), patches)
+    listed = blake2b(np.ascontiguousarray(images.hashes()).tobytes(), digest_size=16)
+    return About(
+        network=state.hexdigest(), images=listed.hexdigest(), shape=(len(images), *seen.shape[1:]), dtype=dtype
+    )
+
+
+def _seen(backbone: Backbone, views: Tensor, patches: bool) -> Tensor:
+    if not patches:
+        return backbone(views).float()
+    found = backbone.forward_features(views)
+    if backbone.map_dim is None:
+        raise UsageError(f"--patches: {type(backbone.net).__name__} has no map [B, D, h, w]; leave it out")
+    return found.float().permute(0, 2, 3, 1)
+
+
+def embed(
+    backbone: Backbone, images: Images, setting: Setting, out: Path, wanted: About, *, patches: bool
+) -> NDArray[Any]:
+    """Write the features of all images, row i of image i, to ``out`` as ``.npy``, or go on with what was cut off.
+
+    Rows of images that cannot be read are NaN, and ``images.unreadable`` has them. Memory is constant in the number of
+    images.
+
+    Returns:
+        The array, mapped.
+    """
+    partial, progress = (out.with_name(f".{out.name}.{end}") for end in ("partial", "progress"))
+    earlier = read_json(progress) if partial.is_file() and progress.is_file() else {}
+    described = plain(wanted)
+    done = int(earlier["done"]) if earlier.get("about") == described else 0
+    if done:
+        array = np.load(partial, mmap_mode="r+")
+    else:
+        array = np.lib.format.open_memmap(partial, mode="w+", dtype=wanted.dtype, shape=wanted.shape)
+    left = images.subset(np.arange(done, len(images))).formatted(images.format)
+    begun = at = done
+    images.unreadable |= {int(index): why for index, why in earlier["not_read"].items()} if done else {}
+    with bar(f"features of {len(images):,} images", len(images)) as task:
+        task.reach(done)
+        for number, (views, own) in enumerate(batches(left, setting), start=1):
+            end = begun + own[-1] + 1
+            array[at:end] = np.nan
+            with evaluating(backbone):
+                array[[begun + index for index in own]] = _seen(backbone, views, patches).cpu().numpy()
+            images.unreadable |= {begun + index: why for index, why in left.unreadable.items()}
+            at = end
+            task.reach(at)
+            if number % _KEPT == 0:
+                array.flush()
+                kept = {"about": described, "done": at, "not_read": images.unreadable}
+                write_json(progress, {MARK: __version__, **kept})
+        images.unreadable |= {begun + index: why for index, why in left.unreadable.items()}
+        array[at:] = np.nan
+    array.flush()
+    partial.replace(out)
+    progress.unlink(missing_ok=True)
+    return np.asarray(np.load(out, mmap_mode="r"))
+
+
+def plain(about: About) -> dict[str, Any]:
+    """As JSON gives it back."""
+    return {**asdict(about), "shape": list(about.shape)}
+
+
+def looked_up(features: NDArray[Any], queries: Tensor, *, k: int) -> NDArray[np.int64]:
+    """int64 [N, k]: rows of ``features`` [M, D] that are nearest to ``queries`` [N, D] by cosine, the nearest first."""
+    queries = nn.functional.normalize(queries, dim=1)
+    best, index = torch.empty(len(queries), 0), torch.empty(len(queries), 0, dtype=torch.int64)
+    step = max(1, _AT_ONCE // features.shape[1])
+    for start in range(0, len(features), step):
+        rows = torch.from_numpy(features[start : start + step].astype(np.float32))
+        cosines = (queries @ nn.functional.normalize(rows, dim=1).T).nan_to_num_(-2)
+        numbers = torch.arange(start, start + len(rows)).expand(len(queries), -1)
+        both, numbers = torch.cat([best, cosines], dim=1), torch.cat([index, numbers], dim=1)
+        best, order = both.topk(min(k, both.shape[1]), dim=1)
+        index = numbers.gather(1, order)
+    return index.numpy()
+
+
+def flattened(features: NDArray[Any]) -> NDArray[np.float64]:
+    """float64 [M, 2]: features [M, D] along their two principal components; NaN where they are."""
+    from sklearn.decomposition import PCA
+
+    known = np.isfinite(features[:, 0])
+    found = np.full((len(features), 2), np.nan)
+    found[known] = PCA(2, svd_solver="randomized", random_state=0).fit_transform(features[known])
+    return found

@@ -1,0 +1,168 @@
+"""Features of a collection: each row is that of its image, whatever was cut off in between."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import fastrm
+from fastrm import embed
+from fastrm.data.eval_view import eval_view
+from fastrm.errors import UsageError
+from fastrm.probes import embedding
+from fastrm.probes.embedding import looked_up
+from tests.conftest import run_of_one_step
+
+SIDE = 96
+COUNT = 23
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run, and pictures in two classes, one of which has an odd name."""
+    top = tmp_path_factory.mktemp("embed")
+    run_of_one_step("test_resnet", SIDE, top / "run")
+    rng = np.random.default_rng(0)
+    for number in range(COUNT):
+        path = top / "photos" / "ab"[number % 2] / (f"{number:02} \n.png" if number == 4 else f"{number:02}.png")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(rng.integers(0, 256, (40, 50, 3), dtype=np.uint8)).save(path)
+    return top
+
+
+def given(folder: Path, out: Path, **more: Any) -> embed.EmbedConfig:
+    return embed.EmbedConfig(run=folder / "run", data=str(folder / "photos"), out=out, workers=0, **more)
+
+
+def one_by_one(folder: Path, *, patches: bool) -> list[np.ndarray]:
+    """By the network alone, a picture at a time, in the order of the names."""
+    model, found = fastrm.load(folder / "run"), []
+    for path in sorted((folder / "photos").rglob("*.png")):
+        view = eval_view(torch.from_numpy(np.array(Image.open(path))).permute(2, 0, 1), SIDE)[None]
+        with torch.no_grad():
+            found.append((model.forward_features(view)[0].permute(1, 2, 0) if patches else model(view)[0]).numpy())
+    return found
+
+
+@pytest.mark.parametrize("patches", [False, True])
+def test_rows_are_those_of_the_images_and_named(folder: Path, tmp_path: Path, patches: bool) -> None:
+    found = embed.features(given(folder, tmp_path / "f.npy", patches=patches))
+    np.testing.assert_allclose(found, np.stack(one_by_one(folder, patches=patches)), rtol=1e-4, atol=1e-5)
+    rows = [json.loads(line) for line in (tmp_path / "f.jsonl").read_text().splitlines()]
+    paths = sorted((folder / "photos").rglob("*.png"))
+    assert [Path(row["name"]).name for row in rows] == [path.name for path in paths]
+    assert [row["label"] for row in rows] == ["ab".index(path.parent.name) for path in paths]
+
+
+def test_a_table_holds_the_same(folder: Path, tmp_path: Path) -> None:
+    parquet = pytest.importorskip("pyarrow.parquet")
+    found = embed.features(given(folder, tmp_path / "f.parquet"))
+    table = parquet.read_table(tmp_path / "f.parquet")
+    assert table.column_names == ["name", "label", "features"]
+    np.testing.assert_array_equal(np.array(table["features"].to_pylist(), dtype=np.float32), found)
+
+
+def test_what_was_cut_off_goes_on_and_what_is_complete_is_not_made_again(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys.modules["fastrm.probes.features"], "BATCH", 4)
+    monkeypatch.setattr(embedding, "_KEPT", 2)
+    seen, whole = list[int](), embedding._seen
+
+    def dying(*args: Any) -> Any:
+        if len(args[1]) > 1:
+            seen.append(len(args[1]))
+            if sum(seen) > 12 and not (tmp_path / "again").exists():
+                raise KeyboardInterrupt
+        return whole(*args)
+
+    options = given(folder, tmp_path / "f.npy", dtype="float16")
+    with mock.patch.object(embedding, "_seen", dying):
+        with pytest.raises(KeyboardInterrupt):
+            embed.features(options)
+        (tmp_path / "again").touch()
+        assert not (tmp_path / "f.npy").exists()
+        seen.clear()
+        found = embed.features(options)
+        assert sum(seen) == COUNT - 8  # two of three batches were safe
+        seen.clear()
+        embed.features(options)
+        assert not seen
+    assert "complete" in capsys.readouterr().out
+    assert found.dtype == np.float16
+    np.testing.assert_allclose(found, np.stack(one_by_one(folder, patches=False)), rtol=2e-3, atol=2e-3)
+    assert {path.name for path in tmp_path.iterdir()} == {"f.npy", "f.json", "f.jsonl", "again"}
+
+
+def test_an_image_that_is_lost_has_a_row_of_nan(folder: Path, tmp_path: Path) -> None:
+    with (
+        mock.patch("fastrm.embed.scan", lambda source, **_: (source, {})),
+        mock.patch(
+            "fastrm.data.eval_loader.eval_view", side_effect=[OSError("gone"), *[torch.zeros(3, SIDE, SIDE)] * COUNT]
+        ),
+        pytest.warns(UserWarning, match="left out"),
+    ):
+        found = embed.features(given(folder, tmp_path / "f.npy"))
+    assert np.isnan(found).all(axis=1).tolist() == [True] + [False] * (COUNT - 1)
+    assert "gone" in str(json.loads((tmp_path / "f.json").read_text())["not_read"])
+
+
+def test_neighbours_and_the_map_are_drawn_without_labels(folder: Path, tmp_path: Path) -> None:
+    flat = tmp_path / "flat"
+    flat.mkdir()
+    for path in (folder / "photos").rglob("*.png"):
+        (flat / path.name).write_bytes(path.read_bytes())
+    query = flat / "07.png"
+    options = embed.EmbedConfig(
+        run=folder / "run", data=str(flat), out=tmp_path / "f.npy", workers=0, queries=(query,), k=3,
+        neighbours=tmp_path / "near.png", map=tmp_path / "map.png",
+    )  # fmt: skip
+    found = embed.features(options)
+    names = [Path(json.loads(line)["name"]).name for line in (tmp_path / "f.jsonl").read_text().splitlines()]
+    at = names.index("07.png")
+    cosines = (found / np.linalg.norm(found, axis=1, keepdims=True)) @ (found[at] / np.linalg.norm(found[at]))
+    near = looked_up(found, torch.from_numpy(np.array(found[at : at + 1])), k=3)
+    assert near.tolist() == [np.argsort(-cosines)[:3].tolist()]
+    assert near[0, 0] == at
+    assert Image.open(tmp_path / "near.png").width > 4 * 100
+    assert Image.open(tmp_path / "map.png").width > 600
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        ({"out": "f.txt"}, "must end in .npy or .parquet"),
+        ({"out": "no/f.npy"}, "no folder no"),
+        ({"out": "f.parquet", "patches": True}, "--patches is written to arrays only"),
+        ({"queries": ("x.png",)}, "belong together"),
+        ({"map": "m.png", "patches": True}, "one row per image"),
+        ({"part": "test", "data": "bare"}, "has one part"),
+    ],
+)
+def test_what_cannot_be_done_is_said(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, more: dict[str, Any], said: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("bare").mkdir()
+    Image.new("RGB", (9, 9)).save("bare/one.png")
+    options = {"run": folder / "run", "data": str(folder / "photos"), "out": "f.npy", "workers": 0, **more}
+    with pytest.raises(UsageError, match=said):
+        embed.features(embed.EmbedConfig(**options))
+    assert {path.name for path in tmp_path.iterdir()} == {"bare"}
+
+
+def test_an_array_of_the_users_is_left_alone(folder: Path, tmp_path: Path) -> None:
+    np.save(tmp_path / "f.npy", np.zeros(3))
+    before = (tmp_path / "f.npy").read_bytes()
+    for name in ("f.npy", "f.parquet"):
+        with pytest.raises(UsageError, match=r"f\.npy"):
+            embed.features(given(folder, tmp_path / name))
+    assert (tmp_path / "f.npy").read_bytes() == before
