@@ -16,7 +16,7 @@ from urllib.parse import unquote, urldefrag, urlparse
 import pytest
 import timm
 
-from fastrm import doctor, evaluate, export, report
+from fastrm import doctor, embed, evaluate, export, report
 from fastrm.data import __main__ as views
 from fastrm.methods import recipes
 from fastrm.settings import command_line
