@@ -149,7 +149,7 @@ FLOW = (
     *("settings", "machine", "terminal"),
     *("data", "models", "optim", "methods"),
     *("probes", "hooks", "run", "pretrained", "exports", "reports"),
-    *("train", "pretraining", "evaluate", "export", "report", "doctor", "__main__"),
+    *("train", "pretraining", "evaluate", "embed", "export", "report", "doctor", "__main__"),
 )
 """Parts of the package, from those that know nothing of the others to those that know all."""
 # A setting's values and a loader's views may follow from a method's name, which is looked up when it is known.
