@@ -2,7 +2,8 @@
 
     python -m benchmarks.learning runs/cifar10
 
-Writes the points of its kNN curve, and draws them beside the raw pixels and the untrained network.
+Writes the points of its kNN curve, and draws them beside the raw pixels and the untrained network. Of a run that is not
+complete these two are scored here.
 """
 
 from __future__ import annotations
@@ -12,10 +13,18 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from matplotlib.figure import Figure
+from torch import nn
 
 from benchmarks._study import ROOT, curve, made, save
+from examples.cifar10 import SmallResNet
+from fastrm.data import open_source
+from fastrm.data.settling import settled
 from fastrm.files import read_json, write_json
+from fastrm.pretrained import open_pretrained
+from fastrm.probes import Pixels, frozen_scores
+from fastrm.probes.features import Setting
 from fastrm.reports.plots import COLOURS
 from fastrm.run.results import SUMMARY
 from fastrm.terminal import shell
@@ -23,16 +32,31 @@ from fastrm.terminal import shell
 BESIDE = {"pixels": "the raw pixels", "untrained": "the untrained network"}
 
 
+def beside(run: Path) -> dict[str, float]:
+    """kNN accuracy of the raw pixels and of the untrained network, on the images of a run."""
+    if (run / SUMMARY).exists():
+        summary = read_json(run / SUMMARY)
+        return {name: summary[f"knn_{name}"] for name in BESIDE}
+    trained = open_pretrained(run, torch.device("cpu"), arch=SmallResNet())
+    assert trained.settings is not None
+    networks: dict[str, nn.Module] = {"pixels": Pixels(), "untrained": trained.untrained()}
+    source, setting = (
+        settled(open_source(trained.settings["data"])),
+        Setting(trained.image_size, torch.device("cpu"), 0),
+    )
+    found = frozen_scores(networks, source, setting, knn=True)
+    return {name: scores["knn20"].value for name, scores in found.items()}
+
+
 def learned(run: Path) -> dict[str, Any]:
-    """The evaluations of a run that is complete: steps, epochs, hours of processor time, kNN of student and teacher."""
+    """The evaluations of a run: steps, epochs, hours of processor time, kNN of student and teacher; how long it is."""
     hours = dict(zip(*curve(run, "cpu_hours"), strict=True))
     steps, students = curve(run, "knn_student")
     epochs, teachers = curve(run, "knn_teacher", by="epoch")
     rows = zip(steps, epochs, students, teachers, strict=True)
     names = ("step", "epoch", "cpu_hours", "knn_student", "knn_teacher")
     points = [dict(zip(names, (step, epoch, round(hours[step], 3), *knn), strict=True)) for step, epoch, *knn in rows]
-    summary = read_json(run / SUMMARY)
-    return {"points": points, **{name: summary[f"knn_{name}"] for name in BESIDE}}
+    return {"epochs": read_json(run / "config.json")["epochs"], "points": points, **beside(run)}
 
 
 def figure(found: Mapping[str, Any]) -> Figure:
@@ -44,14 +68,16 @@ def figure(found: Mapping[str, Any]) -> Figure:
         axes.plot([point["cpu_hours"] for point in found["points"]], values, ".-", color=colour, label=name)
     for (name, label), style in zip(BESIDE.items(), ("--", ":"), strict=True):
         axes.axhline(100 * found[name], color="black", linestyle=style, label=label)
-    axes.set(xlabel="hours of one core", ylabel="kNN, k = 20, % right", title="CIFAR-10, without labels")
+    axes.set(
+        xlabel="hours of one core", ylabel="kNN accuracy, k = 20, %", title="CIFAR-10, without labels", xlim=(0, None)
+    )
     return drawn
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Entry point."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.learning", description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("run", type=Path, help="folder of a complete run")
+    parser.add_argument("run", type=Path, help="folder of the run")
     parser.add_argument("--json", type=Path, default=ROOT / "docs" / "study" / "cifar10.json", help="for the points")
     parser.add_argument("--svg", type=Path, default=ROOT / "docs" / "images" / "cifar10.svg", help="for the figure")
     options = parser.parse_args(argv)

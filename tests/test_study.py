@@ -138,6 +138,7 @@ def test_a_run_becomes_a_curve_by_hours(tmp_path: Path) -> None:
         {"step": 4, "epoch": 2.0, "cpu_hours": 0.4},
     ]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (tmp_path / "config.json").write_text(json.dumps({"epochs": 2}))
     (tmp_path / "summary.json").write_text(json.dumps({"knn_pixels": 0.4, "knn_untrained": 0.3}))
     learning.main([str(tmp_path), "--json", str(tmp_path / "a.json"), "--svg", str(tmp_path / "a.svg")])
     found = read_json(tmp_path / "a.json")
