@@ -16,6 +16,7 @@ from .view_parameters import OP, Drawn, ViewParameters, completed
 _TINY = 2**11  # values of a picture below which a call for each costs more than the wasted arithmetic of all together
 _INPUTS = (torch.uint8, torch.float32)
 _OUTPUTS = (torch.float32, torch.bfloat16, torch.float16)
+"""Dtypes that the kernels write."""
 
 
 @dataclass(frozen=True)
@@ -62,6 +63,9 @@ def _finish(work: Work, images: Tensor) -> None:
 def _reference(work: Work) -> None:
     """An operation after the other, on the whole batch."""
     planes, drawn = _planes(work), work.drawn
+    if drawn.unchanged():
+        batched.normalise(planes, work.mean, work.std, out=work.out)
+        return
     if drawn.box is None:
         images = _flipped(planes, drawn.flip)
     else:
@@ -85,7 +89,7 @@ def _cpu(work: Work) -> None:
 
 
 def _triton(work: Work) -> None:
-    if not _augment.launch(work):
+    if work.out.dtype not in _OUTPUTS or not _augment.launch(work):
         _reference(work)
 
 
@@ -123,7 +127,7 @@ def augment_views(
             whole images [B, H, W, C] of one size. Strides may be any: of [B, C, H, W] pass ``x.permute(0, 2, 3, 1)``.
         parameters: what is done to each image.
         out_size: side of the views, or their height and width, in pixels.
-        dtype: of the views: ``torch.float32``, ``torch.bfloat16`` or ``torch.float16``.
+        dtype: of the views; the kernels know ``torch.float32``, ``torch.bfloat16`` and ``torch.float16``.
         mean, std: a number per channel of the views, of values from 0 to 1: subtracted, and divided by. Of images with
             one band there may be more of them than one: the band is repeated.
         index: integers [B] on the CPU; view i is of ``images[index[i]]``, of whole images [N, H, W, C].
@@ -146,8 +150,8 @@ def augment_views(
     if images.dtype not in _INPUTS:
         raise TypeError(f"{OP}: images is {images.dtype}; it must be torch.uint8 or torch.float32")
     height, width = _sides(out_size)
-    if dtype not in _OUTPUTS:
-        raise TypeError(f"{OP}: dtype is {dtype}; it must be one of {', '.join(map(str, _OUTPUTS))}")
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise TypeError(f"{OP}: dtype is {dtype}; it must be a floating one")
     if interpolation not in ("bilinear", "bicubic"):
         raise ValueError(f"{OP}: interpolation={interpolation!r}; it must be 'bilinear' or 'bicubic'")
     if index is not None:

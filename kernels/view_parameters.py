@@ -64,6 +64,11 @@ class Drawn(ViewParameters):
     sigma: Tensor
     solarize: Tensor
 
+    def unchanged(self) -> bool:
+        """Whether images only have to be normalised."""
+        done = (self.flip, self.jitter, self.gray, self.sigma > 0, self.solarize)
+        return self.box is None and not any(bool(some.any()) for some in done)
+
 
 def completed(given: ViewParameters, count: int) -> Drawn:
     """Check the parameters of ``count`` images, and fill in what was left out.

@@ -22,7 +22,7 @@ from fastrm.data.seeding import seeded
 from fastrm.data.sources import Images
 from fastrm.data.workers import Loaded, check_travels
 from fastrm.errors import UsageError
-from fastrm.kernels import batched
+from fastrm.kernels import ViewParameters, augment_views, batched
 from fastrm.machine.signals import leave_to_the_trainer
 
 AHEAD = 2
@@ -161,6 +161,7 @@ class TorchLoader(Loader):
         mean, std = self._mean, self._std
         if views.shape[1] not in (1, len(mean)):  # RGB that a callable made of other bands
             mean, std = RGB.mean, RGB.std
-        size = views.shape[-2:]
-        out = batched.empty_views(len(views), size, self._dtype, self._device, channels=len(mean))
-        return batched.normalise(views, mean, std, out=out)
+        size = tuple(views.shape[-2:])
+        return augment_views(
+            views.permute(0, 2, 3, 1), ViewParameters(), out_size=size, dtype=self._dtype, mean=mean, std=std
+        )
