@@ -14,7 +14,9 @@ from torch import Tensor
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as F
 
+from fastrm.data import make_loader
 from fastrm.kernels import ViewParameters, _augment, augment_views, dispatch
+from fastrm.kernels._augment_ops import COLUMN
 from fastrm.kernels.dispatch import triton
 from tests.conftest import natural_pictures
 from tests.interpreted import BACKENDS, INTERPRETED, SLOW_TRITON, device_of, often_and_slow, run_triton_cases
@@ -254,6 +256,27 @@ def test_what_is_given_is_written(backend: str) -> None:
     assert none.shape == (0, 3, 16, 16)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("loader", ["memory", "torch"])
+def test_loaders_make_the_same_views_on_a_gpu(loader: str) -> None:
+    """While the GPU is busy with something else, and whoever takes them changes them."""
+    kept = []
+    for device in ("cpu", "cuda"):
+        batches = make_loader(
+            "digits", method="mocov3", image_size=32, batch_size=256, device=device, workers=0, seed=3, loader=loader
+        )
+        views = []
+        for batch in batches:
+            if device == "cuda":
+                torch.cuda._sleep(10_000_000)
+            views.append([view.clone() for view in batch.views])
+            for view in batch.views:
+                view.fill_(float("nan"))
+        kept.append(torch.stack([torch.stack(pair) for pair in views]).cpu())
+    assert kept[0].shape[2:] == (256, 3, 32, 32)
+    assert float(off(kept[1], kept[0]).max()) < LARGEST
+
+
 class Recorded:
     """A kernel that is not launched."""
 
@@ -279,6 +302,14 @@ def test_launches(size: int, bands: int, most: int, monkeypatch: pytest.MonkeyPa
     drawn = ViewParameters(factors=torch.ones(8, 4) / 4, jitter=some, sigma=torch.tensor([0.0, 0, 1, 1] * 2))
     augment_views(images, drawn, **options, blur_radius=2)
     assert len(kernel.launches) == most
+    seen = []
+    for launch in kernel.launches:
+        rows = launch["table_ptr"][launch["first"] :][: launch["grid"] // launch["TILES"]]
+        at = rows[:, COLUMN["view"]].sort().values
+        chosen = (drawn.sigma > 0) == launch["BLUR"] if "BLUR" in launch else some  # type: ignore[operator]
+        assert torch.equal(at, chosen.nonzero()[:, 0].int())
+        seen += at.tolist() if "BLUR" in launch else []
+    assert sorted(seen) == list(range(8))
     kernel.launches.clear()
     augment_views(images, ViewParameters(flip=some), **options)
     assert [launch["BLUR"] for launch in kernel.launches] == [False]
