@@ -1,10 +1,10 @@
-"""``augment_views`` in Triton: one launch for small views, and for large ones at most three.
+"""``augment_views`` in Triton: at most two launches for small views, and three for large ones.
 
 A region of up to 64 x 64 pixels lies in the registers of a program, where all that is drawn is done with it, in the
-image's own order. Views of up to 64 pixels are one region, and contrast takes their mean there. Larger ones are cut
-in tiles: a launch sums the gray of each tile of the images whose contrast is changed, as it is before that; the next
-makes the views that are not blurred; the last those that are, from regions that reach over their tiles by the
-radius, so that nothing in between is written. A blur is the product with a band matrix on each side.
+image's own order. Views of up to 64 pixels are one region, and contrast takes their mean there; a launch makes those
+that are not blurred, another those that are. Larger ones are cut in tiles. There a launch before sums the gray of each
+tile of the images whose contrast is changed, as it is before that. What is blurred comes from regions that reach over
+their tiles by the radius, so that nothing in between is written. A blur is the product with a band matrix on each side.
 
 The table of what was drawn is sorted, so that each launch has its rows side by side: not blurred and as they are, not
 blurred and changed, blurred and changed, blurred and as they are.

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from . import _augment, batched
-from .dispatch import check_strided, choose, no_autocast
+from .dispatch import check_no_grad, check_strided, choose, no_autocast
 from .view_parameters import OP, Drawn, ViewParameters, completed
 
 _TINY = 2**11  # values of a picture below which a call for each costs more than the wasted arithmetic of all together
@@ -149,6 +149,7 @@ def augment_views(
         raise ValueError(f"{OP}: images has shape {tuple(images.shape)}; it must be [B, H, W, C]")
     if images.dtype not in _INPUTS:
         raise TypeError(f"{OP}: images is {images.dtype}; it must be torch.uint8 or torch.float32")
+    check_no_grad(OP, "images", images)
     height, width = _sides(out_size)
     if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
         raise TypeError(f"{OP}: dtype is {dtype}; it must be a floating one")

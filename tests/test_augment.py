@@ -372,6 +372,7 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"images": torch.zeros(2, 8, 8)}, r"images has shape \(2, 8, 8\); it must be \[B, H, W, C\]"),
     ({"images": torch.zeros(2, 8, 8, 3).double()}, "images is torch.float64"),
     ({"images": [1]}, "images is a list"),
+    ({"images": torch.zeros(2, 8, 8, 3, requires_grad=True)}, "images requires grad"),
     ({"out_size": 9}, "images are 8x8 and out_size is 9x9"),
     ({"out_size": 0}, "out_size=0"),
     ({"out_size": (8, 8, 8)}, r"out_size=\(8, 8, 8\)"),

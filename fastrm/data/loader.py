@@ -46,20 +46,20 @@ def one_ahead(batches: Iterator[Batch], device: torch.device) -> Iterator[Batch]
         return
     own = torch.cuda.Stream(device)
     own.wait_stream(torch.cuda.current_stream(device))  # on which the images came
-    ready: Batch | None = None
-    event = None
+    ready: tuple[Batch, torch.cuda.Event] | None = None
     while True:
         with torch.cuda.stream(own):
-            following, done = next(batches, None), own.record_event()
-        if ready is not None and event is not None:
+            batch = next(batches, None)
+            made = None if batch is None else (batch, own.record_event())
+        if ready is not None:
             user = torch.cuda.current_stream(device)
-            user.wait_event(event)
-            for view in ready.views:
+            user.wait_event(ready[1])
+            for view in ready[0].views:
                 view.record_stream(user)
-            yield ready
-        if following is None:
+            yield ready[0]
+        if made is None:
             return
-        ready, event = following, done
+        ready = made
 
 
 class Loader(ABC):
