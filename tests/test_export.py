@@ -240,7 +240,8 @@ def test_a_run_starts_from_the_backbone_of_a_convnext(
         path, out = runs["test_convnext"] / name, tmp_path / str(number)
         train.train(small(arch="test_convnext", max_steps=1, lr=1e-30, init_from=path, out=out))
         said = "".join(capsys.readouterr().out.split())  # lines are broken to the terminal's width
-        assert f"startsfrom{len(first)}tensorsof{path}" in said
+        assert f"startsfrom{len(first)}of{len(first)}tensors(" in said
+        assert f"of{path}" in said
         assert "classifier" not in said
         then = open_pretrained(out, CPU).networks["teacher"].net.state_dict()
         for tensor, value in first.items():

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -27,9 +26,9 @@ from fastrm.methods.unused import counted, freeze_unused
 from fastrm.models import build_backbone, mlp, module_name
 from fastrm.models.layout import lay_out
 from fastrm.models.named import refusing
+from fastrm.models.starting import starting_weights
 from fastrm.models.synchronised import synchronise_norms
-from fastrm.models.weights import adapted, load_weights, read_weights
-from fastrm.settings.config import Config, check_value
+from fastrm.settings.config import Config, ModelConfig, check_value
 
 __all__ = [
     "BYOL",
@@ -102,22 +101,20 @@ def build_method(
         if config.device.checkpoint_activations:
             method.student.backbone.checkpoint_activations()
         _freeze(method, config, layout, name)
-        _start(method, config.model.init_from)
+        _start(method, config.model)
         if not method.queues:
             synchronise_norms(method)
     return method
 
 
-def _start(method: Method[Any], init_from: Path | None) -> None:
+def _start(method: Method[Any], config: ModelConfig) -> None:
     """Load the weights that the backbone is to start from, if there are any."""
-    if init_from is not None:
-        weights, source = read_weights(init_from)[0], f"--init-from {init_from}"
+    if config.init_from is not None:
+        backbone = method.student.backbone
+        state, said = starting_weights(backbone, config.init_from, partial=config.init_partial)
         for network in (method.student, method.teacher):
-            fitting, change = adapted(network.backbone, weights, source=source)
-            left_out = load_weights(network.backbone, fitting, source=source)
-        notes = [f"the backbone starts from {len(weights) - len(left_out)} tensors of {init_from}"]
-        notes += [f"{counted(left_out)} of a classifier are left out"] if left_out else []
-        method.notes.append("; ".join([*notes, *([change] if change else [])]))
+            network.backbone.net.load_state_dict(state, strict=False)
+        method.notes.append(said)
 
 
 @contextmanager

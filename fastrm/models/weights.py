@@ -1,4 +1,4 @@
-"""Backbone weights in files: fastrm's own, and the layouts that others publish."""
+"""Backbone weights in files that fastrm writes."""
 
 from __future__ import annotations
 
@@ -23,16 +23,6 @@ from fastrm.version import __version__
 BACKBONE = "backbone.safetensors"
 """What a complete run leaves in its folder: the student's backbone."""
 
-# Where the student's backbone is in a checkpoint, by the prefix of its tensors' names.
-_PREFIXES = (
-    "student.backbone.net.",  # fastrm
-    "module.base_encoder.",  # MoCo-v3
-    "module.encoder_q.",  # MoCo, MoCo-v2
-    "base_encoder.",
-    "encoder_q.",
-    "module.",
-    "",
-)
 # What others call a classifier or a projector in the backbone's place; timm's own names of it come on top.
 _HEADS = ("fc.", "head.", "classifier.")
 
@@ -88,11 +78,7 @@ def plain_state(backbone: Backbone) -> dict[str, Tensor]:
 
 
 def read_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Read the backbone's weights, and what the file says of them, from any file with tensors by name.
-
-    Understood are safetensors; checkpoints of fastrm; those of the official MoCo, MoCo-v2 and MoCo-v3, of which the
-    student's backbone is taken; and plain PyTorch state dicts. Classifiers and projectors that are named like a part of
-    the backbone come with it: :func:`load_weights`, which knows the network, leaves them out.
+    """Read the tensors of a file that fastrm wrote, and what it says of them; of a run's folder its backbone.
 
     Raises:
         UsageError: there is no such file, or it holds no tensors by name.
@@ -112,14 +98,9 @@ def read_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     else:
         state = load_tensors(path)
         about = getattr(state, own.EXPORT, about)
-        for inner in ("method", "state_dict", "model"):
-            if isinstance(state, Mapping) and isinstance(state.get(inner), Mapping):
-                state = state[inner]
     if not isinstance(state, Mapping) or not any(isinstance(value, Tensor) for value in state.values()):
         raise UsageError(f"{path} holds no tensors by name, which the weights of a network are")
-    prefix = next(p for p in _PREFIXES if any(str(name).startswith(p) for name in state))
-    tensors = {str(name): value for name, value in state.items() if isinstance(value, Tensor)}
-    return {name[len(prefix) :]: value for name, value in tensors.items() if name.startswith(prefix)}, about
+    return {str(name): value for name, value in state.items() if isinstance(value, Tensor)}, about
 
 
 def load_weights(backbone: Backbone, state: Mapping[str, Tensor], *, source: str) -> list[str]:
@@ -138,7 +119,7 @@ def load_weights(backbone: Backbone, state: Mapping[str, Tensor], *, source: str
     """
     ours = backbone.net.state_dict()
     # By the network, not by the name alone: the norm in front of ConvNeXt's classifier is head.norm, and stays.
-    left_out = [name for name in state if name not in ours and name.startswith(_classifiers(backbone))]
+    left_out = [name for name in state if name not in ours and name.startswith(classifiers(backbone))]
     state = {name: value for name, value in state.items() if name not in left_out}
     if problem := misfit(ours, state):
         raise UsageError(f"{source} is of another network: {problem}; --arch and --stem must fit")
@@ -146,7 +127,7 @@ def load_weights(backbone: Backbone, state: Mapping[str, Tensor], *, source: str
     return left_out
 
 
-def _classifiers(backbone: Backbone) -> tuple[str, ...]:
+def classifiers(backbone: Backbone) -> tuple[str, ...]:
     """What the names of a classifier's tensors begin with."""
     return (*_HEADS, *(part.partition(".")[0] + "." for part in _published(backbone, "classifier")))
 

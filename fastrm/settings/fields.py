@@ -99,8 +99,10 @@ class ModelConfig:
     """First layers of a ResNet: as published, or small (3x3 at stride 1, no max-pool).
     auto: small at 64 pixels and below."""
     init_from: Path | None = None
-    """Weights to start the backbone from: a run folder or its files, an official MoCo, MoCo-v2 or MoCo-v3 checkpoint,
-    or any state dict in timm's or, for ResNets, torchvision's names."""
+    """Weights to start the backbone from: timm:NAME, hf:OWNER/NAME, a run folder, or a file of tensors by name: of
+    fastrm, timm, torchvision, or of MoCo, DINO, MAE and the like."""
+    init_partial: bool = False
+    """Take what matches of --init-from, also where that is less than 95 % of the parameters."""
 
 
 @dataclass(frozen=True, kw_only=True)

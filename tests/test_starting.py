@@ -1,0 +1,163 @@
+"""Weights that were published in other layouts: what matches is taken and said, and too little is refused."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import pytest
+import safetensors.torch
+import timm
+import torch
+import torchvision
+from timm.layers import resample_abs_pos_embed
+from torch import Tensor, nn
+
+from fastrm.errors import UsageError
+from fastrm.methods import build_method
+from fastrm.models import build_backbone
+from fastrm.models.starting import starting_weights
+from fastrm.settings.config import build
+
+Nest = Callable[[dict[str, Tensor], dict[str, Tensor]], Any]
+
+
+def under(prefix: str, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {prefix + name: value for name, value in state.items()}
+
+
+def copy_of(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """An average that must not be taken."""
+    return {name: torch.zeros_like(value) for name, value in state.items()}
+
+
+QUEUE = {"module.queue": torch.ones(9)}
+DECODER = {"mask_token": torch.zeros(1, 1, 8), "decoder_embed.weight": torch.zeros(99, 999)}
+HEAD = {"mlp.0.weight": torch.zeros(7, 9), "last_layer.weight_v": torch.zeros(50, 9)}
+# By the layouts of the published files: what is where, and under which names.
+LAYOUTS: dict[str, Nest] = {
+    "plain": lambda own, _: own,
+    "MoCo": lambda own, other: {
+        "state_dict": under("module.encoder_q.", own)
+        | under("module.encoder_k.", other)
+        | {"module.queue": torch.ones(9)}
+    },
+    "DINO": lambda own, other: {
+        "student": under("module.backbone.", own) | under("module.head.", HEAD),
+        "teacher": under("backbone.", other) | under("head.", HEAD),
+        "optimizer": {"state": {0: {"exp_avg": torch.zeros(3)}}},
+        "epoch": 3,
+    },
+    "MAE": lambda own, _: {
+        "model": own | {"mask_token": torch.zeros(1, 1, 8), "decoder_embed.weight": torch.zeros(99, 999)}
+    },
+    "solo-learn": lambda own, other: {
+        "state_dict": under("backbone.", own) | under("momentum_backbone.", other) | under("projector.", HEAD)
+    },
+    "MMSelfSup": lambda own, _: {"meta": {"version": 1}, "state_dict": under("backbone.", own)},
+}
+
+
+def backbone_of(arch: str, **options: Any) -> Any:
+    torch.manual_seed(1)
+    return build_backbone(arch, **{"image_size": 96, "stem": "imagenet", **options})
+
+
+@pytest.mark.parametrize("arch", ["resnet10t", "test_vit", "test_convnext"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_published_layouts_give_all_tensors(layout: str, arch: str, tmp_path: Path) -> None:
+    backbone = backbone_of(arch)
+    torch.manual_seed(0)
+    own = timm.create_model(arch, num_classes=0, **backbone.options).state_dict()
+    torch.save(LAYOUTS[layout](own, copy_of(own)), tmp_path / "it.pth")
+    found, said = starting_weights(backbone, tmp_path / "it.pth", partial=False)
+    assert found.keys() == own.keys()
+    assert all(torch.equal(found[name], value) for name, value in own.items())
+    count = sum(value.numel() for value in own.values()) / 1e6
+    assert f"{len(own)} of {len(own)} tensors ({count:.1f} of {count:.1f} M parameters) of {tmp_path}/it.pth" in said
+
+
+def test_torchvisions_resnet_is_timms_but_for_its_classifier(tmp_path: Path) -> None:
+    torch.save(torchvision.models.resnet18().state_dict(), tmp_path / "it.pth")
+    found, said = starting_weights(backbone_of("resnet18"), tmp_path / "it.pth", partial=False)
+    assert len(found) == 120
+    assert "120 of 120 tensors" in said
+    assert "2 of a classifier or a head" in said
+
+
+def test_folders_of_hugging_faces_form(tmp_path: Path) -> None:
+    state = timm.create_model("test_resnet", num_classes=5).state_dict()
+    safetensors.torch.save_file(state, tmp_path / "model.safetensors")
+    found, _ = starting_weights(backbone_of("test_resnet"), tmp_path, partial=False)
+    assert all(torch.equal(found[name], state[name]) for name in found)
+
+
+@pytest.mark.parametrize(
+    ("given", "name"), [("timm:resnet18.a1_in1k", "resnet18.a1_in1k"), ("hf:timm/x", "hf-hub:timm/x")]
+)
+def test_names_are_left_to_timm_with_size_and_bands(given: str, name: str) -> None:
+    backbone = backbone_of("test_vit", channels=5)
+    made = timm.create_model("test_vit", num_classes=0, **backbone.options)
+    with mock.patch.object(timm, "create_model", return_value=made) as create:
+        found, said = starting_weights(backbone, Path(given), partial=False)
+    create.assert_called_once_with(name, pretrained=True, num_classes=0, **backbone.options)
+    assert found.keys() == made.state_dict().keys()
+    assert given in said
+    with (
+        mock.patch.object(timm, "create_model", side_effect=OSError("no network here")),
+        pytest.raises(UsageError, match="cannot be had: no network here"),
+    ):
+        starting_weights(backbone, Path(given), partial=False)
+
+
+def test_position_embeddings_of_another_size_are_resampled(tmp_path: Path) -> None:
+    state = timm.create_model("test_vit", num_classes=0, img_size=160).state_dict()
+    torch.save({"model": state}, tmp_path / "it.pth")
+    backbone = backbone_of("test_vit")
+    found, said = starting_weights(backbone, tmp_path / "it.pth", partial=False)
+    want = resample_abs_pos_embed(state["pos_embed"], new_size=[6, 6], num_prefix_tokens=1)
+    torch.testing.assert_close(found["pos_embed"], want)
+    assert "pos_embed resampled" in said
+
+
+def test_too_little_is_refused_with_counts_unless_it_is_wanted(tmp_path: Path) -> None:
+    other = timm.create_model("resnet18", num_classes=0).state_dict()
+    half = {name: value for name, value in other.items() if "layer4" not in name}
+    torch.save(half, tmp_path / "half.pth")
+    # Of the file all matches, of the network 2.8 of 11.2 million parameters.
+    with pytest.raises(
+        UsageError, match=r"90 of 120 tensors \(2\.8 of 11\.2 M parameters\) match; 30 tensors are missing"
+    ):
+        starting_weights(backbone_of("resnet18"), tmp_path / "half.pth", partial=False)
+    found, said = starting_weights(backbone_of("resnet18"), tmp_path / "half.pth", partial=True)
+    assert found.keys() == half.keys()
+    assert "90 of 120" in said
+    more = other | {f"another.{i}.weight": torch.zeros(1000, 1000) for i in range(2)}
+    torch.save(more, tmp_path / "more.pth")
+    with pytest.raises(UsageError, match="2 tensors are foreign"):  # of the file 85 %
+        starting_weights(backbone_of("resnet18"), tmp_path / "more.pth", partial=False)
+    with pytest.raises(UsageError, match="0 of"):
+        starting_weights(backbone_of("test_vit"), tmp_path / "half.pth", partial=True)
+
+
+def test_a_small_stem_starts_from_a_networks_with_another(tmp_path: Path) -> None:
+    """One tensor of 1,728 values of 11 million: it stays as it was drawn, in both networks alike."""
+    torch.save(timm.create_model("resnet18", num_classes=0).state_dict(), tmp_path / "it.pth")
+    config = build(
+        data="digits", arch="resnet18", image_size=32, hidden_dim=8, output_dim=8, init_from=tmp_path / "it.pth"
+    )
+    method = build_method(config)
+    assert any("119 of 120 tensors" in note and "conv1.weight" in note for note in method.notes)
+    student, teacher = (network.backbone.net.state_dict() for network in (method.student, method.teacher))
+    assert all(torch.equal(student[name], teacher[name]) for name in student)
+
+
+def test_a_module_of_ones_own(tmp_path: Path) -> None:
+    module = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8))
+    torch.save({"net": {"net": module.state_dict()}}, tmp_path / "it.pth")
+    backbone = build_backbone(nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8)), image_size=32, stem="auto")
+    found, said = starting_weights(backbone, tmp_path / "it.pth", partial=False)
+    assert "7 of 7 tensors" in said
+    backbone.net.load_state_dict(found)
