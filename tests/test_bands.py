@@ -25,7 +25,7 @@ from fastrm.errors import UsageError
 from fastrm.exports.card import model_card
 from fastrm.methods import build_method
 from fastrm.models import build_backbone
-from fastrm.models.weights import adapted, load_weights, metadata, read_weights, write_backbone
+from fastrm.models.weights import adapted, load_weights, metadata, write_backbone
 from fastrm.pretrained import read_pretrained
 from fastrm.probes.finetune import fraction_of
 from fastrm.run import checkpoint
@@ -290,7 +290,6 @@ def test_weights_of_other_bands_are_adapted_to_nothing(
         says = rf"its first layer \(conv1\.0\.weight\) is of images of 8 channels, and these have {channels}"
         with pytest.raises(UsageError, match=says):
             build_method(small(init_from=run), channels=channels)
-    assert read_weights(run)[0].keys() == networks["student"].net.state_dict().keys()
 
 
 def pretrain(data: Any, out: Path, **settings: Any) -> Any:
