@@ -158,9 +158,7 @@ def _evaluate(options: EvaluateConfig, device: torch.device, arch: nn.Module | N
         _merge(results[sources[1].name]["scores"], _scores(quick, trained, sources[1], setting))
     for source, broken in scanned:
         if source.name in results:
-            results[source.name]["left_out"] = len(broken | unreadable(source))
-            if source.bank is not None and source.test is not None:
-                results[source.name] |= {"bank": len(source.bank), "test": len(source.test)}
+            results[source.name] |= {"left_out": len(broken | unreadable(source)), **source.scored}
     near = None
     if options.neighbours is not None:
         near = nearest(next(iter(trained.networks.values())), sources[0], setting)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import importlib
+from importlib.util import find_spec
 from typing import Any
 
-from fastrm.errors import UsageError
+from fastrm.errors import UsageError, first_line
 
 
 def optional(name: str, *, extra: str, wanted_by: str) -> Any:
@@ -19,8 +20,24 @@ def optional(name: str, *, extra: str, wanted_by: str) -> Any:
     Raises:
         UsageError: it is not installed, or cannot be imported.
     """
-    try:
+    error = failure(name)
+    if error is None:
         return importlib.import_module(name)
-    except ImportError as error:
-        top = name.partition(".")[0]
-        raise UsageError(f"{wanted_by} needs the package {top}: {error}; pip install 'fastrm[{extra}]'") from None
+    raise UsageError(f"{wanted_by} needs {lack(name, extra, error)}") from None
+
+
+def failure(name: str) -> Exception | None:
+    """What importing a module raises; None where it can be imported."""
+    try:
+        importlib.import_module(name)
+    except Exception as error:  # a package that is broken, or older than what it needs, raises whatever comes first
+        return error
+    return None
+
+
+def lack(name: str, extra: str, error: BaseException) -> str:
+    """Say of a package of whose modules one could not be imported that it is missing, or broken and why."""
+    top = name.partition(".")[0]
+    if find_spec(top) is None:
+        return f"the package {top}: {error}; pip install 'fastrm[{extra}]'"
+    return f"the package {top}, which is installed but broken: {first_line(error)}; pip install --force-reinstall {top}"

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import importlib.util
 import io
 import struct
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -447,21 +447,56 @@ def test_trained_resumed_scored_and_exported(kind: str, tmp_path: Path) -> None:
         torch.testing.assert_close(model(images), whole.student.cpu().eval()(images))
 
 
-def test_a_packed_tiff_says_what_unpacks_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("state", ["missing", "broken", "a part is broken"])
+def test_a_packed_tiff_says_what_unpacks_it(state: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tifffile = pytest.importorskip("tifffile")
     content = with_tifffile(many(DEEP.astype("u2"), 6), photometric="minisblack", planarconfig="contig")
     plain, lzw = (struct.pack("<HHII", 259, 3, 1, packing) for packing in (1, 5))
     assert content.count(plain) == 1
-    if importlib.util.find_spec("imagecodecs") is not None:
 
-        def lacking(page: Any) -> None:
-            raise ValueError(f"{page.compression!r} requires the 'imagecodecs' package")
+    def lacking(page: Any) -> None:
+        why = ImportError("libjxl.so.0: cannot open shared object file")
+        raise ValueError(f"{page.compression!r} requires the 'imagecodecs' package") from why
 
-        monkeypatch.setattr(tifffile.TiffPage, "asarray", lacking)
-    fill(tmp_path, {f"{i}.tif": content.replace(plain, lzw) for i in range(2)})
-    said = r"0.tif \(this TIFF is packed by LZW, which needs imagecodecs: pip install 'fastrm\[tiff\]'\)"
-    with pytest.raises(UsageError, match=said):
-        scan(open_source(tmp_path), workers=1)
+    monkeypatch.setattr(tifffile.TiffPage, "asarray", lacking)
+    if state == "missing":
+        monkeypatch.setitem(sys.modules, "imagecodecs", None)
+    else:
+        broken_package("imagecodecs", tmp_path, monkeypatch, broken=state == "broken")
+    fill(tmp_path / "data", {f"{i}.tif": content.replace(plain, lzw) for i in range(2)})
+    broken = ", which is installed but broken:"
+    said = {
+        "missing": r": .*; pip install 'fastrm\[tiff\]'",
+        "broken": f"{broken} libcodec.so.3: cannot .*; pip install --force-reinstall imagecodecs",
+        "a part is broken": f"{broken} libjxl.so.0: cannot open shared object file; pip install",
+    }[state]
+    packed = r"0.tif \(this TIFF is packed by LZW, which needs the package imagecodecs"
+    with pytest.raises(UsageError, match=packed + said):
+        scan(open_source(tmp_path / "data"), workers=1)
+
+
+def broken_package(name: str, folder: Path, monkeypatch: pytest.MonkeyPatch, *, broken: bool = True) -> None:
+    """A package of this name that can be found, and not imported."""
+    (folder / "site" / name).mkdir(parents=True)
+    text = "raise ImportError('libcodec.so.3: cannot open shared object file')" if broken else ""
+    (folder / "site" / name / "__init__.py").write_text(text)
+    monkeypatch.syspath_prepend(folder / "site")
+    monkeypatch.delitem(sys.modules, name, raising=False)
+
+
+def test_a_package_that_is_installed_and_broken_is_not_called_missing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    content = with_tifffile(many(DEEP.astype("u2"), 6), photometric="minisblack", planarconfig="contig")
+    fill(tmp_path / "data", {f"{i}.tif": content for i in range(2)})
+    said = ", which is installed but broken: libcodec.so.3: cannot open shared object file; pip install --force-rein"
+    for name in ("tifffile", "h5py"):
+        broken_package(name, tmp_path, monkeypatch)
+    with pytest.raises(UsageError, match=rf"this TIFF needs the package tifffile{said}stall tifffile"):
+        scan(open_source(tmp_path / "data"), workers=1)
+    (tmp_path / "x.h5").write_bytes(b"x")
+    with pytest.raises(UsageError, match=rf"x.h5 needs the package h5py{said}stall h5py"):
+        open_source(tmp_path / "x.h5")
 
 
 def test_a_damaged_newest_checkpoint_leaves_the_pixels_as_they_were(
@@ -483,10 +518,11 @@ def test_a_damaged_newest_checkpoint_leaves_the_pixels_as_they_were(
 
     run(2)
     newest, before = checkpoint.own(tmp_path / "run")
-    then = checkpoint.format_in(before)
+    then = checkpoint.glanced(before)
     assert then is not None
+    assert then.format is not None
     newest.write_bytes(newest.read_bytes()[:-1000])
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "new"))  # where nothing is known of them
     run(3)
     assert checkpoint.load(tmp_path / "run")["step"] == 3
-    assert checkpoint.format_in(tmp_path / "run") == then
+    assert checkpoint.glanced(tmp_path / "run") == then

@@ -10,7 +10,6 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
@@ -27,6 +26,7 @@ from fastrm.data.sources import Images, Source
 from fastrm.data.stored import DTYPES, Look, examined
 from fastrm.errors import UsageError
 from fastrm.files import write_text
+from fastrm.packages import failure
 from fastrm.terminal.progress import bar
 
 T = TypeVar("T")
@@ -169,7 +169,7 @@ def _looked_at(images: EncodedImages, index: int) -> _Found:
 def _rules() -> str:
     """A digest of what files are read with and of the rules; when it changes they are looked at again."""
     digest = hashlib.sha256(f"{PIL.__version__}\0{sorted(features.get_supported())}\0".encode())
-    digest.update(str([find_spec(name) is not None for name in ("tifffile", "imagecodecs")]).encode())
+    digest.update(str([failure(name) is None for name in ("tifffile", "imagecodecs")]).encode())
     for rules in (decode, stored):
         digest.update(inspect.getsource(rules).encode())
     return digest.hexdigest()[:32]

@@ -35,6 +35,8 @@ class Opened(NamedTuple):
     """What is wrong with those that are left out, by name."""
     hashes: NDArray[np.int64]
     """Of what tells each image that is trained on from others; none where nobody asks."""
+    batch: int | None = None
+    """Images an optimizer step of the run that goes on with them; None where none does."""
 
 
 class _ByValue(pickle.Pickler):

@@ -181,6 +181,11 @@ class Source:
     format: PixelFormat | None = None
     """How all of them become what a network is given; None before it is settled (:mod:`fastrm.data.settling`)."""
 
+    @property
+    def scored(self) -> dict[str, int]:
+        """How many images classifiers are made from, ``bank``, and tried on, ``test``; nothing where there are none."""
+        return {} if self.bank is None or self.test is None else {"bank": len(self.bank), "test": len(self.test)}
+
     def each(self, change: Callable[[Images], Images]) -> Source:
         """The same set with all images changed, each of them once: those for kNN may be those that are trained on."""
         changed: dict[int, Images] = {}

@@ -29,6 +29,7 @@ from fastrm.data.decode import (
     sixteen_bits,
     told,
 )
+from fastrm.packages import failure, lack
 
 Values = NDArray[Any]
 """[H, W, bands], upright."""
@@ -210,10 +211,10 @@ def _array(content: bytes) -> NDArray[Any]:
 @contextlib.contextmanager
 def _pages(content: bytes) -> Iterator[Any]:
     """The pages of a TIFF, with tifffile."""
-    try:
-        import tifffile
-    except ImportError:
-        raise BrokenImage("this TIFF needs tifffile: pip install 'fastrm[tiff]'") from None
+    if (error := failure("tifffile")) is not None:
+        raise BrokenImage(f"this TIFF needs {lack('tifffile', 'tiff', error)}")
+    import tifffile
+
     with tifffile.TiffFile(io.BytesIO(content)) as file:
         yield file.pages
 
@@ -253,10 +254,16 @@ def _unpacked(page: Any) -> NDArray[Any]:
         if "requires the 'imagecodecs' package" not in str(error):
             raise
         packed = getattr(page.compression, "name", page.compression)
-        raise BrokenImage(
-            f"this TIFF is packed by {packed}, which needs imagecodecs: pip install 'fastrm[tiff]'"
-        ) from None
+        why = failure("imagecodecs") or _first(error)
+        raise BrokenImage(f"this TIFF is packed by {packed}, which needs {lack('imagecodecs', 'tiff', why)}") from None
     return values
+
+
+def _first(error: BaseException) -> BaseException:
+    """What an error comes from: imagecodecs imports a library when it is first needed."""
+    while (before := error.__cause__ or error.__context__) is not None:
+        error = before
+    return error
 
 
 def _check_whole(page: Any, length: int) -> None:

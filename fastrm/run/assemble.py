@@ -27,6 +27,7 @@ from fastrm.data.scan import unreadable
 from fastrm.data.sent import opened_once
 from fastrm.errors import UsageError
 from fastrm.machine.joined import Machine, joined, own_cores
+from fastrm.machine.meeting import everyone
 from fastrm.machine.memory import enough
 from fastrm.methods import Method, build_method, find
 from fastrm.models import Backbone, untrained
@@ -52,8 +53,8 @@ class Parts:
     """Resolved: nothing in it is left to the machine or to the data."""
     machine: Machine
     source: Source
-    labelled: tuple[int, int]
-    """Images that an evaluation could look neighbours up in, and be tried on."""
+    labelled: dict[str, int]
+    """How many images an evaluation could score on, as :attr:`fastrm.data.Source.scored` says it of some of them."""
     broken: dict[str, str]
     """Images that are left out, by name, and what is wrong with them."""
     images: Inventory
@@ -123,10 +124,10 @@ def assemble(config: Config, objects: Objects, opened: ExitStack) -> Parts:
     if isinstance(recipe, Augmentation):
         kind.check_views(len(recipe.views))
     workers = min(own_cores(), 8) if config.input.workers is None else config.input.workers
-    whole, broken, hashes = opened_once(lambda: images.opened(objects.data, config, workers))
+    whole, broken, hashes, before = opened_once(lambda: images.opened(objects.data, config, workers))
     source = whole.limited(config.run.eval_images)
     if config.input.batch_size is None:
-        config = resolved(config.replace(batch_size=images.batch_of_before(config, source)), world.size)
+        config = resolved(config.replace(batch_size=everyone(before)[0]), world.size)
     batch, accumulate = config.input.batch_size, config.optim.accumulate
     assert batch is not None
     # A run is evaluated from other folders than it was started in.
@@ -184,7 +185,7 @@ def assemble(config: Config, objects: Objects, opened: ExitStack) -> Parts:
         config=config,
         machine=machine,
         source=source,
-        labelled=(len(whole.bank or ()), len(whole.test or ())),
+        labelled=whole.scored,
         broken=broken,
         images=inventory(source.train, left_out=len(broken), steps_per_epoch=steps_per_epoch, hashes=hashes),
         augmentation=recipe if isinstance(recipe, Augmentation) else None,

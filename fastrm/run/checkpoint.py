@@ -11,7 +11,7 @@ import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -70,31 +70,23 @@ def load(path: Path) -> dict[str, Any]:
     return state
 
 
-def glanced(path: Path) -> Mapping[str, Any]:
-    """What a checkpoint says of its run, without reading the tensors; nothing where it cannot be read."""
+class Glance(NamedTuple):
+    """What a checkpoint says of its run without reading the tensors."""
+
+    format: PixelFormat | None
+    """How the run takes its images; None where a callable made views of them."""
+    batch: int | None
+    """Images an optimizer step, over all processes."""
+
+
+def glanced(path: Path) -> Glance | None:
+    """Look at a checkpoint; None where it cannot be read, which is said when it is loaded."""
     try:
         state = torch.load(locate(path), mmap=True, weights_only=True, map_location="cpu")
-        return state if isinstance(state, dict) else {}
-    except Exception:  # what is wrong with it is said when it is loaded
-        return {}
-
-
-def format_in(path: Path) -> PixelFormat | None:
-    """How the run of a checkpoint takes its images; None where it cannot be read."""
-    if not (state := glanced(path)):
+        format, batch = PixelFormat.of(state.get("pixels")), state["config"].get("batch_size")
+    except Exception:  # whatever a damaged file, or one of something else, makes torch raise
         return None
-    try:
-        found = PixelFormat.of(state.get("pixels"))
-        return found if found.limits else None  # of views that a callable made
-    except Exception:  # what is wrong with it is said when it is loaded
-        return None
-
-
-def batch_in(path: Path) -> int | None:
-    """Images an optimizer step of the run of a checkpoint, over all processes; None where it cannot be read."""
-    settings = glanced(path).get("config")
-    found = settings.get("batch_size") if isinstance(settings, dict) else None
-    return found if isinstance(found, int) else None
+    return Glance(format if format.limits else None, batch if isinstance(batch, int) else None)
 
 
 @contextmanager

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from fastrm.data import Source, open_source
 from fastrm.data.scan import scan
@@ -12,11 +11,8 @@ from fastrm.data.sent import Opened
 from fastrm.data.settling import PixelOptions, formatted, settled
 from fastrm.files import as_utf8
 from fastrm.machine.distributed import on_this_machine
-from fastrm.machine.meeting import everyone
 from fastrm.run import checkpoint
 from fastrm.settings.config import Config
-
-T = TypeVar("T")
 
 
 def opened(data: Any, config: Config, workers: int) -> Opened:
@@ -40,11 +36,12 @@ def opened(data: Any, config: Config, workers: int) -> Opened:
     if settings.scan and keep:
         source, broken = scan(source, workers=threads)
     # Whatever is in the folder of data by now, a run goes on with its images taken as they were.
-    if (format := _of_before(config, source, checkpoint.format_in)) is not None:
-        source = formatted(source, format)
+    before = _before(config, source)
+    if before is not None and before.format is not None:
+        source = formatted(source, before.format)
     else:
         source = settled(source, PixelOptions.of(settings), workers=threads)
-    return Opened(source, broken, source.train.hashes())
+    return Opened(source, broken, source.train.hashes(), before and before.batch)
 
 
 def folder_of(config: Config, source: Source) -> Path:
@@ -52,15 +49,10 @@ def folder_of(config: Config, source: Source) -> Path:
     return config.run.out or Path("runs", f"{as_utf8(source.name)}-{config.method.method}-{config.model.arch}")
 
 
-def batch_of_before(config: Config, source: Source) -> int | None:
-    """Images an optimizer step of the run that is to go on; None where none is."""
-    return everyone(_of_before(config, source, checkpoint.batch_in))[0]
-
-
-def _of_before(config: Config, source: Source, read: Callable[[Path], T | None]) -> T | None:
+def _before(config: Config, source: Source) -> checkpoint.Glance | None:
     """What a checkpoint of the run that is to go on says; of a run's own a damaged one gives way to those before."""
     wish = config.run.resume
     if wish == "never":
         return None
     there = checkpoint.own(folder_of(config, source)) if wish == "auto" else [Path(wish)]
-    return next((found for found in map(read, there) if found is not None), None)
+    return next((found for found in map(checkpoint.glanced, there) if found is not None), None)

@@ -36,7 +36,7 @@ class Results:
         self._weights = metadata(config.flat(), "student", format)
         self._about = {
             "images": len(source.train),
-            **_labelled(source),
+            **{f"knn_{name}": count for name, count in source.scored.items()},
             "method": config.method.method,
             "arch": config.model.arch,
             "residual_weight": config.method.residual_weight,
@@ -56,13 +56,6 @@ class Results:
         write_backbone(self.out / BACKBONE, student, self._weights)
         write_json(self.out / SUMMARY, {**latest, **self._about})
         return read_json(self.out / SUMMARY)
-
-
-def _labelled(source: Source) -> dict[str, int]:
-    """How many images the scores are of, where there are scores."""
-    if source.bank is None or source.test is None:
-        return {}
-    return {"knn_bank": len(source.bank), "knn_test": len(source.test)}
 
 
 def complete(out: Path, step: int) -> bool:

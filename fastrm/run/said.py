@@ -59,12 +59,11 @@ def views(augmentation: Augmentation, image_size: int) -> str:
     return told + (other if image_size not in counts else "")
 
 
-def part(source: Source, labelled: tuple[int, int]) -> str | None:
+def part(source: Source, labelled: Mapping[str, int]) -> str | None:
     """Which part of the labelled images an evaluation takes; None for all of them."""
-    taken = (len(source.bank or ()), len(source.test or ()))
-    if taken == labelled:
+    if source.scored == labelled:
         return None
-    bank, test = (f"{some:,} of {every:,} images" for some, every in zip(taken, labelled, strict=True))
+    bank, test = (f"{source.scored[name]:,} of {labelled[name]:,} images" for name in ("bank", "test"))
     return f"kNN looks up in {bank} and is tried on {test} (--eval-images)"
 
 
