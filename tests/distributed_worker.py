@@ -271,6 +271,18 @@ def resumed(out: Path, steps: int) -> Config:
     return build(**{**SMALL, "method": "mocov2", "epochs": 2, "eval_every": 0, "max_steps": steps, "out": out})
 
 
+def going_on(folder: Path, name: str, steps: int) -> None:
+    """A run up to a step, in which each process has random numbers of its own."""
+
+    def apart(*args: Any, **options: Any) -> Method[Any]:
+        built = build_method(*args, **options)
+        torch.rand(world().rank)
+        return built
+
+    with mock.patch("fastrm.run.assemble.build_method", apart):
+        train.train(resumed(folder / name, steps))
+
+
 def trained(folder: Path, method: str, arch: str) -> None:
     """Steps of the trainer, and what each process holds afterwards."""
     built: list[Method[Any]] = []
@@ -442,9 +454,9 @@ PARTS: dict[str, Callable[[Path], object]] = {
     "slow": slow,
     "started": started,
     "agreeing": agreeing,
-    "whole": lambda folder: train.train(resumed(folder / "whole", 6)),
-    "first half": lambda folder: train.train(resumed(folder / "parts", 3)),
-    "second half": lambda folder: train.train(resumed(folder / "parts", 6)),
+    "whole": lambda folder: going_on(folder, "whole", 6),
+    "first half": lambda folder: going_on(folder, "parts", 2),
+    "second half": lambda folder: going_on(folder, "parts", 6),
 }
 
 

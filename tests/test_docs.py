@@ -27,7 +27,8 @@ ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("[a-z]*.md"))]
 RUN = ("quickstart.md", "tutorial.md")  # their commands are run, shortened; those of other pages are parsed
 SMALL = {
-    "epochs": 1, "max_steps": 2, "batch_size": 8, "hidden_dim": 16, "predictor_hidden_dim": 16, "output_dim": 8,
+    "arch": "test_resnet", "epochs": 1, "max_steps": 2, "batch_size": 8, "hidden_dim": 16, "predictor_hidden_dim": 16,
+    "output_dim": 8,
     "workers": 0, "eval_every": 0, "warmup_epochs": 0.0,
 }  # fmt: skip
 COMMANDS: dict[str, tuple[Any, type]] = {

@@ -442,7 +442,8 @@ def test_a_checkpoint_is_saved_when_long_none_was(
 
     def steps_saved(**leaves: Any) -> list[int]:
         saved.clear()
-        config = small(epochs=1, max_steps=14, checkpoint_every=8, resume="never", **leaves).flat()
+        narrow = {"batch_size": 4, "hidden_dim": 16, "predictor_hidden_dim": 16, "output_dim": 8}
+        config = small(epochs=1, max_steps=14, checkpoint_every=8, resume="never", **narrow, **leaves).flat()
         Trainer(**config, hooks=[Watch()]).fit()
         return list(saved)
 

@@ -16,8 +16,9 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 CHECK = """
-import pathlib, fastrm, fastrm.kernels, fastrm.settings.config, fastrm.methods, fastrm.data, fastrm.optim
+import importlib.util, pathlib, fastrm, fastrm.kernels, fastrm.settings.config
 assert fastrm.kernels.fused_ema_ and fastrm.kernels.residual_info_nce
+assert all(importlib.util.find_spec(f"fastrm.{part}") for part in ("methods", "data", "optim", "models", "train"))
 print(pathlib.Path(fastrm.__file__).parent)
 print(pathlib.Path(fastrm.kernels.__file__).parent)
 """

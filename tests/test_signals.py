@@ -22,9 +22,9 @@ from fastrm.data import eval_loader, make_loader, open_source
 
 kind, ending, folder = sys.argv[1:]
 if kind == "eval":
-    loader = eval_loader(open_source("digits").train, image_size=32, batch_size=16, workers=1)
+    loader = eval_loader(open_source(folder).train, image_size=32, batch_size=16, workers=1)
 else:
-    data = folder if kind == "dali" else "digits"
+    data = "digits" if kind == "memory" else folder
     options = {"image_size": 32, "batch_size": 16, "device": "cpu", "workers": 1, "seed": 0, "loader": kind}
     loader = make_loader(data, method="mocov2", **options)
 batches = iter(loader)  # stays alive, in mid-epoch
@@ -38,7 +38,7 @@ if ending == "is killed":
 # Imports once, and then is many scripts. Each child goes on at the end of this file, and ends as a script ends.
 MANY = """\
 import os, runpy, sys, time
-import fastrm.data, sklearn.datasets, torch.utils.data
+import fastrm.data, torch.utils.data
 script, folder, limit, *cases = sys.argv[1:]
 for case in cases:
     child = os.fork()
@@ -94,7 +94,7 @@ def test_a_script_ends_with_its_own_status_whatever_loader_it_holds(
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("ending", "status"), [("comes to its end", 0), ("raises", 1)])
-def test_a_script_under_torchrun_ends(ending: str, status: int, script: Path, tmp_path: Path) -> None:
+def test_a_script_under_torchrun_ends(ending: str, status: int, script: Path, pictures: Path) -> None:
     launch = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
-    code, said, errors = run(*launch, str(script), "torch", ending, str(tmp_path))
+    code, said, errors = run(*launch, str(script), "torch", ending, str(pictures / "flat"))
     assert (code, said.count("one batch")) == (status, 2), errors
