@@ -124,8 +124,9 @@ if triton is not None:
         out_ptr += tl.load(row_ptr + VIEW).to(tl.int64) * (OUT_H * OUT_W * CHANNELS)
         steps = tl.load(row_ptr + STEPS)
         grid = tl.arange(0, R)
-        to_y, to_x = tile // TILES_X * T + grid, tile % TILES_X * T + grid
+        tile_y, tile_x = tile // TILES_X * T, tile % TILES_X * T
         halo = radius if T < R else 0
+        to_y, to_x = tile_y + grid, tile_x + grid
         y, x = to_y - halo, to_x - halo
         inside = (y < OUT_H)[:, None] & (x < OUT_W)[None, :]
         area = OUT_H * OUT_W
@@ -137,8 +138,8 @@ if triton is not None:
         rows, columns = None, None
         if BLUR:
             sigma = real(row_ptr + SIGMA)
-            rows = gaussian_band(to_y, y, OUT_H, sigma, radius, R)
-            columns = tl.trans(gaussian_band(to_x, x, OUT_W, sigma, radius, R))
+            rows = gaussian_band(to_y, y, tile_y - halo, OUT_H, sigma, radius, R)
+            columns = tl.trans(gaussian_band(to_x, x, tile_x - halo, OUT_W, sigma, radius, R))
         if BANDS == 3:
             red = pixels(image_ptr, row_ptr, y, x, row_stride, column_stride, OUT_H, OUT_W, BOXES, BICUBIC, R)
             green = pixels(
@@ -163,7 +164,7 @@ if triton is not None:
             g0, g1, g2, g3, g4, g5, g6, g7 = _split(green, R)
             b0, b1, b2, b3, b4, b5, b6, b7 = _split(blue, R)
             eights = tl.arange(0, R // 8) * 8
-            start = tile % TILES_X * T + eights
+            start = tile_x + eights
             ptrs = out_ptr + (to_y[:, None] * OUT_W + start[None, :])[:, :, None] * 3
             mask = (((grid < T) & (to_y < OUT_H))[:, None] & ((eights < T) & (start < OUT_W))[None, :])[:, :, None]
             mask0, mask1, mask2 = mask, mask, mask

@@ -159,21 +159,26 @@ if triton is not None:
         return plane
 
     @triton.jit
-    def _tapped(distance, sigma, radius):
+    def _tapped(distance, scale, radius):
         """A Gaussian, not normalised."""
-        share = distance / sigma
-        close = (tl.abs(distance) <= radius) & (tl.abs(share) <= 6)
-        return tl.where(close, tl.exp(-0.5 * share * share), 0.0)
+        share = distance * scale
+        return tl.where(tl.abs(distance) <= radius, tl.exp2(-share * share), 0.0)
 
     @triton.jit
-    def gaussian_band(to, of, size, sigma, radius, R: tl.constexpr):
-        """Weights [R, R] of pixels ``of`` in the blurred ones at ``to``; beyond its edges the view is reflected."""
+    def gaussian_band(to, of, start, size, sigma, radius, R: tl.constexpr):
+        """Weights [R, R] of pixels ``of``, from ``start`` on, in the blurred ones at ``to``.
+
+        Beyond the edges of the view, which has ``size`` pixels, it is reflected.
+        """
+        scale = 0.8493218 / sigma  # exp(-(distance / sigma)^2 / 2) as a power of 2
         to, of = to[:, None], of[None, :]
-        weights = _tapped(to - of, sigma, radius)
-        weights += tl.where(of > 0, _tapped(to + of, sigma, radius), 0.0)
-        weights += tl.where(of < size - 1, _tapped(2 * (size - 1) - to - of, sigma, radius), 0.0)
-        total = 2 * tl.sum(_tapped(tl.arange(0, R), sigma, radius), axis=0) - 1
-        return tl.where((of >= 0) & (of < size), weights / total, 0.0).to(tl.float16)
+        weights = _tapped(to - of, scale, radius)
+        if (start <= 0) | (start + R >= size):
+            weights += tl.where(of > 0, _tapped(to + of, scale, radius), 0.0)
+            weights += tl.where(of < size - 1, _tapped(2 * (size - 1) - to - of, scale, radius), 0.0)
+            weights = tl.where((of >= 0) & (of < size), weights, 0.0)
+        total = 2 * tl.sum(_tapped(tl.arange(0, R), scale, radius), axis=0) - 1
+        return (weights * (1 / total)).to(tl.float16)
 
     @triton.jit
     def finished(plane, rows, columns, row_ptr, scale, shift, BLUR: tl.constexpr):

@@ -161,6 +161,12 @@ def test_half_precision(dtype: torch.dtype, backend: str) -> None:
     check_torchvisions(pictures(2, 16, 16), parameters(2, 2), 16, backend, dtype=dtype)
 
 
+@pytest.mark.parametrize("backend", ["reference", SLOW_TRITON])
+@pytest.mark.parametrize("radius", [24, 25])
+def test_blurs_as_wide_as_a_tile_takes_and_wider(radius: int, backend: str) -> None:
+    check_torchvisions(pictures(1, 88, 88), ViewParameters(sigma=torch.tensor([7.0])), 88, backend, radius=radius)
+
+
 def test_views_are_near_those_that_torchvision_makes_in_bytes() -> None:
     images = pictures(24, 48, 48)
     drawn = parameters(24, 3, box=torch.tensor([0, 0, 48, 48]).repeat(24, 1))
