@@ -20,7 +20,7 @@ Parts = Sequence[tuple[str, float]]
 
 # Rows of packages, from those that know all to the one that knows none, and those that all rows but the last use.
 ROWS: Sequence[Sequence[tuple[str, str]]] = (
-    (("train, evaluate, export, report, data, doctor", "the commands; from Python pretrain, Trainer and load"),),
+    (("train, evaluate, embed, export, report, data, doctor", "the commands; from Python pretrain, Trainer and load"),),
     (("exports", "files for others"), ("reports", "pages"), ("pretrained", "runs and files, read")),
     (("run", "the loop, its step and graph; folder, checkpoints, resume, faults"),),
     (("hooks", "metrics, loggers, checkpoints, evaluation, warnings; yours"),),
