@@ -6,9 +6,11 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from fastrm.checkout import find_kernels
+from fastrm.machine.threads import let_threads_sleep
 from fastrm.version import __version__ as __version__
 
 find_kernels()
+let_threads_sleep()
 
 if TYPE_CHECKING:
     from fastrm.pretrained import load as load

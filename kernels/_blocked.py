@@ -1,7 +1,8 @@
 """The losses and their gradient in plain PyTorch, block by block over the bank: the CPU's path.
 
 The same sweep as the Triton kernel's (see ``_sweep``), for any device, dtype and width. A block of logits stays in a
-core's cache, so the N×K logits never exist and the memory does not grow with the bank.
+core's cache, so the N×K logits never exist and the memory does not grow with the bank. Against a queue, whose rows are
+keys and values of one attention, a CPU has PyTorch's own: its threads are sent off once and awaited once.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import math
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ._scoring import Scoring
@@ -17,6 +19,10 @@ from .reference import enqueue_, reduce, unit
 
 ROWS = 256  # queries in a block of logits
 ELEMENTS = 1 << 18  # of a block of logits, and of the bank's rows behind it: 1 MiB each in float32
+QUERIES = 64  # of a piece of attention's work, at most, unless there are 768 and more
+SHORTEST = 512  # rows of the bank that attention takes at a time
+CONVERTED = 1 << 20  # elements of the bank that are converted at a time: 4 MiB in float32
+_ATTENTION = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
 # Of another device, for what its kernels do not know: few launches, and a product that fills it.
 DEVICE_ROWS, DEVICE_ELEMENTS = 4096, 1 << 24
 
@@ -46,7 +52,12 @@ def blocked_losses(scoring: Scoring, gradient: bool) -> tuple[Tensor, Tensor]:
             in_batch = queue is None
             positive = unit(key[key_offset : key_offset + len(u)].to(dtype))
             bank = key if queue is None else queue
-            contrastive, average = _sweep(u, positive, bank, key_offset if in_batch else None, temperature, gradient)
+            average: Tensor | None
+            if gradient and not in_batch and u.device.type == "cpu" and u.numel() and len(bank):
+                contrastive, average = _attend(u, positive, bank, temperature)
+            else:
+                offset = key_offset if in_batch else None
+                contrastive, average = _sweep(u, positive, bank, offset, temperature, gradient)
             if average is not None and pull is not None:
                 pull += (average - positive) * (contrastive_weight / temperature)
         if same is not None:
@@ -67,6 +78,33 @@ def blocked_losses(scoring: Scoring, gradient: bool) -> tuple[Tensor, Tensor]:
         pull -= u * (pull * u).sum(dim=1, keepdim=True)  # through the normalisation
         pull *= inverse / max(len(u), 1) if reduction == "mean" else inverse
         return values, pull
+
+
+def _attend(u: Tensor, positive: Tensor, bank: Tensor, temperature: float | Tensor) -> tuple[Tensor, Tensor]:
+    """What :func:`_sweep` finds for a queue [K, D], by attention, whose keys and values are the rows of the queue.
+
+    Few queries are too few pieces of work for all threads: then the bank is cut, and each cut is a head of attention.
+    """
+    scaled = u / temperature
+    logsum, average = u.new_full((len(u), 1), -math.inf), torch.zeros_like(u)
+    cuts = -(-torch.get_num_threads() // -(-len(u) // QUERIES))
+    # Rows of another dtype are converted some at a time.
+    columns = len(bank) if bank.dtype == u.dtype and bank.stride(1) == 1 else max(CONVERTED // bank.shape[1], 1)
+    for c in range(0, len(bank), columns):
+        rows = bank[c : c + columns].to(u.dtype).contiguous()
+        length = max(len(rows) // cuts, min(len(rows), SHORTEST))
+        whole = len(rows) // length * length
+        for part, heads in ((rows[:whole], whole // length), (rows[whole:], 1)):
+            if len(part):
+                candidates = part.unflatten(0, (1, heads, -1))
+                found = _ATTENTION(scaled.expand(1, heads, -1, -1), candidates, candidates, scale=1.0)
+                for one, its in zip(found[0][0], found[1][0].unsqueeze(-1), strict=True):
+                    both = torch.logaddexp(logsum, its)
+                    average = average * (logsum - both).exp_() + one * (its - both).exp_()
+                    logsum = both
+    first = (scaled * positive).sum(dim=1, keepdim=True)
+    loss = -F.logsigmoid(first - logsum).squeeze(1)
+    return loss, torch.lerp(positive, average, torch.sigmoid(logsum - first))
 
 
 def _sweep(

@@ -622,30 +622,68 @@ def test_few_operations_where_no_kernel_knows_the_dtype() -> None:
 
 def test_no_block_of_the_cpu_path_grows_with_the_bank() -> None:
     class Largest(torch.utils._python_dispatch.TorchDispatchMode):
-        elements = 0
+        def __init__(self, given: Tensor) -> None:
+            super().__init__()
+            self.elements, self.given = 0, given.untyped_storage().data_ptr()
 
         def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
             out = func(*args, **(kwargs or {}))
-            if isinstance(out, Tensor) and not out._is_view():
-                self.elements = max(self.elements, out.numel())
+            for made in out if isinstance(out, (tuple, list)) else [out]:
+                if isinstance(made, Tensor) and made.untyped_storage().data_ptr() != self.given:
+                    self.elements = max(self.elements, made.numel())
             return out
 
+    for dtype, queued in ((F32, True), (BF16, True), (F32, False)):
+        found = []
+        for size in (16384, 65536):
+            query, key, queue = Case(300, size, 64, queued=queued).inputs()
+            bank = None if queue is None else queue.to(dtype)
+            with Largest(key if bank is None else bank) as largest:
+                _blocked.blocked_losses(Scoring(query, key, None, bank, None, None, 0.2, 1.0, 1.0), True)
+            found.append(largest.elements)
+        assert found[0] == found[1] <= max(_blocked.ELEMENTS, _blocked.CONVERTED * (dtype == BF16))
+
+
+@pytest.mark.parametrize("threads", [1, 3, 16])
+@pytest.mark.parametrize(
+    "case",
+    [Case(5, 1337, 20, 0.05), Case(70, 3000, 16, dtype=BF16), Case(9, 999, 24, 0.5, dtype=F64), Case(2, 10, 7)],
+    ids=lambda c: c.name,
+)
+def test_a_bank_cut_among_threads(case: Case, threads: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_blocked, "CONVERTED", 1700 * case.dim)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    query, key, queue = case.inputs()
+    query.requires_grad_()
     found = []
-    for size in (4096, 65536):
-        query, key, queue = Case(300, size, 64).inputs()
-        assert queue is not None
-        with Largest() as largest:
-            _blocked.blocked_losses(Scoring(query, key, key, queue, None, None, 0.2, 1.0, 1.0), True)
-        found.append(largest.elements)
-    assert found[0] == found[1] <= _blocked.ELEMENTS
+    for backend in ("cpu", "cpu", "reference"):
+        loss = info_nce(query, key, queue, temperature=case.temperature, reduction="none", backend=backend)
+        found.append((loss, *torch.autograd.grad(loss.sum(), query)))
+    for got, again, want in zip(*found, strict=True):
+        assert torch.equal(got, again)
+        torch.testing.assert_close(got, want, rtol=2e-2 if got.dtype == BF16 else 1e-5, atol=1e-6)
+
+
+def test_the_gradient_of_a_sure_positive_is_not_lost_in_rounding() -> None:
+    """Where the positive takes all but e^-20 of the probability, what is left is the gradient."""
+    key = torch.eye(4, 8)
+    query, queue = key.clone().requires_grad_(), torch.eye(8)[4:]
+    loss = info_nce(query, key, queue, temperature=0.05, reduction="none", backend="cpu")
+    (slope,) = torch.autograd.grad(loss.sum(), query)
+    q, k, c = numpy(query), numpy(key), numpy(queue)
+    np.testing.assert_allclose(numpy(loss), definition(q, k, c, 0.05), rtol=1e-5)
+    want = slopes(lambda at: definition(at, k, c, 0.05), q, list(range(8)), 1e-4)
+    assert_gradient(slope, want, 1e-3, 0)
 
 
 def test_without_a_gradient_the_second_product_is_skipped(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Tensor, "addmm_", None)
+    monkeypatch.setattr(_blocked, "_ATTENTION", None)
     query, key, queue = Case(6, 20, 16).inputs()
     info_nce(query, key, queue, backend="cpu")
-    with pytest.raises(TypeError):
-        info_nce(query.requires_grad_(), key, queue, backend="cpu")
+    for bank in (queue, None):
+        with pytest.raises(TypeError):
+            info_nce(query.clone().requires_grad_(), key, bank, backend="cpu")
 
 
 @pytest.mark.skipif(triton is None, reason="the plan is that of the Triton kernels")

@@ -278,3 +278,23 @@ def test_a_file_of_another_kind_is_refused_without_advice_to_run_its_code(tmp_pa
         with pytest.raises(UsageError) as refused:
             load_tensors(path)
         assert str(refused.value) == f"{path} cannot be read as a checkpoint: {why}"
+
+
+def test_threads_of_a_command_sleep_while_they_wait_unless_the_user_said_how() -> None:
+    code = "import os, fastrm.machine.threads as t; t.os.environ.pop('OMP_WAIT_POLICY', None); sys.orig_argv[:] = {}\n"
+    code += "t.let_threads_sleep(); print(os.environ.get('OMP_WAIT_POLICY'))"
+    for command, want in (
+        (["python", "-u", "-m", "fastrm.train", "--data", "digits"], "passive"),
+        (["python", "-m", "fastrm"], "passive"),
+        (["python", "-m", "fastrmore"], "None"),
+        (["python", "train.py", "fastrm"], "None"),
+    ):
+        assert light(code.format(command)).stdout.strip() == want
+    module = [sys.executable, "-m", "fastrm", "--version"]
+    probe = "import atexit, os; atexit.register(lambda: print(os.environ['OMP_WAIT_POLICY']))"
+    for said in ({}, {"OMP_WAIT_POLICY": "active"}):
+        with tempfile.TemporaryDirectory() as folder:
+            Path(folder, "sitecustomize.py").write_text(probe)
+            surroundings = {"PATH": os.environ["PATH"], "PYTHONPATH": f"{folder}{os.pathsep}{ROOT}", **said}
+            done = subprocess.run(module, env=surroundings, capture_output=True, text=True, timeout=300, check=True)
+        assert done.stdout.split()[-1] == said.get("OMP_WAIT_POLICY", "passive")
