@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -19,7 +20,6 @@ from fastrm.optim import LARS, SGD, AdamW
 M = 0.99
 CASES = [(network, rule) for network in ("ResNet-50", "ViT-B") for rule in ("lars", "sgd", "adamw")]
 FLOOR = {"lars": 36, "sgd": 28, "adamw": 36}  # bytes a float32 parameter, teacher included
-Contender = tuple[list[Tensor], list[Tensor], Callable[[], object]]
 
 
 def per_parameter_lars(params: list[Tensor]) -> Callable[[], object]:
@@ -75,17 +75,36 @@ RIVALS: dict[str, dict[str, Callable[[list[Tensor]], Callable[[], object]]]] = {
 }
 
 
+def apex_adam_swa(params: list[Tensor], teacher: list[Tensor]) -> Callable[[], object]:
+    """Adam, a copy of the parameters (here they themselves) and the average in one Triton kernel of apex."""
+    if DEVICE.type != "cuda":
+        raise ImportError("its kernel needs a GPU")
+    module = importlib.import_module("apex.contrib.openfold_triton.fused_adam_swa")
+    options = {**ADAMW_OPTIONS, "adam_math_mode": module.AdamMathType.ApexAdamW, "swa_decay_rate": M}
+    optimizer = module.FusedAdamSWA(params, params, teacher, **options)
+    optimizer.swa_param_groups[0]["n_averaged"] = 1  # else the first step copies
+    return optimizer.step
+
+
+# Rivals that have the teacher inside, too.
+INSIDE: dict[str, dict[str, Callable[[list[Tensor], list[Tensor]], Callable[[], object]]]] = {
+    "adamw": {"apex FusedAdamSWA, teacher inside": apex_adam_swa}
+}
+
+
 def measure(network: str, rule: str) -> list[Row]:
     """Time those that can be had and that give the same parameters and teacher as the first, over two steps."""
     start, gradients = tensors(network, seed=0), tensors(network, seed=1)
 
-    def make(kind: Callable[[list[Tensor]], Callable[[], object]] | None) -> Contender:
+    def tensors_of_one() -> tuple[list[Tensor], list[Tensor]]:
         params = [p.clone().requires_grad_() for p in start]
         for p, g in zip(params, gradients, strict=True):
             p.grad = g
-        teacher = [p.clone() for p in start]
-        if kind is None:
-            return params, teacher, OURS[rule](params, teacher=teacher, ema_momentum=M).step
+        return params, [p.clone() for p in start]
+
+    def then_averaged(
+        kind: Callable[[list[Tensor]], Callable[[], object]], params: list[Tensor], teacher: list[Tensor]
+    ) -> Callable[[], object]:
         step = kind(params)
 
         def both() -> None:
@@ -93,25 +112,28 @@ def measure(network: str, rule: str) -> list[Row]:
             with torch.no_grad():
                 torch._foreach_lerp_(teacher, params, 1 - M)
 
-        return params, teacher, both
+        return both
 
-    params, teacher, ours = make(None)
+    params, teacher = tensors_of_one()
+    ours = OURS[rule](params, teacher=teacher, ema_momentum=M).step
     for _ in range(2):
         ours()
     want = [p.detach().clone() for p in (*params, *teacher)]
     ready: dict[str, Callable[[], object]] = {f"fastrm {rule}, teacher inside": ours}
-    contenders = {**RIVALS[rule], f"fastrm {rule}": lambda params: OURS[rule](params).step}
-    for name, kind in contenders.items():
+    outside = {**RIVALS[rule], f"fastrm {rule}": lambda params: OURS[rule](params).step}
+    makers = {f"{name}, then _foreach_lerp_": partial(then_averaged, kind) for name, kind in outside.items()}
+    for name, make in (INSIDE.get(rule, {}) | makers).items():
+        params, teacher = tensors_of_one()
         try:
-            params, teacher, step = make(kind)
+            step = make(params, teacher)
             for _ in range(2):
                 step()
-        except (ImportError, RuntimeError) as error:
-            print(f"{name} cannot: {type(error).__name__}: {str(error).splitlines()[0]}")
+        except Exception as error:  # absent, or not made for this Triton: whatever it is, it is said
+            print(f"{name} cannot: {type(error).__name__}: {(str(error).splitlines() or [''])[0]}")
             continue
         for got, expected in zip((*params, *teacher), want, strict=True):
             torch.testing.assert_close(got.detach(), expected, rtol=1e-4, atol=1e-5, msg=f"{name} is different")
-        ready[f"{name}, then _foreach_lerp_"] = step
+        ready[name] = step
     moved = sum(p.numel() for p in start) * FLOOR[rule]
     return compare(f"{network} {rule}", ready, moved, rounds=15 if DEVICE.type == "cuda" else 7)
 
