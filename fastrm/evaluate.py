@@ -42,7 +42,8 @@ from fastrm.version import __version__
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluateConfig(OfRun):
-    """Score the student and the teacher of a run side by side, beside an untrained network and the raw pixels."""
+    """Score the student and the teacher of a run side by side, beside an untrained network, the weights that the run
+    started from, and the raw pixels."""
 
     data: str | None = None
     """Images to score on, as for fastrm.train; unset: the run's."""
@@ -230,6 +231,11 @@ def _plain(results: Any) -> Any:
 
 def _scores(options: EvaluateConfig, trained: Pretrained, source: Source, setting: Setting) -> Scores:
     networks = {**trained.networks, "random": trained.untrained().to(setting.device)}
+    start, why = trained.start()
+    if start is not None:
+        networks["start"] = start.to(setting.device)
+    elif why and world().rank == 0:
+        print(f"notice     the weights that the run started from are not scored: {why}")
     protocol = None
     if options.linear:
         protocol = _protocol(trained.about.get("method", ""))

@@ -17,6 +17,7 @@ from fastrm.files import at_home
 from fastrm.methods import Method, build_method
 from fastrm.models import Backbone, untrained
 from fastrm.models.layout import lay_out
+from fastrm.models.starting import starting_weights
 from fastrm.models.weights import backbone_of, metadata, pixels_of, read_backbone
 from fastrm.run import checkpoint
 from fastrm.settings.config import check_choice, check_path, check_value, from_flat
@@ -65,6 +66,19 @@ class Pretrained:
         """
         size, channels = self.image_size, self.pixels.channels
         return untrained(self.arch, image_size=size, stem=self.about["stem"], channels=channels)
+
+    def start(self) -> tuple[Backbone | None, str]:
+        """The backbone as a run that starts from weights began, or why that cannot be had; empty if it did not."""
+        given = (self.settings or {}).get("init_from")
+        if given is None:
+            return None, ""
+        backbone = self.untrained()
+        try:
+            state, _ = starting_weights(backbone, Path(given), partial=True)
+        except UsageError as error:
+            return None, str(error)
+        backbone.net.load_state_dict(state, strict=False)
+        return backbone, ""
 
     def method(self, device: torch.device) -> Method[Any]:
         """Student and teacher with their heads, on a device.

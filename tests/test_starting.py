@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,10 +16,12 @@ import torchvision
 from timm.layers import resample_abs_pos_embed
 from torch import Tensor, nn
 
+from fastrm import evaluate, train
 from fastrm.errors import UsageError
 from fastrm.methods import build_method
 from fastrm.models import build_backbone
 from fastrm.models.starting import starting_weights
+from fastrm.probes import Estimate
 from fastrm.settings.config import build
 
 Nest = Callable[[dict[str, Tensor], dict[str, Tensor]], Any]
@@ -161,3 +164,40 @@ def test_a_module_of_ones_own(tmp_path: Path) -> None:
     found, said = starting_weights(backbone, tmp_path / "it.pth", partial=False)
     assert "7 of 7 tensors" in said
     backbone.net.load_state_dict(found)
+
+
+@pytest.mark.usefixtures("few_digits")
+def test_a_run_scores_what_it_starts_from_and_says_where_it_falls_below(
+    small: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """kNN of the start beside the run's in its records, its summary and its evaluation; also where it was cut off."""
+    torch.save(timm.create_model("test_resnet", num_classes=0).state_dict(), tmp_path / "it.pth")
+    monkeypatch.chdir(tmp_path)
+    seen = iter([0.7, 0.8, 0.6, 0.5])
+    monkeypatch.setattr(
+        "fastrm.hooks.evaluation.frozen_scores", lambda networks, *_, **__: scores(networks, next(seen))
+    )
+
+    def scores(networks: dict[str, nn.Module], student: float) -> dict[str, dict[str, Estimate]]:
+        values = dict.fromkeys(networks, 0.25) | {"student": student}
+        return {name: {k: Estimate(value, 0, 1) for k in ("knn20", "knn200")} for name, value in values.items()}
+
+    options = {"init_from": Path("it.pth"), "eval_every": 1, "epochs": 3, "batch_size": 64, "out": tmp_path / "run"}
+    train.train(small(**options, max_steps=2))
+    assert "start      kNN accuracy 70.0%" in capsys.readouterr().out
+    train.train(small(**options, max_steps=None))
+    said = " ".join(capsys.readouterr().out.split())
+    assert "is below the 70.0% of the weights" in said
+    records = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [record["knn_start"] for record in records if "knn_start" in record] == [0.7, 0.7]
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert (summary["knn_start"], summary["knn_student"]) == (0.7, 0.5)
+
+    monkeypatch.undo()
+    monkeypatch.chdir("/")
+    evaluate.main([str(tmp_path / "run"), "--linear-quick", "--eval-images", "60", "--workers", "0"])
+    table = capsys.readouterr().out
+    assert "start" in table.splitlines()[-2]
+    (tmp_path / "it.pth").unlink()
+    evaluate.main([str(tmp_path / "run"), "--linear-quick", "--eval-images", "60", "--workers", "0"])
+    assert "are not scored: --init-from" in capsys.readouterr().out

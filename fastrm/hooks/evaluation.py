@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
@@ -22,8 +22,9 @@ if TYPE_CHECKING:
 class KNN(Hook):
     """Scores student and teacher at the end of every so many epochs, and after the last step.
 
-    After the last step the raw pixels and a network that has learned nothing are scored beside them. All processes
-    share the work, and wait for each other however long it takes.
+    After the last step the raw pixels and a network that has learned nothing are scored beside them. Of a run that
+    starts from weights these are scored before the first step, and a warning says where the student falls below them
+    twice in a row. All processes share the work, and wait for each other however long it takes.
 
     Args:
         source: labelled images: the bank that neighbours are looked up in, and the test images.
@@ -44,10 +45,27 @@ class KNN(Hook):
     ) -> None:
         self._source, self._setting, self._every = source, setting, every
         self._online, self._untrained = online, untrained
+        self._start: float | None = None
+        """kNN accuracy of the weights that the run started from."""
+        self._below = 0
+        """Evaluations in a row in which the student was worse."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """What the run started from, and how it compares."""
+        return {"start": self._start, "below": self._below}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on with a run's."""
+        self._start, self._below = state["start"], state["below"]
 
     def on_start(self, run: Run) -> None:
-        """Score what the run before was cut off at."""
-        if run.step and not run.scored:
+        """Score the weights that the run starts from, or what the run before was cut off at."""
+        if run.step == 0 and run.config.model.init_from is not None:
+            scores = self._watched(run, {}, "Nothing was trained; the same command with --eval-every 0 does without")
+            self._start = scores["knn_student"]
+            run.log({"knn_start": self._start})
+            run.say(f"start      kNN accuracy {self._start:.1%}: of the weights, before the first step")
+        elif run.step and not run.scored:
             self.on_step(run, run.step)
 
     def on_step(self, run: Run, step: int, _: object = None) -> None:
@@ -58,16 +76,26 @@ class KNN(Hook):
         if run.asked().end:  # the same command goes on with it
             return
         run.save(wait=True)
-        with (
-            together(),
-            enough(
-                self._setting.device,
-                lambda: self._asked(run),
-                "The steps are saved; the same command with --eval-every 0 goes on",
-            ),
-        ):
-            scores = self._scores(run, self._beside() if end else {})
+        hint = "The steps are saved; the same command with --eval-every 0 goes on"
+        scores = self._watched(run, self._beside() if end else {}, hint)
+        if self._start is not None:
+            self._compare(run, self._start, scores["knn_student"])
+            scores |= {"knn_start": self._start} if end else {}
         run.evaluated(scores)
+
+    def _compare(self, run: Run, start: float, now: float) -> None:
+        self._below = self._below + 1 if now < start else 0
+        if self._below == 2:
+            run.say(
+                f"warning    the student's kNN accuracy, {now:.1%}, is below the {start:.1%} of the weights that the "
+                "run started from, for the second time in a row: a lower --lr or a longer --warmup-epochs may keep "
+                "what they know"
+            )
+
+    def _watched(self, run: Run, beside: Mapping[str, nn.Module], hint: str) -> dict[str, float]:
+        """Scores, or in every process the same word on why there are none."""
+        with together(), enough(self._setting.device, lambda: self._asked(run), hint):
+            return self._scores(run, beside)
 
     def _scores(self, run: Run, beside: Mapping[str, nn.Module]) -> dict[str, float]:
         """kNN accuracy of both backbones for k = 20 and 200, and of the classifier that is trained along.

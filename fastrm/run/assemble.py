@@ -133,7 +133,10 @@ def assemble(config: Config, objects: Objects, opened: ExitStack) -> Parts:
     # A run is evaluated from other folders than it was started in.
     root = config.input.data_root
     place = config.input.data if objects.data is not None else located(config.input.data)
-    config = config.replace(data=place, data_root=root and root.absolute())
+    start = config.model.init_from
+    if start is not None and start.exists():  # timm: and hf: name no file
+        start = start.absolute()
+    config = config.replace(data=place, data_root=root and root.absolute(), init_from=start)
     loader = make_loader(
         source,
         method=recipe,

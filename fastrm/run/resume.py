@@ -115,8 +115,7 @@ def _same_settings(
     if elastic:
         free |= {"batch_size", "accumulate"}
     changed = {name for name in now if name not in free and then.get(name) != now[name]}
-    if "data" in changed and _same_file(then["data"], now["data"]):
-        changed.remove("data")
+    changed -= {name for name in ("data", "init_from") if name in changed and _same_file(then[name], now[name])}
     longer = changed - {"warmup_epochs"} == {"epochs"} and now["epochs"] > then["epochs"]
     place = state["step"] + state.get("images", {}).get("shift", 0)
     if longer and place >= then["epochs"] * state.get("images", {}).get("steps_per_epoch", steps_per_epoch):
