@@ -174,9 +174,9 @@ def shuffle(folder: Path) -> None:
 
 
 def normalised(folder: Path) -> None:
-    """Layers on shares of 5 and 2 images against torch's on all 7 in float64, and how often they meet the others."""
-    rank, _ = world()
-    mine = slice(0, 5) if rank == 0 else slice(5, 7)
+    """Layers on unequal shares of 7 images against torch's on all in float64, and how often they meet the others."""
+    rank, size = world()
+    mine = slice(*{2: (0, 5, 7), 4: (0, 3, 5, 6, 7)}[size][rank : rank + 2])
     results = {}
     for (name, (layer, shape)), dtype in product(LAYERS.items(), (torch.float32, torch.float64)):
         torch.manual_seed(2)
@@ -233,9 +233,9 @@ def signals(folder: Path) -> None:
     with Signals() as heard:
         if rank == 1:
             os.kill(os.getpid(), signal.SIGUSR1)
-            dist.barrier()  # the other one comes here only if its question does not wait for this one's
+            dist.barrier()  # the others come here only if their question does not wait for this one's
         assert heard.asked() == Asked(save=False, end=0, stop=False, failed=False)
-        if rank == 0:
+        if rank != 1:
             dist.barrier()
         assert heard.asked(stop=rank == 0) == Asked(save=True, end=0, stop=False, failed=False)
         assert heard.asked(failed=rank == 1, wait=True) == Asked(save=False, end=0, stop=True, failed=True)
@@ -428,7 +428,7 @@ def agreeing(folder: Path) -> None:
             raise UsageError("--precision bf16: this GPU does not have it; use fp16 or fp32")
         return "bf16"
 
-    best = mock.patch("fastrm.machine.joined.choose_precision", return_value=("bf16", "fp16")[rank])
+    best = mock.patch("fastrm.machine.joined.choose_precision", return_value="fp16" if rank else "bf16")
     with best, joined(DeviceConfig(), optimizer="lars") as machine:
         found = machine.precision
     with mock.patch("fastrm.machine.joined.choose_precision", lacking):

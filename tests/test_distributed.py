@@ -67,14 +67,18 @@ def test_loss_and_gradient_are_those_of_the_full_batch(done: Path) -> None:
 
 def test_batchnorm_is_that_of_the_whole_batch_and_exchanges_once_each_way(done: Path) -> None:
     """Far from 0, where E[x^2] - E[x]^2 has no digits left."""
-    results = json.loads((done / "normalised.json").read_text())
+    check_normalised(done)
+
+
+def check_normalised(folder: Path, processes: int = 2) -> None:
+    results = json.loads((folder / "normalised.json").read_text())
     assert len(results) == 10
     for name, found in results.items():
         assert found["exchanges"] == [1, 1], name
         for key, error in found["errors"].items():
-            # The means of about 300 are rounded to half of 2^-15, and the deviation is 1; gradients of parameters sum
-            # that over up to 140 values times their gradients, which are below 4.
-            rounded = 2**-16 * (140 * 4 if key.startswith("gradient of") else 4)
+            # A mean of about 300 is rounded to half of 2^-15 where it is made and where it is added to the others, and
+            # the deviation is 1; gradients of parameters sum that over up to 140 values times gradients of theirs.
+            rounded = 2**-16 * 2 * processes * (140 if key.startswith("gradient of") else 1)
             assert error < (1e-11 if "float64" in name else rounded), (name, key)
 
 
@@ -169,6 +173,9 @@ def test_four_processes_do_what_two_do(tmp_path: Path) -> None:
     assert run.returncode == 0, run.stderr
     results = json.loads((tmp_path / "gradients.json").read_text())
     assert max(max(pair) for pair in results.values()) < 1e-5
+    check_normalised(tmp_path, 4)
+    agreed = [json.loads((tmp_path / f"agreeing{rank}.json").read_text())[0] for rank in range(4)]
+    assert agreed == ["fp16"] * 4
     run_folder = tmp_path / "mocov3 test_resnet"
     scores(run_folder, tmp_path / "alone.json")
     ours, alone = (json.loads((tmp_path / name).read_text()) for name in ("evaluation.json", "alone.json"))
