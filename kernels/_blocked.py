@@ -85,13 +85,14 @@ def _attend(u: Tensor, positive: Tensor, bank: Tensor, temperature: float | Tens
 
     Few queries are too few pieces of work for all threads: then the bank is cut, and each cut is a head of attention.
     """
-    scaled = u / temperature
+    scaled = (u / temperature).contiguous()  # attention takes the columns of a row to be neighbours
     logsum, average = u.new_full((len(u), 1), -math.inf), torch.zeros_like(u)
     cuts = -(-torch.get_num_threads() // -(-len(u) // QUERIES))
     # Rows of another dtype are converted some at a time.
     columns = len(bank) if bank.dtype == u.dtype and bank.stride(1) == 1 else max(CONVERTED // bank.shape[1], 1)
     for c in range(0, len(bank), columns):
-        rows = bank[c : c + columns].to(u.dtype).contiguous()
+        rows = bank[c : c + columns].to(u.dtype)
+        rows = rows if rows.stride(1) == 1 else rows.contiguous()
         length = max(len(rows) // cuts, min(len(rows), SHORTEST))
         whole = len(rows) // length * length
         for part, heads in ((rows[:whole], whole // length), (rows[whole:], 1)):

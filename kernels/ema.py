@@ -173,7 +173,6 @@ _PLANS = Seen()
 
 def _planned(backend: str | None, lists: tuple[list[Tensor], list[Tensor], list[Tensor] | None]) -> _Plan:
     """A new plan, for later calls to find."""
-    check_backend("fused_ema_", backend)
     plan = _Plan(backend, *lists)
     if not capturing():  # what is made in a capture is the graph's alone: nothing of it is there before a replay
         _PLANS.keep(backend, lists, plan)
@@ -238,6 +237,7 @@ def fused_ema_(
     fake, plan = False, None
     if not torch.compiler.is_compiling():
         check_scalar("fused_ema_", "momentum", momentum, low=0, high=1)
+        check_backend("fused_ema_", backend)
         plan = _PLANS.find(backend, (teachers, students, shadows))
         if plan is None and not all_plain([*teachers, *students, *(shadows or ())]):
             teachers, students, shadows = localised("fused_ema_", teachers, students, shadows)
@@ -245,7 +245,6 @@ def fused_ema_(
             plan = None if fake else _PLANS.find(backend, (teachers, students, shadows))
     if fake:  # nothing to prepare, and no memory to prepare it for
         pairing.check("fused_ema_", teachers, students, shadows)
-        check_backend("fused_ema_", backend)
     if fake or torch.compiler.is_compiling():
         with torch.no_grad():
             if not isinstance(momentum, Tensor):

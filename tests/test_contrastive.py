@@ -664,6 +664,22 @@ def test_a_bank_cut_among_threads(case: Case, threads: int, monkeypatch: pytest.
         torch.testing.assert_close(got, want, rtol=2e-2 if got.dtype == BF16 else 1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("layout", ["columns", "every second", "a cut"])
+def test_queries_of_any_layout_against_a_queue(layout: str) -> None:
+    query, key, queue = Case(6, 40, 10).inputs()
+    wide = torch.randn(12, 30)
+    laid_out = {
+        "columns": lambda: query.T.contiguous().T,
+        "every second": lambda: wide[::2, ::3].copy_(query),
+        "a cut": lambda: wide[3:9, 5:15].copy_(query),
+    }[layout]()
+    slopes = []
+    for each in (query, laid_out):
+        rows = each.detach().requires_grad_()
+        slopes.append(torch.autograd.grad(info_nce(rows, key, queue, backend="cpu"), rows)[0])
+    torch.testing.assert_close(slopes[1], slopes[0], rtol=1e-5, atol=1e-7)
+
+
 def test_the_gradient_of_a_sure_positive_is_not_lost_in_rounding() -> None:
     """Where the positive takes all but e^-20 of the probability, what is left is the gradient."""
     key = torch.eye(4, 8)
