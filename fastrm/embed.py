@@ -26,6 +26,7 @@ from fastrm.data.sources import Images
 from fastrm.errors import UsageError
 from fastrm.files import as_utf8, read_json, write_json, write_whole, writing
 from fastrm.machine.device import choose_device
+from fastrm.machine.distributed import started_alone
 from fastrm.machine.memory import enough
 from fastrm.packages import optional
 from fastrm.pretrained import Pretrained, open_pretrained
@@ -141,6 +142,8 @@ def _features(options: EmbedConfig, device: torch.device, arch: nn.Module | None
 
 def _check(options: EmbedConfig) -> None:
     out = options.out
+    if not started_alone():
+        raise UsageError("fastrm.embed runs in one process; start it without torchrun")
     if out.suffix not in (".npy", ".parquet"):
         raise UsageError(f"--out {out} must end in .npy or .parquet")
     if out.suffix == ".parquet":

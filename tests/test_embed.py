@@ -159,6 +159,12 @@ def test_what_cannot_be_done_is_said(
     assert {path.name for path in tmp_path.iterdir()} == {"bare"}
 
 
+def test_several_processes_are_refused(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UsageError, match="one process"):
+        embed.features(given(folder, tmp_path / "f.npy"))
+
+
 def test_an_array_of_the_users_is_left_alone(folder: Path, tmp_path: Path) -> None:
     np.save(tmp_path / "f.npy", np.zeros(3))
     before = (tmp_path / "f.npy").read_bytes()

@@ -557,4 +557,6 @@ def test_files_of_one_size_are_held_as_one_array(tmp_path: Path) -> None:
         assert all(torch.equal(*views) for views in zip(one.views, other.views, strict=True))
     assert len(held.broken) == 1
     Image.fromarray(arrays[0, :20]).save(tmp_path / "00.png")
+    with pytest.raises(UsageError, match=r"00\.png has another size"), pytest.warns(UserWarning, match="listed"):
+        MemoryLoader(images, recipe, workers=2, **options)
     assert not of_one_size(scan(settled(open_source(str(tmp_path))), workers=0)[0].train)  # type: ignore[arg-type]

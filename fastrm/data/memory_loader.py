@@ -14,6 +14,7 @@ from fastrm.data.encoded import EncodedImages
 from fastrm.data.loader import Batch, Loader, normalising, one_ahead
 from fastrm.data.scan import readable, report
 from fastrm.data.sources import ArrayImages
+from fastrm.errors import UsageError
 from fastrm.kernels import augment_views
 from fastrm.terminal.progress import bar
 
@@ -67,6 +68,8 @@ class MemoryLoader(Loader):
 
         def decode(index: int) -> None:
             at, picture = readable(images, index, images.pixels, self._faults)
+            if picture.shape != pixels.shape[1:]:
+                raise UsageError(f"{images.name(at)} has another size than when it was looked at; start the run anew")
             pixels[index] = picture
             if at != index:
                 self._instead[index] = at

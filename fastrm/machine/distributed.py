@@ -92,9 +92,14 @@ def world() -> World:
     return World(dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else World()
 
 
+def started_alone() -> bool:
+    """Whether this is the only process that was started."""
+    return _variable("WORLD_SIZE", "1", least=1) == 1
+
+
 def started_first() -> bool:
     """Whether this is the first process of those that torchrun started, or the only one; joined or not."""
-    return _variable("WORLD_SIZE", "1", least=1) == 1 or _variable("RANK", "0") == 0
+    return started_alone() or _variable("RANK", "0") == 0
 
 
 def on_this_machine(size: int | None = None) -> int:
