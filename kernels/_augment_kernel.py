@@ -20,6 +20,7 @@ if triton is not None:
         luma,
         pixels,
         real,
+        rgb,
         shades,
     )  # fmt: skip
 
@@ -50,12 +51,8 @@ if triton is not None:
         y, x = tile // TILES_X * R + tl.arange(0, R), tile % TILES_X * R + tl.arange(0, R)
         inside = (y < OUT_H)[:, None] & (x < OUT_W)[None, :]
         if BANDS == 3:
-            red = pixels(image_ptr, row_ptr, y, x, row_stride, column_stride, OUT_H, OUT_W, BOXES, BICUBIC, R)
-            green = pixels(
-                image_ptr + band_stride, row_ptr, y, x, row_stride, column_stride, OUT_H, OUT_W, BOXES, BICUBIC, R
-            )
-            blue = pixels(
-                image_ptr + 2 * band_stride, row_ptr, y, x, row_stride, column_stride, OUT_H, OUT_W, BOXES, BICUBIC, R
+            red, green, blue = rgb(
+                image_ptr, row_ptr, y, x, row_stride, column_stride, band_stride, OUT_H, OUT_W, BOXES, BICUBIC, R
             )
             red, green, blue = colours(red, green, blue, row_ptr, steps, 0.0, inside, 1.0, False)
             gray = luma(red, green, blue)
@@ -141,12 +138,8 @@ if triton is not None:
             rows = gaussian_band(to_y, y, tile_y - halo, OUT_H, sigma, radius, R)
             columns = tl.trans(gaussian_band(to_x, x, tile_x - halo, OUT_W, sigma, radius, R))
         if BANDS == 3:
-            red = pixels(image_ptr, row_ptr, y, x, row_stride, column_stride, OUT_H, OUT_W, BOXES, BICUBIC, R)
-            green = pixels(
-                image_ptr + band_stride, row_ptr, y, x, row_stride, column_stride, OUT_H, OUT_W, BOXES, BICUBIC, R
-            )
-            blue = pixels(
-                image_ptr + 2 * band_stride, row_ptr, y, x, row_stride, column_stride, OUT_H, OUT_W, BOXES, BICUBIC, R
+            red, green, blue = rgb(
+                image_ptr, row_ptr, y, x, row_stride, column_stride, band_stride, OUT_H, OUT_W, BOXES, BICUBIC, R
             )
             red, green, blue = colours(red, green, blue, row_ptr, steps, mean, inside, area, sums_ptr is None)
             if tl.load(row_ptr + GRAY) != 0:

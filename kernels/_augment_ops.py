@@ -99,6 +99,31 @@ if triton is not None:
         return plane
 
     @triton.jit
+    def rgb(
+        image_ptr,
+        row_ptr,
+        y,
+        x,
+        row_stride,
+        column_stride,
+        band_stride,
+        OUT_H: tl.constexpr,
+        OUT_W: tl.constexpr,
+        BOXES: tl.constexpr,
+        BICUBIC: tl.constexpr,
+        R: tl.constexpr,
+    ):
+        """The same of three bands."""
+        red = pixels(image_ptr, row_ptr, y, x, row_stride, column_stride, OUT_H, OUT_W, BOXES, BICUBIC, R)
+        green = pixels(
+            image_ptr + band_stride, row_ptr, y, x, row_stride, column_stride, OUT_H, OUT_W, BOXES, BICUBIC, R
+        )
+        blue = pixels(
+            image_ptr + 2 * band_stride, row_ptr, y, x, row_stride, column_stride, OUT_H, OUT_W, BOXES, BICUBIC, R
+        )
+        return red, green, blue
+
+    @triton.jit
     def _turned(low, chroma, hue, place):
         """A channel at a place of the colour circle: see ``batched.hue_``."""
         return low + chroma * _bounded(tl.abs(tl.abs(hue - place) - 3) - 1, 1.0)
