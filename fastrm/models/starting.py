@@ -4,19 +4,16 @@ from __future__ import annotations
 
 import importlib
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import safetensors
-import safetensors.torch
 from torch import Tensor
 
 from fastrm.errors import UsageError, first_line
-from fastrm.files import load_tensors
 from fastrm.machine.memory import exhausted
 from fastrm.models.backbone import Backbone
-from fastrm.models.weights import BACKBONE, adapted, classifiers, misfit
+from fastrm.models.weights import BACKBONE, adapted, classifiers, misfit, read_weights
 
 LEAST = 0.95
 """Share of the parameters, of the network's and of the file's backbone's, that must match."""
@@ -105,23 +102,7 @@ def _tensors(given: Path, backbone: Backbone) -> dict[str, Tensor]:
         path = next((path / name for name in _FILES if (path / name).is_file()), path / BACKBONE)
     if not path.is_file():
         raise UsageError(f"--init-from {path} does not exist")
-    if path.suffix == ".safetensors":
-        try:
-            return safetensors.torch.load_file(path)
-        except (OSError, safetensors.SafetensorError) as error:
-            raise UsageError(f"{path} cannot be read as safetensors: {error}") from None
-    state = dict(_named(load_tensors(path)))
-    if not state:
-        raise UsageError(f"{path} holds no tensors by name, which the weights of a network are")
-    return state
-
-
-def _named(found: Any, prefix: str = "") -> Iterator[tuple[str, Tensor]]:
-    for name, value in found.items() if isinstance(found, Mapping) else ():
-        if isinstance(value, Tensor):
-            yield f"{prefix}{name}", value
-        else:
-            yield from _named(value, f"{prefix}{name}.")
+    return read_weights(path)[0]
 
 
 def _published(given: str, name: str, backbone: Backbone) -> dict[str, Tensor]:

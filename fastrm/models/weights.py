@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -78,7 +78,9 @@ def plain_state(backbone: Backbone) -> dict[str, Tensor]:
 
 
 def read_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Read the tensors of a file that fastrm wrote, and what it says of them; of a run's folder its backbone.
+    """Read the tensors of a file, and what it says of them if fastrm wrote it; of a run's folder its backbone.
+
+    Tensors in mappings of mappings have the names of both, with a dot between them.
 
     Raises:
         UsageError: there is no such file, or it holds no tensors by name.
@@ -98,9 +100,18 @@ def read_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     else:
         state = load_tensors(path)
         about = getattr(state, own.EXPORT, about)
-    if not isinstance(state, Mapping) or not any(isinstance(value, Tensor) for value in state.values()):
+    tensors = dict(_named(state))
+    if not tensors:
         raise UsageError(f"{path} holds no tensors by name, which the weights of a network are")
-    return {str(name): value for name, value in state.items() if isinstance(value, Tensor)}, about
+    return tensors, about
+
+
+def _named(found: Any, prefix: str = "") -> Iterator[tuple[str, Tensor]]:
+    for name, value in found.items() if isinstance(found, Mapping) else ():
+        if isinstance(value, Tensor):
+            yield f"{prefix}{name}", value
+        else:
+            yield from _named(value, f"{prefix}{name}.")
 
 
 def load_weights(backbone: Backbone, state: Mapping[str, Tensor], *, source: str) -> list[str]:
