@@ -8,6 +8,7 @@ from .augment import augment_views
 from .averaged import ema_avg_fn
 from .contrastive import info_nce, residual_info_nce, residual_loss
 from .ema import EMA, fused_ema_
+from .prototypes import prototype_cross_entropy
 from .queue import FeatureQueue, enqueue_
 from .view_parameters import ViewParameters
 
@@ -20,6 +21,7 @@ __all__ = [
     "enqueue_",
     "fused_ema_",
     "info_nce",
+    "prototype_cross_entropy",
     "residual_info_nce",
     "residual_loss",
 ]

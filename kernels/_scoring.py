@@ -1,4 +1,4 @@
-"""What a loss is asked to compute: the one value that all backends take."""
+"""What a loss is asked to compute: the one value that all backends take, checked by the public functions."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from torch import Tensor
 
 
 class Scoring(NamedTuple):
-    """Queries, what they are scored against, and how; checked by the public functions.
+    """Queries, what they are scored against, and how.
 
     The loss is ``contrastive_weight`` times InfoNCE, where there is a ``key``, plus ``residual_weight`` times the
     residual term, where there is a ``same``-view key. Numbers may be 0-d tensors.
@@ -37,3 +37,27 @@ class Scoring(NamedTuple):
     def numbers(self) -> tuple[float | Tensor, ...]:
         """Temperature, residual and contrastive weight."""
         return self.temperature, self.residual_weight, self.contrastive_weight
+
+
+class Assignment(NamedTuple):
+    """Rows of student and teacher, and the prototypes that both are assigned to. Numbers may be 0-d tensors."""
+
+    student: Tensor
+    """[N, D]"""
+    teacher: Tensor
+    """[M, D]"""
+    prototypes: Tensor
+    """[K, D] of the student."""
+    teacher_prototypes: Tensor | None
+    """[K, D]; None for those of the student."""
+    center: Tensor | None
+    """[K], taken from the teacher's logits."""
+    pairs: Tensor | None
+    """[P, 2] int64, row of the student and row of the teacher; None for row i with row i."""
+    student_temperature: float | Tensor
+    teacher_temperature: float | Tensor
+
+    @property
+    def tensors(self) -> tuple[Tensor | None, ...]:
+        """All floating tensors but the temperatures."""
+        return self[:5]

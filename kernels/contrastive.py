@@ -16,7 +16,7 @@ from torch import Tensor
 
 from . import _fused, reference
 from ._scoring import Scoring
-from .dispatch import check_no_grad, check_once, check_rows, check_scalar, choose_derivable
+from .dispatch import check_no_grad, check_number, check_once, check_rows, choose_derivable
 from .queue import ENQUEUE, as_scored, check_ring
 
 _REDUCTIONS = ("mean", "sum", "none")
@@ -47,14 +47,6 @@ def _backends(plain: Callable[..., Any], fused: Callable[..., Any]) -> dict[str,
 _INFO_NCE = _backends(reference.info_nce, _loss)
 _RESIDUAL = _backends(reference.residual_loss, _loss)
 _RESIDUAL_INFO_NCE = _backends(_plain_residual_info_nce, _loss_and_parts)
-
-
-def _check_number(op: str, name: str, value: float | Tensor, device: torch.device, **limits: Any) -> None:
-    check_scalar(op, name, value, **limits)
-    if isinstance(value, Tensor):
-        check_no_grad(op, name, value)
-        if value.device not in (device, torch.device("cpu")):
-            raise ValueError(f"{op}: {name} is on {value.device}; it must be on {device} or on the CPU")
 
 
 def _check_reduction(op: str, reduction: str) -> None:
@@ -121,7 +113,7 @@ def info_nce(
             cannot be had.
     """
     _check_contrast("info_nce", query, key, queue, key_offset)
-    _check_number("info_nce", "temperature", temperature, query.device, low=0, open_low=True)
+    check_number("info_nce", "temperature", temperature, query.device, low=0, open_low=True)
     _check_reduction("info_nce", reduction)
     scoring = Scoring(query, key, queue=queue, temperature=temperature, key_offset=key_offset, reduction=reduction)
     loss: Tensor = choose_derivable("info_nce", backend, _INFO_NCE, query)(scoring)
@@ -208,9 +200,9 @@ def residual_info_nce(
         raise ValueError(
             f"{op}: same_view_key has shape {tuple(same_view_key.shape)}; it must be {tuple(query.shape)} like query"
         )
-    _check_number(op, "temperature", temperature, query.device, low=0, open_low=True)
-    _check_number(op, "residual_weight", residual_weight, query.device)
-    _check_number(op, "contrastive_weight", contrastive_weight, query.device)
+    check_number(op, "temperature", temperature, query.device, low=0, open_low=True)
+    check_number(op, "residual_weight", residual_weight, query.device)
+    check_number(op, "contrastive_weight", contrastive_weight, query.device)
     if pointer is not None:
         if queue is None:
             raise ValueError(f"{op}: pointer is given without a queue to push into")

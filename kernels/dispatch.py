@@ -214,3 +214,12 @@ def check_scalar(
         wanted = [f"{'above' if open_low else 'at least'} {low:g}"] if low > -math.inf else []
         wanted += [f"at most {high:g}"] if high < math.inf else []
         raise ValueError(f"{op}: {name}={value} must be finite{''.join(', ' + w for w in wanted)}")
+
+
+def check_number(op: str, name: str, value: float | Tensor, device: torch.device, **limits: Any) -> None:
+    """Like :func:`check_scalar`, for a number of a loss: a tensor is on ``device`` or on the CPU without gradient."""
+    check_scalar(op, name, value, **limits)
+    if isinstance(value, Tensor):
+        check_no_grad(op, name, value)
+        if value.device not in (device, torch.device("cpu")):
+            raise ValueError(f"{op}: {name} is on {value.device}; it must be on {device} or on the CPU")

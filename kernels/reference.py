@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ._scoring import Scoring
+from ._scoring import Assignment, Scoring
 from .dispatch import compute_dtype, no_autocast
 
 
@@ -85,6 +85,22 @@ def residual_info_nce(scoring: Scoring) -> tuple[Tensor, Tensor, Tensor]:
     contrastive, residual = info_nce(scoring), residual_loss(scoring)
     loss = scoring.contrastive_weight * contrastive + scoring.residual_weight * residual
     return loss, contrastive.detach(), residual.detach()
+
+
+def prototype_cross_entropy(assignment: Assignment) -> tuple[Tensor, Tensor]:
+    """Cross-entropy of the student's assignment to the prototypes under the teacher's; the teacher's mean logits."""
+    student, teacher, prototypes, teacher_prototypes, center, pairs = assignment[:6]
+    with no_autocast(student.device):
+        dtype = compute_dtype(*assignment.tensors)
+        own = prototypes.to(dtype)
+        its = own.detach() if teacher_prototypes is None else teacher_prototypes.to(dtype)
+        logits = unit(teacher.to(dtype)) @ its.T
+        centred = logits if center is None else logits - center.to(dtype)
+        targets = F.softmax(centred / assignment.teacher_temperature, dim=1)
+        logs = F.log_softmax(unit(student.to(dtype)) @ own.T / assignment.student_temperature, dim=1)
+        if pairs is not None:
+            logs, targets = logs.index_select(0, pairs[:, 0]), targets.index_select(0, pairs[:, 1])
+        return reduce(-(targets * logs).sum(dim=1), "mean"), logits.sum(dim=0) / max(len(logits), 1)
 
 
 @torch.no_grad()
