@@ -29,7 +29,7 @@ class Machine:
     flops: float = 75e12  # of 989e12 in dense bf16: between its convolutions a ResNet waits for memory
     memory: float = 0.9 * 3.35e12
     inside: float = 0.8 * 450e9  # bytes to another GPU of the same machine, one direction
-    outside: float = 0.8 * 50e9  # to one of another machine: 400 Gbit/s a GPU
+    outside: float = 0.8 * 50e9  # to one of another machine: 400 Gbit/s per GPU
     latency: float = 20e-6  # of a small collective over machines
     gpus: int = 8  # a machine
     exact: float = 50e12  # FLOPs in float32, which kNN computes in
@@ -189,7 +189,7 @@ def main() -> None:
             times = predict(sized, ranks, machine)
             rows.append((ranks, batch, times))
         names = list(rows[0][2])
-        print(f"| GPUs | images each | {' | '.join(names)} | sum | images a second |")
+        print(f"| GPUs | images each | {' | '.join(names)} | sum | images per second |")
         print(f"|--:|--:|{'--:|' * (len(names) + 2)}")
         for ranks, batch, times in rows:
             total = sum(times.values())
