@@ -60,24 +60,28 @@ def write(run: Path, kind: str, which: str, out: Path) -> Path:
     return out
 
 
-@pytest.mark.parametrize("which", ["student", "teacher"])
+# By day each form of each network with the student or the teacher; the other one by night.
 @pytest.mark.parametrize(
-    ("arch", "kind", "name"),
+    ("arch", "kind", "name", "which"),
     [
-        ("resnet18", "timm", "it.safetensors"),
-        pytest.param("resnet18", "timm", "it.pth", marks=pytest.mark.slow),
-        ("resnet18", "timm", "folder"),
-        ("resnet18", "torchvision", "it.pth"),
-        ("resnet18", "torchvision", "it.safetensors"),
-        pytest.param("resnet18", "safetensors", "it.safetensors", marks=pytest.mark.slow),
-        pytest.param("resnet18", "onnx", "it.onnx", marks=pytest.mark.slow),
-        ("test_vit", "timm", "folder"),
-        ("test_vit", "timm", "it.safetensors"),
-        ("test_resnet", "safetensors", "it.safetensors"),
-        ("test_resnet", "onnx", "it.onnx"),
-        # A norm of its backbone is called head.norm.
-        ("test_convnext", "timm", "folder"),
-        ("test_convnext", "safetensors", "it.safetensors"),
+        pytest.param(*case, which, marks=() if which == by_day else pytest.mark.slow)
+        for *case, by_day in (
+            ("resnet18", "timm", "it.safetensors", "student"),
+            ("resnet18", "timm", "it.pth", None),
+            ("resnet18", "timm", "folder", "teacher"),
+            ("resnet18", "torchvision", "it.pth", "teacher"),
+            ("resnet18", "torchvision", "it.safetensors", "student"),
+            ("resnet18", "safetensors", "it.safetensors", None),
+            ("resnet18", "onnx", "it.onnx", None),
+            ("test_vit", "timm", "folder", "student"),
+            ("test_vit", "timm", "it.safetensors", "teacher"),
+            ("test_resnet", "safetensors", "it.safetensors", "student"),
+            ("test_resnet", "onnx", "it.onnx", "teacher"),
+            # A norm of its backbone is called head.norm.
+            ("test_convnext", "timm", "folder", "teacher"),
+            ("test_convnext", "safetensors", "it.safetensors", "student"),
+        )
+        for which in ("student", "teacher")
     ],
 )
 def test_round_trips(arch: str, kind: str, name: str, which: str, runs: dict[str, Path], tmp_path: Path) -> None:
@@ -207,7 +211,9 @@ def official(layout: str) -> tuple[dict[str, object], dict[str, Tensor], str]:
     return {"epoch": 100, "arch": arch, "state_dict": state, "optimizer": {"state": {}}}, weights, arch
 
 
-@pytest.mark.parametrize("layout", ["moco", "mocov3", "mocov3-vit", "plain"])
+@pytest.mark.parametrize(
+    "layout", ["mocov3", "mocov3-vit", *(pytest.param(name, marks=pytest.mark.slow) for name in ("moco", "plain"))]
+)
 def test_a_run_starts_from_published_weights(layout: str, small: Small, tmp_path: Path) -> None:
     state, weights, arch = official(layout)
     path = tmp_path / "published.pth.tar"

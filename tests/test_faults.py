@@ -119,7 +119,9 @@ def test_from_the_shell_a_signal_to_all_processes_saves(tmp_path: Path) -> None:
     assert [record["step"] for record in records(tmp_path / "run")] == [*range(1, done + 1)]
 
 
-@pytest.mark.parametrize("moment", ["in a step", "in a save", "between two names"])
+@pytest.mark.parametrize(
+    "moment", [pytest.param("in a step", marks=pytest.mark.slow), "in a save", "between two names"]
+)
 def test_a_killed_run_ends_as_the_uninterrupted_one(
     moment: str, small: Small, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -179,7 +181,7 @@ def test_checkpoints_that_are_kept(small: Small, tmp_path: Path) -> None:
     assert checkpoint.older(tmp_path / "run") == []
 
 
-@pytest.mark.parametrize("damage", ["cut", "flipped", "gone"])
+@pytest.mark.parametrize("damage", ["flipped", *(pytest.param(d, marks=pytest.mark.slow) for d in ("cut", "gone"))])
 def test_a_damaged_newest_checkpoint_gives_way_to_the_one_before(
     damage: str, small: Small, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -31,8 +31,8 @@ VALUES = [
     "{0..9}.tar",
     "{0..99999999999}.tar", "True", "%s", "*",
 ]  # fmt: skip
-# All of them in the nightly profile; in the ordinary one as many as take half a minute over all flags.
-FEW = settings(max_examples=max(4, settings().max_examples // 6), suppress_health_check=list(HealthCheck))
+# All of them in the nightly profile; in the ordinary one a few.
+FEW = settings(max_examples=max(3, settings().max_examples // 12), suppress_health_check=list(HealthCheck))
 SMALL = {"arch": "test_resnet", "image_size": 32, "hidden_dim": 16, "output_dim": 8, "predictor_hidden_dim": 16,
          "workers": 0, "batch_size": 16, "data": "digits"}  # fmt: skip
 

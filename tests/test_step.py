@@ -76,8 +76,7 @@ def ready(config: Config, device: torch.device) -> tuple[Step, list[Batch]]:
     return step, [Batch((first, second), [])] * 2
 
 
-@pytest.mark.parametrize("optimizer", ["sgd", "lars", "adamw"])
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(("method", "optimizer"), PAIRS)
 def test_one_value_a_step_is_read_on_the_cpu(method: str, optimizer: str, small: Small) -> None:
     """That which says whether the gradient is finite; on a GPU it stays there."""
     step, batches = ready(small(method=method, optimizer=optimizer), torch.device("cpu"))
@@ -243,7 +242,13 @@ class Given(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize(("precision", "residual_at"), [("bf16", "output"), ("bf16", "backbone"), ("fp32", "output")])
+@pytest.mark.parametrize(
+    ("precision", "residual_at"),
+    [
+        ("bf16", "output"),
+        *(pytest.param(*case, marks=pytest.mark.slow) for case in (("bf16", "backbone"), ("fp32", "output"))),
+    ],
+)
 @pytest.mark.parametrize("method", METHODS)
 def test_verification_gives_the_operations_what_training_gives_them(
     method: str, precision: str, residual_at: str, small: Small, monkeypatch: pytest.MonkeyPatch

@@ -17,8 +17,15 @@ from fastrm.models.vit import is_vit, prepare_moco_vit
 ARCHS = ["test_vit", "test_vit_relpos", "test_convnext", "test_nfnet", "test_coatnet"]
 
 
-@pytest.mark.parametrize("method", zoo.METHODS)
-@pytest.mark.parametrize("arch", ARCHS)
+# Each family with two of the methods; the rest by night.
+@pytest.mark.parametrize(
+    ("arch", "method"),
+    [
+        pytest.param(arch, method, marks=() if (i + j) % len(zoo.METHODS) < 2 else pytest.mark.slow)
+        for i, arch in enumerate(ARCHS)
+        for j, method in enumerate(zoo.METHODS)
+    ],
+)
 def test_two_steps(arch: str, method: str) -> None:
     size = 160 if arch == "test_coatnet" else 32
     config = zoo.settings(arch, method, size)
