@@ -28,12 +28,12 @@ from fastrm.terminal import shell
 
 RESULTS = ROOT / "docs" / "study" / "photos"
 METHODS = {"mocov3": "MoCo-v3", "mocov2": "MoCo-v2"}
-_CPU = {"batch_size": 128, "workers": 0}
+_CPU = {"batch_size": 128, "workers": 0, "eval_every": 1, "eval_images": 10_000}
 _SMALL = {"batch_size": 256, "workers": 1}
 _RESNET = {"arch": "resnet18", "stem": "small", "batch_size": 256, "workers": 1, "hidden_dim": 2048}
 # The two methods take about the same time: MoCo-v2 trains on one of a picture's views.
 SCALES: dict[str, dict[str, dict[str, Any]]] = {
-    "cpu": {"mocov3": {**_CPU, "epochs": 5, "eval_every": 1}, "mocov2": {**_CPU, "epochs": 10, "eval_every": 2}},
+    "cpu": {"mocov3": {**_CPU, "epochs": 2}, "mocov2": {**_CPU, "epochs": 4}},
     "gpu": {"mocov3": {**_SMALL, "epochs": 20, "eval_every": 5}, "mocov2": {**_SMALL, "epochs": 40, "eval_every": 10}},
     "gpu-40": {method: {**_RESNET, "epochs": 40, "eval_every": 5} for method in METHODS},
     "gpu-200": {method: {**_RESNET, "epochs": 200, "eval_every": 20} for method in METHODS},
