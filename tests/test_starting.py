@@ -14,15 +14,21 @@ import timm
 import torch
 import torchvision
 from timm.layers import resample_abs_pos_embed
+from timm.optim import param_groups_layer_decay
 from torch import Tensor, nn
 
 from fastrm import evaluate, train
+from fastrm.data.loader import Batch
 from fastrm.errors import UsageError
 from fastrm.methods import build_method
 from fastrm.models import build_backbone
 from fastrm.models.starting import starting_weights
+from fastrm.optim import build_optimizer
+from fastrm.optim.schedules import Rates
 from fastrm.probes import Estimate
+from fastrm.run.step import Step
 from fastrm.settings.config import build
+from fastrm.settings.flags import read_flags
 
 Nest = Callable[[dict[str, Tensor], dict[str, Tensor]], Any]
 
@@ -201,3 +207,93 @@ def test_a_run_scores_what_it_starts_from_and_says_where_it_falls_below(
     (tmp_path / "it.pth").unlink()
     evaluate.main([str(tmp_path / "run"), "--linear-quick", "--eval-images", "60", "--workers", "0"])
     assert "are not scored: --init-from" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "arch"), [("lars", "test_resnet"), ("sgd", "test_convnext"), ("adamw", "test_vit")]
+)
+def test_layers_are_moved_less_the_further_they_are_from_the_heads(
+    optimizer: str, arch: str, small: Callable[..., Any]
+) -> None:
+    """The first step of each tensor is what it is without decay, times what timm gives for its layer."""
+    decay, changes = 0.5, []
+    for layer_decay in (1.0, decay):
+        config = small(
+            optimizer=optimizer, arch=arch, layer_decay=layer_decay, weight_decay=0.0, method="mocov2", image_size=32
+        )
+        torch.manual_seed(0)
+        method = build_method(config).train().double()
+        before = {name: p.detach().clone() for name, p in method.named_parameters()}
+        step = Step(
+            method, build_optimizer(method, config.optim), precision="fp32", accumulate=1, clip_norm=None,
+            layout=torch.contiguous_format,
+        )  # fmt: skip
+        views = torch.randn(2, 8, 3, 32, 32, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+        step([Batch(tuple(views), [])], Rates(0.1, 0.1, 0.75), measure=False)
+        changes.append({name: p.detach() - before[name] for name, p in method.named_parameters()})
+    plain, decayed = changes
+    with_classifier = timm.create_model(arch, num_classes=5)
+    names = {p: name for name, p in with_classifier.named_parameters()}
+    scale = {
+        names[p]: group["lr_scale"]
+        for group in param_groups_layer_decay(with_classifier, layer_decay=decay)
+        for p in group["params"]
+    }
+    moved = 0
+    for name, change in plain.items():
+        who, _, inner = name.partition(".backbone.net.")
+        share = scale[inner] if inner else 1.0
+        if who in ("student", "teacher") or not inner:
+            torch.testing.assert_close(decayed[name], share * change, rtol=1e-6, atol=1e-12, msg=name)
+            moved += share < decay and bool(change.any())
+    assert moved > 10
+
+
+def test_a_module_that_does_not_say_its_layers_has_no_layer_decay(small: Callable[..., Any]) -> None:
+    config = small(layer_decay=0.7)
+    net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8))
+    with pytest.raises(UsageError, match=r"--layer-decay 0\.7: Sequential does not say which layers it has"):
+        build_optimizer(build_method(config, arch=net), config.optim)
+
+
+def test_a_run_from_weights_has_a_tenth_of_the_rate_and_a_shorter_warm_up() -> None:
+    plain, weights = {"data": "x", "epochs": 100}, {"data": "x", "epochs": 100, "init_from": Path("a.pth")}
+    assert (build(**plain).optim.lr, build(**plain).optim.warmup_epochs) == (0.6, 10)
+    assert (build(**weights).optim.lr, build(**weights).optim.warmup_epochs) == (pytest.approx(0.06), 5)
+    given = build(**weights, lr=0.3, warmup_epochs=2.0).optim
+    assert (given.lr, given.warmup_epochs) == (0.3, 2)
+    recipe = build(**weights, recipe="mocov3-r50-300ep").optim
+    assert (recipe.lr, recipe.warmup_epochs) == (0.3, 10 / 3 * 3)
+    for words in (["--init-from", "a.pth"], ["--init-from=a.pth"], ["--init_from", "a.pth"]):
+        assert read_flags(["--data", "x", *words]).optim.lr == pytest.approx(0.06)
+    assert read_flags(["--data", "x", "--init-from", "a.pth", "--lr", "0.5"]).optim.lr == 0.5
+
+
+def test_mocov3_trains_a_projection_that_weights_gave(tmp_path: Path) -> None:
+    """From scratch it is random and frozen (Chen et al., arXiv 2104.02057, section 4)."""
+    options = {"data": "x", "arch": "test_vit", "image_size": 48, "hidden_dim": 8, "output_dim": 4}
+    state = timm.create_model("test_vit", num_classes=0, img_size=48).state_dict()
+    held = ("patch_embed.proj.weight", "patch_embed.proj.bias", "pos_embed")
+    del state["patch_embed.proj.bias"]
+    torch.save(state, tmp_path / "it.pth")
+    for weights, free in ({}, ()), ({"init_from": tmp_path / "it.pth"}, (held[0], held[2])):
+        method = build_method(build(**options, **weights))
+        net = method.student.backbone.net
+        assert [name for name in held if net.get_parameter(name).requires_grad] == list(free)
+        assert not any(p.requires_grad for p in method.teacher.parameters())
+
+
+@pytest.mark.usefixtures("few_digits")
+def test_a_run_with_layer_decay_goes_on_exactly_and_says_its_rates(
+    small: Callable[..., Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    torch.save(timm.create_model("test_resnet", num_classes=0).state_dict(), tmp_path / "it.pth")
+    options = {"init_from": tmp_path / "it.pth", "layer_decay": 0.5, "epochs": 2}
+    train.train(small(**options, max_steps=3, out=tmp_path / "once"))
+    said = " ".join(capsys.readouterr().out.split())
+    assert "from weights, 0.06 with 0 epochs of warm-up (defaults from scratch: 0.6 and 0.2)" in said
+    assert "times 0.5 per layer of the backbone, from the last to the first, which gets 0.031 of it" in said
+    for steps in (1, 3):
+        train.train(small(**options, max_steps=steps, out=tmp_path / "twice"))
+    once, twice = (safetensors.torch.load_file(tmp_path / name / "backbone.safetensors") for name in ("once", "twice"))
+    assert all(torch.equal(value, twice[name]) for name, value in once.items())

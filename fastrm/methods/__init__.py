@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Set
 from contextlib import contextmanager
 from typing import Any
 
@@ -86,8 +86,10 @@ def build_method(
     size, name = config.input.image_size, config.model.arch if arch is None else module_name(arch)
     wanted = config.model.arch if arch is None else arch
     backbone = build_backbone(wanted, image_size=size, stem=config.model.stem, channels=channels)
+    trainable = {name for name, p in backbone.net.named_parameters() if p.requires_grad}
     with refusing(name, f"cannot be prepared for --method {kind.name}"):
         kind.prepare(backbone, name)
+    held = trainable - {name for name, p in backbone.net.named_parameters() if p.requires_grad}
     method: Method[Any] = kind(backbone, config.method, backend=backend).to(device)
     method.queues.to(choose_queue_dtype(config.method.queue_dtype, device))
     layout = torch.contiguous_format
@@ -100,20 +102,26 @@ def build_method(
     if trained:
         if config.device.checkpoint_activations:
             method.student.backbone.checkpoint_activations()
+        _start(method, config.model, held)
         _freeze(method, config, layout, name)
-        _start(method, config.model)
         if not method.queues:
             synchronise_norms(method)
     return method
 
 
-def _start(method: Method[Any], config: ModelConfig) -> None:
-    """Load the weights that the backbone is to start from, if there are any."""
+def _start(method: Method[Any], config: ModelConfig, held: Set[str]) -> None:
+    """Load the weights that the backbone is to start from, if there are any.
+
+    Parameters that the method holds at values of its own, as MoCo-v3 does a ViT's projection, are trained where they
+    get others.
+    """
     if config.init_from is not None:
         backbone = method.student.backbone
         state, said = starting_weights(backbone, config.init_from, partial=config.init_partial)
         for network in (method.student, method.teacher):
             network.backbone.net.load_state_dict(state, strict=False)
+        for name in held & state.keys():
+            backbone.net.get_parameter(name).requires_grad_(True)
         method.notes.append(said)
 
 

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
 from torch.optim import Optimizer
 
-from fastrm.errors import UsageError
+from fastrm.errors import UsageError, first_line
 from fastrm.kernels import EMA
+from fastrm.machine.memory import exhausted
 from fastrm.optim.adamw import AdamW
 from fastrm.optim.lamb import fused_lamb
 from fastrm.optim.lars import LARS
@@ -18,6 +21,12 @@ from fastrm.settings.config import OptimConfig, check_value
 if TYPE_CHECKING:
     from fastrm.methods import Method
 
+Groups = list[dict[str, Any]]
+
+LR_SCALE = "lr_scale"
+"""Option of a group of parameters: the share of the learning rate that it gets; all of it where a group has none."""
+_CLASSIFIER = "fastrm: what is in no layer"
+
 
 def build_optimizer(method: Method[Any], config: OptimConfig, *, backend: str | None = None) -> Optimizer:
     """Return the optimizer over what is trained of ``method``, whose step also averages the student into the teacher.
@@ -25,18 +34,22 @@ def build_optimizer(method: Method[Any], config: OptimConfig, *, backend: str | 
     Set the learning rate in ``param_groups`` and the teacher's momentum in ``optimizer.ema_momentum`` before a step.
 
     LARS leaves tensors of one dimension or none without decay and scaling by itself. AdamW and LAMB get them in a
-    group without decay. SGD decays everything, as MoCo-v2 was published.
+    group without decay. SGD decays everything, as MoCo-v2 was published. With ``layer_decay`` the backbone's parameters
+    are in a group per layer, whose ``lr_scale`` the learning rate is to be multiplied with.
 
     Raises:
-        UsageError: the optimizer cannot be had here, or the name is unknown.
+        UsageError: the optimizer cannot be had here, the name is unknown, or the network does not say its layers.
     """
     check_value("optimizer", config.optimizer)
     params = [p for p in method.parameters() if p.requires_grad]
     decay = config.weight_decay
+    spared = config.optimizer in ("adamw", "lamb")
+    groups: Groups = _spared(params, decay) if spared else [{"params": params, "weight_decay": decay}]
+    if config.layer_decay < 1:
+        groups = _layered(groups, _scales(method, config.layer_decay))
     if config.optimizer == "lamb":
-        return _lamb(method, _groups(params, decay))
-    groups = _groups(params, decay) if config.optimizer == "adamw" else []
-    ordered = [p for group in groups for p in group["params"]] or params
+        return _lamb(method, groups)
+    ordered = [p for group in groups for p in group["params"]]
     teacher, shadow = method.pair.partners()  # a predictor has none
     shared: dict[str, Any] = {"lr": 0.0, "ema_momentum": 1.0, "backend": backend}
     shared["teacher"] = [teacher.get(p) for p in ordered]
@@ -44,21 +57,66 @@ def build_optimizer(method: Method[Any], config: OptimConfig, *, backend: str | 
         shared["shadow"] = [shadow.get(p) for p in ordered]
     if config.optimizer == "adamw":
         return AdamW(groups, **shared)
-    shared |= {"momentum": 0.9, "weight_decay": decay}
+    shared["momentum"] = 0.9
     if config.optimizer == "sgd":
-        return SGD(params, **shared)
-    return LARS(params, trust_coefficient=config.trust_coefficient, **shared)
+        return SGD(groups, **shared)
+    return LARS(groups, trust_coefficient=config.trust_coefficient, **shared)
 
 
-def _groups(params: list[nn.Parameter], decay: float) -> list[dict[str, Any]]:
-    groups: list[dict[str, Any]] = [
+def scaled(lr: float, group: Mapping[str, Any]) -> float:
+    """The learning rate of a group of parameters."""
+    return lr * group.get(LR_SCALE, 1.0)
+
+
+def _layered(groups: Sequence[dict[str, Any]], scales: Mapping[nn.Parameter, float]) -> Groups:
+    """Split groups into those of one scale, the smallest first."""
+    found: Groups = []
+    for group in groups:
+        by_scale: dict[float, list[nn.Parameter]] = {}
+        for p in group["params"]:
+            by_scale.setdefault(scales.get(p, 1.0), []).append(p)
+        found += [{**group, "params": by_scale[scale], LR_SCALE: scale} for scale in sorted(by_scale)]
+    return found
+
+
+def _scales(method: Method[Any], decay: float) -> dict[nn.Parameter, float]:
+    """Share of the learning rate by parameter of the backbone: ``decay`` in its last layer, and in each before that
+    ``decay`` times the share of the next (Clark et al., arXiv 2003.10555; Bao et al., arXiv 2106.08254).
+
+    The layers are those that timm gives for its networks. The children of another module would be a guess: they stand
+    in the order in which they were made, which need not be the one in which they compute.
+    """
+    from timm.models import group_parameters
+
+    net = method.student.backbone.net
+    # Beside them a classifier, as the networks had one: what timm puts in its layer counts as a head.
+    named = [*net.named_parameters(), (_CLASSIFIER, None)]
+    try:
+        matcher = net.group_matcher(coarse=False)
+        layers = group_parameters(SimpleNamespace(named_parameters=lambda: named), matcher, reverse=True)
+        shares = {p: decay ** (layers[_CLASSIFIER] - layers[name]) for name, p in named}
+    except Exception as error:  # whatever a matcher, or the lack of one, leads to
+        if exhausted(error):
+            raise
+        name = type(net).__name__
+        why = "" if not hasattr(net, "group_matcher") else f" ({first_line(error)})"
+        raise UsageError(
+            f"--layer-decay {decay:g}: {name} does not say which layers it has, by group_matcher(coarse) as timm's "
+            f"networks do{why}; leave it out, or give {name} one"
+        ) from None
+    return shares
+
+
+def _spared(params: list[nn.Parameter], decay: float) -> Groups:
+    """Tensors of one dimension or none in a group without decay."""
+    groups: Groups = [
         {"params": [p for p in params if p.ndim > 1], "weight_decay": decay},
         {"params": [p for p in params if p.ndim <= 1], "weight_decay": 0.0},
     ]
     return [group for group in groups if group["params"]]
 
 
-def _lamb(method: Method[Any], groups: list[dict[str, Any]]) -> Optimizer:
+def _lamb(method: Method[Any], groups: Groups) -> Optimizer:
     """apex's FusedLAMB, with the teacher's average after each step that is not skipped."""
     try:
         kind = fused_lamb()

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fastrm.methods import StepOutput
+from fastrm.optim.groups import scaled
 from fastrm.run.step import Step
 
 EAGER = 2
@@ -25,17 +26,17 @@ class GraphedStep(Step):
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
-        self.lr = torch.zeros((), dtype=torch.float64, device=self.device)
-        self.teacher_momentum = torch.zeros_like(self.lr)
+        self.teacher_momentum = torch.zeros((), dtype=torch.float64, device=self.device)
+        self.rates = [torch.zeros_like(self.teacher_momentum) for _ in self.optimizer.param_groups]
         self.images: list[tuple[Tensor, ...]] = []
         self.eager = {False: 0, True: 0}
         self.captured: dict[bool, tuple[torch.cuda.CUDAGraph, list[StepOutput]]] = {}
         self.stream = torch.cuda.Stream(self.device)
 
-    def _set(self, lr: float | Tensor, teacher_momentum: float | Tensor) -> None:
-        self.lr.fill_(lr)
-        self.teacher_momentum.fill_(teacher_momentum)
-        super()._set(self.lr, self.teacher_momentum)
+    def _set(self, lr: float, teacher_momentum: float) -> None:
+        for rate, group in zip(self.rates, self.optimizer.param_groups, strict=True):
+            group["lr"] = rate.fill_(scaled(lr, group))
+        self.optimizer.ema_momentum = self.teacher_momentum.fill_(teacher_momentum)
 
     def _run(self, batches: Iterable[tuple[Tensor, ...]], measure: bool) -> list[StepOutput]:
         given = list(batches)

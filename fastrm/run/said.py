@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from fastrm.methods import Method
 from fastrm.models.module import needs_module
 from fastrm.models.weights import BACKBONE
 from fastrm.optim import Schedule
-from fastrm.settings.config import Config
+from fastrm.settings.config import Config, defaults
 
 _SCORED = {"student": "student", "teacher": "teacher", "untrained": "untrained", "pixels": "raw pixels"}
 
@@ -49,6 +49,27 @@ def described(config: Config, machine: Machine) -> str:
         *(extra for extra, chosen in extras.items() if chosen),
     ]
     return ", ".join(parts)
+
+
+def rates(config: Config, method: Method[Any], scales: Iterable[float]) -> str | None:
+    """What the learning rate is where that is not as usual: in a run from weights, and by layer; None elsewhere.
+
+    Args:
+        config: of the run.
+        method: what is trained.
+        scales: shares of the learning rate, of the groups of parameters.
+    """
+    optim, parts = config.optim, []
+    if config.model.init_from is not None:
+        usual = defaults(method=type(method), arch=config.model.arch, epochs=optim.epochs).optim
+        parts.append(
+            f"from weights, {optim.lr:g} with {optim.warmup_epochs:g} epochs of warm-up "
+            f"(defaults from scratch: {usual.lr:g} and {usual.warmup_epochs:g})"
+        )
+    if optim.layer_decay < 1:
+        first = f"the first, which gets {min(scales):.2g} of it"
+        parts.append(f"times {optim.layer_decay:g} per layer of the backbone, from the last to {first}")
+    return "; ".join(parts) or None
 
 
 def views(augmentation: Augmentation, image_size: int) -> str:

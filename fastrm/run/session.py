@@ -15,6 +15,7 @@ from fastrm.hooks.metrics import recorded
 from fastrm.machine.distributed import gather_objects
 from fastrm.machine.lock import Lock
 from fastrm.machine.signals import Signals
+from fastrm.optim.groups import LR_SCALE
 from fastrm.run import checkpoint, folder, said
 from fastrm.run.assemble import Parts, built_in
 from fastrm.run.faults import again, faults
@@ -152,6 +153,9 @@ def _say(parts: Parts, begun: Start, run: Run, ended: bool) -> None:
         lines.append(("views", said.views(parts.augmentation, run.config.input.image_size)))
     lines += [("loader", note) for note in parts.loader.notes]
     lines += [("network", note) for note in parts.method.notes]
+    scales = (group.get(LR_SCALE, 1.0) for group in parts.step.optimizer.param_groups)
+    if (rates := said.rates(run.config, parts.method, scales)) is not None:
+        lines.append(("rate", rates))
     if not start:
         found = said.cautions(run.config, parts.method, run.schedule, len(parts.source.train))
         lines += [("notice", caution) for caution in found]

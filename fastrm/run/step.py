@@ -17,6 +17,7 @@ from fastrm.methods import Method, StepOutput
 from fastrm.methods.base import unchanged_buffers
 from fastrm.methods.verify import verify
 from fastrm.optim import TeacherOptimizer
+from fastrm.optim.groups import scaled
 from fastrm.optim.schedules import Rates
 from fastrm.settings.config import check_choice
 
@@ -107,9 +108,9 @@ class Step:
             for found, batch in zip(outputs, taken, strict=True)
         ]
 
-    def _set(self, lr: float | Tensor, teacher_momentum: float | Tensor) -> None:
+    def _set(self, lr: float, teacher_momentum: float) -> None:
         for group in self.optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = scaled(lr, group)
         self.optimizer.ema_momentum = teacher_momentum
 
     def _run(self, batches: Iterable[tuple[Tensor, ...]], measure: bool) -> list[StepOutput]:

@@ -44,7 +44,7 @@ __all__ = [
     "validate",
 ]
 
-CHOOSING = ("recipe", "method", "arch", "epochs")
+CHOOSING = ("recipe", "method", "arch", "epochs", "init_from")
 """The settings that choose the defaults of others."""
 
 
@@ -54,6 +54,7 @@ def defaults(
     method: str | type | None = None,
     arch: str | None = None,
     epochs: int | None = None,
+    init_from: str | Path | None = None,
 ) -> Config:
     """The settings that hold where no flag says otherwise, given the flags that choose them.
 
@@ -62,6 +63,9 @@ def defaults(
         method: a method's name, or a subclass of :class:`fastrm.methods.Method`.
         arch: the backbone's name.
         epochs: passes over the images; the warm-up takes at most a tenth of them where they are less than usual.
+        init_from: weights to start from. Where no recipe says otherwise, the learning rate is then a tenth of that of a
+            run from scratch (R-CNN's share: Girshick et al., arXiv 1311.2524), and the warm-up at most a twentieth of
+            the epochs (5 of 100, as MAE is fine-tuned: He et al., arXiv 2111.06377).
 
     Raises:
         UsageError: there is no such recipe or method.
@@ -76,6 +80,8 @@ def defaults(
     length, usual = epochs or config.optim.epochs, config.optim
     if length < usual.epochs or "warmup_epochs" not in values:
         config = config.replace(warmup_epochs=min(usual.warmup_epochs, length / 10))
+    if init_from is not None and recipe is None:
+        config = config.replace(lr=usual.lr / 10, warmup_epochs=min(usual.warmup_epochs, length / 20))
     return config
 
 

@@ -153,18 +153,22 @@ class OptimConfig:
     """lars: tensors of one dimension or none get no decay and no scaling. adamw, lamb: they get no decay.
     lamb is FusedLAMB of NVIDIA's apex, and needs it and a GPU."""
     lr: Annotated[float, Range(above=0)] = 0.6
-    """Peak learning rate for a batch of 256; it is scaled by batch / 256. A cosine leads from it to 0."""
+    """Peak learning rate for a batch of 256; it is scaled by batch / 256. A cosine leads from it to 0.
+    With --init-from the default is a tenth of what it is from scratch."""
     weight_decay: Annotated[float, Range(at_least=0)] = 1e-6
     """Weight decay."""
     trust_coefficient: Annotated[float, Range(above=0)] = 0.001
     """lars: ratio of an update's norm to its weight's norm, before the learning rate."""
     warmup_epochs: Annotated[float, Range(at_least=0)] = 10.0
     """Epochs over which the learning rate grows linearly.
-    Where --epochs is less than the recipe's, the default is at most a tenth of it."""
+    Where --epochs is less than the recipe's, the default is at most a tenth of it; with --init-from a twentieth."""
     warmup_start_lr: Annotated[float, Range(at_least=0)] = 0.0
     """Learning rate (for a batch of 256) at which the warm-up starts."""
     accumulate: Annotated[int, Range(at_least=1)] = 1
     """Micro-batches an optimizer step; each has batch-size / accumulate images and is contrasted within itself."""
+    layer_decay: Annotated[float, Range(above=0, at_most=1)] = 1.0
+    """Factor of the learning rate per layer of the backbone, from the last to the first; heads get the whole rate.
+    1: all alike. .65 to .75 is what ViTs are fine-tuned with."""
     clip_norm: Annotated[float, Range(above=0)] | None = None
     """Largest norm of the whole gradient, which is scaled down to it; unset: no limit."""
 

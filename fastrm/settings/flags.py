@@ -16,6 +16,7 @@ from fastrm.settings import command_line
 from fastrm.settings.config import CHOOSING, Config, defaults
 from fastrm.settings.config_file import read_settings
 from fastrm.settings.fields import methods
+from fastrm.settings.kinds import flag
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,7 +51,7 @@ def _chosen(argv: Sequence[str]) -> dict[str, Any]:
     """The flags that choose the defaults, which are looked at first; the real parser says what is wrong with them."""
     peek = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     for name in ("config", *CHOOSING):
-        peek.add_argument(f"--{name}", nargs="?", type=int if name == "epochs" else str)
+        peek.add_argument(*{flag(name), f"--{name}"}, dest=name, nargs="?", type=int if name == "epochs" else str)
     try:
         found = vars(peek.parse_known_args(argv)[0])
     except argparse.ArgumentError:
