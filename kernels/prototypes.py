@@ -1,19 +1,25 @@
-"""The cross-entropy between a teacher's and a student's assignment of their rows to prototypes."""
+"""The cross-entropy between a teacher's and a student's assignment of their rows to prototypes.
+
+What is said in ``contrastive`` about derivatives holds here too.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from . import reference
+from . import _prototypes, reference
 from ._scoring import Assignment
 from .dispatch import check_no_grad, check_number, check_rows, check_strided, choose_derivable, has_tangent
 
 _OP = "prototype_cross_entropy"
-_BACKENDS: dict[str, Callable[..., Any]] = {"reference": reference.prototype_cross_entropy}
+_BACKENDS: dict[str, Callable[..., Any]] = {"reference": reference.prototype_cross_entropy} | {
+    backend: partial(_prototypes.differentiable, backend) for backend in _prototypes.BACKENDS
+}
 
 
 def _check_center(center: Tensor, prototypes: Tensor) -> None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -62,6 +63,47 @@ def info_nce_gradient(
 def residual(student: ArrayLike, teacher: ArrayLike) -> Array:
     """Loss a row: squared distance of the unit vectors, where neither is zero."""
     return np.array([2 - 2 * float(a @ b) for a, b in zip(unit(student), unit(teacher), strict=True)])
+
+
+class Distilled(NamedTuple):
+    """A loss over prototypes, its gradients, and the mean of the teacher's logits."""
+
+    loss: float
+    to_student: Array
+    to_prototypes: Array
+    teacher_mean: Array
+
+
+def prototype_cross_entropy(
+    student: ArrayLike,
+    teacher: ArrayLike,
+    prototypes: ArrayLike,
+    its_prototypes: ArrayLike,
+    center: ArrayLike,
+    pairs: Iterable[tuple[int, int]],
+    temperatures: tuple[float, float],
+) -> Distilled:
+    """DINO's loss, pair by pair: dloss/dlogits of a softmax's cross-entropy is its chances less the targets."""
+    s, t, w, v = (
+        unit(student),
+        unit(teacher),
+        np.asarray(prototypes, np.float64),
+        np.asarray(its_prototypes, np.float64),
+    )
+    of_student, of_teacher = temperatures
+    pairs = list(pairs)
+    loss, pull, push = 0.0, np.zeros_like(s), np.zeros_like(w)
+    for i, j in pairs:
+        mine, its = w @ s[i] / of_student, (v @ t[j] - np.asarray(center, np.float64)) / of_teacher
+        targets = np.exp(its - its.max())
+        targets /= targets.sum()
+        logs = mine - mine.max() - np.log(np.exp(mine - mine.max()).sum())
+        loss -= float(targets @ logs) / len(pairs)
+        slope = (np.exp(logs) - targets) / (of_student * len(pairs))
+        pull[i] += slope @ w
+        push += np.outer(slope, s[i])
+    mean = v @ t.mean(axis=0) if len(t) else np.zeros(len(v))
+    return Distilled(loss, through_unit(student, pull), push, mean)
 
 
 def ema(teacher: ArrayLike, student: ArrayLike, momentum: float) -> Array:
