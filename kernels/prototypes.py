@@ -96,9 +96,10 @@ def prototype_cross_entropy(
         backend: ``None``, ``"triton"``, ``"cpu"`` or ``"reference"``.
 
     Returns:
-        (loss, teacher_mean), float32 (float64 where an input is float64): the mean over the pairs, 0-d, which is 0 if
-        there are none, and the mean [K] of the teacher's logits t·v over all its rows, before the centre is taken from
-        them. It has no graph; the centre's momentum and its average over processes are the caller's.
+        A pair (loss, teacher_mean), float32 (float64 where an input is float64). ``loss`` is the mean over the pairs,
+        0-d, and 0 if there are none. ``teacher_mean`` [K] is the mean of the teacher's logits t·v over all its rows,
+        before the centre is subtracted. It has no graph. The caller applies the centre's momentum and averages over
+        processes.
 
     Raises:
         ValueError, TypeError: shapes, dtypes or devices do not fit, what gets no gradient requires grad, pairs name
