@@ -14,11 +14,11 @@ from fastrm.version import __version__
 COMMANDS = {
     "train": "pre-train a backbone on images without labels",
     "evaluate": "score the student and the teacher of a run: kNN, linear, fine-tuning, nearest neighbours",
-    "export": "hand a trained backbone to timm, torchvision or ONNX",
-    "embed": "write the features of all images, find what is nearest to a picture, draw a map",
-    "report": "show runs on one page, over each other",
-    "data": "draw what the network sees of a set of images",
-    "doctor": "say what this machine will use, and what is missing",
+    "export": "export a trained backbone to timm, torchvision or ONNX",
+    "embed": "write the features of all images, find the nearest images of a query, draw a map",
+    "report": "show one run, or compare several, on one HTML page",
+    "data": "draw some images and their augmented views",
+    "doctor": "report what this machine will use, and what is missing",
 }
 """Modules of this package, and what each does."""
 
@@ -33,10 +33,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     if list(words) == ["--version"]:
         print(f"fastrm {__version__}")
     elif not words or list(words) in (["--help"], ["-h"]):
-        print("python -m fastrm COMMAND; --help after a command says more\n")
+        print("python -m fastrm COMMAND; add --help to a command for its options\n")
         for name, what in COMMANDS.items():
             print(f"  {name:10}{what}")
-        print("\npython -m fastrm --version says which this is; python -m fastrm.COMMAND is the same as with a space")
+        print("\npython -m fastrm --version prints the version; python -m fastrm.COMMAND is the same as with a space")
     else:
         meant = near(words[0], COMMANDS)
         known = f"did you mean {meant}?" if meant else f"choose one of {', '.join(COMMANDS)}"

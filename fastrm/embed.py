@@ -50,34 +50,34 @@ class EmbedConfig(OfRun):
     """Write features of images, a row per image, and beside them what each row is of."""
 
     out: Path
-    """The array, NAME.npy, or a table, NAME.parquet. NAME.jsonl beside it has the name and the label of each row, and
-    NAME.json what the features are of. The same command goes on where it was cut off."""
+    """Array file NAME.npy, or table NAME.parquet. NAME.jsonl beside it has the name and label of each row, and
+    NAME.json describes the features. The same command continues where it was interrupted."""
     data: str | None = None
-    """Images, as for fastrm.train; unset: the run's."""
+    """Images, as for fastrm.train. If not given, those of the run."""
     data_root: Path | None = None
-    """Where a named set lies; unset: the run's."""
+    """Folder of a named set. If not given, that of the run."""
     image_column: str | None = None
     """As for fastrm.train."""
     label_column: str | None = None
     """As for fastrm.train."""
     part: Literal["train", "test"] = "train"
-    """Of a set with two parts, which one."""
+    """Part of a set that has two."""
     which: Literal["student", "teacher"] = "student"
-    """Whose features."""
+    """Network whose features are written."""
     patches: bool = False
-    """Write the map [h, w, D] of each image in the place of its mean [D]."""
+    """Write the feature map [h, w, D] of each image instead of its mean [D]."""
     dtype: Literal["float32", "float16"] = "float32"
-    """Of the array."""
+    """Dtype of the array."""
     queries: tuple[Path, ...] = ()
-    """Pictures whose nearest images are drawn; labels are not needed."""
+    """Images to find the nearest images of; labels are not needed."""
     neighbours: Path | None = None
-    """The picture that is drawn: a query in each row, beside it the images whose features are nearest by cosine."""
+    """Image file to draw. Each row has a query, and beside it the images with the nearest features by cosine."""
     k: Annotated[int, Range(at_least=1)] = 5
-    """Images per query."""
+    """Nearest images per query."""
     map: Path | None = None
-    """A picture to draw: the images as points, along the two principal components of their features."""
+    """Image file to draw. It shows the images as points along the first two principal components of their features."""
     device: Literal["auto", "cuda", "cpu"] = "auto"
-    """auto: the GPU if there is one."""
+    """Device to compute on. auto is the GPU if there is one."""
     workers: Workers = 2
     """Processes that read the images."""
 

@@ -46,38 +46,39 @@ class EvaluateConfig(OfRun):
     started from, and the raw pixels."""
 
     data: str | None = None
-    """Images to score on, as for fastrm.train; unset: the run's."""
+    """Images to score on, as for fastrm.train. If not given, those of the run."""
     data_root: Path | None = None
-    """Where a named set lies; unset: the run's."""
+    """Folder of a named set. If not given, that of the run."""
     image_column: str | None = None
-    """As for fastrm.train; unset: the run's, unless --data is given."""
+    """As for fastrm.train. If neither this nor --data is given, as in the run."""
     label_column: str | None = None
-    """As for fastrm.train; unset: the run's, unless --data is given."""
+    """As for fastrm.train. If neither this nor --data is given, as in the run."""
     eval_images: Annotated[int, Range(at_least=1)] | None = None
-    """Images to build classifiers from at most, and to try them on, drawn at random, the same ones each time; unset:
-    all."""
+    """Largest number of images to build classifiers from, and to test them on; of larger sets, this many are drawn at
+    random, the same ones each time. If not given, all images."""
     knn: bool = False
-    """Weighted kNN accuracy (cosine, temperature .07) for k 10, 20, 100 and 200."""
+    """Weighted kNN accuracy (cosine, temperature 0.07) for k 10, 20, 100 and 200."""
     linear: bool = False
-    """A linear classifier on the frozen backbone with random crops and flips, as published with the method: for those
-    with a queue SGD at 30 for 100 epochs, else at .1 x batch / 256 in batches of 1024 for 90."""
+    """Train a linear classifier on the frozen backbone with random crops and flips, as published with the method. For
+    methods with a queue, SGD with learning rate 30 for 100 epochs; otherwise 0.1 x batch / 256 with batches of 1024 for
+    90 epochs."""
     linear_quick: bool = False
-    """A linear classifier on features that are computed once; the best of six learning rates."""
+    """Train a linear classifier on features that are computed once, with the best of six learning rates."""
     linear_epochs: Annotated[int, Range(at_least=1)] | None = None
-    """Epochs of --linear; unset: as published."""
+    """Epochs of --linear. If not given, as published."""
     semi: Annotated[float, Range(above=0, at_most=1)] | None = None
-    """Fine-tune the whole network on this share of the labels, such as .01 or .1."""
+    """Fine-tune the whole network on this fraction of the labels, such as 0.01 or 0.1."""
     transfer: str | None = None
-    """Another set of images to fit and score the quick linear classifier on."""
+    """Another set of images, on which the quick linear classifier is fitted and scored."""
     gap: bool = False
-    """1 - mean cosine between student and teacher on the same picture, layer by layer."""
+    """1 - mean cosine between student and teacher on the same image, layer by layer."""
     neighbours: Path | None = None
-    """A picture to draw: test images in a column, beside each the five images of the bank that the student finds
-    nearest; those of its class are framed in green."""
+    """Image file to draw. It has test images in a column, and beside each the five nearest images of the bank by the
+    student's features; those of the same class have a green frame."""
     out: Path | None = None
-    """JSON file that the scores are added to; unset: evaluation.json beside the checkpoint."""
+    """JSON file that the scores are added to. If not given, evaluation.json beside the checkpoint."""
     device: Literal["auto", "cuda", "cpu"] = "auto"
-    """auto: the GPU if there is one."""
+    """Device to compute on. auto is the GPU if there is one."""
     workers: Workers = 2
     """Processes that read the images."""
 

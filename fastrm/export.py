@@ -30,14 +30,13 @@ class ExportConfig(OfRun):
     """Write a run's backbone in a form that other programs load, and a model card beside it."""
 
     format: Literal["timm", "torchvision", "safetensors", "onnx"]
-    """timm: for timm.create_model; a folder, which carries the preprocessing too, or a .safetensors file.
-    torchvision: a state dict of its ResNets.
-    safetensors: the weights in timm's names, with all that fastrm needs to rebuild the network.
-    onnx: a graph from images to features."""
+    """Format to write. timm is a folder with weights and preprocessing, or a weight file, for timm.create_model.
+    torchvision is a state dict of its ResNets. safetensors has the weights in timm's names, and what fastrm needs to
+    rebuild the network. onnx is a graph from images to features."""
     out: Path
-    """What is written: a file that ends in .safetensors, .pth (timm, torchvision) or .onnx; for timm also a folder."""
+    """File to write, which ends in .safetensors, .pth (timm, torchvision) or .onnx; for timm it may be a folder."""
     which: Literal["student", "teacher"] = "student"
-    """Whose backbone."""
+    """Network whose backbone is written."""
 
 
 def export(options: ExportConfig, *, arch: nn.Module | None = None) -> Path:

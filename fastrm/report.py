@@ -31,9 +31,10 @@ class ReportConfig:
     runs: Positional[Annotated[tuple[Path, ...], arg(metavar="RUN [RUN ...]", help_behavior_hint="")]] = ()
     """Run folders."""
     checkpoint: Path | None = None
-    """The same as one RUN."""
+    """One run, in the same way as RUN."""
     out: Path | None = None
-    """Folder that the page is written to; unset: report, in the run's folder or, for several runs, here."""
+    """Folder to write the page to. If not given, report in the folder of the run or, for several runs, in the current
+    folder."""
 
 
 def report(options: ReportConfig) -> Path:

@@ -32,39 +32,39 @@ class Options:
     """Draw some images, and the views of each."""
 
     data: str
-    """What fastrm.train takes: a folder, the name of a set, a list, a table, shards."""
+    """Images, as for fastrm.train, such as a folder, the name of a set, a list, a table or shards."""
     out: Path
-    """The picture that is written."""
+    """Image file to write."""
     data_root: Path | None = None
-    """Where a named set lies."""
+    """Folder of a named set."""
     image_column: str | None = None
     """As for fastrm.train."""
     label_column: str | None = None
     """As for fastrm.train."""
     method: str = field(default_factory=lambda: defaults().method.method)
-    """Whose augmentation."""
+    """Method whose augmentation is drawn."""
     augmentation: str | None = None
-    """What differs from it, as in fastrm.train: 2x224,8x96, a TOML file, or a run's config.json."""
+    """Changes to it, as for fastrm.train, such as 2x224,8x96, a TOML file, or the config.json of a run."""
     crop_min: CropMin | None = None
-    """Smallest share of the picture's area that a random crop takes; unset: the method's."""
+    """Smallest fraction of the image area that a random crop covers. If not given, that of the method."""
     image_size: ImageSize = 224
     """Side of the views, in pixels."""
     loader: str = "auto"
-    """auto, dali, torch or memory."""
+    """Loader that makes the views. One of auto, dali, torch or memory."""
     channels: Channels = "auto"
-    """Bands that the network gets, as in fastrm.train; so for the next four."""
+    """Number of bands that the network gets, as for fastrm.train."""
     value_range: Numbers | None = None
-    """The values that become black and white."""
+    """Pixel values that become black and white, as for fastrm.train."""
     mean: Numbers | None = None
-    """Subtracted per channel."""
+    """Mean per channel to subtract."""
     std: Positive | None = None
-    """Divided by per channel."""
+    """Standard deviation per channel to divide by."""
     pages: Pages = "auto"
-    """What is read of files with several pages."""
+    """How files with several pages are read, as for fastrm.train."""
     images: Annotated[int, Range(at_least=1)] = 8
-    """How many."""
+    """Number of images to draw."""
     seed: Seed = 0
-    """Of the views."""
+    """Seed of the views."""
 
 
 def contact_sheet(options: Options) -> None:

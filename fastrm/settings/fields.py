@@ -42,51 +42,56 @@ class InputConfig:
     """The images and how they are read."""
 
     data: str = ""
-    """digits, fashion-mnist, cifar10, cifar100, stl10, photo-patches (of scikit-image), synthetic, or a folder:
-    train/CLASS/… with optional val/CLASS/…, CLASS/…, or images at any depth without labels;
-    or WebDataset shards: a folder of tar files, or quoted: '/shards/train-{0000..0146}.tar';
-    or a list of paths, @paths.txt; a table, .csv, .tsv or .parquet; a Hugging Face dataset, hf:PATH or hf:owner/name;
-    an array, .npy, .h5 or .hdf5; or a URL of shards, tables or arrays, which are copied to ~/.cache/fastrm once."""
+    """Images to train on, in one of these forms. A named set, which is digits, fashion-mnist, cifar10, cifar100, stl10,
+    photo-patches (from scikit-image) or synthetic. A folder: train/CLASS/… with optional val/CLASS/…, or CLASS/…, or
+    images at any depth without labels. WebDataset shards: a folder of tar files, or a quoted pattern,
+    '/shards/train-{0000..0146}.tar'. A list of paths, @paths.txt. A table, .csv, .tsv or .parquet. A Hugging Face
+    dataset, hf:PATH or hf:owner/name. An array, .npy, .h5 or .hdf5. A URL of shards, tables or arrays, which are copied
+    to ~/.cache/fastrm once."""
     image_column: str | None = None
-    """Column of a table or a Hugging Face dataset, or array of an HDF5 file, that holds the images.
-    Unset: the one of encoded images, or called image, path, file or the like."""
+    """Column with the images in a table or a Hugging Face dataset, or their array in an HDF5 file. If not given, the
+    column of encoded images, or the one called image, path, file or the like."""
     label_column: str | None = None
-    """The one that holds the labels, numbers or text; unset: label or class."""
+    """Column or array with the labels, which may be numbers or text. If not given, label or class."""
     data_root: Path | None = None
-    """Where a named set lies or is downloaded to; unset: ~/.cache/fastrm.
-    For fashion-mnist a folder with the four IDX files, plain or gzip, serves."""
+    """Folder to read a named set from, or to download it to. If not given, ~/.cache/fastrm. For fashion-mnist, a folder
+    with the four IDX files, plain or gzip."""
     image_size: ImageSize = 224
     """Side of the square views, in pixels."""
     crop_min: CropMin = 0.2
-    """Smallest share of the picture's area that a random crop takes."""
+    """Smallest fraction of the image area that a random crop covers."""
     augmentation: str | None = None
-    """How views are made; unset: as the method's publication says. Numbers and sizes of views, 2x224,8x96 for example,
-    or a TOML file with what differs from the publication (docs/tutorial.md), or a run's config.json, for its views."""
+    """How views are made. If not given, as in the publication of the method. Either the numbers and sizes of the views,
+    such as 2x224,8x96, or a TOML file with changes to the method's augmentation (docs/tutorial.md), or the config.json
+    of a run, to use its views."""
     batch_size: Annotated[int, Range(at_least=2)] | None = None
-    """Images an optimizer step, over all processes; unset: 256 a process."""
+    """Images per optimizer step over all processes. If not given, 256 per process."""
     loader: Literal["auto", "dali", "torch", "memory"] = "auto"
-    """What reads and augments the images.
-    memory: named sets on the device; of others each image is decoded once, and kept at full size, or shrunk where
-    memory does not suffice. auto: memory for named sets; for files dali on a GPU where it is installed, and else torch,
-    worker processes, which keep what they decode of a set that takes at most 3 % of the memory."""
+    """What reads and augments the images. memory keeps named sets on the device; other images are decoded once and kept
+    at full size, or shrunk if memory does not suffice. dali decodes files on a GPU. torch uses worker processes. auto
+    is memory for named sets; for files, dali on a GPU where it is installed, otherwise torch, which keeps what it
+    decodes of a set that takes at most 3 % of the memory."""
     scan: bool = True
-    """Before the run, look for broken files in a folder, leave them out and list them in skipped.txt. Without it, what
-    cannot be read is left out when it is met, and DALI shows some damaged JPEGs that are left out otherwise."""
+    """Before the run, find broken files in a folder, leave them out, and list them in skipped.txt. Without it,
+    unreadable files are left out when they are read, and DALI uses some damaged JPEGs that are otherwise left out."""
     channels: Channels = "auto"
-    """Bands that the network gets. auto: 3 for images of which any is RGB, or all are gray of 8 bits; otherwise the
-    bands that they have."""
+    """Number of bands that the network gets. auto is 3 if any image is RGB or all are 8-bit gray, otherwise the bands
+    of the images."""
     value_range: Numbers | None = None
-    """The values that become black and white, as in 0,4095. unset: 0 and 255 in uint8; in another dtype the .1 and 99.9
-    percentiles of each band, measured once; where there are several dtypes, the range of each."""
+    """Pixel values that become black and white, such as 0,4095. If not given, 0 and 255 for uint8; for another dtype
+    the 0.1 and 99.9 percentiles of each band, measured once; for a mix of dtypes, a range for each."""
     mean: Numbers | None = None
-    """Subtracted per channel once black is 0 and white is 1; unset: ImageNet's for RGB of 8 bits, else measured."""
+    """Mean per channel to subtract, on the scale where black is 0 and white is 1. If not given, ImageNet's for 8-bit
+    RGB, otherwise measured."""
     std: Positive | None = None
-    """Divided by per channel; unset: as for --mean."""
+    """Standard deviation per channel to divide by. If not given, ImageNet's for 8-bit RGB, otherwise measured."""
     pages: Pages = "auto"
-    """What is read of TIFF and other files with several pages: the first, all as the bands of one image, or each as an
-    image. auto: as bands where all files have as many gray ones of one size, and else the first."""
+    """How TIFF and other files with several pages are read. first reads the first page; bands reads all pages as the
+    bands of one image; images reads each page as an image. auto is bands if all files have the same number of gray
+    pages of one size, otherwise first."""
     workers: Workers | None = None
-    """Loader processes a training process, 0 for none; unset: its share of the machine's cores, at most 8."""
+    """Loader processes per training process; 0 loads in the training process. If not given, its share of the machine's
+    cores, at most 8."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,13 +101,13 @@ class ModelConfig:
     arch: str = "resnet50"
     """Any image backbone of timm, by name."""
     stem: Literal["auto", "imagenet", "small"] = "auto"
-    """First layers of a ResNet: as published, or small (3x3 at stride 1, no max-pool).
-    auto: small at 64 pixels and below."""
+    """First layers of a ResNet. imagenet is the published stem; small is a 3x3 convolution at stride 1 without
+    max-pool. auto is small at 64 pixels and below."""
     init_from: Path | None = None
-    """Weights to start the backbone from: timm:NAME, hf:OWNER/NAME, a run folder, or a file of tensors by name: of
-    fastrm, timm, torchvision, or of MoCo, DINO, MAE and the like."""
+    """Weights that the backbone starts from, instead of random ones. Pass a run folder, a file of named tensors from
+    fastrm, timm, torchvision, MoCo, DINO, MAE and the like, timm:NAME, or hf:OWNER/NAME."""
     init_partial: bool = False
-    """Take what matches of --init-from, also where that is less than 95 % of the parameters."""
+    """Load the tensors of --init-from that match, even if they are less than 95 % of the parameters."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,35 +115,37 @@ class MethodConfig:
     """The momentum method, its heads, and the residual term."""
 
     method: str = field(default_factory=lambda: methods().names()[0])
-    """The method whose loss between two views is trained."""
+    """Momentum method to train with."""
     residual_weight: Annotated[float, Range(at_least=0)] = 0.1
-    """Weight of the residual term, student to teacher on the same view; 0 is the plain method.
-    The default cost no method accuracy in docs/study.md; 1 helped some and harmed others there."""
+    """Weight of the residual term between student and teacher on the same view; 0 is the plain method. The default cost
+    no method accuracy in docs/study.md; 1 helped mocov2 there, and not the others."""
     residual_at: ResidualPlace = "output"
-    """Where the residual term is taken: at what the method's loss uses, behind the projector, or the backbone."""
+    """Where the residual term is computed. output is what the method's loss uses; projector and backbone are the
+    outputs of these parts."""
     residual_warmup_epochs: Annotated[float, Range(at_least=0)] = 0.0
     """Epochs over which the residual weight grows linearly from 0."""
     teacher_momentum: Share = 0.99
-    """Momentum of the teacher at the start; a cosine leads from it to --teacher-momentum-end."""
+    """Momentum of the teacher at the start; a cosine schedule leads to --teacher-momentum-end."""
     teacher_momentum_end: Share = 1.0
     """Momentum of the teacher at the end of the run."""
     temperature: Annotated[float, Range(above=0)] = 1.0
-    """Temperature of the contrastive loss, in methods with one."""
+    """Temperature of the contrastive loss, in methods that have one."""
     queue_size: Annotated[int, Range(at_least=1, at_most=2**24)] = 65536
-    """Keys held as negatives, in methods with a queue."""
+    """Number of keys kept as negatives, in methods with a queue."""
     queue_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """How the queue holds its keys; losses are summed in float32 always.
-    auto: float32 on the CPU; bfloat16 on a GPU, where a product of float32 rows is made of three in TF32."""
+    """Dtype of the keys in the queue; losses are always summed in float32. auto is float32 on the CPU and bfloat16 on a
+    GPU, where a product of float32 rows takes three products in TF32."""
     symmetric: bool = False
-    """Score both directions, each against a queue of its own, and average, in methods that otherwise score one."""
+    """Compute the loss in both directions, each with its own queue, and average them, in methods that otherwise use one
+    direction."""
     dense_weight: Share = 0.5
-    """Share of the dense loss, in methods with one; the global loss gets the rest."""
+    """Weight of the dense loss, from 0 to 1, in methods that have one; the global loss gets the rest."""
     hidden_dim: Width = 4096
     """Hidden width of the projector."""
     output_dim: Width = 256
-    """Width of the projector's and the predictor's output."""
+    """Output width of the projector and the predictor."""
     predictor_hidden_dim: Width = 4096
-    """Hidden width of the predictor, in methods with one."""
+    """Hidden width of the predictor, in methods that have one."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -146,31 +153,33 @@ class OptimConfig:
     """The optimizer, its schedule, and the length of the run."""
 
     epochs: Annotated[int, Range(at_least=1)] = 100
-    """Passes over the images; all schedules span them."""
+    """Passes over the images. All schedules span them."""
     max_steps: Annotated[int, Range(at_least=1)] | None = None
-    """Stop after this many optimizer steps; the schedules still span --epochs, so that a later resume goes on."""
+    """Stop after this number of optimizer steps. The schedules still span --epochs, so a later resume can continue."""
     optimizer: Literal["lars", "sgd", "adamw", "lamb"] = "lars"
-    """lars: tensors of one dimension or none get no decay and no scaling. adamw, lamb: they get no decay.
-    lamb is FusedLAMB of NVIDIA's apex, and needs it and a GPU."""
+    """Optimizer of the student. lars applies neither weight decay nor scaling to tensors of one dimension or none;
+    adamw and lamb apply no weight decay to them. lamb is FusedLAMB of NVIDIA's apex, which must be installed, and needs
+    a GPU."""
     lr: Annotated[float, Range(above=0)] = 0.6
-    """Peak learning rate for a batch of 256; it is scaled by batch / 256. A cosine leads from it to 0.
-    With --init-from the default is a tenth of what it is from scratch."""
+    """Peak learning rate for a batch size of 256; it is scaled by batch size / 256, and decays to 0 with a cosine
+    schedule."""
     weight_decay: Annotated[float, Range(at_least=0)] = 1e-6
     """Weight decay."""
     trust_coefficient: Annotated[float, Range(above=0)] = 0.001
-    """lars: ratio of an update's norm to its weight's norm, before the learning rate."""
+    """For lars, the ratio of an update's norm to the norm of its weight, before the learning rate."""
     warmup_epochs: Annotated[float, Range(at_least=0)] = 10.0
-    """Epochs over which the learning rate grows linearly.
-    Where --epochs is less than the recipe's, the default is at most a tenth of it; with --init-from a twentieth."""
+    """Epochs over which the learning rate grows linearly. If --epochs is less than the recipe's, the default is at most
+    a tenth of it."""
     warmup_start_lr: Annotated[float, Range(at_least=0)] = 0.0
-    """Learning rate (for a batch of 256) at which the warm-up starts."""
+    """Learning rate at the start of the warm-up, for a batch size of 256."""
     accumulate: Annotated[int, Range(at_least=1)] = 1
-    """Micro-batches an optimizer step; each has batch-size / accumulate images and is contrasted within itself."""
+    """Micro-batches per optimizer step, of batch size / accumulate images each. Negatives come only from the same
+    micro-batch."""
     layer_decay: Annotated[float, Range(above=0, at_most=1)] = 1.0
     """Factor of the learning rate per layer of the backbone, from the last to the first; heads get the whole rate.
     1: all alike. .65 to .75 is what ViTs are fine-tuned with."""
     clip_norm: Annotated[float, Range(above=0)] | None = None
-    """Largest norm of the whole gradient, which is scaled down to it; unset: no limit."""
+    """Largest norm of the whole gradient; larger gradients are scaled down to it. If not given, no limit."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -178,20 +187,22 @@ class DeviceConfig:
     """What computes, and in which precision."""
 
     device: Literal["auto", "cuda", "cpu"] = "auto"
-    """auto: the GPU if there is one."""
+    """Device to train on. auto is the GPU if there is one."""
     precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
-    """Precision of the networks' layers; weights, teacher and losses are in float32 always.
-    auto: bf16 on a GPU that has it, fp16 with loss scaling on one that has not, fp32 on the CPU."""
+    """Precision of the layers; weights, teacher and losses are always float32. auto is bf16 on a GPU that supports it,
+    fp16 with loss scaling on other GPUs, and fp32 on the CPU."""
     compile: Literal["auto", "on", "off"] = "auto"
-    """Compile the student and the teacher with torch.compile; --compile alone is on, --no-compile is off.
-    auto: on a GPU with Triton, where it pays in minutes; not on the CPU, where a ResNet-18 was no faster."""
+    """Compile student and teacher with torch.compile; --compile alone means on, --no-compile means off. auto is on for
+    a GPU with Triton, where it pays off within minutes, and off for the CPU, where a ResNet-18 was no faster."""
     cuda_graph: bool = False
-    """Capture the whole step as one CUDA graph: for small images and networks, where launches dominate."""
+    """Capture the whole step as one CUDA graph. Use it for small images and networks, where launch overhead
+    dominates."""
     checkpoint_activations: bool = False
-    """Keep only the input of each block of the student, and compute the block again in the backward pass: less memory,
-    the same bits, about a third more time. For networks that timm can do it with, such as ResNets and ViTs."""
+    """Keep only the input of each block of the student, and compute the block again in the backward pass. This saves
+    memory, gives the same bits, and takes about a third more time. For networks that support it in timm, such as
+    ResNets and ViTs."""
     channels_last: bool = True
-    """Keep images and convolution weights in channels-last order."""
+    """Keep images and convolution weights in channels-last memory format."""
     kernels: Literal["auto", "triton", "cpu", "reference"] = "auto"
     """Backend of fastrm.kernels."""
 
@@ -201,45 +212,47 @@ class RunConfig:
     """What is logged, kept and repeated."""
 
     recipe: str | None = None
-    """A named set of defaults, which flags override; docs/recipes.md lists them."""
+    """Named set of published settings, which flags override; docs/recipes.md lists them."""
     seed: Seed = 0
-    """Seed of everything random; on the CPU the same seed gives the same bits."""
+    """Seed of all random numbers. On the CPU, the same seed gives the same bits."""
     log_to: tuple[Literal["tensorboard", "wandb", "mlflow"], ...] = ("tensorboard",)
-    """What the metrics are sent to besides metrics.jsonl; --log-to alone: nothing."""
+    """Loggers that get the metrics in addition to metrics.jsonl. Without a name, --log-to means none."""
     log_every: Annotated[int, Range(at_least=1)] = 50
-    """Steps between two logged ones; the first and the last are always logged."""
+    """Steps between two logged steps. The first and the last step are always logged."""
     eval_every: Annotated[int, Range(at_least=0)] = 10
-    """Epochs between two kNN evaluations, besides the one at the end; 0: never."""
+    """Epochs between two kNN evaluations, in addition to the one at the end; 0 means never."""
     eval_images: Annotated[int, Range(at_least=1)] = 100_000
-    """Images that a kNN evaluation looks neighbours up in at most, and is tried on: of more, as many drawn at random,
-    the same ones each time. The default keeps evaluations below 2 % of the time of ImageNet on 8 GPUs."""
+    """Largest number of images in the bank of a kNN evaluation, and of its test images. Of larger sets, this many are
+    drawn at random, the same ones each time. The default keeps evaluations below 2 % of the time of ImageNet on 8
+    GPUs."""
     online_linear: bool = False
-    """Train a linear classifier along with the student, on its detached features, and score it at each evaluation."""
+    """Train a linear classifier during the run on the student's detached features, and score it at each evaluation."""
     checkpoint_every: Annotated[int, Range(at_least=1)] | None = None
-    """Steps between two checkpoints, besides the one at the end; unset: an epoch."""
+    """Steps between two checkpoints, in addition to the one at the end. If not given, one epoch."""
     checkpoint_minutes: Annotated[float, Range(at_least=0)] = 15.0
-    """Save besides when this many minutes have passed since the last checkpoint; 0: never for that."""
+    """Also save a checkpoint when this many minutes have passed since the last one; 0 turns this off."""
     keep: Annotated[int, Range(at_least=1)] = 2
-    """Checkpoints that are kept, the newest among them."""
+    """Number of newest checkpoints to keep."""
     keep_every: Annotated[int, Range(at_least=1)] | None = None
-    """Keep besides all checkpoints whose step is a multiple of this."""
+    """Also keep all checkpoints whose step is a multiple of this number."""
     keep_best: bool = False
-    """Keep the checkpoint with the best kNN score of the student, or of the online linear classifier where one is
-    trained, as checkpoint-best.pt."""
+    """Keep the checkpoint with the best kNN score of the student as checkpoint-best.pt; with --online-linear, the best
+    score of the linear classifier."""
     verify_every: Annotated[int, Range(at_least=0)] = 0
-    """Steps between two comparisons of the fused losses and their gradient with the reference, on the batch at hand;
-    0: never."""
+    """Steps between two checks of the fused losses and their gradient against the reference, on the current batch; 0
+    means never."""
     profile: Annotated[int, Range(at_least=0, at_most=1000)] = 0
-    """Steps to profile, after the first two: a Chrome trace in the folder, and where the time goes on the screen."""
+    """Number of steps to profile, after the first two. Writes a Chrome trace to the run folder, and prints where the
+    time goes."""
     out: Path | None = None
-    """Folder that the run is written to; unset: runs/DATA-METHOD-ARCH."""
+    """Folder of the run. If not given, runs/DATA-METHOD-ARCH."""
     resume: str = "auto"
-    """auto: continue the run that is in --out. never: start anew, in its place.
-    Or a checkpoint or run folder to continue from."""
+    """What to continue from. auto continues the run in --out; never starts anew and replaces it; or give a checkpoint
+    or run folder to continue from."""
     dry_run: bool = False
-    """Make a few steps, say what memory and time they and an epoch take, and end; nothing is written."""
+    """Make a few steps, print their memory and time and those of an epoch, and stop; nothing is written."""
     allow_changed_data: bool = False
-    """Continue a run whose images have changed: from the next whole epoch on, with the new ones."""
+    """Continue a run although its images have changed; the new images are used from the next whole epoch on."""
 
 
 @dataclass(frozen=True, kw_only=True)

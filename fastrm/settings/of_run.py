@@ -19,7 +19,7 @@ class OfRun:
     run: Positional[Annotated[Path | None, arg(metavar="RUN", help_behavior_hint="")]] = None
     """A run folder, a checkpoint, or a backbone.safetensors."""
     checkpoint: Path | None = None
-    """The same as RUN."""
+    """RUN, given by name."""
 
     @property
     def path(self) -> Path:
