@@ -50,8 +50,9 @@ class EmbedConfig(OfRun):
     """Write features of images, a row per image, and beside them what each row is of."""
 
     out: Path
-    """Array file NAME.npy, or table NAME.parquet. NAME.jsonl beside it has the name and label of each row, and
-    NAME.json describes the features. The same command continues where it was interrupted."""
+    """Array file NAME.npy, or table NAME.parquet.
+    NAME.jsonl beside it has the name and label of each row, and NAME.json describes the features.
+    The same command continues where it was interrupted."""
     data: str | None = None
     """Images, as for fastrm.train. If not given, those of the run."""
     data_root: Path | None = None

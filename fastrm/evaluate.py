@@ -54,14 +54,14 @@ class EvaluateConfig(OfRun):
     label_column: str | None = None
     """As for fastrm.train. If neither this nor --data is given, as in the run."""
     eval_images: Annotated[int, Range(at_least=1)] | None = None
-    """Largest number of images to build classifiers from, and to test them on; of larger sets, this many are drawn at
-    random, the same ones each time. If not given, all images."""
+    """Largest number of images to build classifiers from, and to test them on;
+    of larger sets, this many are drawn at random, the same ones each time. If not given, all images."""
     knn: bool = False
     """Weighted kNN accuracy (cosine, temperature 0.07) for k 10, 20, 100 and 200."""
     linear: bool = False
-    """Train a linear classifier on the frozen backbone with random crops and flips, as published with the method. For
-    methods with a queue, SGD with learning rate 30 for 100 epochs; otherwise 0.1 x batch / 256 with batches of 1024 for
-    90 epochs."""
+    """Train a linear classifier on the frozen backbone with random crops and flips, as published with the method.
+    For methods with a queue, SGD with learning rate 30 for 100 epochs;
+    otherwise 0.1 x batch / 256 with batches of 1024 for 90 epochs."""
     linear_quick: bool = False
     """Train a linear classifier on features that are computed once, with the best of six learning rates."""
     linear_epochs: Annotated[int, Range(at_least=1)] | None = None
@@ -73,8 +73,9 @@ class EvaluateConfig(OfRun):
     gap: bool = False
     """1 - mean cosine between student and teacher on the same image, layer by layer."""
     neighbours: Path | None = None
-    """Image file to draw. It has test images in a column, and beside each the five nearest images of the bank by the
-    student's features; those of the same class have a green frame."""
+    """Image file to draw.
+    It has test images in a column, and beside each the five nearest images of the bank by the student's features;
+    those of the same class have a green frame."""
     out: Path | None = None
     """JSON file that the scores are added to. If not given, evaluation.json beside the checkpoint."""
     device: Literal["auto", "cuda", "cpu"] = "auto"

@@ -31,8 +31,9 @@ class ExportConfig(OfRun):
 
     format: Literal["timm", "torchvision", "safetensors", "onnx"]
     """Format to write. timm is a folder with weights and preprocessing, or a weight file, for timm.create_model.
-    torchvision is a state dict of its ResNets. safetensors has the weights in timm's names, and what fastrm needs to
-    rebuild the network. onnx is a graph from images to features."""
+    torchvision is a state dict of its ResNets.
+    safetensors has the weights in timm's names, and what fastrm needs to rebuild the network.
+    onnx is a graph from images to features."""
     out: Path
     """File to write, which ends in .safetensors, .pth (timm, torchvision) or .onnx; for timm it may be a folder."""
     which: Literal["student", "teacher"] = "student"

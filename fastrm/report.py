@@ -33,8 +33,8 @@ class ReportConfig:
     checkpoint: Path | None = None
     """One run, in the same way as RUN."""
     out: Path | None = None
-    """Folder to write the page to. If not given, report in the folder of the run or, for several runs, in the current
-    folder."""
+    """Folder to write the page to.
+    If not given, report in the folder of the run or, for several runs, in the current folder."""
 
 
 def report(options: ReportConfig) -> Path:

@@ -42,56 +42,54 @@ class InputConfig:
     """The images and how they are read."""
 
     data: str = ""
-    """Images to train on, in one of these forms. A named set, which is digits, fashion-mnist, cifar10, cifar100, stl10,
-    photo-patches (from scikit-image) or synthetic. A folder: train/CLASS/… with optional val/CLASS/…, or CLASS/…, or
-    images at any depth without labels. WebDataset shards: a folder of tar files, or a quoted pattern,
-    '/shards/train-{0000..0146}.tar'. A list of paths, @paths.txt. A table, .csv, .tsv or .parquet. A Hugging Face
-    dataset, hf:PATH or hf:owner/name. An array, .npy, .h5 or .hdf5. A URL of shards, tables or arrays, which are copied
-    to ~/.cache/fastrm once."""
+    """Images to train on. A named set may be digits, fashion-mnist, cifar10, cifar100, stl10, photo-patches (of
+    scikit-image) or synthetic. A folder may be train/CLASS/… with optional val/CLASS/…, or CLASS/…, or images at any
+    depth without labels. WebDataset shards are a folder of tar files, or a quoted pattern such as
+    '/shards/train-{0000..0146}.tar'. A list of paths is @paths.txt. A table is a .csv, .tsv or .parquet file. An array
+    is a .npy, .h5 or .hdf5 file. A Hugging Face dataset is hf:PATH or hf:owner/name. Shards, tables or arrays at a URL
+    are copied to ~/.cache/fastrm once."""
     image_column: str | None = None
-    """Column with the images in a table or a Hugging Face dataset, or their array in an HDF5 file. If not given, the
-    column of encoded images, or the one called image, path, file or the like."""
+    """Column with the images in a table or a Hugging Face dataset, or their array in an HDF5 file.
+    If not given, the column of encoded images, or the one called image, path, file or the like."""
     label_column: str | None = None
     """Column or array with the labels, which may be numbers or text. If not given, label or class."""
     data_root: Path | None = None
-    """Folder to read a named set from, or to download it to. If not given, ~/.cache/fastrm. For fashion-mnist, a folder
-    with the four IDX files, plain or gzip."""
+    """Folder to read a named set from, or to download it to. If not given, ~/.cache/fastrm.
+    For fashion-mnist, a folder with the four IDX files, plain or gzip."""
     image_size: ImageSize = 224
     """Side of the square views, in pixels."""
     crop_min: CropMin = 0.2
     """Smallest fraction of the image area that a random crop covers."""
     augmentation: str | None = None
-    """How views are made. If not given, as in the publication of the method. Either the numbers and sizes of the views,
-    such as 2x224,8x96, or a TOML file with changes to the method's augmentation (docs/tutorial.md), or the config.json
-    of a run, to use its views."""
+    """How views are made. If not given, as in the publication of the method.
+    Either the numbers and sizes of the views, such as 2x224,8x96, or a TOML file with changes to the method's
+    augmentation (docs/tutorial.md), or the config.json of a run, to use its views."""
     batch_size: Annotated[int, Range(at_least=2)] | None = None
     """Images per optimizer step over all processes. If not given, 256 per process."""
     loader: Literal["auto", "dali", "torch", "memory"] = "auto"
-    """What reads and augments the images. memory keeps named sets on the device; other images are decoded once and kept
-    at full size, or shrunk if memory does not suffice. dali decodes files on a GPU. torch uses worker processes. auto
-    is memory for named sets; for files, dali on a GPU where it is installed, otherwise torch, which keeps what it
-    decodes of a set that takes at most 3 % of the memory."""
+    """What reads and augments the images. memory keeps named sets on the device, and decodes other images once, shrunk
+    if memory does not suffice. dali uses a GPU, torch worker processes. auto is memory for named sets; for files, dali
+    on a GPU where it is installed, otherwise torch, which keeps the images of a set that takes at most 3 % of the
+    memory."""
     scan: bool = True
     """Before the run, find broken files in a folder, leave them out, and list them in skipped.txt. Without it,
     unreadable files are left out when they are read, and DALI uses some damaged JPEGs that are otherwise left out."""
     channels: Channels = "auto"
-    """Number of bands that the network gets. auto is 3 if any image is RGB or all are 8-bit gray, otherwise the bands
-    of the images."""
+    """Number of bands that the network gets.
+    auto is 3 if any image is RGB or all are 8-bit gray, otherwise the bands of the images."""
     value_range: Numbers | None = None
     """Pixel values that become black and white, such as 0,4095. If not given, 0 and 255 for uint8; for another dtype
     the 0.1 and 99.9 percentiles of each band, measured once; for a mix of dtypes, a range for each."""
     mean: Numbers | None = None
-    """Mean per channel to subtract, on the scale where black is 0 and white is 1. If not given, ImageNet's for 8-bit
-    RGB, otherwise measured."""
+    """Mean per channel, where black is 0 and white is 1. If not given, ImageNet's for 8-bit RGB, else measured."""
     std: Positive | None = None
-    """Standard deviation per channel to divide by. If not given, ImageNet's for 8-bit RGB, otherwise measured."""
+    """Standard deviation per channel. If not given, ImageNet's for 8-bit RGB, else measured."""
     pages: Pages = "auto"
-    """How TIFF and other files with several pages are read. first reads the first page; bands reads all pages as the
-    bands of one image; images reads each page as an image. auto is bands if all files have the same number of gray
-    pages of one size, otherwise first."""
+    """How TIFF and other files with several pages are read.
+    first reads the first page; bands reads all pages as the bands of one image; images reads each page as an image.
+    auto is bands if all files have the same number of gray pages of one size, otherwise first."""
     workers: Workers | None = None
-    """Loader processes per training process; 0 loads in the training process. If not given, its share of the machine's
-    cores, at most 8."""
+    """Loader processes per training process, 0 for none. If not given, its share of the cores, at most 8."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,8 +99,7 @@ class ModelConfig:
     arch: str = "resnet50"
     """Any image backbone of timm, by name."""
     stem: Literal["auto", "imagenet", "small"] = "auto"
-    """First layers of a ResNet. imagenet is the published stem; small is a 3x3 convolution at stride 1 without
-    max-pool. auto is small at 64 pixels and below."""
+    """First layers of a ResNet. small is a 3x3 convolution at stride 1, no max-pool. auto is small up to 64 pixels."""
     init_from: Path | None = None
     """Weights that the backbone starts from, instead of random ones. Pass a run folder, a file of named tensors from
     fastrm, timm, torchvision, MoCo, DINO, MAE and the like, timm:NAME, or hf:OWNER/NAME."""
@@ -117,11 +114,11 @@ class MethodConfig:
     method: str = field(default_factory=lambda: methods().names()[0])
     """Momentum method to train with."""
     residual_weight: Annotated[float, Range(at_least=0)] = 0.1
-    """Weight of the residual term between student and teacher on the same view; 0 is the plain method. The default cost
-    no method accuracy in docs/study.md; 1 helped mocov2 there, and not the others."""
+    """Weight of the residual term between student and teacher on the same view; 0 is the plain method.
+    The default cost no method accuracy in docs/study.md; 1 helped mocov2 there, and not the others."""
     residual_at: ResidualPlace = "output"
-    """Where the residual term is computed. output is what the method's loss uses; projector and backbone are the
-    outputs of these parts."""
+    """Where the residual term is computed.
+    output is what the method's loss uses; projector and backbone are the outputs of these parts."""
     residual_warmup_epochs: Annotated[float, Range(at_least=0)] = 0.0
     """Epochs over which the residual weight grows linearly from 0."""
     teacher_momentum: Share = 0.99
@@ -133,11 +130,10 @@ class MethodConfig:
     queue_size: Annotated[int, Range(at_least=1, at_most=2**24)] = 65536
     """Number of keys kept as negatives, in methods with a queue."""
     queue_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Dtype of the keys in the queue; losses are always summed in float32. auto is float32 on the CPU and bfloat16 on a
-    GPU, where a product of float32 rows takes three products in TF32."""
+    """Dtype of the keys in the queue; losses are always summed in float32.
+    auto is float32 on the CPU and bfloat16 on a GPU, where a product of float32 rows takes three products in TF32."""
     symmetric: bool = False
-    """Compute the loss in both directions, each with its own queue, and average them, in methods that otherwise use one
-    direction."""
+    """Average the losses of both directions, each with its own queue, in methods that otherwise use one."""
     dense_weight: Share = 0.5
     """Weight of the dense loss, from 0 to 1, in methods that have one; the global loss gets the rest."""
     hidden_dim: Width = 4096
@@ -157,27 +153,24 @@ class OptimConfig:
     max_steps: Annotated[int, Range(at_least=1)] | None = None
     """Stop after this number of optimizer steps. The schedules still span --epochs, so a later resume can continue."""
     optimizer: Literal["lars", "sgd", "adamw", "lamb"] = "lars"
-    """Optimizer of the student. lars applies neither weight decay nor scaling to tensors of one dimension or none;
-    adamw and lamb apply no weight decay to them. lamb is FusedLAMB of NVIDIA's apex, which must be installed, and needs
-    a GPU."""
+    """Optimizer of the student. Except with sgd, tensors of one dimension or none get no weight decay; with lars, no
+    scaling either. lamb is FusedLAMB of NVIDIA's apex, and needs it and a GPU."""
     lr: Annotated[float, Range(above=0)] = 0.6
-    """Peak learning rate for a batch size of 256; it is scaled by batch size / 256, and decays to 0 with a cosine
-    schedule."""
+    """Peak learning rate for a batch of 256, scaled by batch size / 256. A cosine schedule reduces it to 0."""
     weight_decay: Annotated[float, Range(at_least=0)] = 1e-6
     """Weight decay."""
     trust_coefficient: Annotated[float, Range(above=0)] = 0.001
     """For lars, the ratio of an update's norm to the norm of its weight, before the learning rate."""
     warmup_epochs: Annotated[float, Range(at_least=0)] = 10.0
-    """Epochs over which the learning rate grows linearly. If --epochs is less than the recipe's, the default is at most
-    a tenth of it."""
+    """Epochs over which the learning rate grows linearly.
+    If --epochs is less than the recipe's, the default is at most a tenth of it."""
     warmup_start_lr: Annotated[float, Range(at_least=0)] = 0.0
     """Learning rate at the start of the warm-up, for a batch size of 256."""
     accumulate: Annotated[int, Range(at_least=1)] = 1
-    """Micro-batches per optimizer step, of batch size / accumulate images each. Negatives come only from the same
-    micro-batch."""
+    """Micro-batches per step, of batch size / accumulate images each. Negatives come only from the same one."""
     layer_decay: Annotated[float, Range(above=0, at_most=1)] = 1.0
-    """Factor of the learning rate per layer of the backbone, from the last to the first; heads get the whole rate.
-    1: all alike. .65 to .75 is what ViTs are fine-tuned with."""
+    """Factor of the learning rate per layer of the backbone, from the last layer to the first; 1 turns it off.
+    Heads get the full learning rate. ViTs are usually fine-tuned with 0.65 to 0.75."""
     clip_norm: Annotated[float, Range(above=0)] | None = None
     """Largest norm of the whole gradient; larger gradients are scaled down to it. If not given, no limit."""
 
@@ -189,18 +182,17 @@ class DeviceConfig:
     device: Literal["auto", "cuda", "cpu"] = "auto"
     """Device to train on. auto is the GPU if there is one."""
     precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
-    """Precision of the layers; weights, teacher and losses are always float32. auto is bf16 on a GPU that supports it,
-    fp16 with loss scaling on other GPUs, and fp32 on the CPU."""
+    """Precision of the layers; weights, teacher and losses are always float32.
+    auto is bf16 on a GPU that supports it, fp16 with loss scaling on other GPUs, and fp32 on the CPU."""
     compile: Literal["auto", "on", "off"] = "auto"
     """Compile student and teacher with torch.compile; --compile alone means on, --no-compile means off. auto is on for
     a GPU with Triton, where it pays off within minutes, and off for the CPU, where a ResNet-18 was no faster."""
     cuda_graph: bool = False
-    """Capture the whole step as one CUDA graph. Use it for small images and networks, where launch overhead
-    dominates."""
+    """Capture the whole step as one CUDA graph.
+    Use it for small images and networks, where launch overhead dominates."""
     checkpoint_activations: bool = False
-    """Keep only the input of each block of the student, and compute the block again in the backward pass. This saves
-    memory, gives the same bits, and takes about a third more time. For networks that support it in timm, such as
-    ResNets and ViTs."""
+    """Keep only the input of each block of the student, and compute the block again in the backward pass.
+    This saves memory, gives the same bits, and takes about a third more time. timm must support it for the network."""
     channels_last: bool = True
     """Keep images and convolution weights in channels-last memory format."""
     kernels: Literal["auto", "triton", "cpu", "reference"] = "auto"
@@ -222,9 +214,9 @@ class RunConfig:
     eval_every: Annotated[int, Range(at_least=0)] = 10
     """Epochs between two kNN evaluations, in addition to the one at the end; 0 means never."""
     eval_images: Annotated[int, Range(at_least=1)] = 100_000
-    """Largest number of images in the bank of a kNN evaluation, and of its test images. Of larger sets, this many are
-    drawn at random, the same ones each time. The default keeps evaluations below 2 % of the time of ImageNet on 8
-    GPUs."""
+    """Largest number of images in the bank of a kNN evaluation, and of its test images.
+    Of larger sets, this many are drawn at random, the same ones each time.
+    The default keeps evaluations below 2 % of the time of ImageNet on 8 GPUs."""
     online_linear: bool = False
     """Train a linear classifier during the run on the student's detached features, and score it at each evaluation."""
     checkpoint_every: Annotated[int, Range(at_least=1)] | None = None
@@ -236,19 +228,16 @@ class RunConfig:
     keep_every: Annotated[int, Range(at_least=1)] | None = None
     """Also keep all checkpoints whose step is a multiple of this number."""
     keep_best: bool = False
-    """Keep the checkpoint with the best kNN score of the student as checkpoint-best.pt; with --online-linear, the best
-    score of the linear classifier."""
+    """Keep the best checkpoint as checkpoint-best.pt, by the student's kNN, or the classifier of --online-linear."""
     verify_every: Annotated[int, Range(at_least=0)] = 0
-    """Steps between two checks of the fused losses and their gradient against the reference, on the current batch; 0
-    means never."""
+    """Steps between two checks of the fused losses and gradients against the reference; 0 means never."""
     profile: Annotated[int, Range(at_least=0, at_most=1000)] = 0
-    """Number of steps to profile, after the first two. Writes a Chrome trace to the run folder, and prints where the
-    time goes."""
+    """Number of steps to profile, after the first two.
+    Writes a Chrome trace to the run folder, and prints where the time goes."""
     out: Path | None = None
     """Folder of the run. If not given, runs/DATA-METHOD-ARCH."""
     resume: str = "auto"
-    """What to continue from. auto continues the run in --out; never starts anew and replaces it; or give a checkpoint
-    or run folder to continue from."""
+    """auto continues the run in --out; never replaces it. Or a checkpoint or run folder to continue from."""
     dry_run: bool = False
     """Make a few steps, print their memory and time and those of an epoch, and stop; nothing is written."""
     allow_changed_data: bool = False
