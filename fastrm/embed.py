@@ -105,10 +105,9 @@ def features(options: EmbedConfig, *, arch: nn.Module | None = None) -> NDArray[
 
 
 def _features(options: EmbedConfig, device: torch.device, arch: nn.Module | None) -> NDArray[Any]:
-    trained = open_pretrained(options.path, device, arch=arch)
-    if options.which not in trained.networks:
-        raise UsageError(f"--which {options.which}: {options.path} holds the {', '.join(trained.networks)} only")
-    backbone, setting = trained.networks[options.which], Setting(trained.image_size, device, options.workers)
+    trained = open_pretrained(options.path, device, arch=arch or options.arch, image_size=options.image_size)
+    backbone = trained.network(options.which, f"--which {options.which}")
+    setting = Setting(trained.image_size, device, options.workers)
     images = _images(options, trained)
     wanted = about(backbone, images, setting, patches=options.patches, dtype=options.dtype)
     array, beside = (options.out.with_suffix(end) for end in (".npy", ".json"))

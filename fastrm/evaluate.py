@@ -77,7 +77,8 @@ class EvaluateConfig(OfRun):
     It has test images in a column, and beside each the five nearest images of the bank by the student's features;
     those of the same class have a green frame."""
     out: Path | None = None
-    """JSON file that the scores are added to. If not given, evaluation.json beside the checkpoint."""
+    """JSON file that the scores are added to.
+    If not given, evaluation.json beside the checkpoint, or in this folder for timm:NAME and hf:OWNER/NAME."""
     device: Literal["auto", "cuda", "cpu"] = "auto"
     """Device to compute on. auto is the GPU if there is one."""
     workers: Workers = 2
@@ -116,7 +117,11 @@ def evaluate(options: EvaluateConfig, *, arch: nn.Module | None = None) -> dict[
 
 
 def _evaluate(options: EvaluateConfig, device: torch.device, arch: nn.Module | None) -> dict[str, Any]:
-    trained = open_pretrained(options.path, device, arch=arch)
+    trained = open_pretrained(options.path, device, arch=arch or options.arch, image_size=options.image_size)
+    if trained.said and world().rank == 0:
+        print(f"network    {trained.said}")
+    if options.gap and trained.settings is None:
+        raise UsageError(f"--gap needs student and teacher, and {options.path} holds one network; give the run")
     if not trained.pixels.limits:
         made = f"views of {trained.pixels.channels} channels, which a callable made of images of others"
         raise UsageError(f"{options.path} was trained on {made}: an evaluation sees the images as they are")
@@ -190,7 +195,6 @@ def _run_root(trained: Pretrained) -> Path | None:
 
 
 def _check(options: EvaluateConfig) -> None:
-    path = options.path
     asked = (options.knn, options.linear, options.linear_quick, options.semi is not None, options.gap, options.transfer)
     if not any(asked) and options.neighbours is None:
         raise UsageError(
@@ -198,8 +202,6 @@ def _check(options: EvaluateConfig) -> None:
         )
     if options.neighbours is not None:
         sheets.check("--neighbours", options.neighbours)
-    if options.gap and path.suffix == ".safetensors":
-        raise UsageError(f"--gap needs student and teacher, and {path} holds one network; give the run")
 
 
 def _earlier(out: Path) -> dict[str, Any]:

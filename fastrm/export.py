@@ -55,7 +55,12 @@ def export(options: ExportConfig, *, arch: nn.Module | None = None) -> Path:
     if options.out.suffix not in endings:
         wanted = ", ".join(ending or "none (a folder)" for ending in endings)
         raise UsageError(f"--out {options.out} must end in {wanted} for --format {options.format}")
-    return write(lambda: read_pretrained(options.path, arch=arch), options.format, options.which, options.out)
+    return write(
+        lambda: read_pretrained(options.path, arch=arch or options.arch, image_size=options.image_size),
+        options.format,
+        options.which,
+        options.out,
+    )
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -17,12 +17,16 @@ from fastrm.files import at_home
 from fastrm.methods import Method, build_method
 from fastrm.models import Backbone, untrained
 from fastrm.models.layout import lay_out
-from fastrm.models.starting import starting_weights
+from fastrm.models.module import module_name
+from fastrm.models.published import Published, describes_itself, published
+from fastrm.models.starting import on_a_hub, starting_weights
 from fastrm.models.weights import backbone_of, metadata, pixels_of, read_backbone
 from fastrm.run import checkpoint
 from fastrm.settings.config import check_choice, check_path, check_value, from_flat
 
 NETWORKS = ("student", "teacher")
+WEIGHTS = "weights"
+"""What a network is called that no run of fastrm trained."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,13 +35,15 @@ class Pretrained:
 
     Attributes:
         path: where it came from.
-        networks: ``student`` and ``teacher``; of an exported file only the one that it holds.
+        networks: ``student`` and ``teacher``; of an exported file only the one that it holds; ``weights`` of others.
         about: of the networks in general, as :func:`fastrm.models.weights.metadata` has it.
         arch: what the networks are built of: timm's name, or a module.
         settings: of the run, if it is one, by name: what ``config.json`` holds.
         step: optimizer steps that the run has made.
         state: of the run's method, by name.
         pixels: what the values of pictures mean to the networks.
+        license: of weights of others, as their publisher calls it.
+        said: how much of weights of others was taken.
     """
 
     path: Path
@@ -48,11 +54,26 @@ class Pretrained:
     step: int | None = None
     state: Mapping[str, Tensor] = field(default_factory=dict, repr=False)
     pixels: PixelFormat = RGB
+    license: str | None = None
+    said: str = ""
 
     @property
     def folder(self) -> Path:
         """Where what is found out about it belongs."""
+        if on_a_hub(self.path):
+            return Path()
         return self.path if self.path.is_dir() else self.path.parent
+
+    def network(self, which: str, flag: str) -> Backbone:
+        """The student's or the teacher's backbone, or that of weights of others.
+
+        Raises:
+            UsageError: the file does not hold it.
+        """
+        found = self.networks.get(WEIGHTS) or self.networks.get(which)
+        if found is None:
+            raise UsageError(f"{flag}: {self.path} holds the {', '.join(self.networks)} only")
+        return found
 
     @property
     def image_size(self) -> int:
@@ -96,17 +117,29 @@ class Pretrained:
         return method
 
 
-def read_pretrained(path: Path, *, arch: nn.Module | None = None, networks: Sequence[str] = NETWORKS) -> Pretrained:
-    """Rebuild the networks of a run folder, a checkpoint, or a file with a backbone, on the CPU.
+def read_pretrained(
+    path: Path,
+    *,
+    arch: nn.Module | str | None = None,
+    image_size: int | None = None,
+    networks: Sequence[str] = NETWORKS,
+) -> Pretrained:
+    """Rebuild the networks of a run folder, a checkpoint, a file with a backbone, or weights of others, on the CPU.
 
     Args:
-        path: what fastrm wrote.
-        arch: where a module of the user's was trained, another one that is built alike; its weights do not matter.
+        path: what fastrm wrote; or what ``--init-from`` takes.
+        arch: where a module of the user's was trained, another one that is built alike; its weights do not matter. Of
+            weights of others timm's name of the network, where they do not say it.
+        image_size: for weights of others: :func:`fastrm.models.published.published`.
         networks: which of a run's are wanted; a file holds one.
 
     Raises:
         UsageError: it is missing, damaged, or of another layout; or ``arch`` is missing, or is another network.
     """
+    if isinstance(arch, str) or image_size is not None or describes_itself(path):
+        if isinstance(arch, nn.Module):
+            raise UsageError(f"{path} is not of {module_name(arch)}; arch and image_size say of what network it is")
+        return _of_others(path, published(path, arch=arch, image_size=image_size))
     if path.is_file() and (path.suffix == ".safetensors" or (path.suffix == ".pth" and own.safely(own.state, path))):
         backbone, about = read_backbone(path, arch=arch)
         found = {about["which"]: backbone}
@@ -137,13 +170,28 @@ def read_pretrained(path: Path, *, arch: nn.Module | None = None, networks: Sequ
     )
 
 
+def _of_others(path: Path, found: Published) -> Pretrained:
+    known = {"arch": found.arch, "stem": found.stem, "image_size": found.image_size, "method": "", "data": ""}
+    return Pretrained(
+        path=path,
+        networks={WEIGHTS: found.backbone},
+        about=metadata(known, WEIGHTS, found.pixels),
+        arch=found.arch,
+        pixels=found.pixels,
+        license=found.license,
+        said=found.said,
+    )
+
+
 def _part(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
     return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
 
 
-def open_pretrained(path: Path, device: torch.device, *, arch: nn.Module | None = None) -> Pretrained:
+def open_pretrained(
+    path: Path, device: torch.device, *, arch: nn.Module | str | None = None, image_size: int | None = None
+) -> Pretrained:
     """Rebuild the networks as :func:`read_pretrained` does, on a device, and laid out for it as the run's were."""
-    trained = read_pretrained(path, arch=arch)
+    trained = read_pretrained(path, arch=arch, image_size=image_size)
     settings = trained.settings or {"channels_last": False}
     small_maps = device.type == "cpu" and settings.get("precision", "auto") in ("auto", "fp32")
     for backbone in trained.networks.values():
@@ -153,14 +201,23 @@ def open_pretrained(path: Path, device: torch.device, *, arch: nn.Module | None 
     return trained
 
 
-def load(run_or_file: str | Path, which: str = "student", *, arch: nn.Module | None = None) -> Backbone:
+def load(
+    run_or_file: str | Path,
+    which: str = "student",
+    *,
+    arch: nn.Module | str | None = None,
+    image_size: int | None = None,
+) -> Backbone:
     """Load a trained backbone, ready to use.
 
     Args:
         run_or_file: a run folder, of which the newest checkpoint is taken; a checkpoint; or a file of safetensors with
-            a backbone, as runs leave it and ``python -m fastrm.export`` writes it.
-        which: ``"student"`` or ``"teacher"``.
-        arch: where a module of yours was trained: another one that is built alike, of which a copy gets the weights.
+            a backbone, as runs leave it and ``python -m fastrm.export`` writes it; or weights of others, as
+            ``--init-from`` takes them (``"timm:resnet50.a1_in1k"``).
+        which: ``"student"`` or ``"teacher"``, of what a run left.
+        arch: where a module of yours was trained: another one that is built alike, of which a copy gets the weights. Of
+            weights of others timm's name of the network, where they do not say it.
+        image_size: side of the images in pixels, of weights of others; None: what timm publishes.
 
     Returns:
         A module on the CPU, in evaluation mode. ``model(images)`` gives features [B, D] for normalised images
@@ -173,7 +230,5 @@ def load(run_or_file: str | Path, which: str = "student", *, arch: nn.Module | N
     check_path("run_or_file", run_or_file)
     path = Path(at_home(run_or_file))
     with torch.random.fork_rng(devices=[]):  # first weights are drawn, which the file's take the place of
-        found = read_pretrained(path, arch=arch, networks=[which]).networks
-    if which not in found:
-        raise UsageError(f"which={which!r}: {path} holds the {', '.join(found)} only")
-    return found[which].eval()
+        found = read_pretrained(path, arch=arch, image_size=image_size, networks=[which])
+    return found.network(which, f"which={which!r}").eval()

@@ -17,7 +17,9 @@ from timm.layers import resample_abs_pos_embed
 from timm.optim import param_groups_layer_decay
 from torch import Tensor, nn
 
-from fastrm import evaluate, train
+import fastrm
+from fastrm import evaluate, export, train
+from fastrm.data.formats import RGB
 from fastrm.data.loader import Batch
 from fastrm.errors import UsageError
 from fastrm.methods import build_method
@@ -25,6 +27,7 @@ from fastrm.models import build_backbone
 from fastrm.models.starting import starting_weights
 from fastrm.optim import build_optimizer
 from fastrm.optim.schedules import Rates
+from fastrm.pretrained import read_pretrained
 from fastrm.probes import Estimate
 from fastrm.run.step import Step
 from fastrm.settings.config import build
@@ -297,3 +300,62 @@ def test_a_run_with_layer_decay_goes_on_exactly_and_says_its_rates(
         train.train(small(**options, max_steps=steps, out=tmp_path / "twice"))
     once, twice = (safetensors.torch.load_file(tmp_path / name / "backbone.safetensors") for name in ("once", "twice"))
     assert all(torch.equal(value, twice[name]) for name, value in once.items())
+
+
+@pytest.mark.usefixtures("few_digits")
+def test_weights_of_others_are_scored_exported_and_loaded(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By timm's name, by a file and --arch, and as a folder of Hugging Face's form, which says its network."""
+    torch.manual_seed(3)
+    net = timm.create_model("test_resnet", num_classes=5).eval()
+    torch.save({"state_dict": under("module.encoder_q.", net.state_dict())}, tmp_path / "moco.pth")
+    (tmp_path / "folder").mkdir()
+    safetensors.torch.save_file(net.state_dict(), tmp_path / "folder" / "model.safetensors")
+    known = {"input_size": [3, 96, 96], "mean": [0.5] * 3, "std": [0.25] * 3, "license": "mit"}
+    config = {"architecture": "test_resnet", "pretrained_cfg": known}
+    (tmp_path / "folder" / "config.json").write_text(json.dumps(config))
+    images = torch.randn(2, 3, 96, 96)
+    with torch.no_grad():
+        want = net.forward_head(net.forward_features(images), pre_logits=True)
+    for model in (
+        fastrm.load(tmp_path / "moco.pth", arch="test_resnet", image_size=96),
+        fastrm.load(tmp_path / "folder"),
+    ):
+        torch.testing.assert_close(model(images), want)
+    trained = read_pretrained(tmp_path / "folder")
+    assert (trained.image_size, trained.pixels.mean, trained.license) == (96, (0.5,) * 3, "mit")
+
+    monkeypatch.chdir(tmp_path)
+    create = timm.create_model
+
+    def made(name: str, pretrained: bool = False, **options: Any) -> Any:
+        model = create(name.partition(".")[0], **options)
+        model.load_state_dict(net.state_dict() if pretrained else {}, strict=False)
+        return model
+
+    monkeypatch.setattr(timm, "create_model", made)
+    options = ["--data", "digits", "--knn", "--eval-images", "60", "--workers", "0", "--device", "cpu"]
+    for words in (
+        ["timm:test_resnet.r160_in1k", "--image-size", "32"],
+        ["moco.pth", "--arch", "test_resnet", "--image-size", "32"],
+    ):
+        evaluate.main([*words, *options])
+        said = capsys.readouterr().out
+        assert "network    90 of 90 tensors" in said
+        assert {"weights", "random", "pixels"} <= set(said.split())
+        assert json.loads(Path("evaluation.json").read_text())["sets"]["digits"]["scores"]["weights"]["knn20"]
+    named = read_pretrained(Path("timm:test_resnet.r160_in1k")).pixels
+    assert named.mean == timm.models.get_pretrained_cfg("test_resnet.r160_in1k").mean != RGB.mean
+    with pytest.raises(UsageError, match="--gap needs student and teacher"):
+        evaluate.main(["moco.pth", "--arch", "test_resnet", "--data", "digits", "--gap"])
+    with pytest.raises(UsageError, match="needs --arch"):
+        evaluate.main(["moco.pth", "--data", "digits", "--knn"])
+    with pytest.raises(UsageError, match="--arch resnetty is not a timm model"):
+        evaluate.main(["moco.pth", "--arch", "resnetty", "--data", "digits", "--knn"])
+    with pytest.raises(UsageError, match=r"--checkpoint moco.pth is of another network"):
+        evaluate.main(["moco.pth", "--arch", "test_vit", "--data", "digits", "--knn"])
+    with pytest.raises(UsageError, match=r"--checkpoint timm:resnet18.nope cannot be had: Invalid pretrained tag"):
+        fastrm.load("timm:resnet18.nope")
+    export.main(["moco.pth", "--arch", "test_resnet", "--format", "safetensors", "--out", "it.safetensors"])
+    assert torch.equal(fastrm.load("it.safetensors").net.conv1[0].weight, net.conv1[0].weight)

@@ -6,7 +6,6 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from fastrm import own
-from fastrm.errors import UsageError
 from fastrm.exports import onnx, safetensors, timm, torchvision
 from fastrm.exports.base import Target
 from fastrm.exports.card import model_card
@@ -35,10 +34,8 @@ def write(read: Callable[[], Pretrained], kind: str, which: str, out: Path) -> P
     """
     target, card = TARGETS[kind], _claim(out)
     trained = read()
-    if which not in trained.networks:
-        raise UsageError(f"--which {which}: {trained.path} holds the {', '.join(trained.networks)} only")
-    about = trained.about | {"which": which}
-    backbone = trained.networks[which].eval()
+    backbone = trained.network(which, f"--which {which}").eval()
+    about = trained.about | ({"which": which} if which in trained.networks else {})
     with writing(out):
         target.write(backbone, about, out)
         write_text(card, model_card(trained, kind, about, backbone.dim, target.loading(backbone, about, out)))

@@ -122,7 +122,7 @@ def _start(method: Method[Any], config: ModelConfig, held: Set[str]) -> None:
             network.backbone.net.load_state_dict(state, strict=False)
         for name in held & state.keys():
             backbone.net.get_parameter(name).requires_grad_(True)
-        method.notes.append(said)
+        method.notes.append(f"the backbone starts from {said}")
 
 
 @contextmanager

@@ -17,7 +17,7 @@ from fastrm.models.weights import BACKBONE, adapted, classifiers, misfit, read_w
 
 LEAST = 0.95
 """Share of the parameters, of the network's and of the file's backbone's, that must match."""
-_HUBS = {"timm:": "", "hf:": "hf-hub:"}
+HUBS = {"timm:": "", "hf:": "hf-hub:"}
 """How timm calls where it finds published weights, by how the user does."""
 _FILES = (BACKBONE, "model.safetensors", "pytorch_model.bin")
 """What a folder may hold: a run's, or one of Hugging Face's form."""
@@ -36,7 +36,14 @@ _BESIDE = (
 )
 
 
-def starting_weights(backbone: Backbone, given: Path, *, partial: bool) -> tuple[dict[str, Tensor], str]:
+def on_a_hub(given: Path) -> bool:
+    """Whether weights are named in place of a file that holds them."""
+    return str(given).startswith(tuple(HUBS))
+
+
+def starting_weights(
+    backbone: Backbone, given: Path, *, partial: bool, flag: str = "--init-from"
+) -> tuple[dict[str, Tensor], str]:
     """Find the tensors of published weights that are a backbone's.
 
     Understood are ``timm:NAME`` and ``hf:OWNER/NAME``, which timm loads from its cache or over a network; a folder of
@@ -49,6 +56,7 @@ def starting_weights(backbone: Backbone, given: Path, *, partial: bool) -> tuple
         backbone: what is to start from them.
         given: where they are.
         partial: whether less than 95 % of the parameters may match.
+        flag: the setting that names them, for messages.
 
     Returns:
         Tensors by the network's names, all of which fit, and in words what they are.
@@ -56,8 +64,8 @@ def starting_weights(backbone: Backbone, given: Path, *, partial: bool) -> tuple
     Raises:
         UsageError: there is no such file, or too little of it fits.
     """
-    source, ours = f"--init-from {given}", backbone.net.state_dict()
-    state, notes = _of_backbone(_tensors(given, backbone), backbone), []
+    source, ours = f"{flag} {given}", backbone.net.state_dict()
+    state, notes = _of_backbone(_tensors(given, backbone, flag), backbone), []
     state, change = adapted(backbone, state, source=source)
     notes += [change] if change else []
     if any(name not in state or state[name].shape != value.shape for name, value in ours.items()):
@@ -73,9 +81,9 @@ def starting_weights(backbone: Backbone, given: Path, *, partial: bool) -> tuple
     )
     if not fitting or (min(shares) < LEAST and not partial):
         problem = misfit(ours, {name: state[name] for name in (*fitting, *foreign)})
-        hint = "" if not fitting else ", or --init-partial takes what matches"
+        hint = ", or --init-partial takes what matches" if fitting and flag == "--init-from" else ""
         raise UsageError(f"{source} is of another network: {about} match; {problem}; --arch and --stem must fit{hint}")
-    notes.insert(0, f"the backbone starts from {about} of {given}")
+    notes.insert(0, f"{about} of {given}")
     if foreign:
         notes.append(f"{len(foreign)} other tensors (such as {foreign[0]}) are left out")
     if beside:
@@ -91,17 +99,17 @@ def _is_beside(name: str, heads: Sequence[str]) -> bool:
     return name.startswith(tuple(heads)) or any(part.startswith(_BESIDE) for part in name.split("."))
 
 
-def _tensors(given: Path, backbone: Backbone) -> dict[str, Tensor]:
+def _tensors(given: Path, backbone: Backbone, flag: str) -> dict[str, Tensor]:
     """All tensors of what was given, by name; those inside others by both names."""
     text = str(given)
-    for start, hub in _HUBS.items():
+    for start, hub in HUBS.items():
         if text.startswith(start):
-            return _published(text, hub + text.removeprefix(start), backbone)
+            return _published(f"{flag} {text}", hub + text.removeprefix(start), backbone)
     path = given
     if path.is_dir():
         path = next((path / name for name in _FILES if (path / name).is_file()), path / BACKBONE)
     if not path.is_file():
-        raise UsageError(f"--init-from {path} does not exist")
+        raise UsageError(f"{flag} {path} does not exist")
     return read_weights(path)[0]
 
 
@@ -114,7 +122,7 @@ def _published(given: str, name: str, backbone: Backbone) -> dict[str, Tensor]:
     except Exception as error:  # of the hub's, of the network's, or of timm's own kinds
         if exhausted(error):
             raise
-        raise UsageError(f"--init-from {given} cannot be had: {first_line(error)}") from None
+        raise UsageError(f"{given} cannot be had: {first_line(error)}") from None
     state: dict[str, Tensor] = net.state_dict()
     return state
 

@@ -248,7 +248,7 @@ def read_backbone(path: Path, *, arch: nn.Module | None = None) -> tuple[Backbon
     if missing := [name for name in ("which", "arch", "stem", "image_size") if name not in about]:
         raise UsageError(
             f"{path} does not say what network it is of (no {', '.join(missing)}); give a run folder, a checkpoint, "
-            "or a file that fastrm wrote"
+            "or a file that fastrm wrote, or --arch with timm's name of the network"
         )
     if not about["image_size"].isdecimal():
         raise UsageError(f"{path}: image_size is {about['image_size']}, which is no number of pixels")

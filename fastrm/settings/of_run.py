@@ -10,6 +10,7 @@ from typing import Annotated
 from tyro.conf import Positional, arg
 
 from fastrm.errors import UsageError
+from fastrm.settings.fields import ImageSize
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -17,9 +18,13 @@ class OfRun:
     """What was trained."""
 
     run: Positional[Annotated[Path | None, arg(metavar="RUN", help_behavior_hint="")]] = None
-    """A run folder, a checkpoint, or a backbone.safetensors."""
+    """A run folder, a checkpoint, or a backbone.safetensors; or what fastrm.train --init-from takes."""
     checkpoint: Path | None = None
     """RUN, given by name."""
+    arch: str | None = None
+    """Name of the network in timm, for weights of others that do not say it."""
+    image_size: ImageSize | None = None
+    """Side of the images in pixels, for weights of others. If not given, the size that timm publishes."""
 
     @property
     def path(self) -> Path:

@@ -1,0 +1,100 @@
+"""Backbones with weights that no run of fastrm made."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from fastrm.data.formats import RGB, PixelFormat
+from fastrm.errors import UsageError, first_line
+from fastrm.files import read_json
+from fastrm.machine.memory import exhausted
+from fastrm.models.backbone import Backbone
+from fastrm.models.build import build_backbone
+from fastrm.models.starting import on_a_hub, starting_weights
+
+FLAG = "--checkpoint"
+
+
+class Published(NamedTuple):
+    """A network and what is known of its weights."""
+
+    backbone: Backbone
+    """On the CPU."""
+    arch: str
+    """timm's name of the network."""
+    stem: str
+    image_size: int
+    pixels: PixelFormat
+    license: str | None
+    """As their publisher calls it."""
+    said: str
+    """How much of the weights was taken."""
+
+
+def describes_itself(given: Path) -> bool:
+    """Whether timm can say of what network the weights are: by a name, or in the ``config.json`` of a folder."""
+    return on_a_hub(given) or "architecture" in _config(given)
+
+
+def published(given: Path, *, arch: str | None = None, image_size: int | None = None) -> Published:
+    """Build the network of weights that ``--init-from`` would take, and load them.
+
+    Args:
+        given: as in :func:`fastrm.models.starting.starting_weights`.
+        arch: timm's name of the network, where the weights do not say it.
+        image_size: side of the images in pixels; None is what timm publishes for the weights, or for the network.
+
+    Raises:
+        UsageError: there are no such weights, they do not say their network and neither does ``arch``, or they do not
+            fit it.
+    """
+    known = _known(given, arch)
+    arch = arch or known.architecture
+    if arch is None:
+        raise UsageError(f"{FLAG} {given} does not say what network it is of; give --arch, timm's name of it")
+    size = image_size or known.input_size[-1]
+    found = [_loaded(given, arch, size, "imagenet")]
+    if len(found[0][1]) < len(found[0][0].net.state_dict()) and type(found[0][0].net).__name__ == "ResNet":
+        found.append(_loaded(given, arch, size, "small"))
+    backbone, state, said = max(found, key=lambda each: len(each[1]))
+    backbone.net.load_state_dict(state, strict=False)
+    format = PixelFormat(mean=tuple(known.mean), std=tuple(known.std)) if describes_itself(given) else RGB
+    stem = "imagenet" if backbone is found[0][0] else "small"
+    return Published(backbone, arch, stem, size, format, known.license, said)
+
+
+def _loaded(given: Path, arch: str, size: int, stem: str) -> tuple[Backbone, dict[str, Any], str]:
+    backbone = build_backbone(arch, image_size=size, stem=stem)
+    return backbone, *starting_weights(backbone, given, partial=False, flag=FLAG)
+
+
+def _config(folder: Path) -> dict[str, Any]:
+    """What ``config.json`` in a folder of Hugging Face's form says, if it is there."""
+    try:
+        found = read_json(folder / "config.json")
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _known(given: Path, arch: str | None) -> Any:
+    """What timm knows of weights, or of a network: a ``timm.models.PretrainedCfg``."""
+    from timm.models import PretrainedCfg, get_pretrained_cfg, load_model_config_from_hf
+
+    hub, _, name = str(given).partition(":")
+    try:
+        if on_a_hub(given) and hub == "hf":
+            values, arch, _ = load_model_config_from_hf(name)
+        elif "architecture" in (config := _config(given)):
+            values, arch = config.get("pretrained_cfg", {}), config["architecture"]
+        else:
+            name = name if on_a_hub(given) else arch or ""
+            arch = name.partition(".")[0] or None
+            values = vars(get_pretrained_cfg(name, allow_unregistered=True) or PretrainedCfg()) if name else {}
+    except Exception as error:  # of the hub's, or of timm's own kinds
+        if exhausted(error):
+            raise
+        raise UsageError(f"{FLAG} {given} cannot be had: {first_line(error)}") from None
+    kept = {name: values[name] for name in ("input_size", "mean", "std", "license") if name in values}
+    return PretrainedCfg(**kept, architecture=arch)
