@@ -15,6 +15,8 @@ from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+COPY = "plain copy"
+"""Name of the row that is no contender: a copy of as many bytes."""
 
 
 def resnet50_shapes() -> list[tuple[int, ...]]:
@@ -60,6 +62,14 @@ class Row:
     times_the_first: float
     gpu_us: float
     """Microseconds of its kernels and copies alone; NaN on the CPU."""
+    seconds: tuple[float, ...]
+    """Of one call, in each round."""
+
+    @property
+    def figures(self) -> dict[str, float]:
+        """What pytest-benchmark's JSON file holds beside the times."""
+        names = ("gigabytes_per_second", "share_of_copy", "times_the_first", "gpu_us")
+        return {name: getattr(self, name) for name in names if not math.isnan(getattr(self, name))}
 
 
 def synchronise() -> None:
@@ -84,11 +94,11 @@ def once(call: Callable[[], object], repeats: int) -> float:
     return (time.perf_counter() - begin) * 1e3 / repeats
 
 
-def median_ms(call: Callable[[], object], rounds: int = 7) -> float:
-    """Median time of one contender alone."""
+def repeated(call: Callable[[], object], rounds: int = 7) -> list[float]:
+    """Seconds of one contender alone, in each round."""
     repeats = 10 if DEVICE.type == "cuda" else 1
     once(call, repeats)
-    return statistics.median(once(call, repeats) for _ in range(rounds))
+    return [once(call, repeats) / 1e3 for _ in range(rounds)]
 
 
 def gpu_us(call: Callable[[], object], repeats: int = 10) -> float:
@@ -134,7 +144,7 @@ def compare(
     repeats = repeats or (10 if DEVICE.type == "cuda" else 1)
     source = torch.empty(int(bytes_moved) // 2, dtype=torch.uint8, device=DEVICE)
     target = torch.empty_like(source)
-    everyone = {**contenders, "plain copy": lambda: target.copy_(source)}
+    everyone = {**contenders, COPY: lambda: target.copy_(source)}
     for call in everyone.values():
         once(call, repeats)
     times: dict[str, list[float]] = {name: [] for name in everyone}
@@ -150,9 +160,10 @@ def compare(
             name=name,
             ms=statistics.median(these),
             gigabytes_per_second=bytes_moved / statistics.median(these) / 1e6,
-            share_of_copy=statistics.median(c / t for c, t in zip(times["plain copy"], these, strict=True)),
+            share_of_copy=statistics.median(c / t for c, t in zip(times[COPY], these, strict=True)),
             times_the_first=statistics.median(t / f for f, t in zip(first, these, strict=True)),
             gpu_us=gpu_us(everyone[name]),
+            seconds=tuple(ms / 1e3 for ms in these),
         )
         for name, these in times.items()
     ]

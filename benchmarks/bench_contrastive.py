@@ -1,6 +1,6 @@
 """InfoNCE with its gradient, the residual term and the push, against the usual form, and how it grows.
 
-pytest benchmarks/bench_contrastive.py --benchmark-only -s
+pytest benchmarks/bench_contrastive.py --benchmark-only
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks._timing import DEVICE, compare, extra_memory, gpu_us, median_ms
+from benchmarks._timing import DEVICE, compare, extra_memory, gpu_us, repeated
 from fastrm.kernels import FeatureQueue, enqueue_, residual_info_nce
 
 T = 0.2
@@ -138,7 +138,7 @@ def matrix_rate() -> float:
 
 
 @pytest.mark.parametrize(("n", "size", "dim"), CASES)
-def test_loss(n: int, size: int | None, dim: int, benchmark: Any) -> None:
+def test_loss(n: int, size: int | None, dim: int, enter: Any, note: Any) -> None:
     if not GPU and (n > 4_096 or dim > 512):
         pytest.skip("seconds a call on the CPU, where the smaller ones show the same")
     inputs = Inputs(n, size, dim)
@@ -152,7 +152,7 @@ def test_loss(n: int, size: int | None, dim: int, benchmark: Any) -> None:
             call = make(inputs)
             loss = call()
         except ImportError as error:
-            print(f"{name} left out: {error}")
+            note(f"{name} left out: {error}")
             continue
         # On a GPU the rivals' logits are bf16, up to 1 / T = 5 and so off by up to 5 * 2^-9 = .01: the gradients by a
         # hundredth, and once more for the rounding of the rows.
@@ -162,41 +162,32 @@ def test_loss(n: int, size: int | None, dim: int, benchmark: Any) -> None:
         contenders[name] = call
         memory[name] = extra_memory(call)
     contenders["the two products alone"] = products(inputs)
-    timed = compare(f"N {n}, K {size or n}, D {dim}", contenders, 0, rounds=9)
-    rows = {row.name: row for row in timed if row.name in contenders}
-    case = f"N {n}, {'in batch' if size is None else f'K {size}'}, D {dim}"
-    print(f"\n| {case} | ms | times the first | GPU µs | extra MiB |")
-    print("|---|--:|--:|--:|--:|")
+    case = f"contrastive loss, N {n}, {'in batch' if size is None else f'K {size}'}, D {dim}"
+    rows = {row.name: row for row in compare(case, contenders, 0, rounds=9) if row.name in contenders}
+    lines = [f"| {case} | ms | times the first | GPU µs | extra MiB |", "|---|--:|--:|--:|--:|"]
     for name, row in rows.items():
         numbers = f"{row.ms:.2f} | {row.times_the_first:.2f} | {row.gpu_us:.1f} | {memory.get(name, math.nan):.1f}"
-        print(f"| {name} | {numbers} |")
-    benchmark.extra_info.update({name: row.ms for name, row in rows.items()})
+        lines.append(f"| {name} | {numbers} |")
+    note("\n".join(lines))
+    figures = {name: {**row.figures, "extra_mib": memory.get(name)} for name, row in rows.items()}
+    enter(case, {name: row.seconds for name, row in rows.items()}, figures)
     if GPU:
         done = 4 * n * (size or n) * dim / rows["fastrm residual_info_nce"].gpu_us / 1e6
-        print(f"\nin its products {done:.0f} TFLOP/s; a plain bf16 product of 8,192 cubed {matrix_rate():.0f}")
-        benchmark.extra_info.update({f"{name}, GPU µs": row.gpu_us for name, row in rows.items()})
-    benchmark.pedantic(mine, rounds=3, warmup_rounds=1)
-    if GPU and dim > 512:
-        assert rows["fastrm residual_info_nce"].gpu_us <= 2 * rows["the two products alone"].gpu_us
+        note(f"in its products {done:.0f} TFLOP/s; a plain bf16 product of 8,192 cubed {matrix_rate():.0f}")
     if not GPU and (n, size) == CASES[0][:2]:
-        assert rows["einsum, cat, cross-entropy"].times_the_first >= 3
-        assert rows["the two products alone"].times_the_first >= 0.6
         assert memory["fastrm residual_info_nce"] < 0.15 * memory["einsum, cat, cross-entropy"]
 
 
-def test_growth(benchmark: Any) -> None:
-    """Twice the queue, at most 2.3 times the time and no more memory; and the same for queries."""
+def test_growth(enter: Any) -> None:
+    """A longer queue takes time in proportion, and no more memory; so do more queries."""
     times, memory = {}, {}
     shapes = [(256, 2**p) for p in range(12, 21, 2 if not GPU else 1)] + [(256, 2**17)]
     shapes += [(n, 65_536) for n in (64, 1_024, 4_096, 16_384) if GPU or n <= 1_024]
     for n, size in shapes:
         call = ours(Inputs(n, size, 128))
         call()
-        memory[n, size], times[n, size] = extra_memory(call), median_ms(call)
-    print("\n| N | K | ms | extra MiB |\n|--:|--:|--:|--:|")
-    for (n, size), ms in sorted(times.items()):
-        print(f"| {n} | {size} | {ms:.2f} | {memory[n, size]:.1f} |")
-    benchmark.extra_info.update({f"{n} x {size}": ms for (n, size), ms in times.items()})
-    benchmark.pedantic(ours(Inputs(256, 65_536, 128)), rounds=3, warmup_rounds=1)
-    assert times[256, 2**17] <= 2.3 * times[256, 2**16]
+        memory[n, size], times[n, size] = extra_memory(call), repeated(call)
+    named = {f"N {n}, K {size}": key for key in times for n, size in [key]}
+    figures = {name: {"extra_mib": memory[key]} for name, key in named.items()}
+    enter("contrastive loss, growth", {name: times[key] for name, key in named.items()}, figures)
     assert memory[256, 2**20] <= memory[256, 2**16] + 4

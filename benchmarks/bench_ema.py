@@ -1,12 +1,11 @@
 """The teacher update against what people use: foreach, torch's AveragedModel, timm, lightly, ema-pytorch, apex.
 
-pytest benchmarks/bench_ema.py --benchmark-only -s
+pytest benchmarks/bench_ema.py --benchmark-only
 """
 
 from __future__ import annotations
 
 import importlib
-import statistics
 import time
 from collections.abc import Callable
 from typing import Any
@@ -16,7 +15,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from benchmarks._timing import DEVICE, Row, compare, table, tensors
+from benchmarks._timing import DEVICE, Row, compare, tensors
 from fastrm.kernels import EMA, _ema_kernel, dispatch, fused_ema_, multi_tensor
 
 M = 0.99
@@ -97,7 +96,7 @@ def contenders(
     }  # fmt: skip
 
 
-def measure(network: str, dtype: torch.dtype) -> list[Row]:
+def measure(network: str, dtype: torch.dtype, note: Callable[[str], None]) -> list[Row]:
     """Time those that can be had and that give the right numbers."""
     teacher, student, makers = contenders(network, dtype)
     ready: dict[str, Callable[[], object]] = {}
@@ -106,52 +105,39 @@ def measure(network: str, dtype: torch.dtype) -> list[Row]:
             mine, call = make()
             call()
         except (ImportError, RuntimeError, TypeError) as error:  # absent, or not made for mixed dtypes
-            print(f"{name} cannot: {type(error).__name__}: {str(error).splitlines()[0]}")
+            note(f"{name} cannot: {type(error).__name__}: {str(error).splitlines()[0]}")
             continue
         for t, old, s in zip(mine, teacher, student, strict=True):
             want = (M * old.double() + (1 - M) * s.double()).float()
             torch.testing.assert_close(t.detach(), want, rtol=1e-5, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}")
         ready[name] = call
     moved = sum(t.numel() for t in teacher) * (8 + dtype.itemsize)
-    return compare(f"{network} {str(dtype)[6:]} student", ready, moved, rounds=31)
+    return compare(f"teacher, {network}, {str(dtype)[6:]} student", ready, moved, rounds=31)
 
 
 @pytest.mark.parametrize(("network", "dtype"), CASES)
-def test_update(network: str, dtype: torch.dtype, benchmark: Any) -> None:
+def test_update(network: str, dtype: torch.dtype, enter_rows: Any, note: Any) -> None:
     if DEVICE.type == "cpu" and network == "ViT-B":
         pytest.skip("the CPU shows the same on ResNet-50, in a third of the time")
-    rows = measure(network, dtype)
-    print("\n" + table(rows))
-    times = {row.name: row for row in rows}
-    benchmark.extra_info.update({name: row.ms for name, row in times.items()})
-    makers = contenders(network, dtype)[2]
-    benchmark.pedantic(makers["fused_ema_"]()[1], rounds=5, warmup_rounds=1)
-    if DEVICE.type == "cuda":
-        # The host takes longer to check a list than a GPU to average it; the prepared form has checked it already.
-        foreach = times["_foreach_lerp_" if dtype == torch.float32 else "convert, _foreach_lerp_"]
-        assert foreach.gpu_us > times["fused_ema_"].gpu_us
-        assert times["EMA.update_"].times_the_first <= 1
-    elif (network, dtype) == ("ResNet-50", torch.float32):
-        assert times["_foreach_lerp_"].times_the_first >= 0.95
-        assert times["lightly update_momentum"].times_the_first > 1.3  # 1.46 to 1.52 seen; the machine decides
+    enter_rows(measure(network, dtype, note))
 
 
-def host_microseconds() -> dict[str, float]:
-    """Host time of a repeated call for ResNet-50's list, without the launch, and of one look at the addresses."""
+def host_seconds() -> dict[str, list[float]]:
+    """Host time of repeated calls for ResNet-50's list, without the launch, and of one look at the addresses."""
     teacher, student = tensors("ResNet-50", seed=0), tensors("ResNet-50", seed=1)
 
     class NoLaunch:
         def __getitem__(self, grid: Any) -> Any:
             return lambda *args, **options: None
 
-    def best(call: Callable[[], object]) -> float:
+    def repeated(call: Callable[[], object]) -> list[float]:
         call()
         times = []
         for _ in range(50):
             begin = time.perf_counter()
             call()
-            times.append((time.perf_counter() - begin) * 1e6)
-        return statistics.median(times)
+            times.append(time.perf_counter() - begin)
+        return times
 
     anywhere = {"triton_problem": lambda device: None}
     with (
@@ -162,21 +148,15 @@ def host_microseconds() -> dict[str, float]:
         prepared = EMA(teacher, student, backend="triton")
         modules = Holder(teacher), Holder(student)
         return {
-            "fused_ema_ of modules": best(lambda: fused_ema_(*modules, M, backend="triton")),
-            "names of modules": best(lambda: [dict(module.named_parameters()) for module in modules]),
-            "fused_ema_": best(lambda: fused_ema_(teacher, student, M, backend="triton")),
-            "EMA.update_": best(lambda: prepared.update_(M)),
-            "addresses": best(lambda: [*map(Tensor.data_ptr, [*teacher, *student])]),
+            "fused_ema_ of modules": repeated(lambda: fused_ema_(*modules, M, backend="triton")),
+            "names of modules": repeated(lambda: [dict(module.named_parameters()) for module in modules]),
+            "fused_ema_": repeated(lambda: fused_ema_(teacher, student, M, backend="triton")),
+            "EMA.update_": repeated(lambda: prepared.update_(M)),
+            "addresses": repeated(lambda: [*map(Tensor.data_ptr, [*teacher, *student])]),
         }
 
 
-def test_host_cost_of_a_repeated_call(benchmark: Any) -> None:
+def test_host_cost_of_a_repeated_call(enter: Any) -> None:
     if dispatch.triton is None:
         pytest.skip("needs Triton")
-    times = host_microseconds()
-    print("\nhost microseconds of a repeated call, launch left out:", {k: round(v, 1) for k, v in times.items()})
-    benchmark.extra_info.update(times)
-    benchmark.pedantic(lambda: None, rounds=1)
-    assert times["fused_ema_"] <= 5 * times["addresses"]
-    assert times["fused_ema_ of modules"] <= times["names of modules"]
-    assert times["EMA.update_"] <= 3 * times["addresses"]
+    enter("host time of a repeated call, launch left out", host_seconds())

@@ -1,6 +1,6 @@
 """What many images cost: the second start and memory per image, and the first scan against decoding alone.
 
-pytest benchmarks/bench_index.py --benchmark-only -s
+pytest benchmarks/bench_index.py --benchmark-only
 
 PHOTOS names a folder of pictures for the scan; without it, they are made up.
 """
@@ -114,7 +114,7 @@ def sets(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, tuple[P
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_second_start_and_memory(kind: str, sets: dict[str, tuple[Path, Path]], benchmark: Any) -> None:
+def test_second_start_and_memory(kind: str, sets: dict[str, tuple[Path, Path]], enter: Any, note: Any) -> None:
     few, many = sets[kind]
     first = start(few, many, 0)
     seconds, memory = {}, {}
@@ -123,22 +123,19 @@ def test_second_start_and_memory(kind: str, sets: dict[str, tuple[Path, Path]], 
         if name == "many":
             said = ("names", "hashes", "about")
             assert all([again[key] for key in said] == [first[key] for key in said] for again in found)
-        seconds[name] = statistics.median(one["seconds"] for one in found)
+        seconds[name] = [one["seconds"] for one in found]
         memory[name] = {part: statistics.median(one[part] for one in found) for part in ("own", "index")}
-    more = seconds["many"] - seconds["few"]
     each = {part: (memory["many"][part] - memory["few"][part]) / MANY for part in ("own", "index")}
-    print(
-        f"\n{kind}: first start with {MANY:,} images {first['seconds']:.1f} s; second start {seconds['many']:.2f} s, "
-        f"with {FEW} images {seconds['few']:.2f} s; bytes per image: {each['own']:.0f} that {WORKERS + 1} processes "
-        f"hold alone, {each['index']:.0f} of the index, which they share"
+    note(
+        f"{kind}, {MANY:,} images: first start {first['seconds']:.1f} s; bytes per image: {each['own']:.0f} that "
+        f"{WORKERS + 1} processes hold alone, {each['index']:.0f} of the index, which they share"
     )
-    benchmark.extra_info.update(more=more, **each)
-    benchmark.pedantic(lambda: None, rounds=1)
-    assert more <= 2
+    counts = {"few": FEW, "many": MANY}
+    enter(f"second start, {kind}", {f"{counts[name]:,} images": times for name, times in seconds.items()})
     assert sum(each.values()) <= 100
 
 
-def test_first_scan_against_decoding(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, benchmark: Any) -> None:
+def test_first_scan_against_decoding(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, enter: Any) -> None:
     """In turn, each over the same files, with a new cache for each scan."""
     data = Path(os.environ.get("PHOTOS", "")) if "PHOTOS" in os.environ else made_up(tmp_path / "photos")
     source = open_source(str(data), keep=False)
@@ -161,11 +158,8 @@ def test_first_scan_against_decoding(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
     alone()
     pairs = [(first(number), alone()) for number in range(ROUNDS)]
-    ratio = statistics.median(ours / floor for ours, floor in pairs)
-    print(f"\n{len(paths)} files: the first scan takes {ratio:.2f} times as long as decoding alone")
-    benchmark.extra_info.update(ratio=ratio)
-    benchmark.pedantic(lambda: None, rounds=1)
-    assert ratio <= 1.2
+    scans, floors = zip(*pairs, strict=True)
+    enter(f"first scan of {len(paths)} files", {"scan": scans, "decoding alone": floors})
 
 
 def made_up(folder: Path) -> Path:

@@ -1,6 +1,6 @@
 """Optimizer steps with the teacher inside, against the usual step followed by a foreach average.
 
-pytest benchmarks/bench_optim.py --benchmark-only -s
+pytest benchmarks/bench_optim.py --benchmark-only
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks._timing import DEVICE, Row, compare, table, tensors
+from benchmarks._timing import DEVICE, Row, compare, tensors
 from fastrm.optim import LARS, SGD, AdamW
 
 M = 0.99
@@ -92,7 +92,7 @@ INSIDE: dict[str, dict[str, Callable[[list[Tensor], list[Tensor]], Callable[[], 
 }
 
 
-def measure(network: str, rule: str) -> list[Row]:
+def measure(network: str, rule: str, note: Callable[[str], None]) -> list[Row]:
     """Time those that can be had and that give the same parameters and teacher as the first, over two steps."""
     start, gradients = tensors(network, seed=0), tensors(network, seed=1)
 
@@ -129,7 +129,7 @@ def measure(network: str, rule: str) -> list[Row]:
             for _ in range(2):
                 step()
         except Exception as error:  # absent, or not made for this Triton: whatever it is, it is said
-            print(f"{name} cannot: {type(error).__name__}: {(str(error).splitlines() or [''])[0]}")
+            note(f"{name} cannot: {type(error).__name__}: {(str(error).splitlines() or [''])[0]}")
             continue
         for got, expected in zip((*params, *teacher), want, strict=True):
             torch.testing.assert_close(got.detach(), expected, rtol=1e-4, atol=1e-5, msg=f"{name} is different")
@@ -139,14 +139,7 @@ def measure(network: str, rule: str) -> list[Row]:
 
 
 @pytest.mark.parametrize(("network", "rule"), CASES)
-def test_step(network: str, rule: str, benchmark: Any) -> None:
+def test_step(network: str, rule: str, enter_rows: Any, note: Any) -> None:
     if DEVICE.type == "cpu" and network == "ViT-B":
         pytest.skip("the CPU shows the same on ResNet-50, in a third of the time")
-    rows = measure(network, rule)
-    print("\n" + table(rows))
-    benchmark.extra_info.update({row.name: row.ms for row in rows})
-    params = tensors(network)
-    for p in params:
-        p.grad = p.clone()
-    step = OURS[rule](params, teacher=[p.clone() for p in params], ema_momentum=M).step
-    benchmark.pedantic(step, rounds=3, warmup_rounds=1)
+    enter_rows(measure(network, rule, note))

@@ -1,6 +1,6 @@
 """The queue's update alone, against the slice assignment of the official code and lightly's memory bank.
 
-pytest benchmarks/bench_queue.py --benchmark-only -s
+pytest benchmarks/bench_queue.py --benchmark-only
 """
 
 from __future__ import annotations
@@ -11,14 +11,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from benchmarks._timing import DEVICE, compare, table
+from benchmarks._timing import DEVICE, compare
 from fastrm.kernels import FeatureQueue
 
 SIZE, DIM = 65_536, 128
 
 
 @pytest.mark.parametrize("count", [256, 4_096])
-def test_enqueue(count: int, benchmark: Any) -> None:
+def test_enqueue(count: int, enter_rows: Any) -> None:
     torch.manual_seed(0)
     queue = FeatureQueue(SIZE, DIM).to(DEVICE)
     features, pointer = queue.features.clone(), [0]
@@ -35,7 +35,5 @@ def test_enqueue(count: int, benchmark: Any) -> None:
         slices()
         torch.testing.assert_close(queue.features, features, rtol=1e-6, atol=1e-6)
         assert queue.pointer.item() == pointer[0]
-    rows = compare(f"{count} keys", {"enqueue_": ours, "slice assignment": slices}, 2 * keys.nbytes, repeats=20)
-    print("\n" + table(rows))
-    benchmark.extra_info.update({row.name: row.ms for row in rows})
-    benchmark.pedantic(ours, rounds=5, iterations=10, warmup_rounds=1)
+    contenders = {"enqueue_": ours, "slice assignment": slices}
+    enter_rows(compare(f"queue, {count} keys", contenders, 2 * keys.nbytes, repeats=20))

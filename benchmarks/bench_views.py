@@ -1,6 +1,6 @@
 """The augmentation of a batch against its own parts one by one, torchvision's v2 transforms, and kornia.
 
-    pytest benchmarks/bench_views.py --benchmark-only -s
+    pytest benchmarks/bench_views.py --benchmark-only
 
 Two views of a batch as MoCo-v3 makes them, in bf16. torchvision's transforms draw once per batch, and so do the same to
 all its images; kornia's draw per image. The others do to each image what was drawn for it.
@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
-from benchmarks._timing import DEVICE, Row, compare, table
+from benchmarks._timing import DEVICE, Row, compare
 from fastrm.data.augmentation import IMAGENET_MEAN, IMAGENET_STD, View
 from fastrm.data.draws import Draws, blur_radius, draw
 from fastrm.kernels import augment_views
@@ -59,7 +59,10 @@ def inputs(case: Case) -> tuple[Tensor, list[tuple[View, Draws]]]:
     return images, [(view, draw(view, sides, sides, case.size, generator)) for view in views]
 
 
-def contenders(case: Case) -> dict[str, Callable[[], list[Tensor]]]:
+Call = Callable[[], list[Tensor]]
+
+
+def contenders(case: Case, note: Callable[[str], None]) -> dict[str, Call]:
     """By name what makes the views, as many tensors [B, 3, S, S]."""
     images, pairs = inputs(case)
     count, size = case.count, case.size
@@ -118,7 +121,7 @@ def contenders(case: Case) -> dict[str, Callable[[], list[Tensor]]]:
         try:
             ready[name] = make()
         except ImportError as error:
-            print(f"{name} cannot: {error}")
+            note(f"{name} cannot: {error}")
     shapes = {name: [tuple(view.shape) for view in call()] for name, call in ready.items()}
     assert set(map(str, shapes.values())) == {str([(count, 3, size, size)] * 2)}
     return ready
@@ -144,9 +147,8 @@ def launches(call: Callable[[], object]) -> tuple[int, int]:
     return len(names) - copies, copies
 
 
-def measure(case: Case) -> list[Row]:
-    """Time those that can be had, once the numbers are right."""
-    ready = contenders(case)
+def measure(case: Case, ready: dict[str, Call]) -> list[Row]:
+    """Time the contenders, once the numbers are right."""
     names = list(ready)
     for mine, want in zip(ready[names[0]](), ready[names[1]](), strict=True):
         error = (mine.float() - want.float()).abs()
@@ -156,20 +158,13 @@ def measure(case: Case) -> list[Row]:
 
 
 @pytest.mark.parametrize("case", CASES, ids=[case.name for case in CASES])
-def test_views(case: Case, benchmark: Any) -> None:
-    rows = measure(case)
-    print("\n" + table(rows))
-    benchmark.extra_info.update({row.name: row.ms for row in rows})
-    ready = contenders(case)
-    benchmark.pedantic(ready["augment_views"], rounds=3, warmup_rounds=1)
-    times = {row.name: row for row in rows}
+def test_views(case: Case, enter_rows: Any, note: Any) -> None:
+    ready = contenders(case, note)
+    enter_rows(measure(case, ready))
     if GPU:
         counted = {name: launches(call) for name, call in ready.items()}
         lines = [f"| {case.name} | {name} | {kernels} | {copies} |" for name, (kernels, copies) in counted.items()]
-        print("\n| case | what | kernels | copies |\n|---|---|--:|--:|\n" + "\n".join(lines))
-        benchmark.extra_info.update({f"launches of {name}": found for name, found in counted.items()})
+        note("| case | what | kernels | copies |\n|---|---|--:|--:|\n" + "\n".join(lines))
         kernels, copies = counted["augment_views"]
         assert kernels <= 6
         assert copies <= 2
-        # Not the floor of a roofline, but what a lazy rewrite would lose.
-        assert times["one operation after the other"].gpu_us > 3 * times["augment_views"].gpu_us

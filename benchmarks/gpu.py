@@ -71,7 +71,6 @@ def parts(work: Path, photos: Path | None) -> dict[str, Part]:
     def bench(name: str, file: str, *only: str) -> list[str]:
         return [
             *PYTEST,
-            "-s",
             "--benchmark-only",
             f"--benchmark-json={work}/{name}.json",
             f"benchmarks/bench_{file}.py",
