@@ -1,4 +1,4 @@
-"""How Sphinx builds these pages; the API's are made of the docstrings."""
+"""Sphinx configuration. The API pages are built from the docstrings."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ exclude_patterns = ["_generated", "study/**"]
 html_theme = "furo"
 html_title = f"fastrm {release}"
 html_copy_source = False
+html_static_path = ["_static"]
 myst_heading_anchors = 3
 autodoc_member_order = "bysource"
 autodoc_typehints = "signature"
@@ -28,14 +29,14 @@ napoleon_google_docstring = True
 napoleon_numpy_docstring = False
 
 _SHOWN = {
-    "epochs": "epochs", "batch_size": "batch", "optimizer": "optimizer", "lr": "rate per 256", "weight_decay": "decay",
-    "teacher_momentum": "momentum", "teacher_momentum_end": "to", "temperature": "temperature",
-    "queue_size": "queue", "hidden_dim": "hidden", "output_dim": "output",
+    "epochs": "epochs", "batch_size": "batch", "optimizer": "optimizer", "lr": "learning rate per 256",
+    "weight_decay": "weight decay", "teacher_momentum": "teacher momentum", "teacher_momentum_end": "at the end",
+    "temperature": "temperature", "queue_size": "queue", "hidden_dim": "hidden", "output_dim": "output",
 }  # fmt: skip
 
 
 def recipes_table() -> str:
-    """The published settings, as Markdown."""
+    """The published settings as a Markdown table."""
     lines = [f"| recipe | {' | '.join(_SHOWN.values())} |", "|---|" + "--:|" * len(_SHOWN)]
     for name, values in recipes().items():
         lines.append(f"| `{name}` | {' | '.join(str(values.get(key, '')) for key in _SHOWN)} |")
@@ -43,7 +44,8 @@ def recipes_table() -> str:
 
 
 def setup(app: Any) -> None:
-    """Write what a page includes."""
+    """Write the generated part of the recipes page, and add the style sheet."""
+    app.add_css_file("tables.css")
     generated = Path(app.srcdir, "_generated")
     generated.mkdir(exist_ok=True)
     (generated / "recipes.md").write_text(recipes_table(), encoding="utf-8")

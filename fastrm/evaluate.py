@@ -96,9 +96,9 @@ def evaluate(options: EvaluateConfig, *, arch: nn.Module | None = None) -> dict[
         arch: where a module of yours was trained, another one that is built alike.
 
     Returns:
-        By data set: ``scores``, an :class:`fastrm.probes.Estimate` by network and score; ``gap``, one by place; and
-        ``left_out``, the number of files that could not be read; ``bank`` and ``test``, how many images classifiers are
-        built from and tried on.
+        A dict per data set. ``scores`` has an :class:`fastrm.probes.Estimate` per network and score, and ``gap`` one
+        per place. ``left_out`` is the number of unreadable files. ``bank`` and ``test`` are the numbers of images that
+        classifiers are built from and tested on.
 
     Raises:
         UsageError: the checkpoint or the data cannot be used, or nothing is asked for.

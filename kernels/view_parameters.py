@@ -1,4 +1,4 @@
-"""What is done to each image of a batch when its view is made."""
+"""The parameters of the views of a batch, one row per image."""
 
 from __future__ import annotations
 
@@ -23,38 +23,38 @@ _KINDS = {
 
 @dataclass(frozen=True, kw_only=True)
 class ViewParameters:
-    """What :func:`augment_views` does to each of B images, in the order of the fields; None: to no image.
+    """What :func:`augment_views` does to each of B images, in the order of the fields. None switches an operation off.
 
-    All tensors are on the CPU, so that the images that an operation concerns are known without asking the device.
+    All tensors are on the CPU, so that the images of each operation are known without synchronising with the device.
     """
 
     box: Tensor | None = None
-    """Integers [B, 4]: top, left, height and width of the crop in pixels; None: the images are crops already."""
+    """Top, left, height and width of the crop in pixels, integers [B, 4]; None if the images are crops already."""
     flip: Tensor | None = None
-    """bool [B]: left to right, after the crop."""
+    """Whether to flip the crop horizontally, bool [B]."""
     jitter: Tensor | None = None
-    """bool [B]: whether the four colour changes are made; None: to all images if ``factors`` are given."""
+    """Whether to make the four colour changes, bool [B]; None means for all images if ``factors`` are given."""
     factors: Tensor | None = None
-    """float32 [B, 4]: of brightness, contrast and saturation, each at least 0, and the hue's shift in turns of the
-    colour circle, at most a third."""
+    """Factors of brightness, contrast and saturation, each at least 0, and the shift of the hue as a fraction of the
+    colour circle, at most a third; float32 [B, 4]."""
     order: Tensor | None = None
-    """Integers [B, 4]: the columns of ``factors`` in the order in which they are carried out; None: as they stand."""
+    """Columns of ``factors`` in the order of execution, integers [B, 4]; None means their own order."""
     gray: Tensor | None = None
-    """bool [B]."""
+    """Whether to convert to grayscale, bool [B]."""
     sigma: Tensor | None = None
-    """float32 [B]: standard deviation of the blur in pixels of the view; 0 for none."""
+    """Standard deviation of the blur in pixels of the view, float32 [B]; 0 means no blur."""
     solarize: Tensor | None = None
-    """bool [B]: inverts values of 128 and above (of 255)."""
+    """Whether to invert values of 128 and above (of 255), bool [B]."""
 
     def after_the_crop(self) -> ViewParameters:
-        """The same without crop and flip, for images that were cropped and flipped elsewhere."""
+        """These parameters without crop and flip, for images that were cropped and flipped elsewhere."""
         names = ("jitter", "factors", "order", "gray", "sigma", "solarize")
         return ViewParameters(**{name: getattr(self, name) for name in names})
 
 
 @dataclass(frozen=True, kw_only=True)
 class Drawn(ViewParameters):
-    """The same, with nothing left out but the crop."""
+    """Parameters of which only the crop may be missing."""
 
     flip: Tensor
     jitter: Tensor
@@ -65,16 +65,16 @@ class Drawn(ViewParameters):
     solarize: Tensor
 
     def unchanged(self) -> bool:
-        """Whether images only have to be normalised."""
+        """Whether the images only need normalisation."""
         done = (self.flip, self.jitter, self.gray, self.sigma > 0, self.solarize)
         return self.box is None and not any(bool(some.any()) for some in done)
 
 
 def completed(given: ViewParameters, count: int) -> Drawn:
-    """Check the parameters of ``count`` images, and fill in what was left out.
+    """Check the parameters of ``count`` images, and fill in those that are None.
 
     Raises:
-        TypeError, ValueError: names the field, what it is and what it must be.
+        TypeError, ValueError: a field is wrong; the message says what it is and what it must be.
     """
     if not isinstance(given, ViewParameters):
         raise TypeError(f"{OP}: parameters is a {type(given).__name__}; it must be a ViewParameters")

@@ -1,4 +1,4 @@
-"""Images in, pairs of augmented views out."""
+"""Data sets of images, and loaders of their augmented views."""
 
 from __future__ import annotations
 
@@ -66,39 +66,41 @@ def make_loader(
     """Return a loader of augmented views.
 
     Args:
-        data: whatever :func:`open_source` takes.
-        method: whose augmentation: a method's name, or a subclass of :class:`fastrm.methods.Method`; or your own: an
-            :class:`Augmentation` (:func:`augmentation_of` reads one), or a callable from one image to a tuple of views.
+        data: anything that :func:`open_source` takes.
+        method: augmentation to use. Pass the name of a method, a subclass of :class:`fastrm.methods.Method`, an
+            :class:`Augmentation` (:func:`augmentation_of` reads one), or a callable that maps one image to a tuple of
+            views.
 
-            The callable is given what a Dataset gives, and of files and named sets a PIL image (of gray files of 16
-            bits, and of arrays of deeper pixels or other bands, a tensor [C, H, W]). A view is a tensor [C, H, W], of
-            floats, which are used as they are, or of uint8, which is normalised by ImageNet's mean and standard
-            deviation, as is a PIL image. All views of one position must have one shape, whatever ``image_size`` says.
-            Around Dataset and callable torch's (CPU), NumPy's and Python's random states are seeded by seed, epoch and
-            index, and restored: the views depend on nothing else that these generators give.
+            The callable receives the items of a Dataset. For files and named sets it receives a PIL image; for 16-bit
+            gray files, and for arrays with deeper pixels or other bands, it receives a tensor [C, H, W]. A view is a
+            PIL image or a tensor [C, H, W]. Float views are used as they are; uint8 and PIL views are normalised with
+            ImageNet's mean and standard deviation. All views at one position must have one shape, which may differ
+            from ``image_size``. The global generators of torch (CPU), NumPy and Python are seeded around Dataset and
+            callable by seed, epoch and index, and restored.
         image_size: side of the views, in pixels.
-        batch_size: images a batch of this process; what is left over at the end of an epoch is dropped, and another
-            part of the data in each epoch.
-        device: where the views are put.
-        workers: loader processes; 0 loads in this one.
-        seed: the same seed gives the same views, whatever the number of workers.
-        dtype: of the views; that in which the network computes saves a conversion.
-        loader: ``"memory"`` holds named sets and arrays of bytes on the device, on a GPU also files of one size, and
-            keeps what it decodes of others in the host's memory, shrunk where that does not suffice; ``"dali"`` reads
-            files; ``"torch"`` uses worker processes; ``"auto"`` is memory for named sets and arrays, for files dali on
-            a GPU where it is installed, and else torch, which is the faster of the two on a CPU; what torch decodes is
-            kept if it is read in more than one epoch and takes at most 3 % of the memory, which gives the same views.
-        crop_min: smallest share of the area that a crop takes, in a method's augmentation.
-        data_root: where a named set lies.
-        rank, world_size: this process among all; together they see every image once an epoch.
-        pixels: how the images are taken: channels, value range, mean, std, pages; None finds it out, as
-            :func:`fastrm.data.settling.settled` says.
-        epochs: how often the images will be read.
+        batch_size: images per batch of this process. The remainder at the end of an epoch is dropped; it differs from
+            epoch to epoch.
+        device: device of the views.
+        workers: loader processes; 0 loads in this process.
+        seed: seed of the views, which are the same for any number of workers.
+        dtype: dtype of the views. The dtype in which the network computes saves a conversion.
+        loader: ``"memory"`` keeps named sets and uint8 arrays on the device, and on a GPU also files of one size;
+            other images are kept in host memory once decoded, shrunk if memory does not suffice. ``"dali"`` reads
+            files with DALI. ``"torch"`` uses worker processes. ``"auto"`` is memory for named sets and arrays; for
+            files, dali on a GPU where it is installed, otherwise torch, which is faster than dali on a CPU. If the
+            images are read in more than one epoch and take at most 3 % of the memory, torch keeps what it decodes,
+            with the same views.
+        crop_min: smallest fraction of the image area that a crop covers, in the augmentation of a method.
+        data_root: folder of a named set.
+        rank, world_size: number of this process, and of all processes. Together they see every image once per epoch.
+        pixels: channels, value range, mean, std and pages of the images; None detects them, see
+            :func:`fastrm.data.settling.settled`.
+        epochs: number of times that the images will be read.
 
     Returns:
-        A :class:`Loader`: iterate it for one epoch of :class:`Batch`, whose ``views`` are (first, second), or as many
-        as an augmentation of your own has, [B, C, H, W] each, channels last, normalised by the mean and standard
-        deviation of the images' format, which are ImageNet's for RGB; ``len`` is the number of batches per epoch.
+        A :class:`Loader`. One iteration is one epoch of :class:`Batch`, whose ``views`` are (first, second), or as many
+        as your augmentation makes, [B, C, H, W] each, channels last, normalised with the mean and standard deviation of
+        the images' format, which are ImageNet's for RGB. ``len`` is the number of batches per epoch.
 
     Raises:
         UsageError: the data cannot be opened or holds less than a batch, or an argument is of the wrong kind or
@@ -235,12 +237,12 @@ def eval_loader(
     rank: int = 0,
     world_size: int = 1,
 ) -> EvalLoader:
-    """Return the images in order, as the evaluation sees them: batches of one view each, float32 [B, C, H, W].
+    """Return a loader of the images in order, for evaluation: batches of one view per image, float32 [B, C, H, W].
 
-    An image that cannot be read is left out with a warning: the ``indices`` of a batch say which images it holds. The
-    loader's ``broken`` says which files are left out and why; more than a tenth of them is a :class:`UsageError`.
-    Process ``rank`` of ``world_size`` gets every so many batches. Where :func:`make_loader` would give ``"dali"`` for a
-    ``device`` that is a GPU, DALI decodes there and leaves the views there; else ``workers`` processes decode.
+    Unreadable images are left out with a warning; the ``indices`` of a batch say which images it holds. The loader's
+    ``broken`` has the files that were left out, and why; more than a tenth of them raises a :class:`UsageError`.
+    Process ``rank`` gets every ``world_size``-th batch. If ``device`` is a GPU for which :func:`make_loader` would use
+    ``"dali"``, DALI decodes on it and the views stay there; otherwise ``workers`` processes decode.
     """
     place = _device(device)
     return EvalLoader(

@@ -1,4 +1,4 @@
-"""What augmentation is, described as data; each loader carries out this one description."""
+"""The augmentation as data; every loader implements this description."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
 Interpolation = Literal["bilinear", "bicubic"]
-_TOLD = 3  # differences that are named
+_TOLD = 3  # differences that are listed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,19 +27,19 @@ class View:
     """
 
     crop_scale: tuple[float, float] = (0.2, 1.0)
-    """Share of the picture's area that is cropped."""
+    """Fraction of the image area that the crop covers."""
     crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)
     """Width over height of the crop."""
     interpolation: Interpolation = "bilinear"
     """Resampling of the crop to the view's size, always with antialiasing."""
     jitter_probability: float = 0.8
-    """Of the four colour changes together, which come in random order."""
+    """Probability of the four colour changes together, which come in random order."""
     brightness: float = 0.4
-    """The factor is drawn from 1 ± this; so for contrast and saturation."""
+    """The factor is drawn from 1 ± this value; contrast and saturation work in the same way."""
     contrast: float = 0.4
     saturation: float = 0.4
     hue: float = 0.1
-    """The shift is drawn from ± this share of the colour circle, at most a third."""
+    """The shift is drawn from ± this fraction of the colour circle, at most a third."""
     grayscale_probability: float = 0.2
     blur_probability: float = 0.5
     blur_sigma: tuple[float, float] = (0.1, 2.0)
@@ -47,9 +47,9 @@ class View:
     solarize_probability: float = 0.0
     """Inverts values of 128 and above (of 255)."""
     flip_probability: float = 0.5
-    """Left to right."""
+    """Probability of a horizontal flip."""
     size: int | None = None
-    """Side of the square view, in pixels; None is that of the run, ``--image-size``."""
+    """Side of the square view, in pixels; None means ``--image-size``."""
 
     def __post_init__(self) -> None:
         if self.interpolation not in get_args(Interpolation):
@@ -67,20 +67,21 @@ class View:
             raise ValueError(f"View: size {wrong}")
 
     def side(self, image_size: int) -> int:
-        """The view's side in pixels, in a run on images of this size."""
+        """The side of the view in pixels, in a run with this image size."""
         return image_size if self.size is None else self.size
 
 
 @dataclass(frozen=True, kw_only=True)
 class Augmentation:
-    """The views of an image and what follows them."""
+    """The views of an image, and their normalisation."""
 
     views: tuple[View, ...]
     """Two for pre-training, one for training with labels."""
     mean: tuple[float, ...] | None = None
-    """Subtracted per channel, after scaling to [0, 1]; None: the data's, which are ImageNet's for RGB."""
+    """Mean per channel to subtract after scaling to [0, 1]; None takes that of the data, which is ImageNet's for
+    RGB."""
     std: tuple[float, ...] | None = None
-    """Divided by per channel; None: as for ``mean``."""
+    """Standard deviation per channel to divide by; None as for ``mean``."""
 
     def __post_init__(self) -> None:
         if not isinstance(self.views, tuple | list) or not self.views:
@@ -102,32 +103,33 @@ class Augmentation:
         """Read what ``--augmentation`` takes: a TOML file, a run's ``config.json``, or views such as ``2x224,8x96``.
 
         Args:
-            given: says what differs from the base.
-            base: whose numbers hold where nothing else is given, as a method's; None stands for two views of
+            given: the changes to the base.
+            base: augmentation with the values that are not given, such as a method's; None means two views of
                 ``View()``.
-            image_size: of the run, in pixels: the size of views without one.
+            image_size: size of views without one, in pixels.
 
         Raises:
-            UsageError: it cannot be read, or what it says is unknown or out of range.
+            UsageError: it cannot be read, or a value is unknown or out of range.
         """
         from fastrm.data.views import read_augmentation
 
         return read_augmentation(given, base or cls(views=(View(), View())), image_size)
 
     def plain(self) -> dict[str, Any]:
-        """Every number of every view as JSON has it: what a run's ``config.json`` and checkpoints hold."""
+        """Every value of every view, JSON-compatible, as stored in a run's ``config.json`` and checkpoints."""
         found = asdict(self)
         found["view"] = found.pop("views")
         return {name: _plain(value) for name, value in found.items()}
 
     def difference(self, then: Mapping[str, Any]) -> str:
-        """How this one differs from another that :meth:`plain` wrote down, in one line; empty where it does not."""
+        """The differences to another augmentation, as returned by :meth:`plain`, in one line; empty if there are
+        none."""
         now, usual = self.plain(), Augmentation(views=(View(),)).plain()["view"][0]
         if len(then["view"]) != len(now["view"]):
             return f"there were {len(then['view'])} views, and are {len(now['view'])}"
         found = []
         for i, (old, new) in enumerate(zip(then["view"], now["view"], strict=True), start=1):
-            old = {**usual, **old}  # what is newer than the record
+            old = {**usual, **old}  # values that are newer than the record
             found += [f"{name} of view {i} was {old[name]}, is {new[name]}" for name in new if old[name] != new[name]]
         found += [f"{name} was {then[name]}, is {now[name]}" for name in ("mean", "std") if then[name] != now[name]]
         return "; ".join(found[:_TOLD]) + (f"; and {len(found) - _TOLD} more" if len(found) > _TOLD else "")
@@ -175,4 +177,4 @@ def _check_numbers(
 SUPERVISED = Augmentation(
     views=(View(crop_scale=(0.08, 1.0), jitter_probability=0.0, grayscale_probability=0.0, blur_probability=0.0),)
 )
-"""A crop and a flip: what networks are customarily trained with where there are labels."""
+"""A crop and a flip, the usual augmentation for training with labels."""

@@ -1,4 +1,4 @@
-"""What the values of pictures mean: how many bands there are, and in each dtype what is black and what is white."""
+"""The meaning of pixel values: the number of bands, and the values of black and white per dtype."""
 
 from __future__ import annotations
 
@@ -16,58 +16,59 @@ from fastrm.data.stored import Values
 from fastrm.kernels.batched import LUMA
 
 Limits = tuple[tuple[float, ...], tuple[float, ...]]
-"""What becomes 0 and what becomes 1: a number per band, or one for all of them."""
+"""The values that become 0 and 1: one number per band, or one for all bands."""
 BYTES: Limits = ((0.0,), (255.0,))
 _WIDE = frozenset({"int32", "uint32", "float64"})
-"""Dtypes with values that float32 does not hold."""
+"""Dtypes with values that float32 cannot represent."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class PixelFormat:
-    """How the values of a set's pictures become what a network is given.
+    """How the stored values of a set's images become the input of a network.
 
     A value v of a band becomes ``(v - low) / (high - low)``, which is 0 to 1 between the limits and is not clipped
-    beyond them, and then ``(that - mean) / std``. A value that is no number becomes 0 before that.
+    beyond them, and then ``(that - mean) / std``. A value that is not a number first becomes 0.
     """
 
     channels: int = 3
     """C of the views [B, C, H, W]."""
     limits: Mapping[str, Limits] = field(default_factory=lambda: {"uint8": BYTES})
-    """By dtype, as NumPy names it."""
+    """Limits per dtype, by NumPy's name."""
     mean: tuple[float, ...] = IMAGENET_MEAN
-    """Subtracted per channel, after scaling to [0, 1]."""
+    """Mean per channel to subtract after scaling to [0, 1]."""
     std: tuple[float, ...] = IMAGENET_STD
-    """Divided by per channel."""
+    """Standard deviation per channel to divide by."""
     pages: Literal["first", "bands", "images"] = "first"
-    """What is read of files with several pages: the first, all as the bands of one picture, or each as a picture."""
+    """How files with several pages are read, which is the first page, all pages as the bands of one image, or each page
+    as an image."""
 
     @property
     def bytes(self) -> bool:
-        """Whether all values are whole numbers from 0 to 255 in uint8, so that views are bytes too."""
+        """Whether all values are uint8 with limits 0 and 255, so that views are uint8 too."""
         return dict(self.limits) == {"uint8": BYTES}
 
     @property
     def rgb(self) -> bool:
-        """Whether every picture is taken as RGB of 8 bits per channel."""
+        """Whether every image is read as RGB with 8 bits per channel."""
         return self.bytes and self.channels == 3 and self.pages == "first"
 
     def takes(self, bands: int) -> bool:
-        """Whether pictures of so many bands become these channels: as many, one for three, or three for one."""
+        """Whether images with this number of bands fit: the same number, one for three channels, or three for one."""
         return bands in (self.channels, {3: 1, 1: 3}.get(self.channels))
 
     def fitted(self, values: Values) -> Tensor:
-        """A picture as its views are made of it.
+        """Convert the values of an image to the form that views are made from.
 
         Args:
             values: [H, W, bands] of a dtype in ``limits``. One band stands for three channels too, and three make one
                 as in ITU-R BT.601.
 
         Returns:
-            [channels, H, W], or [1, H, W] in place of three equal channels: uint8 where ``bytes`` holds, else float32
-            in which the limits are 0 and 255.
+            A tensor [channels, H, W], or [1, H, W] instead of three equal channels. It is uint8 if ``bytes`` holds,
+            otherwise float32 with limits 0 and 255.
 
         Raises:
-            BrokenImage: it has another dtype, or bands that do not become these channels.
+            BrokenImage: the image has another dtype, or bands that do not fit.
         """
         bands, dtype = values.shape[2], values.dtype.name
         if not self.takes(bands):
@@ -93,7 +94,7 @@ class PixelFormat:
         return scaled.astype(np.float32, copy=False)
 
     def plain(self) -> dict[str, Any]:
-        """The same as JSON has it."""
+        """The format as JSON-compatible values."""
         return {
             "channels": self.channels,
             "limits": {dtype: [list(low), list(high)] for dtype, (low, high) in self.limits.items()},
@@ -104,7 +105,7 @@ class PixelFormat:
 
     @classmethod
     def of(cls, plain: Mapping[str, Any] | None) -> PixelFormat:
-        """What :meth:`plain` wrote down; RGB of 8 bits for None, which is what files of before held."""
+        """Read what :meth:`plain` returned; None means 8-bit RGB, as in files of earlier versions."""
         if plain is None:
             return RGB
         limits: dict[str, Limits] = {

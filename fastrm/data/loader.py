@@ -1,4 +1,4 @@
-"""What the loaders of views have in common."""
+"""The base class of the loaders of views."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from fastrm.errors import UsageError
 
 
 class Batch(NamedTuple):
-    """Views, and the images that they are of."""
+    """Views, and the indices of their images."""
 
     views: tuple[Tensor, ...]
-    """[B, C, H, W] each, in one order of the images."""
+    """Views [B, C, H, W], all in the same order of images."""
     indices: list[int]
-    """B places in the data set."""
+    """Indices of the B images in the data set."""
 
 
 def normalising(augmentation: Augmentation, format: PixelFormat) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Mean and standard deviation per channel: the augmentation's where it says them, and else the data's.
+    """Mean and standard deviation per channel, of the augmentation if it has them, otherwise of the data.
 
     Raises:
         UsageError: the augmentation has another number of channels.
@@ -40,7 +40,7 @@ def normalising(augmentation: Augmentation, format: PixelFormat) -> tuple[tuple[
 
 
 def one_ahead(batches: Iterator[Batch], device: torch.device) -> Iterator[Batch]:
-    """The same batches; on a GPU each is made on a stream of its own, while the one before is in use."""
+    """Yield the same batches; on a GPU, prepare each on a separate stream while the previous one is in use."""
     if device.type != "cuda":
         yield from batches
         return
@@ -63,15 +63,15 @@ def one_ahead(batches: Iterator[Batch], device: torch.device) -> Iterator[Batch]
 
 
 class Loader(ABC):
-    """Batches of augmented views; each pass over it is the next epoch, in a new order.
+    """Batches of augmented views. Each iteration is the next epoch, in a new order.
 
-    A batch depends on the seed and its place (epoch, batch, rank) alone, so that ``seek`` gives the same one anywhere.
+    A batch depends only on the seed and its position (epoch, batch, rank), so ``seek`` leads to the same batch.
 
     Attributes:
-        views: how many there are of each image.
-        channels: C of the views.
-        notes: what a user should know, a sentence each.
-        broken: images that were left out while reading, by name, and what is wrong with them.
+        views: number of views per image.
+        channels: number of channels C of the views.
+        notes: messages for the user, one sentence each.
+        broken: images that were left out while reading, by name, with the reason.
     """
 
     views: int
@@ -83,18 +83,18 @@ class Loader(ABC):
         self.notes: list[str] = []
 
     def __len__(self) -> int:
-        """Batches an epoch."""
+        """Batches per epoch."""
         return len(self._sampler)
 
     def seek(self, batch: int) -> None:
-        """Go on from this batch, counted from the start of the run."""
+        """Continue from this batch, counted from the start of the run."""
         self._sampler.seek(batch)
 
     def __iter__(self) -> Iterator[Batch]:
-        """Yield the views of the same images, [B, C, H, W] each: two, or as many as the augmentation gives."""
+        """Yield the batches that are left of this epoch, and move on to the next epoch."""
         yield from self._batches()
         self._sampler.next_epoch()
 
     @abstractmethod
     def _batches(self) -> Iterator[Batch]:
-        """What is left of the epoch."""
+        """The batches that are left of the epoch."""

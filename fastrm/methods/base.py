@@ -30,34 +30,34 @@ from fastrm.settings.config import MethodConfig
 
 @dataclass(frozen=True)
 class Encoding:
-    """What a network says of one view; the fields are the values of ``--residual-at``."""
+    """The outputs of a network for one view; the fields are the values of ``--residual-at``."""
 
     backbone: Tensor
-    """[B, C] pooled features."""
+    """Pooled features [B, C]."""
     projector: Tensor
-    """[B, D] behind the projector."""
+    """Output of the projector [B, D]."""
     output: Tensor
-    """[B, D] what the method's loss uses: behind the predictor, if the student has one."""
+    """Input of the method's loss [B, D], which is the output of the predictor, if the student has one."""
 
 
 E = TypeVar("E", bound=Encoding)
 
 
 class StepOutput(NamedTuple):
-    """What one micro-batch gives."""
+    """The result of one micro-batch."""
 
     loss: Tensor
-    """0-d, with its graph."""
+    """The loss to minimise, 0-d, with its graph."""
     contrastive: Tensor
-    """0-d, detached: the method's own loss, with all its factors."""
+    """The method's own loss with all its factors, 0-d, detached."""
     residual: Tensor | None
-    """0-d, detached: the residual term, unweighted; None where it is neither trained nor measured."""
+    """The residual term without its weight, 0-d, detached; None where it is neither trained nor measured."""
     gap: Tensor | None
-    """0-d, detached: 1 - mean cosine between student and teacher output on the same view; None if not measured."""
+    """1 - mean cosine between student and teacher output on the same view, 0-d, detached; None if not measured."""
     keys: tuple[Tensor, ...]
-    """What each queue is to get once the optimizer has stepped."""
+    """Keys for each queue, to be pushed after the optimizer's step."""
     features: Tensor
-    """[B, C], detached: the student's backbone on the first view, for what watches the run."""
+    """The student's backbone features of the first view, [B, C], detached, for hooks."""
 
 
 class Encoder(nn.Module):
@@ -96,7 +96,7 @@ class Method(nn.Module, Generic[E]):
     """
 
     name: ClassVar[str]
-    """What it is called in settings and messages: what it is registered as, or else the class's name."""
+    """Name in settings and messages, which is the registered name, or else the name of the class."""
     views: ClassVar[int] = 2
     """Views of an image that :meth:`forward` takes."""
     recipes: ClassVar[Mapping[str, Recipe]] = {}

@@ -36,7 +36,8 @@ class TeacherOptimizer(torch.optim.Optimizer):
 
     _step_supports_amp_scaling = True  # a GradScaler hands over grad_scale and found_inf instead of waiting for them
     found_inf: Tensor | None = None
-    """A tensor of one element: where it is not 0, a step moves nothing, and on a GPU the host does not wait for it."""
+    """A tensor of one element. If it is not 0, a step changes nothing; on a GPU the host does not wait for its
+    value."""
     _launch: type[launches.Launch]
     _buffers: frozenset[str]  # names of what the state holds for a parameter
 

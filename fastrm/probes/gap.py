@@ -60,8 +60,8 @@ def gap(method: Method[Any], images: Images, setting: Setting) -> dict[str, Esti
     training mode. All processes share the pictures; to be called in all of them.
 
     Returns:
-        By place, in the order of the network: the backbone's stages in timm's names, whose maps are compared whole,
-        then ``backbone`` (pooled), ``projector`` and ``output``, the places of ``--residual-at``.
+        A value per place, in the order of the network. The backbone's stages come first, by timm's names and with whole
+        maps, then ``backbone`` (pooled), ``projector`` and ``output``, the places of ``--residual-at``.
     """
     own: dict[str, tuple[float, float]] = {}
     count = 0

@@ -1,4 +1,4 @@
-"""A linear classifier that is trained along with the student, which does not feel it."""
+"""An online probe: a linear classifier that is trained during the run on the student's detached features."""
 
 from __future__ import annotations
 

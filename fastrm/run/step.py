@@ -27,26 +27,26 @@ MOST_SKIPPED = 10
 
 
 class Output(NamedTuple):
-    """What a micro-batch was, and what it gave; tensors are on their device."""
+    """A micro-batch and its results; tensors are on their device."""
 
     loss: Tensor
-    """0-d, detached, with all its factors."""
+    """The loss with all its factors, 0-d, detached."""
     contrastive: Tensor
-    """0-d: the method's own loss."""
+    """The method's own loss, 0-d."""
     residual: Tensor | None
-    """0-d: the residual term, unweighted; None where it is neither trained nor measured."""
+    """The residual term without its weight, 0-d; None where it is neither trained nor measured."""
     gap: Tensor | None
-    """0-d: 1 - mean cosine between student and teacher on the same view; None where it is not measured."""
+    """1 - mean cosine between student and teacher on the same view, 0-d; None where it is not measured."""
     features: Tensor
-    """[B, C]: the student's backbone on the first view."""
+    """The student's backbone features of the first view, [B, C]."""
     indices: list[int]
-    """Which of the images they are."""
+    """Indices of the images in the data set."""
     views: tuple[Tensor, ...]
     """Views of the images, [B, C, H, W] each."""
 
 
 class Step:
-    """What a run does again and again.
+    """One optimizer step of a run.
 
     A step whose gradient is not finite moves nothing: neither student, teacher, optimizer state, BatchNorm's running
     statistics nor queue. On a GPU the host does not wait to see whether it was: the flag stays on the device, and is
@@ -194,7 +194,8 @@ def _one_tensor(module: nn.Module) -> Tensor:
     together = torch.cat([value.flatten() for value in values])
     start = 0
     for (m, name), value in zip(places, values, strict=True):
-        # Not a view by autograd's lights: the update of one would count as a change of all, which backward refuses.
+        # `set_` instead of slices: slices share a version counter, so updating one buffer would make backward fail for
+        # all.
         own = torch.empty(0, dtype=value.dtype, device=value.device)
         m._buffers[name] = own.set_(together.untyped_storage(), start, value.shape, value.stride())
         start += value.numel()
