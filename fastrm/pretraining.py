@@ -26,17 +26,17 @@ def pretrain(
     """Pre-train an image backbone, as ``python -m fastrm.train`` does.
 
     Args:
-        data: what ``--data`` takes; a map-style Dataset of images or (image, label) pairs; a list of paths; or an array
-            [N, H, W, C].
-        arch: a timm name, or a module: images [B, C, H, W] to features [B, D] or a map [B, D, h, w]. It is copied.
-            None is the recipe's, or ResNet-50.
-        method: a name, or a subclass of :class:`fastrm.methods.Method`. None is the recipe's, or MoCo-v3.
-        augmentation: an :class:`fastrm.data.Augmentation`; what ``--augmentation`` takes: a TOML file, a run's
-            ``config.json``, or ``2x224,8x96``; or a callable: one image to a tuple of views [C, H, W], as
-            many as the method takes. None is the method's own.
-        hooks: called besides the built-in ones (:class:`fastrm.hooks.Hook`).
-        out: the run folder; None is ``runs/DATA-METHOD-ARCH``. A run that is in it goes on.
-        settings: every flag of the command line by its name, with underscores.
+        data: images. A value of ``--data``, a map-style Dataset of images or (image, label) pairs, a list of paths, or
+            an array [N, H, W, C].
+        arch: backbone. A timm name, or a module that maps images [B, C, H, W] to features [B, D] or a map [B, D, h, w];
+            the module is copied. None means that of the recipe, or ResNet-50.
+        method: a name, or a subclass of :class:`fastrm.methods.Method`. None means that of the recipe, or MoCo-v3.
+        augmentation: an :class:`fastrm.data.Augmentation`; a value of ``--augmentation``, which is a TOML file, a run's
+            ``config.json``, or for example ``2x224,8x96``; or a callable that maps one image to a tuple of views
+            [C, H, W], as many as the method takes. None means that of the method.
+        hooks: called in addition to the built-in hooks (:class:`fastrm.hooks.Hook`).
+        out: the run folder; None means ``runs/DATA-METHOD-ARCH``. A run in this folder continues.
+        settings: any flag of the command line by its name, with underscores.
 
     Returns:
         The trained backbones, the scores and the folder.

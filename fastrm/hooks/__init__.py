@@ -1,4 +1,4 @@
-"""What listens to a run: metrics, evaluations, checkpoints, verification, profile, and what a user adds."""
+"""Hooks of a run: metrics, evaluations, checkpoints, verification and profile."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -35,4 +35,4 @@ __all__ = [
 ]
 
 LOGGERS: Mapping[str, Callable[[], Any]] = {"tensorboard": TensorBoard, "wandb": WandB, "mlflow": MLflow}
-"""What ``--log-to`` names."""
+"""Loggers by the names that ``--log-to`` takes."""

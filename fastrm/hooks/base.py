@@ -1,4 +1,4 @@
-"""The protocol of a hook: what a run tells those that listen to it."""
+"""The protocol of a hook."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ EVENTS = ("on_start", "on_step", "on_log", "on_evaluate", "on_checkpoint", "on_e
 
 
 class Hook:
-    """Listens to a run. A hook needs only the methods that it uses, and need not be of this class.
+    """Methods that a run calls. A hook needs only the methods that it uses, and need not inherit from this class.
 
-    Every process of a run calls its own hooks, in the order in which they were given. A hook that keeps something over
-    a resume has ``state_dict`` and ``load_state_dict`` besides: plain data and tensors, saved in each checkpoint under
-    the name of its class. A hook that has ``close`` is told when the run is over, however it ended. An exception in a
-    hook ends the run after a checkpoint was saved.
+    Every process of a run calls its own hooks, in the order in which they were passed. A hook with a state has the
+    methods ``state_dict`` and ``load_state_dict``; the state is plain data and tensors, and is saved in each checkpoint
+    under the name of the class. The method ``close`` is called when the run is over, however it ended. An exception in
+    a hook ends the run after a checkpoint is saved.
     """
 
     def on_start(self, run: Run) -> None:
@@ -36,30 +36,31 @@ class Hook:
         """After each optimizer step.
 
         Args:
-            run: the run. ``run.logging`` says whether this step is logged, ``run.log`` adds to what is.
-            step: optimizer steps that are done.
-            outputs: what each micro-batch gave, tensors on their device: reading a value makes the host wait for a GPU.
+            run: the run. ``run.logging`` says whether this step is logged; ``run.log`` adds values to its record.
+            step: number of optimizer steps so far.
+            outputs: results of each micro-batch. Tensors are on their device, so reading a value waits for a GPU.
         """
 
     def on_log(self, run: Run, step: int, values: Mapping[str, float]) -> None:
-        """When values of a step are logged: every ``--log-every`` steps, and where a hook called ``run.log``."""
+        """When values of a step are logged, which is every ``--log-every`` steps, and when a hook called
+        ``run.log``."""
 
     def on_evaluate(self, run: Run, step: int, scores: Mapping[str, float]) -> None:
         """After an evaluation."""
 
     def on_checkpoint(self, run: Run, path: Path) -> None:
-        """After a checkpoint was handed to the thread that writes it to ``path``, which may still be at work."""
+        """After a checkpoint was handed to the thread that writes it to ``path``; it may still be writing."""
 
     def on_end(self, run: Run, summary: Mapping[str, Any]) -> None:
-        """After the last step, its evaluation and the results; also where ``run.stop`` ended the run."""
+        """After the last step, its evaluation and the results, also if ``run.stop`` ended the run."""
 
 
 class Hooks:
     """The hooks of a run, in the order in which they are called.
 
     Args:
-        hooks: those of the user, whose exceptions are kept for later, between the built-in ones, whose are raised.
-        before, after: the built-in ones.
+        hooks: hooks of the user; their exceptions are kept for later.
+        before, after: built-in hooks, called before and after those; their exceptions are raised.
 
     Raises:
         UsageError: two hooks of one class keep a state.
@@ -72,7 +73,7 @@ class Hooks:
         if twice := sorted({name for name in names if names.count(name) > 1}):
             raise UsageError(f"hooks: two of the class {twice[0]} keep a state, which is saved by class; give one")
         self.fault: Exception | None = None
-        """What one of the user's hooks raised."""
+        """The exception of one of the user's hooks."""
 
     def tell(self, event: str, *args: Any) -> None:
         """Call the method ``event`` of every hook that has it."""
@@ -88,8 +89,8 @@ class Hooks:
                 self.fault = self.fault or error
 
     def close(self) -> None:
-        """Tell all that the run is over."""
-        with ExitStack() as closing:  # all of them, whatever one of them raises
+        """Close all hooks that have a method ``close``."""
+        with ExitStack() as closing:  # closes all, whatever one of them raises
             for hook in reversed(self._all):
                 if (close := getattr(hook, "close", None)) is not None:
                     closing.callback(close)
@@ -100,10 +101,10 @@ class Hooks:
                 yield f"{type(hook).__module__}.{type(hook).__qualname__}", hook
 
     def state_dict(self) -> dict[str, Any]:
-        """States of the hooks that have one, by the name of their class.
+        """States of the hooks that have one, by class name.
 
         Raises:
-            TypeError: a state holds what a checkpoint, which is read without running code, cannot hold.
+            TypeError: a state has a value that a checkpoint, which is read without running code, cannot hold.
         """
         states = {name: hook.state_dict() for name, hook in self._stateful()}
         for name, state in states.items():
@@ -115,17 +116,17 @@ class Hooks:
         return states
 
     def load_state_dict(self, states: Mapping[str, Any]) -> None:
-        """Give each hook its state back. A hook that the checkpoint does not know starts anew."""
+        """Restore the state of each hook. A hook that is not in the checkpoint starts fresh."""
         for name, hook in self._stateful():
             if name in states:
                 hook.load_state_dict(states[name])
 
 
 def check(hooks: Any) -> list[Any]:
-    """The hooks that a user gave.
+    """Check the hooks of the user.
 
     Raises:
-        UsageError: an object has no method of a hook, or one whose name begins with ``on_`` but is none of a hook's.
+        UsageError: an object has no method of a hook, or an unknown method whose name begins with ``on_``.
     """
     listed = list(hooks) if isinstance(hooks, Iterable) else [hooks]
     for hook in listed:
@@ -143,7 +144,7 @@ def check(hooks: Any) -> list[Any]:
 
 
 def _not_plain(value: Any) -> Any:
-    """Something in a state that a checkpoint cannot hold, or None."""
+    """The first value in a state that a checkpoint cannot hold, or None."""
     if isinstance(value, Mapping):
         inner: Iterable[Any] = [*value.keys(), *value.values()]
     elif type(value) in (list, tuple):

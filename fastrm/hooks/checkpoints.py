@@ -1,4 +1,4 @@
-"""When checkpoints are saved, and which of them is the best."""
+"""Saves checkpoints, and keeps the best one."""
 
 from __future__ import annotations
 
@@ -13,12 +13,13 @@ if TYPE_CHECKING:
 
 
 class Checkpoints(Hook):
-    """Saves every so many steps or at the end of each epoch, after the last step, and when long nothing was saved.
+    """Saves checkpoints at regular steps or after each epoch, after the last step, and after some minutes without one.
 
     Args:
-        every: steps between two checkpoints; None is an epoch.
-        minutes: since the last one, by the clock of the first process, after which all save; 0: however long it is.
-        keep_best: gets the score of the step that was saved last, with its value; None keeps no best one.
+        every: steps between two checkpoints; None means one epoch.
+        minutes: minutes since the last checkpoint, by the clock of the first process, after which all save; 0 turns
+            this off.
+        keep_best: function that gets the score of the last saved step, with its value; None keeps no best checkpoint.
     """
 
     def __init__(
@@ -28,15 +29,15 @@ class Checkpoints(Hook):
         self._last = time.monotonic()
 
     def on_start(self, run: Run) -> None:
-        """The clock starts."""
+        """Start the clock."""
         self._last = time.monotonic()
 
     def on_checkpoint(self, *_: object) -> None:
-        """It starts again."""
+        """Restart the clock."""
         self._last = time.monotonic()
 
     def on_step(self, run: Run, step: int, _: object = None) -> None:
-        """Save, if it is time."""
+        """Save a checkpoint if one is due."""
         due = step % self._every == 0 if self._every else run.schedule.ends_epoch(step)
         if due or step == run.total_steps:
             run.save()
@@ -45,7 +46,7 @@ class Checkpoints(Hook):
             run.save_soon()
 
     def on_evaluate(self, run: Run, step: int, scores: Mapping[str, float]) -> None:
-        """Keep the checkpoint of this step if none scored better."""
+        """Keep the checkpoint of this step if none has a better score."""
         name = "linear_student" if "linear_student" in scores else "knn_student"
         if self._keep_best is not None and run.rank == 0 and name in scores:
             self._keep_best(step, name, scores[name])

@@ -1,4 +1,4 @@
-"""Whether the features still differ from picture to picture."""
+"""Detects a collapse of the features."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ if TYPE_CHECKING:
 
 
 class CollapseWatch(Hook):
-    """Logs how far the features of a batch differ, with a warning where they do not."""
+    """Logs the spread of the features in a batch, and warns if they collapse."""
 
     def on_step(self, run: Run, step: int, outputs: Sequence[Output]) -> None:
-        """Look at the first micro-batch of a logged step."""
+        """Measure the first micro-batch of a logged step."""
         if run.logging:
             features = outputs[0].features
             std, rank = torch.stack([feature_std(features).double(), effective_rank(features)]).tolist()

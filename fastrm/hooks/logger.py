@@ -1,4 +1,4 @@
-"""What hooks that send values elsewhere have in common."""
+"""Base classes of hooks that log values."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 class Logger(Hook):
-    """Takes the scores of an evaluation as it takes the values of a step."""
+    """Logs the scores of an evaluation in the same way as the values of a step."""
 
     def on_evaluate(self, run: Run, step: int, scores: Mapping[str, float]) -> None:
         """Log the scores of an evaluation."""
@@ -21,14 +21,14 @@ class Logger(Hook):
 
 
 class Tracker(Logger):
-    """Logs to a service through its own package, as one run of that service over all resumes.
+    """Logs to a service through its own package; a resumed run continues the same run of the service.
 
     Args:
         package: name of the package, which is also the value of ``--log-to`` and an extra of fastrm.
 
     Attributes:
         package: the package.
-        id: of the service's run; None before it was started.
+        id: id of the run in the service; None before it starts.
 
     Raises:
         UsageError: the package is not installed.
@@ -39,9 +39,9 @@ class Tracker(Logger):
         self.id: str | None = None
 
     def state_dict(self) -> dict[str, Any]:
-        """Which run of the service it is."""
+        """The id of the run in the service."""
         return {"id": self.id}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue that run."""
+        """Continue that run of the service."""
         self.id = state["id"]

@@ -1,4 +1,4 @@
-"""What a run records: one JSON object per line in metrics.jsonl."""
+"""The record of a run in metrics.jsonl: one JSON object per line."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 class JsonLines(Logger):
     """Appends an object to metrics.jsonl for each logged step and each evaluation.
 
-    Values that are not finite become null. What a run that was cut off recorded after its last checkpoint is dropped
-    at the start.
+    Values that are not finite become null. At the start, records after the last checkpoint of an interrupted run are
+    dropped.
     """
 
     def __init__(self) -> None:
@@ -45,7 +45,7 @@ class JsonLines(Logger):
             self._file.flush()
 
     def sync(self) -> None:
-        """Put what was recorded on the disk, before a checkpoint that counts on it."""
+        """Flush the records to the disk, before a checkpoint that depends on them."""
         if self._file is not None:
             os.fsync(self._file.fileno())
 
@@ -56,7 +56,7 @@ class JsonLines(Logger):
 
 
 def recorded(out: Path, step: int) -> dict[str, Any]:
-    """What ``metrics.jsonl`` in a run folder says of a step, its evaluation included; nothing where there is none."""
+    """The record of a step in ``metrics.jsonl`` of a run folder, including its evaluation; empty if there is none."""
     path = out / METRICS
     lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
     found: dict[str, Any] = {}
@@ -67,7 +67,7 @@ def recorded(out: Path, step: int) -> dict[str, Any]:
 
 
 def _step_of(line: str) -> float:
-    """Step of a recorded line; a line that was cut off counts as later than any."""
+    """The step of a recorded line; an incomplete line counts as later than all others."""
     try:
         return int(json.loads(line)["step"])
     except (ValueError, KeyError, TypeError):

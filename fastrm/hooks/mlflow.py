@@ -12,13 +12,13 @@ from fastrm.hooks.logger import Tracker
 if TYPE_CHECKING:
     from fastrm.run.run import Run
 
-LONGEST = 500  # characters of a parameter that MLflow's databases take
+LONGEST = 500  # characters of a parameter that fit into MLflow's databases
 
 
 class MLflow(Tracker):
     """Logs a run's settings, values and scores to MLflow.
 
-    MLflow's own variables say where: ``MLFLOW_TRACKING_URI`` (``sqlite:///runs.db`` needs no network) and
+    MLflow's own variables set the destination: ``MLFLOW_TRACKING_URI`` (``sqlite:///runs.db`` needs no network) and
     ``MLFLOW_EXPERIMENT_NAME``. A resumed run continues the same MLflow run.
 
     Raises:
@@ -30,7 +30,7 @@ class MLflow(Tracker):
         self._client: Any = None
 
     def on_start(self, run: Run) -> None:
-        """Start the MLflow run, or continue the one that the checkpoint names."""
+        """Start the MLflow run, or continue the one in the checkpoint."""
         if run.rank != 0:
             return
         try:
@@ -45,7 +45,7 @@ class MLflow(Tracker):
             raise UsageError(f"--log-to mlflow: {error}") from None
 
     def on_log(self, run: Run, step: int, values: Mapping[str, float]) -> None:
-        """Log the values of a step; those that are not finite are left out, since databases refuse them."""
+        """Log the finite values of a step; databases refuse others."""
         if self._client is not None:
             finite = {name: float(value) for name, value in values.items() if math.isfinite(value)}
             self.package.log_metrics(finite, step=step)

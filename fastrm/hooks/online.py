@@ -1,4 +1,4 @@
-"""A linear classifier that is trained along with the student."""
+"""The online probe: a linear classifier that is trained during the run."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class Online(Hook):
         self.classifier = classifier
 
     def on_step(self, run: Run, step: int, outputs: Sequence[Output]) -> None:
-        """Learn from the step's micro-batches."""
+        """Train on the micro-batches of the step."""
         for output in outputs:
             self.classifier.step(output.features, output.indices, (step - 1) / run.total_steps)
         if run.logging:
@@ -31,5 +31,5 @@ class Online(Hook):
         return self.classifier.state_dict()
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take a state over."""
+        """Restore the classifier's state."""
         self.classifier.load_state_dict(state)

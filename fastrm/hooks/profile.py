@@ -1,4 +1,4 @@
-"""Where a step goes: a Chrome trace, and the time of each part."""
+"""Profiles steps: a Chrome trace, and the time of each part."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ if TYPE_CHECKING:
 
 TRACE = "trace.json"
 PARTS = ("data", "student", "teacher", "loss", "backward", "optimizer and teacher update", "queue")
-"""Names of the ranges that loader, method and step record with ``record_function``."""
-WARM_UP = 2  # steps before the profiled ones: the first allocate, and compile where asked to
+"""Names of the ranges that loader, method and step mark with ``record_function``."""
+WARM_UP = 2  # steps before the profiled ones, which allocate memory and may compile
 
 
 class Profile(Hook):
-    """Profiles some steps after the first two: a Chrome trace in the folder, and a table on the screen.
+    """Profiles some steps after the first two; writes a Chrome trace to the run folder and prints a table.
 
     Args:
-        steps: how many.
+        steps: number of steps to profile.
     """
 
     def __init__(self, steps: int) -> None:
@@ -35,7 +35,7 @@ class Profile(Hook):
         self._profiler: Any = None
 
     def on_start(self, run: Run) -> None:
-        """Begin, unless the run makes too few steps."""
+        """Start the profiler, unless the run makes too few steps."""
         if run.rank:
             return
         ahead = run.total_steps - run.step
@@ -54,7 +54,7 @@ class Profile(Hook):
         self._profiler = self._opened.enter_context(profiler)
 
     def on_step(self, *_: object) -> None:
-        """Go on to the next step."""
+        """Advance the profiler to the next step."""
         if self._profiler is not None:
             self._profiler.step()
 
@@ -64,12 +64,12 @@ class Profile(Hook):
         run.say(f"profile    {self._steps} steps, in {run.out / TRACE}\n{table(profiler, self._steps)}")
 
     def close(self) -> None:
-        """End."""
+        """Stop the profiler."""
         self._opened.close()
 
 
 def table(profiler: profile, steps: int) -> str:
-    """Milliseconds a step and share of each part, on the GPU where there is one and else on the host."""
+    """Milliseconds per step and share of each part, on the GPU if there is one, otherwise on the host."""
     events = {event.key: event for event in profiler.key_averages()}
     on_device = torch.cuda.is_available()
 

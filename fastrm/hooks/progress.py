@@ -1,4 +1,4 @@
-"""What the person at the screen sees of a run."""
+"""The progress of a run on the screen."""
 
 from __future__ import annotations
 
@@ -15,36 +15,37 @@ if TYPE_CHECKING:
 
 
 class Progress(Hook):
-    """A bar with the time left on a terminal, and elsewhere a line per logged step; a line per evaluation on both."""
+    """Shows a bar with the remaining time on a terminal, otherwise a line per logged step; and a line per
+    evaluation."""
 
     def __init__(self, display: Display) -> None:
         self._display, self._shown = display, ExitStack()
         self._task: Task | None = None
 
     def on_start(self, run: Run) -> None:
-        """Begin where the run begins."""
+        """Start the bar at the first step of this run."""
         task = self._display.task("training", run.total_steps, start=run.step, lines=False)
         self._task = self._shown.enter_context(task)
 
     def on_step(self, run: Run, step: int, outputs: Sequence[Output]) -> None:
-        """Move the bar."""
+        """Advance the bar."""
         if self._task is not None:
             self._task.reach(step)
 
     def on_log(self, run: Run, step: int, values: Mapping[str, float]) -> None:
-        """Say a step's values, beside the bar where there is one."""
+        """Show the values of a step, in the bar if there is one."""
         if self._display.live and self._task is not None and {"loss", "gap"} <= values.keys():
             self._task.reach(step, f"{step}/{run.total_steps}  loss {values['loss']:.3f}  gap {values['gap']:.3f}")
         else:
             self.on_evaluate(run, step, values)
 
     def on_evaluate(self, run: Run, step: int, scores: Mapping[str, float]) -> None:
-        """Say an evaluation's scores."""
+        """Print the scores of an evaluation."""
         shown = "  ".join(f"{name} {_short(value)}" for name, value in scores.items())
         run.say(f"step {step:>6}  epoch {run.epoch:6.2f}  {shown}")
 
     def close(self) -> None:
-        """Take the bar away."""
+        """Remove the bar."""
         self._shown.close()
 
 

@@ -13,13 +13,13 @@ if TYPE_CHECKING:
 
 
 class TensorBoard(Logger):
-    """Writes values and scores as scalars to the run's folder."""
+    """Writes values and scores as scalars to the run folder."""
 
     def __init__(self) -> None:
         self._writer: Any = None
 
     def on_start(self, run: Run) -> None:
-        """Open an event file; what a run that was cut off wrote after its checkpoint is no longer shown."""
+        """Open an event file; values that an interrupted run wrote after its checkpoint are hidden."""
         if run.rank == 0:
             from torch.utils.tensorboard import SummaryWriter
 
@@ -33,7 +33,7 @@ class TensorBoard(Logger):
                 self._writer.add_scalar(name, value, step)
 
     def on_checkpoint(self, *_: object) -> None:
-        """Hand what was written to the system."""
+        """Flush the written values."""
         if self._writer is not None:
             self._writer.flush()
 

@@ -1,4 +1,4 @@
-"""The fused losses against the reference, on batches that are being trained on."""
+"""Checks the fused losses against the reference on training batches."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ if TYPE_CHECKING:
 
 
 class Verification(Hook):
-    """Compares every so many steps, and logs the differences, with a warning where they are more than rounding.
+    """Compares at regular steps and logs the differences; warns if they are larger than rounding.
 
     Args:
         every: steps between two comparisons.
-        compare: :meth:`fastrm.run.step.Step.verify`.
+        compare: function that compares, :meth:`fastrm.run.step.Step.verify`.
     """
 
     def __init__(self, every: int, compare: Callable[[tuple[Tensor, ...]], dict[str, float]]) -> None:
         self._every, self._compare = every, compare
 
     def on_step(self, run: Run, step: int, outputs: Sequence[Output]) -> None:
-        """Compare on the last micro-batch of the step."""
+        """Compare on the last micro-batch of a step."""
         if step % self._every == 0:
             found = self._compare(outputs[-1].views)
             run.log(found)

@@ -14,14 +14,13 @@ if TYPE_CHECKING:
 
 
 class WandB(Tracker):
-    """Logs a run's settings, values and scores to Weights & Biases. Its files lie in the run's folder.
+    """Logs a run's settings, values and scores to Weights & Biases. Its files are in the run folder.
 
-    Without a network or an account set ``WANDB_MODE=offline``, as W&B's own documentation says. A resumed run
-    continues the same W&B run.
+    Without a network or an account, set ``WANDB_MODE=offline``. A resumed run continues the same W&B run.
 
     Args:
         project: name of the W&B project.
-        options: more of ``wandb.init``'s arguments, such as ``entity`` or ``tags``.
+        options: other arguments of ``wandb.init``, such as ``entity`` or ``tags``.
 
     Raises:
         UsageError: the package wandb is not installed, or W&B refuses the run.
@@ -33,7 +32,7 @@ class WandB(Tracker):
         self._run: Any = None
 
     def on_start(self, run: Run) -> None:
-        """Start the W&B run, or continue the one that the checkpoint names."""
+        """Start the W&B run, or continue the one in the checkpoint."""
         if run.rank != 0:
             return
         if self.id is None:

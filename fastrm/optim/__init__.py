@@ -1,4 +1,4 @@
-"""Optimizers that update the teacher in the same pass, parameter groups and schedules."""
+"""Optimizers that update the teacher in the same pass, parameter groups, and schedules."""
 
 from fastrm.optim._base import TeacherOptimizer
 from fastrm.optim.adamw import AdamW

@@ -1,4 +1,4 @@
-"""What LARS, SGD and AdamW share: the teacher inside the step, gradient scaling, and the choice of backend."""
+"""The base class of LARS, SGD and AdamW: the teacher update in the step, gradient scaling, and the backend."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ from fastrm.optim._loading import check_group, check_state
 
 
 class TeacherOptimizer(torch.optim.Optimizer):
-    """An optimizer whose step may also average the parameters into a teacher.
+    """An optimizer whose step can also average the parameters into a teacher.
 
-    A subclass says what its rule is in :meth:`_plainly`, and how its launch is fed in :meth:`_state` and
+    A subclass defines its rule in :meth:`_update`, and the inputs of its launch in :meth:`_state` and
     :meth:`_options`.
 
     Args:
         params, defaults: as in ``torch.optim.Optimizer``.
         teacher: tensors aligned with the parameters, in the order of the groups, with ``None`` for a parameter that
-            has no counterpart (a predictor's); or ``None``.
+            has no counterpart (such as a predictor's); or ``None``.
         ema_momentum: teacher <- ema_momentum * teacher + (1 - ema_momentum) * parameter, after the parameters moved;
             a number or a 0-d tensor. Set ``optimizer.ema_momentum`` (or a group's value) to change it.
         shadow: low-precision copies of the teacher, written in the same pass, or ``None``.
@@ -39,7 +39,7 @@ class TeacherOptimizer(torch.optim.Optimizer):
     """A tensor of one element. If it is not 0, a step changes nothing; on a GPU the host does not wait for its
     value."""
     _launch: type[launches.Launch]
-    _buffers: frozenset[str]  # names of what the state holds for a parameter
+    _buffers: frozenset[str]  # names of the state tensors of a parameter
 
     def __init__(
         self,
@@ -56,7 +56,7 @@ class TeacherOptimizer(torch.optim.Optimizer):
         self._shadow: dict[Tensor, Tensor] = {}
         self._backend = backend
         self._plan: list[Any] | None = None
-        self._way: tuple[torch.device, Callable[..., None]] | None = None
+        self._chosen: tuple[torch.device, Callable[..., None]] | None = None
         self._of_graphs: list[Any] = []
         super().__init__(params, {**defaults, "ema_momentum": ema_momentum})
         self._choose()
@@ -76,29 +76,30 @@ class TeacherOptimizer(torch.optim.Optimizer):
                     f"{self._name}: {len(column)} {name} tensors for {len(params)} parameters; they must pair up, "
                     "with None for a parameter without one"
                 )
-        led = [i for i, tensor in enumerate(columns[0]) if tensor is not None]
-        students, teachers, *shadows = ([column[i] for i in led] for column in (params, *columns))
+        paired = [i for i, tensor in enumerate(columns[0]) if tensor is not None]
+        students, teachers, *shadows = ([column[i] for i in paired] for column in (params, *columns))
         parts = localised(self._name, teachers, students, shadows[0] if shadows else None)
         if len(check_pairs(self._name, *parts)) != len(students):
             raise ValueError(f"{self._name}: teacher holds a tensor twice; each parameter needs its own")
         self._teacher = dict(zip(students, teachers, strict=True))
         self._shadow = dict(zip(students, shadows[0], strict=True)) if shadows else {}
 
-    def _plainly(self, group: dict[str, Any], params: list[Tensor], grads: list[Tensor]) -> None:
+    def _update(self, group: dict[str, Any], params: list[Tensor], grads: list[Tensor]) -> None:
         """Step ``params`` in plain PyTorch; ``grads`` may be changed."""
         raise NotImplementedError
 
     def _state(self, group: dict[str, Any], param: Tensor, grad: Tensor) -> list[Tensor]:
-        """The state of one parameter as the launch takes it, made if there is none."""
+        """The state of one parameter in the form that the launch takes; it is created if missing."""
         raise NotImplementedError
 
     def _options(self, group: dict[str, Any]) -> list[float | Tensor]:
-        """A group's options as the launch takes them, but for the teacher's momentum, which is last."""
+        """The options of a group in the form that the launch takes, without the teacher's momentum, which comes
+        last."""
         raise NotImplementedError
 
     @property
     def ema_momentum(self) -> float | Tensor | None:
-        """The teacher's momentum, of the first group; setting it sets that of all groups."""
+        """The teacher's momentum in the first group. Setting it sets the momentum of all groups."""
         return self.param_groups[0]["ema_momentum"]
 
     @ema_momentum.setter
@@ -108,7 +109,7 @@ class TeacherOptimizer(torch.optim.Optimizer):
             group["ema_momentum"] = value
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """As in ``torch.optim.Optimizer``; a group cannot join once there is a teacher."""
+        """As in ``torch.optim.Optimizer``, but an optimizer with a teacher takes no new groups."""
         if self._teacher:
             raise ValueError(f"{self._name}: no group can be added to an optimizer that has a teacher; make a new one")
         super().add_param_group(param_group)
@@ -120,7 +121,7 @@ class TeacherOptimizer(torch.optim.Optimizer):
             if not param.is_floating_point():
                 raise TypeError(f"{self._name}: a parameter is {param.dtype}; it must be a floating dtype")
         self._check(group)
-        self._plan = self._way = None
+        self._plan = self._chosen = None
 
     def _check(self, group: dict[str, Any]) -> None:
         """Raise if a group's options are out of range."""
@@ -136,13 +137,13 @@ class TeacherOptimizer(torch.optim.Optimizer):
             self._check_loaded(**state)
         super().__setstate__(state)
         self._of_graphs = getattr(self, "_of_graphs", [])
-        self._plan = self._way = None  # load_state_dict comes here too: the state is in other tensors now
+        self._plan = self._chosen = None  # load_state_dict comes here too: the state is in other tensors now
         for group in self.param_groups:
             for name in self.defaults.keys() - {"differentiable"}:  # torch adds that one to the defaults by itself
                 group.setdefault(name, self.defaults[name])
 
     def _check_loaded(self, state: dict[Any, Any], param_groups: list[dict[str, Any]]) -> None:
-        """Raise unless what load_state_dict is about to set can be gone on from exactly."""
+        """Raise unless the optimizer can continue exactly from the state that load_state_dict is about to set."""
         op = f"{self._name}.load_state_dict"
         needed = self.defaults.keys() - {"ema_momentum", "differentiable"}
         known = {"ema_momentum", "decoupled_weight_decay", "amsgrad"} if "betas" in needed else {"ema_momentum"}
@@ -157,7 +158,7 @@ class TeacherOptimizer(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Move the parameters, then the teacher. A step that a GradScaler skips moves neither."""
+        """Update the parameters, then the teacher. A step that a GradScaler skips changes neither."""
         check_once(f"{self._name}.step")
         loss = None
         if closure is not None:
@@ -171,20 +172,21 @@ class TeacherOptimizer(torch.optim.Optimizer):
         return [param for group in self.param_groups for param in group["params"]]
 
     def _choose(self) -> Callable[..., None]:
-        """How to step, which is looked for again when a group was added or the parameters have moved."""
+        """The step function; it is chosen again after a group was added, or when the parameters are on another
+        device."""
         first = next((param.device for group in self.param_groups for param in group["params"]), torch.device("cpu"))
-        if self._way is None or self._way[0] != first:
-            ways = {"triton": self._step_launched, "cpu": self._step_plainly, "reference": self._step_plainly}
+        if self._chosen is None or self._chosen[0] != first:
+            ways = {"triton": self._step_triton, "cpu": self._step_pytorch, "reference": self._step_pytorch}
             params = self._params()
             devices = {param.device.type: param.device for param in params} or {"": first}
             chosen = [choose(self._name, self._backend, ways, device) for device in devices.values()]
             plain = all_plain(params)
             if self._backend == "triton" and not plain:
                 raise ValueError(f"{self._name}: backend='triton' cannot step DTensors or fake tensors; leave it out")
-            self._way = first, chosen[0] if plain and len(chosen) == 1 else self._step_plainly
-        return self._way[1]
+            self._chosen = first, chosen[0] if plain and len(chosen) == 1 else self._step_pytorch
+        return self._chosen[1]
 
-    def _step_plainly(self, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
+    def _step_pytorch(self, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
         if found_inf is not None and found_inf.item():
             return
         for group in self.param_groups:
@@ -193,7 +195,7 @@ class TeacherOptimizer(torch.optim.Optimizer):
                 grads = [local(grad) for grad in _dense(self._name, params)]
                 if grad_scale is not None:
                     grads = list(torch._foreach_div(grads, grad_scale.to(grads[0].device)))
-                self._plainly(group, params, grads)
+                self._update(group, params, grads)
             self._average(group["params"], group["ema_momentum"])
 
     def _average(self, params: Sequence[Tensor], momentum: float | Tensor) -> None:
@@ -202,7 +204,7 @@ class TeacherOptimizer(torch.optim.Optimizer):
             shadow = [self._shadow[p] for p in params] if self._shadow else None
             fused_ema_([self._teacher[p] for p in params], params, momentum, shadow=shadow, backend=self._backend)
 
-    def _step_launched(self, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
+    def _step_triton(self, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
         params = self._params()
         present = [param.grad is not None for param in params]
         if self._plan is None or self._plan[0] != present:
@@ -213,21 +215,22 @@ class TeacherOptimizer(torch.optim.Optimizer):
                 )
             self._plan = [present, *self._prepare(grad_scale, found_inf)]
         if capturing():
-            self._of_graphs.append(self._plan)  # whose tables the graph goes on reading
-        _, steps, resting = self._plan
+            self._of_graphs.append(self._plan)  # the graph keeps reading its tables
+        _, steps, without_grad = self._plan
         options = [[*self._options(group), _or_zero(group["ema_momentum"])] for group in self.param_groups]
         for step, members in steps:
             step(_dense(self._name, members), options, grad_scale, found_inf)
-        for group, rest in zip(self.param_groups, resting, strict=True):
+        for group, rest in zip(self.param_groups, without_grad, strict=True):
             if rest and self._teacher:
-                self._average(rest, _unless(found_inf, group["ema_momentum"], rest[0].device))
+                self._average(rest, _momentum_unless(found_inf, group["ema_momentum"], rest[0].device))
 
     def _prepare(self, grad_scale: Tensor | None, found_inf: Tensor | None) -> tuple[list[Any], list[list[Tensor]]]:
-        """Launches for the parameters that have a gradient, one a combination of dtypes; and, by group, the rest."""
+        """Launches for the parameters with a gradient, one per combination of dtypes, and the other parameters by
+        group."""
         gathered: dict[tuple[Any, ...], list[Any]] = {}
-        resting: list[list[Tensor]] = []
+        without_grad: list[list[Tensor]] = []
         for batch, group in enumerate(self.param_groups):
-            resting.append([p for p in group["params"] if p.grad is None])
+            without_grad.append([p for p in group["params"] if p.grad is None])
             for p in group["params"]:
                 if p.grad is None:
                     continue
@@ -244,7 +247,7 @@ class TeacherOptimizer(torch.optim.Optimizer):
             shadow = [self._shadow[p] for p in params] if params[0] in self._shadow else None
             columns = [list(column) for column in zip(*states, strict=True)]
             steps.append((self._launch(params, columns, teacher, shadow, batches), params))
-        return steps, resting
+        return steps, without_grad
 
 
 def _dense(name: str, params: Sequence[Tensor]) -> list[Tensor]:
@@ -258,11 +261,11 @@ def _dense(name: str, params: Sequence[Tensor]) -> list[Tensor]:
 
 
 def fastest(*columns: Sequence[Any]) -> tuple[list[list[Any]], dict[str, Any]]:
-    """Which of torch's own implementations of a rule to call, and on what: parameters, gradients and state.
+    """Choose torch's implementation of a rule, and return it with its arguments: parameters, gradients and state.
 
-    On the CPU one pass over everything ("fused"), which reads all tensors of a row as flat, whatever their strides, and
-    copies those that are not in the order of their dimensions: so it gets them flat. Where the strides of a row differ,
-    and elsewhere than on the CPU, a list at a time ("foreach"). Of DTensors, on the parts that this process holds.
+    On the CPU it is "fused", one pass over everything. This implementation reads all tensors as flat, whatever their
+    strides, and copies those that are not in the order of their dimensions, so it gets flat views. If the strides of a
+    row differ, or on another device, it is "foreach", one list at a time. Of DTensors, it gets the local parts.
     """
     columns = tuple([local(x) for x in column] for column in columns)
     rows = [[x for x in row if x is not None] for row in zip(*columns, strict=True)]
@@ -277,8 +280,9 @@ def _or_zero(momentum: float | Tensor | None) -> float | Tensor:
     return 0.0 if momentum is None else momentum
 
 
-def _unless(found_inf: Tensor | None, momentum: float | Tensor, device: torch.device) -> float | Tensor:
-    """``momentum``, or 1, which leaves the teacher where it is, on a skipped step; without reading ``found_inf``."""
+def _momentum_unless(found_inf: Tensor | None, momentum: float | Tensor, device: torch.device) -> float | Tensor:
+    """``momentum``, or 1 on a skipped step, which keeps the teacher as it is; does not read ``found_inf`` on the
+    host."""
     if found_inf is None:
         return momentum
     value = torch.as_tensor(momentum, dtype=torch.float64).to(device)

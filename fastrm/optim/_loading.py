@@ -1,4 +1,4 @@
-"""What a loaded state must be for an optimizer to go on from it exactly."""
+"""Checks that an optimizer can continue exactly from a loaded state."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from torch import Tensor
 from fastrm.kernels.dispatch import check_strided
 from fastrm.kernels.sharding import check_alike, local
 
-# Options of torch's optimizers that change what a step computes, with the value that these optimizers stand for.
+# Options of torch's optimizers that change the result of a step, with the value that these optimizers implement.
 FIXED = {"maximize": False, "amsgrad": False, "differentiable": False}
 
-# Options that change nothing here: how torch computes a step, what it calls the parameters, and what schedulers keep.
+# Options without effect here: how torch computes a step, parameter names, and values of schedulers.
 HARMLESS = {
     "params", "param_names", "foreach", "fused", "capturable", "initial_lr", "swa_lr", "max_lr", "min_lr",
     "base_momentum", "max_momentum",
@@ -21,10 +21,9 @@ HARMLESS = {
 
 
 def check_group(op: str, where: str, group: Mapping[str, Any], needed: set[str], known: set[str]) -> None:
-    """Raise unless a group of a state has the options ``needed``, and beside them only what is ``known`` or harmless.
+    """Raise unless a group of a state has the options ``needed``, and otherwise only ``known`` or harmless ones.
 
-    An optimizer is known by its options alone: those of NAdam are AdamW's and one more, those of RAdam AdamW's and one
-    less.
+    The options alone identify an optimizer: NAdam has one more than AdamW, and RAdam one less.
     """
     theirs = set() if "ema_momentum" in group else {"amsgrad"} & known  # torch's Adam and AdamW have it, others do not
     for name in sorted((needed | theirs) - group.keys()):

@@ -1,4 +1,4 @@
-"""AdamW with the teacher's average inside the step."""
+"""AdamW with the teacher update inside the step."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ class AdamW(TeacherOptimizer):
     def _options(self, group: dict[str, Any]) -> list[float | Tensor]:
         return [group["lr"], *group["betas"], group["eps"], group["weight_decay"]]
 
-    def _plainly(self, group: dict[str, Any], params: list[Tensor], grads: list[Tensor]) -> None:
+    def _update(self, group: dict[str, Any], params: list[Tensor], grads: list[Tensor]) -> None:
         states = [self._state(group, p, g) for p, g in zip(params, grads, strict=True)]
         first, second, steps = (list(column) for column in zip(*states, strict=True))
         (values, slopes, first, second), way = fastest(params, grads, first, second)

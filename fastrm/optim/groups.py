@@ -1,4 +1,4 @@
-"""Which parameters are decayed, which teacher tensor follows which, and the optimizer that a run asks for."""
+"""Builds the optimizer of a run: parameter groups, weight decay, and the pairs of student and teacher tensors."""
 
 from __future__ import annotations
 
@@ -24,21 +24,21 @@ if TYPE_CHECKING:
 Groups = list[dict[str, Any]]
 
 LR_SCALE = "lr_scale"
-"""Option of a group of parameters: the share of the learning rate that it gets; all of it where a group has none."""
+"""Option of a parameter group: its factor of the learning rate; 1 if a group has none."""
 _CLASSIFIER = "fastrm: what is in no layer"
 
 
 def build_optimizer(method: Method[Any], config: OptimConfig, *, backend: str | None = None) -> Optimizer:
-    """Return the optimizer over what is trained of ``method``, whose step also averages the student into the teacher.
+    """Return an optimizer of the trained parameters of ``method``; its step also averages the student into the teacher.
 
     Set the learning rate in ``param_groups`` and the teacher's momentum in ``optimizer.ema_momentum`` before a step.
 
-    LARS leaves tensors of one dimension or none without decay and scaling by itself. AdamW and LAMB get them in a
-    group without decay. SGD decays everything, as MoCo-v2 was published. With ``layer_decay`` the backbone's parameters
-    are in a group per layer, whose ``lr_scale`` the learning rate is to be multiplied with.
+    Tensors of one dimension or none get no weight decay: LARS excludes them itself, also from scaling, and for AdamW
+    and LAMB they are a group without decay. SGD decays everything, as in MoCo-v2's publication. With ``layer_decay``
+    the backbone has a group per layer; multiply the learning rate by the group's ``lr_scale``.
 
     Raises:
-        UsageError: the optimizer cannot be had here, the name is unknown, or the network does not say its layers.
+        UsageError: the optimizer is not available here, the name is unknown, or the layers of the network are unknown.
     """
     check_value("optimizer", config.optimizer)
     params = [p for p in method.parameters() if p.requires_grad]
@@ -108,7 +108,7 @@ def _scales(method: Method[Any], decay: float) -> dict[nn.Parameter, float]:
 
 
 def _spared(params: list[nn.Parameter], decay: float) -> Groups:
-    """Tensors of one dimension or none in a group without decay."""
+    """Put tensors of one dimension or none into a group without weight decay."""
     groups: Groups = [
         {"params": [p for p in params if p.ndim > 1], "weight_decay": decay},
         {"params": [p for p in params if p.ndim <= 1], "weight_decay": 0.0},
@@ -117,7 +117,7 @@ def _spared(params: list[nn.Parameter], decay: float) -> Groups:
 
 
 def _lamb(method: Method[Any], groups: Groups) -> Optimizer:
-    """apex's FusedLAMB, with the teacher's average after each step that is not skipped."""
+    """apex's FusedLAMB, with the teacher update after each step that is not skipped."""
     try:
         kind = fused_lamb()
     except ImportError as error:

@@ -14,9 +14,9 @@ _HOW = (
 
 
 def apex_problem() -> str | None:
-    """Why NVIDIA apex's fused optimizers cannot be had, and what to do; ``None`` if they can.
+    """Why NVIDIA apex's fused optimizers are not available, and what to do about it; ``None`` if they are.
 
-    Looks without importing: another package of that name may do anything when it is imported.
+    It does not import apex: another package of that name may do anything when it is imported.
     """
     spec = importlib.util.find_spec("apex")
     if spec is None:
@@ -32,7 +32,7 @@ def fused_lamb() -> type[Any]:
     """``apex.optimizers.FusedLAMB``.
 
     Raises:
-        ImportError: it is not installed, or another package called apex is; says how to get the right one.
+        ImportError: it is not installed, or another package called apex is; the message says how to get the right one.
     """
     if problem := apex_problem():
         raise ImportError(f"optimizer lamb: {problem}")

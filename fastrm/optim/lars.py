@@ -1,4 +1,4 @@
-"""LARS with the teacher's average inside the step."""
+"""LARS with the teacher update inside the step."""
 
 from __future__ import annotations
 
@@ -22,21 +22,21 @@ class LARS(TeacherOptimizer):
         update = grad + weight_decay * param
         update = update * trust_coefficient * |param| / |update|      where both norms are above 0
 
-    and ``update = grad`` for one of one dimension or none (biases, normalisation layers). Then::
+    For a tensor of one dimension or none (biases, normalisation layers), ``update = grad``. Then::
 
         buffer = momentum * buffer + update
         param  = param - lr * buffer
         teacher = ema_momentum * teacher + (1 - ema_momentum) * param        where there is a teacher
 
-    On a GPU that is two launches for the whole model; norms are summed in a fixed order, so two runs give the same
-    bits. A parameter without a gradient stays, and its teacher still gets its average.
+    On a GPU this takes two launches for the whole model. Norms are summed in a fixed order, so two runs give the same
+    bits. A parameter without a gradient stays as it is, and is still averaged into its teacher.
 
     Args:
         params: parameters or groups; every option but ``teacher`` and ``shadow`` may differ by group.
         lr: learning rate, a number or a 0-d tensor (which a CUDA graph reads at each replay).
-        momentum: of the buffer.
-        weight_decay: factor of the parameter that is added to its gradient.
-        trust_coefficient: of the scaling above.
+        momentum: momentum of the buffer.
+        weight_decay: factor by which a parameter is added to its gradient.
+        trust_coefficient: coefficient of the scaling above.
         teacher: tensors aligned with the parameters, in the order of the groups, ``None`` for a parameter without
             one; dtypes may differ from theirs.
         ema_momentum: the teacher's momentum, a number from 0 to 1 or a 0-d tensor; settable at any time, as
@@ -46,7 +46,7 @@ class LARS(TeacherOptimizer):
 
     Raises:
         ValueError, TypeError: an option is out of range, teacher or shadow do not fit the parameters, or the backend
-            cannot be had.
+            is not available.
     """
 
     _launch = launches.LARSLaunch
@@ -87,8 +87,8 @@ class LARS(TeacherOptimizer):
     def _options(self, group: dict[str, Any]) -> list[float | Tensor]:
         return [group["lr"], group["momentum"], group["weight_decay"], group["trust_coefficient"], 0.0]
 
-    def _plainly(self, group: dict[str, Any], params: list[Tensor], grads: list[Tensor]) -> None:
-        # Tensor by tensor, not operation by operation over the list: what one writes the next finds in the cache.
+    def _update(self, group: dict[str, Any], params: list[Tensor], grads: list[Tensor]) -> None:
+        # Tensor by tensor, not operation by operation: each operation finds the result of the last one in the cache.
         for param, grad in zip(params, grads, strict=True):
             part, buffer = local(param), local(self._state(group, param, grad)[0]).mul_(group["momentum"])
             if param.ndim > 1:
@@ -102,5 +102,5 @@ class LARS(TeacherOptimizer):
 
 
 def _norm(tensor: Any) -> Tensor:
-    """The length of the whole tensor, also where each process holds a part of it."""
+    """The norm of the whole tensor, also if each process holds a part of it."""
     return tensor.norm().full_tensor() if is_sharded(tensor) else tensor.norm()

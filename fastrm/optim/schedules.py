@@ -1,4 +1,4 @@
-"""How learning rate, teacher momentum and residual weight change over a run, step by step."""
+"""Schedules of the learning rate, teacher momentum and residual weight."""
 
 from __future__ import annotations
 
@@ -10,24 +10,23 @@ from fastrm.settings.config import MethodConfig, OptimConfig
 
 
 class Rates(NamedTuple):
-    """What a step is made with."""
+    """The scheduled values of one step."""
 
     lr: float
     residual_weight: float
     teacher_momentum: float
-    """Of the teacher update that ends the step."""
+    """Momentum of the teacher update at the end of the step."""
 
 
 @dataclass(frozen=True)
 class Schedule:
-    """The schedules of one run, as functions of the optimizer step (0 is the first).
+    """The schedules of a run, as functions of the optimizer step, which starts at 0.
 
     Args:
         optim, method: settings.
         batch_size: images per step, over all processes.
         steps_per_epoch: optimizer steps per epoch.
-        shift: steps by which the place in the epochs is ahead of the steps that were made, which differ in a run whose
-            images have changed on the way.
+        shift: offset between the position in the epochs and the number of steps, in a run whose images changed.
     """
 
     optim: OptimConfig
@@ -38,12 +37,12 @@ class Schedule:
 
     @property
     def span(self) -> int:
-        """Steps that the schedules span, as if all epochs had been as long as these."""
+        """Steps that the schedules span, as if all epochs had the current length."""
         return self.optim.epochs * self.steps_per_epoch
 
     @property
     def total(self) -> int:
-        """Steps that are trained."""
+        """Steps that the run trains."""
         limit, total = self.optim.max_steps, self.span - self.shift
         return total if limit is None else min(limit, total)
 
@@ -53,11 +52,11 @@ class Schedule:
         return self.optim.accumulate
 
     def place(self, step: int) -> tuple[int, int]:
-        """The epoch that a step is in, and its number in that."""
+        """The epoch of a step, and the number of the step in that epoch."""
         return divmod(step + self.shift, self.steps_per_epoch)
 
     def epoch(self, done: int) -> float:
-        """Epochs that are over after ``done`` steps."""
+        """Epochs completed after ``done`` steps."""
         return (done + self.shift) / self.steps_per_epoch
 
     def ends_epoch(self, done: int, every: int = 1) -> bool:
@@ -65,7 +64,7 @@ class Schedule:
         return (done + self.shift) % (every * self.steps_per_epoch) == 0
 
     def at(self, step: int) -> Rates:
-        """What a step is made with; the teacher update that ends it is that of the step after it."""
+        """The values of a step. The teacher momentum is that of the next step, whose update ends this one."""
         return Rates(self.lr(step), self.residual_weight(step), self.teacher_momentum(step + 1))
 
     def lr(self, step: int) -> float:

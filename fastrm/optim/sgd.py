@@ -1,4 +1,4 @@
-"""SGD with the teacher's average inside the step."""
+"""SGD with the teacher update inside the step."""
 
 from __future__ import annotations
 
@@ -59,10 +59,10 @@ class SGD(TeacherOptimizer):
         if group["nesterov"] and (group["momentum"] <= 0 or group["dampening"] != 0):
             raise ValueError("SGD: nesterov needs a momentum above 0 and no dampening")
 
-    def _step_launched(self, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
+    def _step_triton(self, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
         dampened = [group for group in self.param_groups if group["momentum"] and group["dampening"]]
         if all(self._start(group, grad_scale, found_inf) for group in dampened):
-            super()._step_launched(grad_scale, found_inf)
+            super()._step_triton(grad_scale, found_inf)
 
     def _start(self, group: dict[str, Any], grad_scale: Tensor | None, found_inf: Tensor | None) -> bool:
         """Make a dampened group's buffers before their first step; False if that step is skipped.
@@ -91,7 +91,7 @@ class SGD(TeacherOptimizer):
         share = 1 - group["dampening"]
         return [group["lr"], group["momentum"], group["weight_decay"], share, float(group["nesterov"])]
 
-    def _plainly(self, group: dict[str, Any], params: list[Tensor], grads: list[Tensor]) -> None:
+    def _update(self, group: dict[str, Any], params: list[Tensor], grads: list[Tensor]) -> None:
         buffers = [self.state[p].get("momentum_buffer") for p in params]
         names = ("momentum", "dampening", "weight_decay", "nesterov")
         (values, slopes, velocities), way = fastest(params, grads, buffers)

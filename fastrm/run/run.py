@@ -1,4 +1,4 @@
-"""The handle of a run that hooks are given."""
+"""The object through which hooks access a run."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from fastrm.settings.config import Config
 
 PLACE = ("step", "epoch")
 OF_THE_WAY = frozenset({"images_per_second", "verify_loss", "verify_gradient"})
-"""What a record says of the steps before it, and not of the state after them."""
+"""Values of a record that describe the steps before it, not the state after them."""
 
 
 class Run:
@@ -27,17 +27,17 @@ class Run:
 
     Attributes:
         student, teacher: the backbones that are trained: images [B, C, H, W] to features [B, D].
-        config: settings of the run, resolved.
+        config: resolved settings of the run.
         out: the run folder.
-        schedule: of the run; ``total_steps`` and ``steps_per_epoch`` are from it.
-        rank: of this process; 0 writes.
-        say: shows a line to the person at the screen.
-        step: optimizer steps that are done.
-        scored: whether the step that the run began at has been evaluated.
-        logging: whether this step is one of those that are logged.
+        schedule: schedules of the run; ``total_steps`` and ``steps_per_epoch`` come from it.
+        rank: rank of this process; rank 0 writes.
+        say: function that prints a line.
+        step: number of optimizer steps so far.
+        scored: whether the step at which the run started has been evaluated.
+        logging: whether this step is logged.
         stopping: whether :meth:`stop` was called.
-        clock: steps per second of training alone.
-        latest: what was recorded last, by name.
+        clock: measures the steps per second of training, without evaluations and checkpoints.
+        latest: the values recorded last, by name.
     """
 
     def __init__(
@@ -76,7 +76,7 @@ class Run:
 
     @property
     def epoch(self) -> float:
-        """Epochs that are done, with their fraction."""
+        """Number of epochs so far, with a fraction."""
         return self.schedule.epoch(self.step)
 
     def advance(self) -> None:
@@ -86,14 +86,14 @@ class Run:
         self.logging = self.step == 1 or self.step % self.config.run.log_every == 0 or self.step == self.total_steps
 
     def log(self, values: Mapping[str, float | Tensor]) -> None:
-        """Record numbers of this step by name, in every process; the first one writes them.
+        """Record numbers of this step by name, in any process; the first process writes them.
 
-        All that is logged in a step becomes one record. A tensor of one value is read at the end of the step, for
-        which the host waits.
+        All values of a step become one record. Tensors of one value are read at the end of the step; the host waits
+        for them.
 
         Raises:
-            TypeError: a value is no number.
-            ValueError: a name is ``step`` or ``epoch``, which each record has by itself.
+            TypeError: a value is not a number.
+            ValueError: a name is ``step`` or ``epoch``, which every record has.
         """
         for name, value in values.items():
             if name in PLACE:
@@ -103,7 +103,7 @@ class Run:
         self._values.update(values)
 
     def flush(self) -> None:
-        """Hand on what was logged so far in this step."""
+        """Pass the values of this step on to the loggers."""
         if self._values:
             values = {name: v.item() if isinstance(v, Tensor) else v for name, v in self._values.items()}
             self._values = {}
@@ -116,15 +116,15 @@ class Run:
         self._hooks.tell("on_evaluate", self, self.step, scores)
 
     def remember(self, values: Mapping[str, float]) -> None:
-        """Take over what was recorded of this step, but for what says something of the steps before it."""
+        """Restore the recorded values of this step, except those that describe the steps before it."""
         self.latest |= {"step": self.step, "epoch": self.epoch}
         self.latest |= {name: value for name, value in values.items() if name not in OF_THE_WAY}
 
     def save(self, *, wait: bool = False) -> None:
-        """Save a checkpoint of this step, unless there is one; to be called in all processes.
+        """Save a checkpoint of this step, unless there is one. Call this in all processes.
 
         Args:
-            wait: until it is on the disk.
+            wait: wait until the checkpoint is on the disk.
         """
         if self._saved != self.step:
             self.flush()
@@ -135,13 +135,13 @@ class Run:
             self._saver.wait()
 
     def save_soon(self) -> None:
-        """Ask all processes to save, at the same step; a call in one of them counts for all."""
+        """Ask all processes to save at the same step. A call in one process is enough."""
         self._signals.save_soon()
 
     def asked(self) -> Asked:
-        """What signals and hooks ask for after this step, in any process; to be called in all of them.
+        """The requests of signals and hooks in any process after this step. Call this in all processes.
 
-        Several processes know of it one step later, but for the last step.
+        With several processes a request takes effect one step later, except at the last step.
         """
         if self._asked is None or self._asked[0] != self.step:
             failed, last = self._hooks.fault is not None, self.step >= self.total_steps
@@ -150,17 +150,15 @@ class Run:
         return self._asked[1]
 
     def stop(self) -> None:
-        """End the run after this step, with a checkpoint and results; several processes: after the next one.
+        """End the run after this step, with a checkpoint and results; with several processes, after the next step.
 
-        A call in one process counts for all.
-
-        The same command goes on with the steps that are left.
+        A call in one process is enough. The same command continues with the remaining steps.
         """
         self.stopping = True
 
 
 class Clock:
-    """Steps per second of training alone."""
+    """Measures the steps per second of training."""
 
     def __init__(self) -> None:
         self._start, self.steps = time.perf_counter(), 0
@@ -174,7 +172,7 @@ class Clock:
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Leave the time of evaluations and checkpoints out."""
+        """Exclude the time of evaluations and checkpoints."""
         begin = time.perf_counter()
         yield
         self._start += time.perf_counter() - begin

@@ -1,4 +1,4 @@
-"""The loop: read :meth:`Trainer.fit` from top to bottom."""
+"""The training loop: read :meth:`Trainer.fit` from top to bottom."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ from fastrm.settings.config import build
 
 @dataclass(frozen=True)
 class Result:
-    """What a run gives.
+    """The result of a run.
 
     Attributes:
         student, teacher: the trained backbones, in evaluation mode: images [B, C, H, W] to features [B, D].
-            :func:`fastrm.load` gives the same from the folder.
-        scores: what ``summary.json`` holds, in every process.
-        folder: where it lies.
+            :func:`fastrm.load` loads them from the folder.
+        scores: content of ``summary.json``, in every process.
+        folder: the run folder.
     """
 
     student: nn.Module
@@ -63,13 +63,13 @@ class Trainer:
         self.config = build(**names, out=out, **settings)
 
     def fit(self) -> Result:
-        """Train to the last step, from where the newest checkpoint in the folder ends.
+        """Train to the last step, starting from the newest checkpoint in the folder, if there is one.
 
-        What a run changes of the process it puts back: random state, signal handlers, ``cudnn.benchmark``.
+        Afterwards the state of the process is restored: random state, signal handlers, ``cudnn.benchmark``.
 
         Raises:
             UsageError: the data, the machine or the folder does not allow the run; nothing was written.
-            TrainingError: the run cannot go on; what was saved before stays.
+            TrainingError: the run cannot continue; what was saved before stays.
         """
         with ExitStack() as opened:
             parts = assemble(self.config, self._objects, opened)
@@ -90,7 +90,7 @@ class Trainer:
                 run.advance()
                 micro_batches = islice(batches, run.schedule.accumulate)
                 outputs = make_step(micro_batches, rates, measure=run.logging)
-                if run.logging or parts.machine.device.type == "cpu":  # a GPU is not waited for in between
+                if run.logging or parts.machine.device.type == "cpu":  # do not wait for a GPU in between
                     skipped = make_step.check(run.step)
                 if run.logging:
                     run.log({**averaged(outputs), "lr": rates.lr, "teacher_momentum": rates.teacher_momentum})
@@ -111,7 +111,7 @@ class Trainer:
 
 
 def averaged(outputs: Sequence[Output]) -> dict[str, float]:
-    """Mean over a step's micro-batches and all processes, read in one transfer: here the host waits for the device."""
+    """Mean over the micro-batches of a step and all processes, read in one transfer; the host waits for the device."""
     names = ("loss", "contrastive", "residual", "gap")
     stacked = torch.stack([torch.stack([getattr(output, name).float() for name in names]) for output in outputs])
     return dict(zip(names, mean(stacked.mean(dim=0)).tolist(), strict=True))
