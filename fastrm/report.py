@@ -2,7 +2,8 @@
 
     python -m fastrm.report runs/weight0 runs/weight1 --out report
 
-The page is one HTML file that needs no network; the same plots lie beside it as PNGs.
+The page is one HTML file that needs no network. Contact sheets in the run folders, such as views and nearest
+neighbours, are on it too.
 """
 
 from __future__ import annotations

@@ -11,6 +11,7 @@ import pytest
 from PIL import Image
 
 from fastrm import report
+from fastrm.data import sheets
 from fastrm.reports.plots import PLOTS, draw
 from fastrm.reports.runs import read_run
 from fastrm.settings.config import build
@@ -44,28 +45,24 @@ def record(folder: Path, *, complete: bool = True, cut: str = "", **settings: An
 def test_what_is_drawn_is_what_was_recorded(tmp_path: Path) -> None:
     runs = [read_run(record(tmp_path / f"w{w}", residual_weight=float(w))) for w in (0, 1)]
     plots = {plot.name: plot for plot in PLOTS}
-    figure = draw(plots["gap"], runs)
-    assert figure is not None
-    curves = figure.axes[0].get_lines()
-    assert [curve.get_label() for curve in curves] == ["w0, residual_weight 0.0", "w1, residual_weight 1.0"]
-    for curve, gap in zip(curves, (0.5, 0.2), strict=True):
-        np.testing.assert_allclose(curve.get_xdata(), np.arange(1, 13) / 3)
-        np.testing.assert_allclose(curve.get_ydata(), gap)
-    assert curves[0].get_color() != curves[1].get_color()
+    (chart,) = draw(plots["gap"], runs)
+    assert [curve.name for curve in chart.data] == ["w0, gap", "w1, gap"]
+    for curve, gap in zip(chart.data, (0.5, 0.2), strict=True):
+        np.testing.assert_allclose(curve.x, np.arange(1, 13) / 3)
+        np.testing.assert_allclose(curve.y, gap)
+    assert chart.data[0].line.color != chart.data[1].line.color
 
-    figure = draw(plots["knn"], runs)
-    assert figure is not None
-    (axes,) = figure.axes  # k = 200 was not recorded
-    student, teacher = axes.get_lines()[:2]
-    np.testing.assert_allclose(student.get_ydata(), np.array([3, 6, 9, 12]) / 20)
-    np.testing.assert_allclose(teacher.get_ydata(), np.array([3, 6, 9, 12]) / 25)
-    assert (student.get_linestyle(), teacher.get_linestyle()) == ("-", "--")
-    assert student.get_color() == teacher.get_color()
+    (chart,) = draw(plots["knn"], runs)  # k = 200 was not recorded
+    student, teacher = chart.data[:2]
+    np.testing.assert_allclose(student.y, np.array([3, 6, 9, 12]) / 20)
+    np.testing.assert_allclose(teacher.y, np.array([3, 6, 9, 12]) / 25)
+    assert student.line.dash != teacher.line.dash
+    assert student.marker.symbol != teacher.marker.symbol
+    assert student.line.color == teacher.line.color
 
-    figure = draw(plots["collapse"], runs)
-    assert figure is not None
-    assert len(figure.axes[1].get_lines()[0].get_ydata()) == 11  # one was not finite
-    assert draw(plots["online"], runs) is None
+    _, rank = draw(plots["collapse"], runs)
+    assert len(rank.data[0].y) == 11  # one was not finite
+    assert draw(plots["online"], runs) == []
 
 
 def test_a_run_that_goes_on(tmp_path: Path) -> None:
@@ -112,26 +109,42 @@ def test_wrong_use_is_one_line_and_writes_nothing(
 
 def test_a_browser_shows_every_plot(tmp_path: Path, browser: Any) -> None:
     runs = tuple(record(tmp_path / name, residual_weight=w) for name, w in (("<b>w0 & é", 0.0), ("w1", 1.0)))
+    sheets.save("--out", runs[1] / "views.png", Image.new("RGB", (40, 20), "red"))
+    Image.new("RGB", (40, 20)).save(runs[1] / "photograph.png")  # is no contact sheet
     shown = report.report(report.ReportConfig(runs=runs, out=tmp_path / "page"))
     browser.set_window_size(1200, 900)
     browser.get(shown.as_uri())
     assert browser.get_log("browser") == []
     assert browser.title == "<b>w0 & é, w1"
-    boxes = browser.execute_script(
-        "return Object.fromEntries([...document.querySelectorAll('figure')].map("
-        "f => [f.id, (r => [r.width, r.height])(f.querySelector('svg').getBoundingClientRect())]))"
-    )
-    assert set(boxes) == {"loss", "gap", "knn", "schedule", "collapse", "throughput"}
-    assert all(width > 300 and height > 150 for width, height in boxes.values())
-    curves = browser.execute_script("return document.querySelectorAll('figure svg [id*=line2d] path').length")
-    assert curves > 50
+    drawn = {"loss": 3, "gap": 1, "knn": 1, "schedule": 2, "collapse": 2, "throughput": 1, "views": 0}
+    assert browser.execute_script("return [...document.querySelectorAll('figure[id]')].map(f => f.id)") == [*drawn][:-1]
+    for width in (1200, 390):
+        browser.set_window_size(width, 900)
+        browser.get(shown.as_uri())
+        for name, count in drawn.items():
+            boxes = browser.execute_script(
+                f"return [...document.querySelectorAll('#{name} .main-svg:first-child')]"
+                ".map(s => s.getBoundingClientRect()).map(r => [r.left, r.right, r.height])"
+            )
+            assert len(boxes) == count
+            assert all(left >= 0 and right - left > 250 and height > 150 for left, right, height in boxes)
+            assert all(right <= browser.execute_script("return window.innerWidth") for _, right, _ in boxes)
+        assert browser.execute_script("return document.documentElement.scrollWidth <= window.innerWidth")
+    values = browser.execute_script("return document.getElementById('gap-1').data.map(curve => [...curve.y])")
+    np.testing.assert_allclose(values, [[0.5] * 12, [0.2] * 12])
+    shown_on_hover = "Plotly.Fx.hover('gap-1', [{curveNumber: 1, pointNumber: 3}]); return document.querySelectorAll("
+    assert browser.execute_script(shown_on_hover + "'#gap-1 .hoverlayer .legend, #gap-1 .hoverlayer text').length") > 0
     ids = browser.execute_script("return [...document.querySelectorAll('[id]')].map(e => e.id)")
     assert len(ids) == len(set(ids))
     assert browser.execute_script("return performance.getEntriesByType('resource').length") == 0
-    assert browser.execute_script("return document.documentElement.scrollWidth <= window.innerWidth")
     cells = [cell.text for cell in browser.find_elements("css selector", "tbody tr:first-child td")]
-    assert cells[:5] == ["0.0", "12", "0.500", "0.600", "0.480"]
-    for name in boxes:
-        with Image.open(tmp_path / "page" / f"{name}.png") as picture:
-            assert picture.width > 600
-            assert len(set(picture.convert("L").resize((64, 32)).tobytes())) > 10
+    assert cells[:7] == ["0.600", "0.480", "0.500", "12", "106", "complete", "0.0"]  # the median of 101 to 112
+    pictures = browser.execute_script("return [...document.images].map(i => [i.alt, i.naturalWidth])")
+    assert pictures == [["Views of w1", 40]]
+
+
+def test_without_labels_the_page_says_why_there_is_no_accuracy(tmp_path: Path) -> None:
+    folder = record(tmp_path / "run")
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    (folder / "metrics.jsonl").write_text("\n".join(line for line in lines if "knn" not in line) + "\n")
+    assert "the images have no labels" in report.report(report.ReportConfig(runs=(folder,))).read_text()

@@ -2,37 +2,64 @@
 
 from __future__ import annotations
 
+import base64
 import html
-import io
-import re
 import statistics
-from collections.abc import Sequence
-from functools import partial
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fastrm import own
-from fastrm.files import write_text, write_whole, writing
+from fastrm.files import write_text, writing
 from fastrm.reports.plots import COLOURS, PLOTS, Plot, draw
-from fastrm.reports.runs import Run, differing
+from fastrm.reports.runs import Run, differing, label
 from fastrm.version import __version__
 
 if TYPE_CHECKING:
-    from matplotlib.figure import Figure
+    from plotly.graph_objects import Figure
 
 PAGE = "index.html"
+_NO_SCORES = (
+    "kNN accuracy was not measured: the images have no labels, or --eval-every is 0. "
+    "<code>python -m fastrm.embed</code> draws nearest neighbours and a map without labels."
+)
 
 
-def _inline(figure: Figure, number: int) -> str:
-    """The figure as SVG for a page on which its ids must not meet another's."""
-    import matplotlib
+def _chart(figure: Figure, name: str) -> str:
+    """A chart as HTML; the page has the library that draws it."""
+    text: str = figure.to_html(
+        full_html=False,
+        include_plotlyjs=False,
+        div_id=name,
+        default_width="100%",
+        default_height="320px",
+        config={
+            "responsive": True,
+            "displaylogo": False,
+            "modeBarButtons": [["toImage", "zoom2d", "pan2d", "resetScale2d"]],
+            "toImageButtonOptions": {"filename": name, "scale": 2},
+        },
+    )
+    return f"<div class='chart'>{text}</div>"
 
-    content = io.StringIO()
-    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "fastrm", "font.family": "sans-serif"}):
-        figure.savefig(content, format="svg", metadata={"Date": None})
-    svg = content.getvalue()
-    svg = svg[svg.index("<svg") :]
-    return re.sub(r'(\bid="|url\(#|href="#)', rf"\g<1>plot{number}-", svg)
+
+def _legend(runs: Sequence[Run]) -> str:
+    names = differing(runs)
+    keys = zip(runs, COLOURS * len(runs), strict=False)
+    items = [f"<li><span style='color:{colour}'>■</span> {html.escape(label(run, names))}</li>" for run, colour in keys]
+    return f"<ul class='legend'>{''.join(items)}</ul>" if len(runs) > 1 else ""
+
+
+def _sheets(run: Run) -> Iterator[str]:
+    """The contact sheets in the run's folder: views, nearest neighbours."""
+    for path in run.sheets:
+        content = base64.b64encode(path.read_bytes()).decode()
+        title = html.escape(f"{path.stem.replace('_', ' ').replace('-', ' ').capitalize()} of {run.name}")
+        kind = "png" if path.suffix.lower() == ".png" else "jpeg"
+        yield (
+            f"<figure><h2>{title}</h2><div class='wide'><img alt='{title}' src='data:image/{kind};base64,{content}'>"
+            "</div></figure>"
+        )
 
 
 def _number(value: float | None, digits: int = 3) -> str:
@@ -41,18 +68,18 @@ def _number(value: float | None, digits: int = 3) -> str:
 
 def _table(runs: Sequence[Run]) -> str:
     names = differing(runs)
-    head = ["run", *names, "steps", "last gap", "kNN student", "kNN teacher", "images a second", "state"]
+    head = ["run", "kNN student", "kNN teacher", "last gap", "steps", "images per second", "state", *names]
     rows = []
     for run, colour in zip(runs, COLOURS * len(runs), strict=False):
         rates = run.series("images_per_second")[1]
         cells = [
-            *(str(run.settings.get(name)) for name in names),
-            str(run.records[-1]["step"]),
-            _number(run.last("gap")),
             _number(run.last("knn_student")),
             _number(run.last("knn_teacher")),
+            _number(run.last("gap")),
+            str(run.records[-1]["step"]),
             _number(statistics.median(rates) if rates else None, 0),
             "complete" if run.complete else "not complete",
+            *(str(run.settings.get(name)) for name in names),
         ]
         key = f'<th scope="row"><span style="color:{colour}">■</span> {html.escape(run.name)}</th>'
         rows.append(f"<tr>{key}{''.join(f'<td>{html.escape(cell)}</td>' for cell in cells)}</tr>")
@@ -63,22 +90,32 @@ def _table(runs: Sequence[Run]) -> str:
 _STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 75rem; margin: 2rem auto; padding: 0 1rem; color: #1a1a1a; }
 .wide { overflow-x: auto; }
+.charts { display: grid; gap: 1rem; }
+@media (min-width: 48rem) { .charts { grid-template-columns: repeat(var(--columns), 1fr); } }
+.chart { min-width: 0; }
+.legend { list-style: none; padding: 0; display: flex; flex-wrap: wrap; gap: 0 1.5rem; overflow-wrap: anywhere; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
 th, td { padding: .3rem .8rem; text-align: left; border-bottom: 1px solid #ddd; white-space: nowrap; }
 figure { margin: 2.5rem 0; }
-figure svg { max-width: 100%; height: auto; }
 figcaption { color: #444; max-width: 45rem; }
 """
 
 
-def page(runs: Sequence[Run], figures: Sequence[tuple[Plot, Figure]]) -> str:
+def page(runs: Sequence[Run], figures: Sequence[tuple[Plot, Sequence[Figure]]]) -> str:
     """The HTML page."""
+    from plotly.offline import get_plotlyjs
+
+    legend = _legend(runs)
     drawn = [
         f"<figure id='{plot.name}' role='group' aria-label='{html.escape(plot.title, quote=True)}'>"
-        f"<h2>{html.escape(plot.title)}</h2>{_inline(figure, number)}"
-        f"<figcaption>{html.escape(plot.caption)}</figcaption></figure>"
-        for number, (plot, figure) in enumerate(figures)
+        f"<h2>{html.escape(plot.title)}</h2>{legend}<div class='charts' style='--columns: {len(charts)}'>"
+        + "".join(_chart(chart, f"{plot.name}-{number}") for number, chart in enumerate(charts, start=1))
+        + f"</div><figcaption>{html.escape(plot.caption)}</figcaption></figure>"
+        for plot, charts in figures
     ]
+    if not any(run.series("knn_student")[0] for run in runs):
+        drawn.append(f"<p>{_NO_SCORES}</p>")
+    pictures = [sheet for run in runs for sheet in _sheets(run)]
     settings = [
         f"<details><summary>Settings of {html.escape(run.name)}</summary><div class='wide'><table>"
         + "".join(
@@ -94,26 +131,21 @@ def page(runs: Sequence[Run], figures: Sequence[tuple[Plot, Figure]]) -> str:
         f"<meta name='generator' content='{own.MARK} {__version__}'>"
         "<meta name='viewport' content='width=device-width, initial-scale=1'><link rel='icon' href='data:,'>"
         f"<title>{title}</title><style>{_STYLE}</style></head><body><h1>{title}</h1>"
-        f"<div class='wide'>{_table(runs)}</div>{''.join(drawn)}{''.join(settings)}</body></html>\n"
+        f"<script>{get_plotlyjs()}</script>"
+        f"<div class='wide'>{_table(runs)}</div>{''.join([*drawn, *pictures, *settings])}</body></html>\n"
     )
 
 
 def write(runs: Sequence[Run], out: Path) -> Path:
-    """Write the page and its pictures into a folder, and return the page's path.
+    """Write the page into a folder, and return its path.
 
     Raises:
-        UsageError: the folder cannot be written, or holds files of these names that are not fastrm's.
+        UsageError: the folder cannot be written, or holds a page that is not fastrm's.
     """
     with writing(out):
         own.require("--out", out, own.page, holds=out / PAGE)
-        for plot in PLOTS:
-            own.require("--out", out, own.plot, holds=out / f"{plot.name}.png")
-    figures = [(plot, figure) for plot in PLOTS if (figure := draw(plot, runs)) is not None]
-    content = page(runs, figures)
-    mark = {"Software": f"{own.MARK} {__version__}"}
+    content = page(runs, [(plot, charts) for plot in PLOTS if (charts := draw(plot, runs))])
     with writing(out):
         out.mkdir(parents=True, exist_ok=True)
-        for plot, figure in figures:
-            write_whole(out / f"{plot.name}.png", partial(figure.savefig, format="png", dpi=150, metadata=mark))
         write_text(out / PAGE, content)
     return out / PAGE

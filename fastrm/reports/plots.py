@@ -2,33 +2,39 @@
 
 from __future__ import annotations
 
+import html
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
-from fastrm.reports.runs import Run, differing, label
+from fastrm.reports.runs import Run
 
 if TYPE_CHECKING:
-    from matplotlib.figure import Figure
+    from plotly.graph_objects import Figure
 
 # Okabe and Ito's, which colour-blind readers tell apart.
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
+STYLES = (("solid", "circle"), ("dash", "diamond-open"), ("dot", "x"))
+"""Line and marker of the first metric of a panel, of the second and of the third."""
+FEW = 30
+"""Points below which a curve shows each of them."""
 
 
 class Plot(NamedTuple):
-    """One figure: curves of some metrics over the epochs."""
+    """One figure: metrics over the epochs."""
 
     name: str
     title: str
     caption: str
     panels: tuple[tuple[str, tuple[str, ...]], ...]
-    """For each panel its axis and its metrics; a second metric is dashed, a third dotted."""
+    """The axis of each panel, and its metrics."""
 
 
 PLOTS = (
     Plot(
         "loss",
         "Loss",
-        "The whole loss, the method's own part, and the residual term before its weight.",
+        "The whole loss, the method's own part, and the residual term before its weight. With a queue "
+        "(MoCo-v2, DenseCL) the loss rises at first: the random keys in a new queue are easier than real ones.",
         (("loss", ("loss",)), ("method's own", ("contrastive",)), ("residual", ("residual",))),
     ),
     Plot(
@@ -40,7 +46,7 @@ PLOTS = (
     Plot(
         "knn",
         "kNN accuracy",
-        "Student solid, teacher dashed; on images that are not trained on.",
+        "Student: solid line, filled dots. Teacher: dashed line, open diamonds. On images that are not trained on.",
         (
             ("accuracy, k = 20", ("knn_student", "knn_teacher")),
             ("accuracy, k = 200", ("knn200_student", "knn200_teacher")),
@@ -67,33 +73,41 @@ PLOTS = (
     Plot(
         "throughput",
         "Throughput",
-        "Images a second between logged steps, evaluations and checkpoints left out.",
-        (("images a second", ("images_per_second",)),),
+        "Images per second between logged steps, evaluations and checkpoints left out.",
+        (("images per second", ("images_per_second",)),),
     ),
 )
 
 
-def draw(plot: Plot, runs: Sequence[Run]) -> Figure | None:
-    """The figure, with a panel for each axis that any run has recorded something for; None without any."""
-    from matplotlib.figure import Figure
+def draw(plot: Plot, runs: Sequence[Run]) -> list[Figure]:
+    """A chart for each panel that any run has recorded something for."""
+    import plotly.graph_objects as go
 
-    panels = [(axis, metrics) for axis, metrics in plot.panels if any(r.series(m)[0] for r in runs for m in metrics)]
-    if not panels:
-        return None
-    figure = Figure(figsize=(4.6 * len(panels) + 0.6, 3.4), layout="constrained")
-    names = differing(runs)
-    for place, (axis, metrics) in enumerate(panels, start=1):
-        axes = figure.add_subplot(1, len(panels), place)
+    charts = []
+    for axis, metrics in plot.panels:
+        chart = go.Figure()
         for run, colour in zip(runs, COLOURS * len(runs), strict=False):
-            for metric, style in zip(metrics, ("-", "--", ":"), strict=False):
+            for metric, (dash, symbol) in zip(metrics, STYLES, strict=False):
                 epochs, values = run.series(metric)
-                text = label(run, names) if metric == metrics[0] else None
-                marker = "." if len(epochs) < 30 else None
-                axes.plot(epochs, values, color=colour, linestyle=style, marker=marker, label=text)
-        axes.set_xlabel("epoch")
-        axes.set_ylabel(axis)
-        axes.grid(alpha=0.3)
-    handles, labels = figure.axes[0].get_legend_handles_labels()
-    if len(runs) > 1:
-        figure.legend(handles, labels, loc="outside lower center", ncols=min(len(runs), 2), frameon=False)
-    return figure
+                if not epochs:
+                    continue
+                chart.add_scatter(
+                    x=epochs,
+                    y=values,
+                    mode="lines+markers" if len(epochs) < FEW else "lines",
+                    line={"color": colour, "dash": dash, "width": 1.8},
+                    marker={"symbol": symbol, "size": 6},
+                    name=html.escape(metric if len(runs) == 1 else f"{run.name}, {metric}"),
+                )
+        if chart.data:
+            chart.update_layout(
+                template="plotly_white",
+                height=320,
+                margin={"l": 60, "r": 10, "t": 10, "b": 45},
+                showlegend=False,
+                hovermode="x unified",
+                xaxis_title="epoch",
+                yaxis_title=axis,
+            )
+            charts.append(chart)
+    return charts

@@ -3,16 +3,26 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from fastrm import own
+from fastrm.data.sheets import FORMATS
 from fastrm.errors import UsageError
 from fastrm.files import read_json
-from fastrm.own import METRICS
+from fastrm.settings.config import DeviceConfig, InputConfig, MethodConfig, ModelConfig, OptimConfig
 
-_NOT_SHOWN = frozenset({"out", "resume", "recipe"})  # settings that say nothing of how runs differ
+_MINOR = frozenset({"data_root", "scan", "workers"})
+_SHOWN = [
+    field.name
+    for group in (MethodConfig, ModelConfig, OptimConfig, InputConfig, DeviceConfig)
+    for field in dataclasses.fields(group)
+    if field.name not in _MINOR
+] + ["seed"]
+"""Settings that tell runs apart, the most important first."""
 
 
 class Run(NamedTuple):
@@ -23,6 +33,8 @@ class Run(NamedTuple):
     records: list[dict[str, Any]]
     """Logged steps and evaluations, in order."""
     complete: bool
+    sheets: tuple[Path, ...] = ()
+    """Contact sheets in the folder: pictures of views and of nearest neighbours."""
 
     def series(self, metric: str) -> tuple[list[float], list[float]]:
         """(epochs, values) of a metric, where it was recorded and finite."""
@@ -41,11 +53,11 @@ def read_run(folder: Path) -> Run:
     Raises:
         UsageError: it is no run folder, or nothing was recorded yet.
     """
-    if not (folder / METRICS).is_file():
-        raise UsageError(f"{folder} is no run folder: it has no {METRICS}")
+    if not (folder / own.METRICS).is_file():
+        raise UsageError(f"{folder} is no run folder: it has no {own.METRICS}")
     try:
         settings = read_json(folder / "config.json")
-        lines = (folder / METRICS).read_text(encoding="utf-8").splitlines()
+        lines = (folder / own.METRICS).read_text(encoding="utf-8").splitlines()
         records = [json.loads(line) for line in lines[:-1]]
         if lines:
             with contextlib.suppress(ValueError):
@@ -54,10 +66,12 @@ def read_run(folder: Path) -> Run:
     except (OSError, ValueError) as error:
         raise UsageError(f"{folder} cannot be read as a run: {error}") from None
     if not sound or not isinstance(settings, dict):
-        raise UsageError(f"{folder / METRICS} holds other lines than a run records")
+        raise UsageError(f"{folder / own.METRICS} holds other lines than a run records")
     if not any("loss" in record for record in records):
         raise UsageError(f"{folder} has recorded nothing yet")
-    return Run(folder.resolve().name, settings, records, _complete(folder, records[-1].get("step", 0)))
+    complete = _complete(folder, records[-1].get("step", 0))
+    sheets = [path for path in sorted(folder.iterdir()) if path.suffix.lower() in FORMATS and own.sheet(path)]
+    return Run(folder.resolve().name, settings, records, complete, tuple(sheets))
 
 
 def _complete(folder: Path, step: int) -> bool:
@@ -71,8 +85,7 @@ def _complete(folder: Path, step: int) -> bool:
 
 def differing(runs: Sequence[Run]) -> list[str]:
     """Names of the settings that are not the same in all runs."""
-    names = dict.fromkeys(name for run in runs for name in run.settings if name not in _NOT_SHOWN)
-    return [name for name in names if len({repr(run.settings.get(name)) for run in runs}) > 1]
+    return [name for name in _SHOWN if len({repr(run.settings.get(name)) for run in runs}) > 1]
 
 
 def label(run: Run, names: Sequence[str]) -> str:
