@@ -1,4 +1,4 @@
-"""What ``auto`` stands for on this machine."""
+"""Resolves ``auto`` on this machine: device, precision, compilation, kernels."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def choose_device(wanted: str) -> torch.device:
     """``auto`` is the GPU if there is one.
 
     Raises:
-        UsageError: a GPU is asked for and there is none, or the name is unknown.
+        UsageError: a GPU is requested and there is none, or the name is unknown.
     """
     check_value("device", wanted)
     if wanted == "auto":
@@ -33,10 +33,10 @@ def why_no_gpu() -> str:
 
 
 def choose_precision(wanted: str, device: torch.device) -> str:
-    """``auto`` is bf16 on a GPU that has it, fp16 on one that has not, fp32 on the CPU.
+    """``auto`` is bf16 on a GPU that supports it, fp16 on other GPUs, and fp32 on the CPU.
 
     Raises:
-        UsageError: the device cannot compute in the precision that is asked for, or the name is unknown.
+        UsageError: the device does not support the requested precision, or the name is unknown.
     """
     check_value("precision", wanted)
     if device.type == "cpu":
@@ -64,7 +64,7 @@ def choose_queue_dtype(wanted: str, device: torch.device) -> torch.dtype:
 
 
 def choose_compile(wanted: str, device: torch.device) -> bool:
-    """``auto`` is yes on a GPU with Triton, which torch.compile needs there, and no on the CPU.
+    """``auto`` is on for a GPU with Triton, which torch.compile needs there, and off for the CPU.
 
     Raises:
         UsageError: it is neither auto, on nor off.
@@ -90,7 +90,7 @@ def check_cuda_graph(kernels: str, optimizer: str, device: torch.device, precisi
 
 
 def choose_kernels(wanted: str, device: torch.device) -> str | None:
-    """``auto`` leaves the backend of fastrm.kernels to the device.
+    """``auto`` lets fastrm.kernels choose the backend by device.
 
     Raises:
         UsageError: the backend cannot run here, or the name is unknown.

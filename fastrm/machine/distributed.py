@@ -1,4 +1,4 @@
-"""What this process is among all that train together, and what they exchange. Alone, there is no process group."""
+"""The processes that train together, and their exchanges. A single process has no process group."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from fastrm.errors import UsageError
 
 E = TypeVar("E")
 TIMEOUT = datetime.timedelta(minutes=30)
-"""After which a collective that a process is late for fails; for what may take longer see fastrm.machine.meeting."""
+"""Time limit of collectives; for waits that may take longer, see fastrm.machine.meeting."""
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # the name before torch 2.14
 
 
 class World(NamedTuple):
-    """This process among all."""
+    """The rank of this process, and the number of processes."""
 
     rank: int = 0
     size: int = 1
@@ -32,10 +32,10 @@ class World(NamedTuple):
 
 @contextmanager
 def processes(device: torch.device) -> Iterator[World]:
-    """Join the others that torchrun started, over NCCL on GPUs and gloo on CPUs, and leave them at the end.
+    """Join the processes that torchrun started, over NCCL on GPUs and gloo on CPUs, and leave them at the end.
 
     Raises:
-        UsageError: the environment is not torchrun's, or the others cannot be reached.
+        UsageError: the environment is not that of torchrun, or the other processes cannot be reached.
     """
     size = _variable("WORLD_SIZE", "1", least=1)
     if size == 1:
@@ -61,7 +61,7 @@ def processes(device: torch.device) -> Iterator[World]:
 
 
 def _variable(name: str, default: str, *, least: int = 0, most: int | None = None) -> int:
-    """A number that torchrun leaves in the environment."""
+    """A number in the environment, set by torchrun."""
     value = os.environ.get(name, default)
     if value.isdecimal() and int(value) >= least and (most is None or int(value) <= most):
         return int(value)
@@ -70,7 +70,7 @@ def _variable(name: str, default: str, *, least: int = 0, most: int | None = Non
 
 
 def own_device(device: torch.device) -> torch.device:
-    """The GPU of this process among those of its machine; a CPU is shared.
+    """The GPU of this process; all processes of a machine share its CPU.
 
     Raises:
         UsageError: there are more processes than GPUs.
@@ -88,29 +88,29 @@ def own_device(device: torch.device) -> torch.device:
 
 
 def world() -> World:
-    """This process among all that joined."""
+    """The world of the processes that joined."""
     return World(dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else World()
 
 
 def started_alone() -> bool:
-    """Whether this is the only process that was started."""
+    """Whether only one process was started."""
     return _variable("WORLD_SIZE", "1", least=1) == 1
 
 
 def started_first() -> bool:
-    """Whether this is the first process of those that torchrun started, or the only one; joined or not."""
+    """Whether this is the first process that torchrun started, or the only one; it need not have joined."""
     return started_alone() or _variable("RANK", "0") == 0
 
 
 def on_this_machine(size: int | None = None) -> int:
-    """How many of ``size`` processes, or of those that joined, are on this machine; all, where torchrun is silent."""
+    """How many of ``size`` processes, or of those that joined, are on this machine; all, if torchrun does not say."""
     return _variable("LOCAL_WORLD_SIZE", str(world().size if size is None else size), least=1)
 
 
 def replicate(module: nn.Module, device: torch.device) -> DistributedDataParallel:
     """Average the gradients of ``module`` over all processes.
 
-    Its buffers are left alone: queues, which are alike already, and BatchNorm's statistics, which only evaluation uses.
+    Its buffers are not synchronised: queues are equal already, and only evaluation uses BatchNorm's statistics.
     """
     known = inspect.signature(DistributedDataParallel).parameters
     name = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"  # before torch 2.14
@@ -119,13 +119,13 @@ def replicate(module: nn.Module, device: torch.device) -> DistributedDataParalle
 
 
 def barrier() -> None:
-    """Wait for all."""
+    """Wait for all processes."""
     if world().size > 1:
         dist.barrier()
 
 
 def gather_rows(rows: Tensor) -> tuple[Tensor, int]:
-    """Rows of all processes, without gradient, and where this process's own begin among them."""
+    """Rows of all processes, without gradient, and the index of this process's first row among them."""
     rank, size = world()
     if size == 1:
         return rows, 0
@@ -144,7 +144,7 @@ def gather_objects(value: Any) -> list[Any]:
 
 
 def mean(values: Tensor) -> Tensor:
-    """Mean over all processes, the same for each."""
+    """Mean over all processes, the same in each."""
     size = world().size
     if size > 1:
         values = values.clone()
@@ -154,12 +154,12 @@ def mean(values: Tensor) -> Tensor:
 
 
 def shuffled(network: Callable[[Tensor], E], images: Tensor) -> E:
-    """Encode images in batches that are mixed over all processes, and give each its own rows back.
+    """Encode images in batches that are mixed over all processes, and return the rows of this process.
 
-    Shuffle-BN (He et al., arXiv 1911.05722): the keys' BatchNorm then sees other images than the queries', so that
-    its statistics do not tell which key belongs to a query. Each process sends a random part of its batch to each, of
-    one size or one row more, so that the host knows all sizes, and no process holds more than one batch. ``network``
-    returns a dataclass of tensors [B, …], and has no gradient.
+    Shuffle-BN (He et al., arXiv 1911.05722): the keys' BatchNorm then sees other images than the queries', so
+    its statistics do not reveal which key belongs to a query. Each process sends a random part of its batch to each
+    process. The parts differ by at most one row, so that the host knows all sizes, and no process holds more than one
+    batch. ``network`` returns a dataclass of tensors [B, …], without gradient.
     """
     rank, size = world()
     least, more = divmod(len(images), size)
@@ -168,7 +168,7 @@ def shuffled(network: Callable[[Tensor], E], images: Tensor) -> E:
     order = torch.randperm(len(images), device=images.device)
     encoding: Any = network(_exchanged(images[order], sent, received))
     back = order.argsort()
-    restored: dict[int, Tensor] = {}  # fields may be one and the same tensor
+    restored: dict[int, Tensor] = {}  # several fields may be the same tensor
     for field in dataclasses.fields(encoding):
         rows = getattr(encoding, field.name)
         if id(rows) not in restored:
@@ -179,7 +179,7 @@ def shuffled(network: Callable[[Tensor], E], images: Tensor) -> E:
 
 
 def _exchanged(rows: Tensor, sent: list[int], received: list[int]) -> Tensor:
-    """Rows from all processes for as many rows to them, in order of rank; ``sent`` and ``received`` count them."""
+    """Exchange rows with all processes, in order of rank; ``sent`` and ``received`` are the numbers of rows."""
     plain, restored = _rows_first(rows)
     found = plain.new_empty(sum(received), *plain.shape[1:])
     dist.all_to_all_single(found, plain, received, sent)
@@ -187,7 +187,7 @@ def _exchanged(rows: Tensor, sent: list[int], received: list[int]) -> Tensor:
 
 
 def _rows_first(rows: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
-    """Contiguous rows without gradient, and what gives others like them the memory format of ``rows``."""
+    """Contiguous rows without gradient, and a function that restores the memory format of ``rows``."""
     if rows.ndim == 4 and rows.is_contiguous(memory_format=torch.channels_last):
         return rows.detach().permute(0, 2, 3, 1), lambda found: found.permute(0, 3, 1, 2)
     return rows.detach().contiguous(), lambda found: found

@@ -1,4 +1,4 @@
-"""What a run computes with: the device, the processes, and what ``auto`` stands for on them."""
+"""The device and processes of a run, and the values of ``auto`` on them."""
 
 from __future__ import annotations
 
@@ -23,31 +23,31 @@ from fastrm.settings.config import DeviceConfig
 
 
 class Machine(NamedTuple):
-    """What a run computes with."""
+    """The device, precision and processes that a run computes with."""
 
     device: torch.device
     world: World
     precision: str
     backend: str | None
-    """Of fastrm.kernels; None chooses by device."""
+    """Backend of fastrm.kernels; None chooses by device."""
     compiled: bool
 
 
 @contextmanager
 def joined(settings: DeviceConfig, *, optimizer: str) -> Iterator[Machine]:
-    """Choose what to compute with, join the other processes, and leave them at the end.
+    """Choose device and precision, join the other processes, and leave them at the end.
 
-    What a run changes of the process is put back then: torch's random state, the choice of cuDNN's algorithms, and the
+    At the end the state of this process is restored: torch's random state, the choice of cuDNN's algorithms, and the
     number of threads, since the processes of a machine share its cores.
 
     Raises:
-        UsageError: the machine does not allow what is asked for.
+        UsageError: the machine does not support the settings.
     """
     device = own_device(choose_device(settings.device))
     with unchanged(device), processes(device) as world:
-        if world.size > 1 and "OMP_NUM_THREADS" not in os.environ:  # else each process takes all cores
+        if world.size > 1 and "OMP_NUM_THREADS" not in os.environ:  # otherwise each process takes all cores
             torch.set_num_threads(own_cores())
-        with together():  # what one machine does not allow is said by all
+        with together():  # all processes report what one machine does not support
             backend = choose_kernels(settings.kernels, device)
             precision = agreed(everyone(choose_precision(settings.precision, device)))
             compiled = all(everyone(choose_compile(settings.compile, device)))
@@ -57,18 +57,18 @@ def joined(settings: DeviceConfig, *, optimizer: str) -> Iterator[Machine]:
 
 
 def own_cores() -> int:
-    """This process's share of the cores, of which the processes of a machine have as many each; at least one."""
+    """This process's share of the machine's cores, at least one."""
     return max(1, available_cores() // on_this_machine())
 
 
 def agreed(choices: Sequence[str]) -> str:
-    """The precision that all have, of the best one of each: a GPU with bf16 has fp16 too."""
+    """The best precision that all processes support; a GPU with bf16 also supports fp16."""
     return next(precision for precision in ("fp32", "fp16", "bf16") if precision in choices)
 
 
 @contextmanager
 def unchanged(device: torch.device) -> Iterator[None]:
-    """Put back what a run changes of the process."""
+    """Restore the state of the process that a run changes."""
     benchmark, threads = torch.backends.cudnn.benchmark, torch.get_num_threads()
     torch.backends.cudnn.benchmark = True
     try:

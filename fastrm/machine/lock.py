@@ -1,7 +1,7 @@
-"""One run at a time in a folder: a lock that says who has it, and that the end of its process releases.
+"""The lock of a run folder: it names its holder, and is released when the holder's process ends.
 
-The system's own lock (``flock``) is asked for first. A file system may have none, or keep it from other machines;
-therefore the file also says who holds it, and shows a sign of life every few seconds: its time of change.
+The system's lock (``flock``) comes first. A file system may have none, or hide it from other machines; therefore the
+file also names the holder, and its modification time is renewed every few seconds as a sign of life.
 """
 
 from __future__ import annotations
@@ -29,15 +29,15 @@ NAME = ".fastrm.lock"
 BEAT = 10.0
 """Seconds between two signs of life."""
 STALE = 60.0
-"""Seconds without one after which a lock of another machine, or one that the system does not guard, is free."""
+"""Seconds without a sign of life after which a lock of another machine, or one without ``flock``, is free."""
 SETTLE = 0.5
-"""Seconds after which, where the system guards nothing, the one of two that wrote last has the lock."""
+"""Seconds to wait without ``flock``; then the process that wrote last has the lock."""
 _MISSING = {errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK, errno.ENOSYS, errno.EINVAL, errno.EIO, errno.EREMOTE}
 _held: set[int] = set()  # file descriptors
 
 
 def _forget() -> None:
-    """Let a forked process, such as a loader's, not keep the lock beyond the end of the run's."""
+    """Close the lock in a forked process, such as a loader's, so that it does not outlive the run's process."""
     for descriptor in _held:
         os.close(descriptor)
     _held.clear()
@@ -51,7 +51,7 @@ class Lock:
     """The lock of a run folder.
 
     Args:
-        out: the folder, which is made, and removed again at the end if nothing was written into it.
+        out: the folder. It is created, and removed at the end if it is empty.
     """
 
     def __init__(self, out: Path) -> None:
@@ -82,7 +82,7 @@ class Lock:
         self._descriptor, self._guarded = self._opened()
         _held.add(self._descriptor)
         holder = self._holder()
-        if holder and not (self._guarded and holder["machine"] == _machine()):  # else the system has freed it
+        if holder and not (self._guarded and holder["machine"] == _machine()):  # otherwise the system has released it
             self._wait_for_silence(holder)
         own = {MARK: NAME, "host": socket.gethostname(), "process": os.getpid(), "machine": _machine()}
         since = datetime.datetime.now(datetime.timezone.utc).isoformat(sep=" ", timespec="seconds")
@@ -98,7 +98,7 @@ class Lock:
         threading.Thread(target=self._live, name="lock", daemon=True).start()
 
     def _opened(self) -> tuple[int, bool]:
-        """A descriptor of the file, and whether the system guards it."""
+        """A descriptor of the file, and whether the system holds a lock on it."""
         while True:
             descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o644)
             try:
@@ -115,10 +115,10 @@ class Lock:
                 if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
                     raise self._taken(self._holder()) from None
                 raise
-            os.close(descriptor)  # its holder has removed it since: this is no longer the file of that name
+            os.close(descriptor)  # its holder has removed it: this is no longer the file of that name
 
     def _holder(self) -> dict[str, Any]:
-        """Who the file says has the lock; nothing where it does not say."""
+        """The holder according to the file; empty if it names none."""
         try:
             found = json.loads(self.path.read_text(encoding="utf-8"))
             return found if found.keys() >= {MARK, "host", "process", "machine", "since"} else {}
@@ -130,7 +130,7 @@ class Lock:
         return UsageError(f"--out {self.out} is in use by {who}; wait until it has ended, or give another --out")
 
     def _wait_for_silence(self, holder: dict[str, Any]) -> None:
-        """Return if who holds the lock is gone. On another machine that shows only in time."""
+        """Return if the holder is gone. For another machine, this takes some time to see."""
         seen = self._sign()
         age = time.time() - seen[0] / 1e9
         if (holder["machine"], holder["host"]) == (_machine(), socket.gethostname()):  # containers share a machine
@@ -150,12 +150,12 @@ class Lock:
                 raise self._taken(holder)
 
     def _sign(self) -> tuple[int, bytes]:
-        """Time of the last change, and the content; by opening the file, so that a network's file system looks."""
+        """Modification time and content; the file is opened, so that a network file system refreshes them."""
         with open(self.path, "rb") as file:
             return os.fstat(file.fileno()).st_mtime_ns, file.read()
 
     def _live(self) -> None:
-        """Show signs of life, and look whether another run has taken over, until the end."""
+        """Until the end, show signs of life and check whether another run has taken over."""
         while not self._end.wait(BEAT):
             with contextlib.suppress(OSError):
                 if self.path.read_text(encoding="utf-8") != self._text:
@@ -164,19 +164,20 @@ class Lock:
                 os.utime(self.path)
 
     def check(self) -> None:
-        """Raise a TrainingError if another run has taken over, since this one was held up for longer than a minute."""
+        """Raise a TrainingError if another run has taken over, because this one was suspended for more than a
+        minute."""
         if self._lost:
             raise TrainingError(
                 f"--out {self.out} was taken over by another run while this one stood still; this one ends"
             )
 
     def release(self) -> None:
-        """Give the lock back, and remove the folder if nothing is in it; whoever does not hold it does nothing."""
+        """Release the lock, and remove the folder if it is empty; does nothing without the lock."""
         self._end.set()
         if self._descriptor >= 0:
             with contextlib.suppress(OSError):
                 if self._text and self.path.read_text(encoding="utf-8") == self._text:
-                    self.path.unlink()  # while it is still held: nobody else's is removed
+                    self.path.unlink()  # while the lock is still held, so that nobody else's file is removed
             _held.discard(self._descriptor)
             os.close(self._descriptor)
             self._descriptor = -1
@@ -191,7 +192,7 @@ def _wrote(path: Path) -> bool:
 
 
 def _machine() -> str:
-    """What tells this machine, as long as it runs, from others."""
+    """An identifier of this machine until its next start."""
     try:
         return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
     except OSError:
@@ -199,10 +200,10 @@ def _machine() -> str:
 
 
 def _alive(process: int) -> bool:
-    """Whether there is another process of this number on this machine."""
-    if process == os.getpid():  # as in a container that was started anew
+    """Whether there is another process with this id on this machine."""
+    if process == os.getpid():  # as in a container that was restarted
         return False
-    if os.name == "nt":  # where there is no harmless signal
+    if os.name == "nt":  # which has no harmless signal
         return True
     try:
         os.kill(process, 0)

@@ -1,7 +1,7 @@
-"""Where processes wait for each other however long one of them takes, and hear of it when one fails.
+"""Lets processes wait for each other without a time limit, and reports the failure of one to all.
 
-A collective that one process is late for ends after the time limit of the process group. Here they wait on the store
-that they were joined by, and exchange something only once all are there.
+A collective fails if a process is later than the time limit of the process group. Here the processes wait on the
+store of the group, and exchange data only once all have arrived.
 """
 
 from __future__ import annotations
@@ -22,19 +22,19 @@ from fastrm.machine.distributed import gather_objects, world
 
 T = TypeVar("T")
 _LEAST, _MOST = 0.001, 0.1
-"""Seconds between two looks at the store."""
+"""Seconds between two checks of the store."""
 _CHUNK = 2**26
 """Bytes that are sent at a time."""
 _TOLD = "_told_to_all"
 _meetings = 0
-"""Of this process's life: it is the same in all processes."""
+"""Number of meetings so far; it is the same in all processes."""
 
 
 def meet() -> None:
-    """Wait for all processes, for as long as it takes.
+    """Wait for all processes, without a time limit.
 
     Raises:
-        UsageError, TrainingError: what another process failed with inside of :func:`together`.
+        UsageError, TrainingError: the error of another process inside :func:`together`.
     """
     size = world().size
     if size == 1:
@@ -45,7 +45,7 @@ def meet() -> None:
         for key in (before, f"{before}/arrived"):  # all have left it
             store.delete_key(key)
     begin = time.monotonic()
-    while not store.check([gate]):  # the store's own wait has a time limit, and says so on standard error
+    while not store.check([gate]):  # the store's own wait has a time limit
         time.sleep(min(_MOST, _LEAST + (time.monotonic() - begin) / 10))
     if said := store.get(gate):
         raise _heard(json.loads(said))
@@ -53,9 +53,9 @@ def meet() -> None:
 
 @contextmanager
 def together() -> Iterator[None]:
-    """Let an error of one process end what is done here in all of them, and meet at the end.
+    """Let an error of one process end this block in all processes, and meet at the end.
 
-    The others hear of it where they next meet; they raise the same in one line.
+    The other processes raise the same error in one line at their next meeting.
     """
     try:
         yield
@@ -68,13 +68,13 @@ def together() -> Iterator[None]:
 
 
 def everyone(value: T) -> list[T]:
-    """Plain values of all processes, in order of rank, once all are there."""
+    """Plain values of all processes, in order of rank, once all have arrived."""
     meet()
     return gather_objects(value)
 
 
 def from_first(content: bytes) -> bytes:
-    """The bytes that the first process has, in all, once all are there; in parts of bounded size."""
+    """Send bytes from the first process to all, in parts of bounded size, once all have arrived."""
     rank, size = world()
     if size == 1:
         return content
@@ -90,7 +90,7 @@ def from_first(content: bytes) -> bytes:
 
 
 def total(values: Tensor) -> Tensor:
-    """Sum over all processes, once all are there; as it is where there is one."""
+    """Sum over all processes, once all have arrived; unchanged with one process."""
     if world().size == 1:
         return values
     meet()
@@ -100,7 +100,7 @@ def total(values: Tensor) -> Tensor:
 
 
 def swapped(parts: Tensor) -> Tensor:
-    """Hand part r of [processes, …] to process r, and return what all have for this one, in order of rank."""
+    """Send part r of [processes, …] to process r, and return the parts from all processes, in order of rank."""
     if world().size == 1:
         return parts
     received = parts.new_empty(parts.shape)

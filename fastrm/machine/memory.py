@@ -1,4 +1,4 @@
-"""Memory: how much there is and was taken, and one line where it does not suffice."""
+"""Memory: capacity, usage, and one-line errors when it does not suffice."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _WANTED = re.compile(r"tried to allocate ([\d.]+) ?([KMGT]iB|bytes)|Unable to al
 
 
 def _chain(error: BaseException | None) -> Iterator[BaseException]:
-    """An error and those that led to it."""
+    """An error and its causes."""
     seen: set[int] = set()
     while error is not None and id(error) not in seen:
         yield error
@@ -36,15 +36,13 @@ def _chain(error: BaseException | None) -> Iterator[BaseException]:
 
 
 def exhausted(error: BaseException) -> bool:
-    """Whether memory was short: an error of torch, CUDA and its libraries, NumPy or Python, or one that it led to."""
+    """Whether an error, or one of its causes, says that memory is exhausted, in torch, CUDA, NumPy or Python."""
     for each in _chain(error):
         if isinstance(each, UsageError | TrainingError):
             return False
         if isinstance(each, MemoryError) or type(each).__name__ == "OutOfMemoryError":
             return True
-        if (
-            isinstance(each, OSError) and each.errno is not None
-        ):  # its text has the name of a file, which may say anything
+        if isinstance(each, OSError) and each.errno is not None:  # its text has a file name, which may be anything
             if each.errno == errno.ENOMEM:
                 return True
         elif isinstance(each, RuntimeError | OSError) and (_SHORT.search(str(each)) or _SHARED.search(str(each))):
@@ -53,7 +51,7 @@ def exhausted(error: BaseException) -> bool:
 
 
 def shortage(error: BaseException, device: torch.device | None = None) -> str:
-    """Where memory was short, how much there is, and how much more was asked for, where the error says so."""
+    """Describe which memory is exhausted, its size, and, if the error says so, the amount that was requested."""
     text = "\n".join(f"{type(each).__name__} {each}" for each in _chain(error))
     if _SHARED.search(text):
         return "the shared memory (/dev/shm) that loader processes use is full; give --workers 0, or make it larger"
@@ -66,15 +64,15 @@ def shortage(error: BaseException, device: torch.device | None = None) -> str:
 
 @contextmanager
 def enough(device: torch.device, asked: Callable[[], str], lower: str) -> Iterator[None]:
-    """Say in one line that memory does not suffice.
+    """Turn errors of exhausted memory into one line.
 
     Args:
-        device: where it may be.
-        asked: what was asked for, in sizes.
-        lower: what to do about it.
+        device: device whose memory may be exhausted.
+        asked: returns a description of the request, with sizes.
+        lower: what the user can do about it.
 
     Raises:
-        TrainingError: memory was short.
+        TrainingError: memory is exhausted.
     """
     try:
         yield
@@ -87,7 +85,7 @@ def enough(device: torch.device, asked: Callable[[], str], lower: str) -> Iterat
 
 
 def size(count: float) -> str:
-    """Bytes in the unit that suits them."""
+    """Format a number of bytes with a suitable unit."""
     for unit in ("bytes", "KiB", "MiB"):
         if count < 1024:
             return f"{count:.0f} {unit}"
@@ -96,7 +94,7 @@ def size(count: float) -> str:
 
 
 def peak(device: torch.device) -> int | None:
-    """Bytes that this process has had at most: of the device's memory on a GPU, else of the host's."""
+    """Peak memory of this process in bytes, of the GPU if ``device`` is one, otherwise of the host."""
     if device.type == "cuda":
         import torch
 
@@ -109,7 +107,7 @@ def peak(device: torch.device) -> int | None:
 
 
 def capacity(device: torch.device) -> int | None:
-    """Bytes of memory of a GPU, or of the host or the container that this process is in."""
+    """Memory in bytes of a GPU, or of the host or container of this process."""
     if device.type == "cuda":
         import torch
 

@@ -1,4 +1,4 @@
-"""How the threads of fastrm's own commands wait for each other."""
+"""Sets how OpenMP threads wait in fastrm's commands."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ import sys
 
 
 def let_threads_sleep() -> None:
-    """Let OpenMP's threads sleep while they wait, in a command of fastrm's, unless the user has said how they wait.
+    """Let OpenMP threads sleep while they wait, in a command of fastrm, unless the user has set how they wait.
 
-    They spin otherwise, and beside other work a step then takes many times as long. OpenMP reads this once, as PyTorch
-    is imported. A program that only imports fastrm is left as it is.
+    Otherwise they spin, and beside other processes a step takes many times as long. OpenMP reads this once, when
+    PyTorch is imported. A program that only imports fastrm is not affected.
     """
     module = next((after for flag, after in zip(sys.orig_argv, sys.orig_argv[1:], strict=False) if flag == "-m"), "")
     if module.split(".")[0] == "fastrm":

@@ -1,4 +1,4 @@
-"""What a backbone has learned: classifiers on its features, fine-tuning, and how far student and teacher are apart."""
+"""Measures what a backbone has learned: classifiers on its features, fine-tuning, and the student-teacher gap."""
 
 from fastrm.probes.collapse import collapsed, effective_rank, feature_std
 from fastrm.probes.features import Pixels, features

@@ -1,4 +1,4 @@
-"""Signs that the features of all images are becoming one and the same."""
+"""Measures of a collapse of the features."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def _directions(features: Tensor) -> Tensor:
 
 @torch.no_grad()
 def feature_std(features: Tensor) -> Tensor:
-    """Spread of the normalised features, 0-d: 0 when all are alike, about 1 when they point everywhere.
+    """Spread of the normalised features, 0-d: 0 if all are equal, about 1 if they are spread over all directions.
 
     The mean over the channels of the standard deviation over the images, times the root of the number of channels
     (Chen and He, arXiv 2011.10566, section 4.1).
@@ -33,23 +33,23 @@ def feature_std(features: Tensor) -> Tensor:
 
 @torch.no_grad()
 def effective_rank(features: Tensor) -> Tensor:
-    """Number of directions that the centred features use, 0-d: the exponential of the entropy of the shares that
-    the singular values have in their sum (Roy and Vetterli, EUSIPCO 2007).
+    """Number of directions that the centred features use, 0-d: the exponential of the entropy of the singular values,
+    divided by their sum (Roy and Vetterli, EUSIPCO 2007).
 
     Args:
-        features: [B, C]; at most 256 rows are looked at, so that the rank is below 256.
+        features: [B, C]; at most 256 rows are used, so the rank is below 256.
     """
     rows = _directions(features).double()
     rows = rows - rows.mean(dim=0)
     gram = rows @ rows.T if len(rows) <= rows.shape[1] else rows.T @ rows
-    gram = gram.nan_to_num(0.0)  # a step that is not finite is the step's own business
+    gram = gram.nan_to_num(0.0)  # the step itself handles values that are not finite
     singular = torch.linalg.eigvalsh(gram).clamp_min(0).sqrt()
     share = singular / singular.sum().clamp_min(1e-300)
     return (-(share * share.clamp_min(1e-300).log()).sum()).exp()
 
 
 def collapsed(std: float, rank: float, rows: int) -> str | None:
-    """What to tell the person who runs it; None where nothing is wrong, or in batches too small to say."""
+    """A warning for the user; None if nothing is wrong, or if the batch is too small to judge."""
     if rows < LEAST_ROWS or math.isnan(std) or (std >= LEAST_STD and rank >= LEAST_RANK):
         return None
     return (

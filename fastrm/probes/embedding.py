@@ -1,4 +1,4 @@
-"""Features of all images of a collection, in a file that is filled in parts and can be gone on with."""
+"""Features of all images of a collection, in a file that is written in parts and can be continued."""
 
 from __future__ import annotations
 
@@ -21,36 +21,36 @@ from fastrm.probes.features import Setting, batches, evaluating
 from fastrm.terminal.progress import bar
 from fastrm.version import __version__
 
-_KEPT = 32  # batches after which what is done is safe
-_AT_ONCE = 2**26  # values of features that are compared with queries at a time
+_KEPT = 32  # batches between two flushes to the disk
+_AT_ONCE = 2**26  # feature values that are compared with queries at a time
 
 
 @dataclass(frozen=True, kw_only=True)
 class About:
-    """What tells the features of a file from others."""
+    """Identifies the features in a file."""
 
     network: str
     """A digest of the backbone's tensors."""
     images: str
-    """A digest of what tells the images from others, in their order."""
+    """A digest of the identities of the images, in their order."""
     shape: tuple[int, ...]
-    """Of the array, rows first."""
+    """Shape of the array, rows first."""
     dtype: str
     """``"float32"`` or ``"float16"``."""
 
 
 def about(backbone: Backbone, images: Images, setting: Setting, *, patches: bool, dtype: str) -> About:
-    """What the features of images will be.
+    """Describe the features before they are computed.
 
     Args:
-        backbone: images to features [B, D], or a map [B, D, h, w].
-        images: in their order.
+        backbone: maps images to features [B, D], or to a map [B, D, h, w].
+        images: images in their order.
         setting: how images reach the network.
-        patches: whether the map is wanted, as [h, w, D] of each image, in the place of its mean.
-        dtype: of the file.
+        patches: whether to store the map [h, w, D] of each image instead of its mean.
+        dtype: dtype of the file.
 
     Raises:
-        UsageError: the map is wanted, and there is none.
+        UsageError: ``patches`` is set, and there is no map.
     """
     state = blake2b(digest_size=16)
     for name, value in backbone.net.state_dict().items():
@@ -76,13 +76,13 @@ def _seen(backbone: Backbone, views: Tensor, patches: bool) -> Tensor:
 def embed(
     backbone: Backbone, images: Images, setting: Setting, out: Path, wanted: About, *, patches: bool
 ) -> NDArray[Any]:
-    """Write the features of all images, row i of image i, to ``out`` as ``.npy``, or go on with what was cut off.
+    """Write the features of all images, row i for image i, to ``out`` as ``.npy``, or continue an interrupted file.
 
-    Rows of images that cannot be read are NaN, and ``images.unreadable`` has them. Memory is constant in the number of
+    Rows of unreadable images are NaN; ``images.unreadable`` lists them. Memory is constant in the number of
     images.
 
     Returns:
-        The array, mapped.
+        The memory-mapped array.
     """
     partial, progress = (out.with_name(f".{out.name}.{end}") for end in ("partial", "progress"))
     earlier = read_json(progress) if partial.is_file() and progress.is_file() else {}
@@ -118,7 +118,7 @@ def embed(
 
 
 def plain(about: About) -> dict[str, Any]:
-    """As JSON gives it back."""
+    """The same as JSON-compatible values."""
     return {**asdict(about), "shape": list(about.shape)}
 
 

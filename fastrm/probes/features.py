@@ -1,4 +1,4 @@
-"""Features of images, in evaluation mode and without gradient."""
+"""Computes features of images, in evaluation mode and without gradient."""
 
 from __future__ import annotations
 
@@ -31,25 +31,25 @@ class Setting(NamedTuple):
 
 
 class Share(NamedTuple):
-    """What a process holds of the features of labelled images, of which all processes together hold all."""
+    """A process's share of the features of labelled images."""
 
     features: Tensor
     """float32 [N, C]."""
     labels: Tensor
     """int64 [N]."""
     places: Tensor
-    """int64 [N]: which rows they are of those of all processes, in the order of the images."""
+    """Indices of these rows among those of all processes, in the order of the images, int64 [N]."""
     rows: int
-    """Of all processes."""
+    """Number of rows in all processes."""
     classes: int
-    """One more than the largest label of all processes."""
+    """One more than the largest label in all processes."""
 
 
 class Pixels(nn.Module):
-    """The features of a network that learned nothing and does nothing: the picture itself.
+    """A network without weights whose features are the pixels of the image.
 
     Args:
-        side: pictures are averaged down to at most this side.
+        side: images are averaged down to at most this side.
     """
 
     def __init__(self, side: int = 32) -> None:
@@ -64,7 +64,7 @@ class Pixels(nn.Module):
 
 @contextmanager
 def evaluating(network: nn.Module) -> Iterator[None]:
-    """Hold a network in evaluation mode, without gradient."""
+    """Keep a network in evaluation mode, without gradient."""
     was_training = network.training
     network.eval()
     try:
@@ -75,16 +75,16 @@ def evaluating(network: nn.Module) -> Iterator[None]:
 
 
 def batches(images: Images, setting: Setting) -> Iterator[tuple[Tensor, list[int]]]:
-    """All images that can be read in order, as the evaluation sees them, float32 [B, C, H, W], and their indices."""
+    """All readable images in order, as for evaluation, float32 [B, C, H, W], with their indices."""
     for batch in _loader(images, setting):
         yield batch.views[0].to(setting.device, non_blocking=True), batch.indices
 
 
 def rounds(images: Images, setting: Setting) -> Iterator[tuple[Tensor, list[int]]]:
-    """This process's batches of images as :func:`batches` gives them, in as many rounds in every process.
+    """Yield this process's batches, as in :func:`batches`, in the same number of rounds in every process.
 
-    All meet in each round, so that none waits long in what follows; one that has no more gets [0, C, H, W]. In the end
-    each knows what the others could not read.
+    All processes meet in each round, so that none waits long afterwards; one without images left gets [0, C, H, W]. At
+    the end each process knows the unreadable images of the others.
 
     Raises:
         UsageError: more than a tenth of the images cannot be read, in all processes together.
@@ -107,7 +107,7 @@ def _loader(images: Images, setting: Setting, rank: int = 0, size: int = 1) -> E
 
 
 def of_round(images: Images, number: int) -> int:
-    """How many images all processes go through in a round."""
+    """Number of images that all processes read in a round."""
     size = BATCH * world().size
     return min(size, len(images) - number * size)
 
@@ -122,7 +122,7 @@ def pooled(network: nn.Module, views: Tensor, width: int = 0) -> Tensor:
 
 
 def width_of(network: nn.Module, images: Images, setting: Setting) -> int:
-    """C of a network's features."""
+    """The width C of a network's features."""
     side = setting.image_size
     return pooled(network, torch.zeros(1, images.format.channels, side, side, device=setting.device)).shape[1]
 
@@ -133,10 +133,10 @@ def shares(
     setting: Setting,
     done: Callable[[int], None] = lambda count: None,
 ) -> dict[str, Share]:
-    """Features of labelled images by several networks, for which each image is read once, in one of the processes.
+    """Features of labelled images from several networks; each image is read once, in one of the processes.
 
-    They are written to where they stay, so that memory never holds them twice. ``done`` gets how many images all
-    processes have gone through.
+    Features are written in place, so memory never holds them twice. ``done`` is called with the number of images that
+    all processes have read.
     """
     rank, size = world()
     every = math.ceil(len(images) / BATCH)
@@ -162,9 +162,9 @@ def shares(
 def features(
     backbone: nn.Module, images: Images, setting: Setting, done: Callable[[int], None] = lambda count: None
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Pooled features float32 [B, C] and labels int64 [B] of all labelled images that can be read, in order.
+    """Pooled features float32 [B, C] and labels int64 [B] of all readable labelled images, in order.
 
-    ``done`` gets the size of each batch that was used.
+    ``done`` is called with the size of each batch.
     """
     labels = labels_of(images, setting.device)
     for batch, indices in batches(images, setting):

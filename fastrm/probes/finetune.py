@@ -17,11 +17,11 @@ from fastrm.probes.features import Setting, evaluating
 from fastrm.probes.linear import MOMENTUM, cosine, supervised_loader
 
 BATCH = 256
-RATE = 0.05  # for a batch of 256
+RATE = 0.05  # learning rate for a batch of 256
 
 
 def fraction_of(images: Images, fraction: float) -> Images:
-    """A fraction of labelled images, at least one of each class, the same every time."""
+    """A fraction of the labelled images, at least one per class; the same images every time."""
     assert images.labels is not None
     rng = np.random.default_rng(0)
     chosen = []
@@ -42,20 +42,20 @@ def fine_tuned(
 ) -> tuple[nn.Module, Callable[[Tensor], dict[str, Tensor]]]:
     """Train a copy of a whole network, with a linear classifier on top, on a fraction of the labelled images.
 
-    As in SimCLR (Chen et al., arXiv 2002.05709, appendix B.5): Nesterov momentum, learning rate .05 × batch / 256
-    (a cosine leads to 0), no warm-up, no weight decay, random crops and flips, 60 epochs for 1 % of the labels and 30
+    As in SimCLR (Chen et al., arXiv 2002.05709, appendix B.5): Nesterov momentum, learning rate 0.05 × batch / 256
+    (with a cosine to 0), no warm-up, no weight decay, random crops and flips, 60 epochs for 1 % of the labels and 30
     for 10 %; but with batches of 256.
 
     Args:
-        backbone: where it starts; left as it is.
-        source: ``bank`` is what the fraction is taken from, each class alike.
+        backbone: starting point; it is not changed.
+        source: data set; the fraction is taken from each class of its ``bank``.
         setting: how images reach the network.
         fraction: above 0 and at most 1.
-        epochs: unset, 60 below a fraction of .05 and 30 above.
-        progress: called with the share of the run that is done.
+        epochs: None means 60 below a fraction of 0.05, and 30 above.
+        progress: called with the completed fraction of the run.
 
     Returns:
-        The trained backbone, and the classifier of its features, whose score is named ``semi``.
+        The trained backbone, and the classifier of its features; its score is named ``semi``.
     """
     assert source.bank is not None
     few = fraction_of(source.bank, fraction)

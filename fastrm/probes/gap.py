@@ -1,4 +1,4 @@
-"""How far the student is from its teacher, layer by layer."""
+"""The gap between student and teacher, layer by layer."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from fastrm.terminal.progress import bar
 
 @contextmanager
 def stages_of(backbone: Backbone, called: nn.Module | None = None) -> Iterator[dict[str, Tensor]]:
-    """Catch what the stages that timm names give, by name, while the backbone runs; without them, nothing.
+    """Collect the outputs of the backbone's stages, by timm's names, while it runs; empty if timm names none.
 
-    Only what is one tensor with a row per image: some stages give several, and some names are of no module.
+    Only outputs that are one tensor with a row per image are collected.
 
     Args:
-        backbone: whose stages.
-        called: the module around it that is called with the images; None for the backbone itself.
+        backbone: backbone with the stages.
+        called: module around it that is called with the images; None means the backbone itself.
     """
     caught: dict[str, Tensor] = {}
     modules = dict(backbone.net.named_modules())
@@ -54,10 +54,10 @@ def stages_of(backbone: Backbone, called: nn.Module | None = None) -> Iterator[d
 
 
 def gap(method: Method[Any], images: Images, setting: Setting) -> dict[str, Estimate]:
-    """1 - mean cosine between student and teacher on the same picture.
+    """1 - mean cosine between student and teacher on the same image.
 
-    Networks in evaluation mode, pictures without augmentation; the gap that training logs is on augmented views in
-    training mode. All processes share the pictures; to be called in all of them.
+    The networks are in evaluation mode, and the images are not augmented; the gap that training logs is on augmented
+    views in training mode. All processes share the images; call this in all of them.
 
     Returns:
         A value per place, in the order of the network. The backbone's stages come first, by timm's names and with whole

@@ -14,18 +14,19 @@ from fastrm.probes.scores import accuracies
 
 NEIGHBOURS = (10, 20, 100, 200)
 TEMPERATURE = 0.07
-_SIMILARITIES = 2**26  # held at a time: 256 MiB
+_SIMILARITIES = 2**26  # similarities at a time: 256 MiB
 
 
 class KNN:
-    """The nearest by cosine vote with exp(cosine / temperature) (Wu et al., arXiv 1805.01978).
+    """A classifier in which the nearest rows by cosine vote with weights exp(cosine / temperature) (Wu et al., arXiv
+    1805.01978).
 
     Args:
-        bank: float32 [N, C] features that neighbours are looked up in. They are not copied: 1.28 million of width
-            2,048 take 10.5 GB, and what a call takes besides is about half a GiB, whatever the number of queries.
+        bank: features of the labelled images, float32 [N, C]. They are not copied: 1.28 million rows of width 2,048
+            take 10.5 GB. A call takes about half a GiB more, whatever the number of queries.
         labels: int64 [N].
-        neighbours: the k to score; a bank of fewer rows votes with all of them.
-        temperature: of the votes.
+        neighbours: values of k to score; a smaller bank votes with all of its rows.
+        temperature: temperature of the votes.
     """
 
     def __init__(
@@ -38,9 +39,9 @@ class KNN:
 
     @classmethod
     def of_share(cls, share: Share) -> KNN:
-        """One whose bank lies in all processes, each of which holds a share of it.
+        """A classifier whose bank is divided among all processes.
 
-        All of them must then call it as often, each with features of its own, of which there may be none.
+        All processes must call it the same number of times, each with its own features, which may be empty.
         """
         made = cls(share.features, share.labels)
         made.shared, made.count, made.classes = world().size > 1, share.rows, share.classes
@@ -49,20 +50,20 @@ class KNN:
     def __call__(self, features: Tensor) -> dict[str, Tensor]:
         """Predicted classes int64 [M] of features [M, C], by ``knn10``, ``knn20``, …"""
         asked = len(features)
-        if self.shared:  # of one number everywhere
+        if self.shared:  # the same number in all processes
             features = nn.functional.pad(features, (0, 0, 0, max(everyone(asked)) - asked))
         rows = max(1, _SIMILARITIES // self.count)
         parts = [self._part(part) for part in features.split(rows)]
         return {name: torch.cat([part[name] for part in parts])[:asked] for name in parts[0]}
 
     def _nearest(self, features: Tensor) -> tuple[Tensor, Tensor]:
-        """Similarities of the nearest in the bank, the nearest first, and their labels; [M, at most the largest k]."""
+        """Similarities of the nearest rows of the bank, nearest first, and their labels; [M, at most the largest k]."""
         similarity = (nn.functional.normalize(features, dim=1) @ self.bank.T).div_(self.norms)
         nearest, index = similarity.topk(min(max(self.neighbours), len(self.bank)), dim=1)
         return nearest, self.labels[index]
 
     def _nearest_of_all(self, features: Tensor) -> tuple[Tensor, Tensor]:
-        """The same in the bank of all processes: each looks those of all up in its share."""
+        """The same in the bank of all processes: each process answers the queries of all from its share."""
         size, k = world().size, min(max(self.neighbours), self.count)
         nearest, voted = self._nearest(gather_rows(features)[0])
         short = (0, k - nearest.shape[1])
@@ -92,7 +93,7 @@ def knn_accuracy(
     neighbours: Sequence[int] = NEIGHBOURS,
     temperature: float = TEMPERATURE,
 ) -> dict[int, float]:
-    """Accuracy from 0 to 1 by k of features [M, C] and labels [M], the arguments otherwise as in :class:`KNN`."""
+    """Accuracy from 0 to 1 per k, for features [M, C] and labels [M]; other arguments as in :class:`KNN`."""
     classifier = KNN(bank, bank_labels, neighbours=neighbours, temperature=temperature)
     found = accuracies(zip(test.split(1024), test_labels.split(1024), strict=True), [classifier])
     return {k: found[f"knn{k}"].value for k in neighbours}

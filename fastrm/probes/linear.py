@@ -25,7 +25,7 @@ HELD_OUT = 10  # every tenth training image chooses the learning rate
 
 
 def rate_factor(protocol: LinearProtocol, progress: float) -> float:
-    """Of the learning rate, at a share of the run."""
+    """Factor of the learning rate at a fraction of the run."""
     if protocol.milestones:
         return 0.1 ** sum(progress >= milestone for milestone in protocol.milestones)
     return cosine(progress)
@@ -37,16 +37,16 @@ def cosine(progress: float) -> float:
 
 
 class LinearHeads:
-    """Linear classifiers of the same features, one a learning rate, trained together by SGD with momentum.
+    """Linear classifiers on the same features, one per learning rate, trained together by SGD with momentum.
 
-    They start from zero, so that nothing random is needed.
+    They start from zero, so no random numbers are needed.
 
     Args:
         dim: width of the features.
         classes: number of classes.
         rates: learning rate of each head.
-        weight_decay: of the weights, not of the biases.
-        device: where they are.
+        weight_decay: weight decay of the weights, not of the biases.
+        device: device of the classifiers.
         shared: whether all processes train them together.
     """
 
@@ -86,15 +86,15 @@ class LinearHeads:
         seen: Tensor | None = None,
         counts: Tensor | None = None,
     ) -> Tensor:
-        """Make a step, in several processes on the mean of their gradients.
+        """Make one step; with several processes, on the mean of their gradients.
 
         Args:
             features: float32 [B, C].
             labels: int64 [B].
-            factor: of the learning rates.
-            seen: bool [heads, B]: which images a head learns from; None is all.
-            counts: [heads]: how many these are in all processes, where their batches differ in size; None: each has
-                as many.
+            factor: factor of the learning rates.
+            seen: images that a head learns from, bool [heads, B]; None means all.
+            counts: their number in all processes, [heads], if batches differ in size; None if each process has the
+                same number.
 
         Returns:
             The logits before the step, [heads, B, classes].
@@ -117,11 +117,11 @@ class LinearHeads:
         return logits.detach()
 
     def state_dict(self) -> dict[str, Any]:
-        """What an exact resume needs."""
+        """The state for an exact resume."""
         return {"heads": self.heads.state_dict(), "optimizer": self.optimizer.state_dict()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take a state over."""
+        """Restore a state."""
         self.heads.load_state_dict(state["heads"])
         self.optimizer.load_state_dict(state["optimizer"])
 
@@ -137,24 +137,24 @@ def fitted_heads(
     places: Tensor | None = None,
     progress: Callable[[float], None] = lambda done: None,
 ) -> Callable[[Tensor], dict[str, Tensor]]:
-    """Fit a linear classifier on features that are kept, without augmentation, and all learning rates in one pass.
+    """Fit a linear classifier on stored features, without augmentation, with all learning rates in one pass.
 
-    The features are standardised. Each rate has two heads: one that does not see every tenth image, on which the rate
-    is chosen, and one that sees all, which is the classifier.
+    The features are standardised. Each learning rate has two heads. One does not see every tenth image; these images
+    choose the learning rate. The other sees all images, and is the classifier.
 
     Args:
         features: float32 [N, C].
         labels: int64 [N].
         rates: learning rates to try.
         weight_decay: λ in mean cross-entropy + λ/2 ‖weights‖².
-        epochs: passes over the features; the rates follow a cosine to 0.
-        batch_size: at most; a small set is one batch.
-        places: int64 [N]: which rows these are of those of all processes, which then fit together; None: there are no
-            others.
+        epochs: passes over the features; the learning rates follow a cosine to 0.
+        batch_size: largest batch size; a small set is one batch.
+        places: indices of these rows among those of all processes, int64 [N], which then fit together; None for a
+            single process.
         progress: called with the share of the run that is done.
 
     Returns:
-        The classifier, whose score is named ``linear_quick``.
+        The classifier; its score is named ``linear_quick``.
     """
     device, together = features.device, places is not None and world().size > 1
     here = (len(features), int(labels.max()) if len(labels) else 0)
@@ -198,9 +198,9 @@ def fitted_heads(
 
 
 def _moments(features: Tensor, counts: Sequence[int]) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation per channel of the rows of all processes, of which each has so many.
+    """Mean and standard deviation per channel of the rows of all processes; ``counts`` has the rows per process.
 
-    The formula is Chan, Golub and LeVeque's for merged parts.
+    The parts are merged by the formula of Chan, Golub and LeVeque.
     """
     spread = features.var(dim=0) if len(features) > 1 else features.new_zeros(features.shape[1])
     middle = features.mean(dim=0) if len(features) else features.new_zeros(features.shape[1])
@@ -222,14 +222,14 @@ def published_linear(
     """Train a linear classifier on each frozen network, on random crops and flips, in this process alone.
 
     Args:
-        networks: images to features [B, D], by name; all see the same views.
-        source: ``bank`` is what is trained on.
+        networks: networks that map images to features [B, D], by name; all see the same views.
+        source: data set; training uses its ``bank``.
         setting: how images reach the networks.
         protocol: how it is trained.
         progress: called with the share of the run that is done.
 
     Returns:
-        The classifiers by network, whose score is named ``linear``.
+        The classifiers per network; their score is named ``linear``.
     """
     loader, labels = supervised_loader(source, setting, protocol.batch_size)
     batch_size = min(protocol.batch_size, len(labels))

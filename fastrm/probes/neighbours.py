@@ -1,4 +1,4 @@
-"""The nearest neighbours of some images, as a picture."""
+"""Finds and draws the nearest neighbours of some images."""
 
 from __future__ import annotations
 
@@ -19,32 +19,32 @@ from fastrm.terminal.progress import bar
 
 
 class Neighbours(NamedTuple):
-    """Images and what is nearest to them by cosine."""
+    """Images and their nearest images by cosine."""
 
     test: list[int]
-    """N indices of test images."""
+    """Indices of the N test images."""
     bank: Tensor
-    """int64 [N, K]: indices of images in the bank, the nearest first."""
+    """Indices of images in the bank, nearest first, int64 [N, K]."""
 
 
 def spread(images: Images, count: int) -> NDArray[np.int64]:
-    """Indices of ``count`` labelled images, or of all if they are fewer, from all classes alike; the same each time."""
+    """Indices of up to ``count`` labelled images, evenly from all classes; the same each time."""
     assert images.labels is not None
     order = np.argsort(images.labels, kind="stable")
     return order[((np.arange(min(count, len(order))) + 0.5) * len(order) / min(count, len(order))).astype(np.int64)]
 
 
 def nearest(network: nn.Module, source: Source, setting: Setting, *, count: int = 16, k: int = 5) -> Neighbours:
-    """Look the ``k`` nearest of ``source.bank`` up for test images from all classes; memory is constant in the bank.
+    """Find the ``k`` nearest images of ``source.bank`` for test images from all classes.
 
-    All processes share the bank; to be called in all of them.
+    Memory does not grow with the bank. All processes share the bank; call this in all of them.
 
     Args:
         network: images to features [B, D].
-        source: with labels.
+        source: labelled data set.
         setting: how images reach the network.
-        count: of test images, at most.
-        k: of neighbours, at most; fewer in a smaller bank.
+        count: largest number of test images.
+        k: largest number of neighbours.
     """
     assert source.bank is not None
     assert source.test is not None
@@ -67,7 +67,7 @@ def nearest(network: nn.Module, source: Source, setting: Setting, *, count: int 
 
 
 def directions(network: nn.Module, images: Images, setting: Setting) -> tuple[Tensor, list[int]]:
-    """Normalised features [N, C] of the images that can be read, and their indices."""
+    """Normalised features [N, C] of the readable images, and their indices."""
     rows, indices = [], []
     for batch, own in batches(images, setting):
         with evaluating(network):
@@ -77,7 +77,7 @@ def directions(network: nn.Module, images: Images, setting: Setting) -> tuple[Te
 
 
 def picture(found: Neighbours, source: Source, *, side: int = SIDE) -> Image.Image:
-    """A row for each test image, its neighbours beside it; those of its class are framed in green."""
+    """Draw a row per test image with its neighbours; neighbours of the same class have a green frame."""
     assert source.bank is not None
     assert source.test is not None
     ours, theirs = source.test.labels, source.bank.labels

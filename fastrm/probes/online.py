@@ -16,13 +16,13 @@ RATE = 0.1  # for a batch of 256
 
 
 class OnlineLinear:
-    """Learns from the student's detached features of the first view, with an optimizer of its own.
+    """A linear classifier on the student's detached features of the first view, with its own optimizer.
 
     Args:
         dim: width of the features.
         labels: int64 [N] of the training images.
-        batch_size: images a step, over all processes; the learning rate is .1 × batch / 256, and a cosine leads to 0.
-        device: where it is.
+        batch_size: images per step over all processes; the learning rate is 0.1 × batch / 256, with a cosine to 0.
+        device: device of the classifier.
     """
 
     def __init__(self, dim: int, labels: NDArray[np.int64], *, batch_size: int, device: torch.device) -> None:
@@ -32,12 +32,12 @@ class OnlineLinear:
         self.seen = 0
 
     def step(self, features: Tensor, indices: list[int], progress: float) -> None:
-        """Learn from a micro-batch; images whose features are not finite are passed over.
+        """Learn from a micro-batch; images whose features are not finite are skipped.
 
         Args:
             features: [B, C].
-            indices: which of the training images they are of.
-            progress: share of the run that is done.
+            indices: indices of the training images.
+            progress: completed fraction of the run.
         """
         truth = self.labels[indices]
         finite = features.isfinite().all(dim=1)
@@ -47,7 +47,7 @@ class OnlineLinear:
         self.seen += len(indices)
 
     def accuracy(self) -> float:
-        """Accuracy on the training views since this was last asked, before each step; the host waits for the device."""
+        """Accuracy on the training views since the last call, before each step; the host waits for the device."""
         share = float(self.right) / max(1, self.seen)
         self.right.zero_()
         self.seen = 0
@@ -58,11 +58,11 @@ class OnlineLinear:
         return {"online": self.heads.logits(features)[0].argmax(dim=1)}
 
     def state_dict(self) -> dict[str, Any]:
-        """What an exact resume needs."""
+        """The state for an exact resume."""
         return {"heads": self.heads.state_dict(), "right": self.right, "seen": self.seen}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take a state over."""
+        """Restore a state."""
         self.heads.load_state_dict(state["heads"])
         self.right.copy_(state["right"])
         self.seen = state["seen"]

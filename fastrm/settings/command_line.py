@@ -1,4 +1,4 @@
-"""The command line: dataclasses in."""
+"""Parses the command line into dataclasses."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def parse(kind: type[T], argv: Sequence[str] | None, *, prog: str, default: T | 
 
 
 def _apart(argv: Sequence[str]) -> Iterator[str]:
-    """Words of which those of numbers with commas between them are words of their own."""
+    """Split comma-separated numbers into separate words."""
     before = ""
     for word in argv:
         name, equals, value = word.partition("=")
@@ -58,7 +58,7 @@ def _apart(argv: Sequence[str]) -> Iterator[str]:
 
 
 def _at_home(options: T) -> T:
-    """Settings with the home folder written out in every path."""
+    """Expand the home folder in all paths."""
     leaves: Any = options
     values = {leaf.name: getattr(leaves, leaf.name) for leaf in dataclasses.fields(leaves)}
     found = {name: _at_home(v) if dataclasses.is_dataclass(v) else at_home(v) for name, v in values.items()}
@@ -67,7 +67,7 @@ def _at_home(options: T) -> T:
 
 
 def _reason(message: str, known: list[str]) -> str:
-    """The sentence in tyro's message, which has a title and a frame, with what an unknown flag probably meant."""
+    """The sentence in tyro's message, without title and frame, with a suggestion for an unknown flag."""
     body = [line.strip(" │") for line in message.splitlines()[1:] if line.strip()]
     sentence = " ".join(takewhile(_is_text, dropwhile(lambda line: not _is_text(line), body)))
     if sentence.startswith("Unrecognized options"):
@@ -82,7 +82,7 @@ def _is_text(line: str) -> bool:
 
 
 def flag_names(kind: type) -> Iterator[str]:
-    """Names of the flags of a dataclass, or of the dataclasses that are its fields; what has no flag is left out."""
+    """Names of the flags of a dataclass, or of the dataclasses in its fields; fields without a flag are left out."""
     import tyro
 
     positional: Any = tyro.conf.Positional

@@ -1,4 +1,4 @@
-"""The settings of a run, put together: the recipe's or the method's defaults first, then what is given; and checked."""
+"""Builds and checks the settings of a run: first the defaults of recipe or method, then the given values."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ __all__ = [
 ]
 
 CHOOSING = ("recipe", "method", "arch", "epochs", "init_from")
-"""The settings that choose the defaults of others."""
+"""Settings that determine the defaults of others."""
 
 
 def defaults(
@@ -56,13 +56,13 @@ def defaults(
     epochs: int | None = None,
     init_from: str | Path | None = None,
 ) -> Config:
-    """The settings that hold where no flag says otherwise, given the flags that choose them.
+    """Return the default settings for the given recipe, method and backbone.
 
     Args:
-        recipe: a recipe's name; it says all but the epochs.
-        method: a method's name, or a subclass of :class:`fastrm.methods.Method`.
-        arch: the backbone's name.
-        epochs: passes over the images; the warm-up takes at most a tenth of them where they are less than usual.
+        recipe: name of a recipe, which sets everything but the epochs.
+        method: name of a method, or a subclass of :class:`fastrm.methods.Method`.
+        arch: name of the backbone.
+        epochs: passes over the images; if they are fewer than usual, the warm-up takes at most a tenth of them.
         init_from: weights to start from. Where no recipe says otherwise, the learning rate is then a tenth of that of a
             run from scratch (R-CNN's share: Girshick et al., arXiv 1311.2524), and the warm-up at most a twentieth of
             the epochs (5 of 100, as MAE is fine-tuned: He et al., arXiv 2111.06377).
@@ -86,17 +86,17 @@ def defaults(
 
 
 def build(**leaves: Any) -> Config:
-    """Return the settings of a run from Python, as the command line would: recipe first, then what is given here.
+    """Return the settings of a run, like the command line: first the recipe, then the values given here.
 
     Raises:
-        UsageError: a setting is unknown, of another kind or out of range.
+        UsageError: a setting is unknown, of the wrong type or out of range.
 
     >>> build(data="digits", arch="test_resnet", image_size=32, epochs=12).optim.warmup_epochs
     1.2
     """
     leaves = in_form({name: at_home(value) for name, value in leaves.items()})
     chosen = {name: leaves[name] for name in CHOOSING if name in leaves}
-    if isinstance(leaves.get("method"), type):  # which need not be registered
+    if isinstance(leaves.get("method"), type):  # it need not be registered
         leaves["method"] = methods().find(leaves["method"]).name
     for name in chosen:
         refuse(name, problem(leaves[name], KINDS[name]))
@@ -106,12 +106,12 @@ def build(**leaves: Any) -> Config:
 
 
 def in_form(leaves: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings by name, each in the form that its field has (see :func:`fastrm.settings.kinds.taken`)."""
+    """Settings by name, each converted to the type of its field (see :func:`fastrm.settings.kinds.taken`)."""
     return {name: taken(value, KINDS.get(name)) for name, value in leaves.items()}
 
 
 def from_flat(leaves: Mapping[str, Any]) -> Config:
-    """Rebuild the settings that :meth:`Config.flat` wrote down.
+    """Rebuild the settings from the output of :meth:`Config.flat`.
 
     Raises:
         UsageError: a setting is unknown or out of range.
@@ -122,7 +122,7 @@ def from_flat(leaves: Mapping[str, Any]) -> Config:
 
 
 def check_value(name: str, value: object) -> None:
-    """Raise a UsageError unless the value of a setting is what its field says."""
+    """Raise a UsageError unless a value fits the type of its setting."""
     refuse(name, problem(value, KINDS[name]))
 
 
@@ -132,7 +132,7 @@ def check_choice(name: str, value: object, choices: Iterable[str]) -> None:
 
 
 def check_path(name: str, value: str | Path | None) -> None:
-    """Raise a UsageError if the system takes no such path; None, for unset, is fine."""
+    """Raise a UsageError if the system does not accept a path; None means that none is set."""
     refuse(name, None if value is None else unusable(value))
 
 
@@ -140,7 +140,7 @@ def validate(config: Config) -> None:
     """Check everything that can be checked without the data, the machine or the network.
 
     Raises:
-        UsageError: names the flag, its value and what is right.
+        UsageError: a value is wrong; the message names the flag, its value and what is right.
     """
     for group in dataclasses.fields(config):
         check_fields(getattr(config, group.name))
@@ -171,7 +171,7 @@ def resolved(config: Config, processes: int) -> Config:
     """Return the settings with the batch size filled in.
 
     Raises:
-        UsageError: the batch does not divide into processes and micro-batches of two images or more.
+        UsageError: the batch cannot be divided into processes and micro-batches of at least two images.
     """
     batch = config.input.batch_size or 256 * processes
     parts = processes * config.optim.accumulate

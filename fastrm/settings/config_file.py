@@ -1,4 +1,4 @@
-"""Settings that are read from a file: a run's ``config.json``, or TOML with a line a setting."""
+"""Reads settings from a file: the ``config.json`` of a run, or TOML with one setting per line."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ else:
     import tomli as tomllib
 
 _OF_THE_RUN = frozenset({"out", "resume"})
-"""What a run's ``config.json`` says of that run alone."""
+"""Settings in ``config.json`` that concern only that run."""
 VIEWS = "augmentation_used"
-"""Where it says every number of every view."""
+"""Key of ``config.json`` for every number of every view."""
 
 
 def read_settings(path: Path) -> dict[str, Any]:
-    """Read settings by name, checked each for itself; where the run of a ``config.json`` lies is left out.
+    """Read settings by name, and check each of them; the folder of a ``config.json``'s run is left out.
 
     Raises:
-        UsageError: names the file, and what in it is wrong.
+        UsageError: the message names the file and what is wrong in it.
     """
     try:
         found = read_table(path)
@@ -56,10 +56,10 @@ def read_settings(path: Path) -> dict[str, Any]:
 
 
 def read_table(path: Path) -> dict[str, Any]:
-    """What a TOML or JSON file holds by name.
+    """The content of a TOML or JSON file by name.
 
     Raises:
-        UsageError: it cannot be read, or holds something else; its name is not in the message.
+        UsageError: it cannot be read, or has another content; the message does not contain the file name.
     """
     if path.suffix not in (".json", ".toml"):
         raise UsageError("it must end in .json, as a run's config.json does, or .toml")
