@@ -1,4 +1,4 @@
-"""Signals that ask a run to save: SIGTERM, SIGINT and a lost terminal's SIGHUP to end after it, SIGUSR1 to go on."""
+"""Signals that make a run save: after SIGTERM, SIGINT and SIGHUP it ends, after SIGUSR1 it continues."""
 
 from __future__ import annotations
 
@@ -23,23 +23,23 @@ ENDING = (signal.SIGINT, signal.SIGTERM, HANGUP)
 
 
 class Asked(NamedTuple):
-    """What signals and hooks have asked for."""
+    """The requests of signals and hooks."""
 
     save: bool
     """Save now."""
     end: int
-    """And end for this signal; 0 is not."""
+    """End for this signal; 0 means no."""
     stop: bool
-    """End, as a hook asked for."""
+    """End, because a hook requested it."""
     failed: bool
     """A hook failed."""
 
 
 class Signals:
-    """While this is entered, the first signal is noted and a second one of those that end a run takes effect at once.
+    """Context in which the first signal is recorded, and a second signal that ends a run takes effect at once.
 
-    In several processes a signal to any of them counts for all, at the same step: that after the next question, since
-    the processes exchange while they train, and no step waits for it.
+    With several processes, a signal to any of them counts for all at the same step. This is one step later, because the
+    processes exchange requests while they train, and no step waits for the exchange.
     """
 
     def __init__(self) -> None:
@@ -49,14 +49,14 @@ class Signals:
         self._group: Any = dist.new_group(backend="gloo") if world().size > 1 else None
 
     def __enter__(self) -> Signals:
-        if threading.current_thread() is threading.main_thread():  # elsewhere Python hears none
+        if threading.current_thread() is threading.main_thread():  # other threads get no signals
             self._before = {number: signal.signal(number, self._note) for number in _numbers()}
         return self
 
     def __exit__(self, *_: object) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
-        if self._sent is not None:  # the group must not be left in the middle; but another process may have died
+        if self._sent is not None:  # complete the exchange; but another process may have died
             with contextlib.suppress(RuntimeError):
                 self._sent[1].wait(datetime.timedelta(seconds=10))
 
@@ -69,19 +69,19 @@ class Signals:
             self._end = number
 
     def save_soon(self) -> None:
-        """Ask for a checkpoint as a signal does."""
+        """Request a checkpoint, like a signal."""
         self._save = True
 
     def asked(self, *, stop: bool = False, failed: bool = False, wait: bool = False) -> Asked:
-        """What came since this was last asked, to any process, and what its hooks want; to be called in all of them.
+        """The requests in any process since the last call. Call this in all processes.
 
-        Several processes get the answer to the question before, which has arrived, and for ``wait`` that to this one
-        too.
+        With several processes, it returns the requests up to the previous call, whose exchange is complete; with
+        ``wait``, also those of this call.
         """
-        save, self._save = self._save, False  # at once: a signal that comes later is that of the next question
+        save, self._save = self._save, False  # at once: a later signal belongs to the next call
         wishes = torch.tensor([int(save), self._end, int(stop), int(failed)])
         answered = [wishes]
-        if self._group is not None:  # over gloo, so that no device is waited for
+        if self._group is not None:  # over gloo, so that no device must be waited for
             sent = dist.all_reduce(wishes, dist.ReduceOp.MAX, group=self._group, async_op=True)
             questions = [question for question in (self._sent, (wishes, sent)) if question is not None]
             self._sent = None if wait else questions.pop()
@@ -93,29 +93,29 @@ class Signals:
 
 
 def _numbers() -> list[int]:
-    """Signals to hear; under nohup a lost terminal is none of them."""
+    """Signals to handle; SIGHUP is excluded under nohup."""
     wanted = [number for number in (SAVING, *ENDING) if number is not None]
     return [number for number in wanted if number != HANGUP or signal.getsignal(number) is not signal.SIG_IGN]
 
 
 def leave_to_the_trainer(_: int = 0) -> None:
-    """Let a loader process pass over signals that a scheduler or a terminal sends to all processes of a run.
+    """Make a loader process ignore signals that a scheduler or a terminal sends to all processes of a run.
 
-    The trainer answers these signals, and needs its loader until it has saved. SIGTERM from the process that started
-    this one still ends it: that is how Python ends loader processes when a script ends.
+    The trainer handles these signals, and needs its loader until it has saved. SIGTERM from the parent process still
+    ends it, because Python ends loader processes in this way when a script ends.
     """
     for number in _numbers():
         if number != signal.SIGTERM:
             signal.signal(number, signal.SIG_IGN)
-    # Who sent a signal is told to those that wait for it, and not to Python's handlers. macOS and Windows do not tell:
-    # there SIGTERM keeps its effect.
+    # Only sigwaitinfo tells who sent a signal, not Python's handlers. macOS and Windows do not have it; there SIGTERM
+    # keeps its effect.
     if hasattr(signal, "sigwaitinfo"):
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
         threading.Thread(target=_end_for_the_trainer, daemon=True).start()
 
 
 def _end_for_the_trainer() -> None:
-    """Wait for a SIGTERM from the process that started this one, and end."""
+    """Wait for a SIGTERM from the parent process, and exit."""
     trainer = multiprocessing.parent_process()
     while True:
         sent = signal.sigwaitinfo({signal.SIGTERM})

@@ -1,1 +1,1 @@
-"""The report of runs: what their folders say, plots of it, and one page."""
+"""The report of runs: reads their folders, plots them, and writes one page."""

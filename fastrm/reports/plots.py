@@ -11,7 +11,7 @@ from fastrm.reports.runs import Run
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure
 
-# Okabe and Ito's, which colour-blind readers tell apart.
+# Okabe and Ito's palette, which colour-blind readers can distinguish.
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
 STYLES = (("solid", "circle"), ("dash", "diamond-open"), ("dot", "x"))
 """Line and marker of the first metric of a panel, of the second and of the third."""

@@ -1,4 +1,4 @@
-"""What run folders say of their runs."""
+"""Reads run folders."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _SHOWN = [
 
 
 class Run(NamedTuple):
-    """What a run folder says of a run."""
+    """The content of a run folder."""
 
     name: str
     settings: dict[str, Any]
@@ -37,7 +37,7 @@ class Run(NamedTuple):
     """Contact sheets in the folder: pictures of views and of nearest neighbours."""
 
     def series(self, metric: str) -> tuple[list[float], list[float]]:
-        """(epochs, values) of a metric, where it was recorded and finite."""
+        """(epochs, values) of a metric, where it is recorded and finite."""
         found = [(r["epoch"], r[metric]) for r in self.records if isinstance(r.get(metric), int | float)]
         return [epoch for epoch, _ in found], [value for _, value in found]
 
@@ -48,10 +48,10 @@ class Run(NamedTuple):
 
 
 def read_run(folder: Path) -> Run:
-    """Read a run folder; a last line that is cut off, of a run that still goes on, is passed over.
+    """Read a run folder; an incomplete last line of a running run is skipped.
 
     Raises:
-        UsageError: it is no run folder, or nothing was recorded yet.
+        UsageError: it is not a run folder, or nothing was recorded yet.
     """
     if not (folder / own.METRICS).is_file():
         raise UsageError(f"{folder} is no run folder: it has no {own.METRICS}")
@@ -75,7 +75,7 @@ def read_run(folder: Path) -> Run:
 
 
 def _complete(folder: Path, step: int) -> bool:
-    """Whether the run's summary is of its last step: it may have gone on since."""
+    """Whether the summary is from the last step; the run may have continued since."""
     path = folder / "summary.json"
     try:
         return path.is_file() and bool(read_json(path).get("step", step) >= step)
@@ -84,10 +84,10 @@ def _complete(folder: Path, step: int) -> bool:
 
 
 def differing(runs: Sequence[Run]) -> list[str]:
-    """Names of the settings that are not the same in all runs."""
+    """Names of the settings that differ between the runs."""
     return [name for name in _SHOWN if len({repr(run.settings.get(name)) for run in runs}) > 1]
 
 
 def label(run: Run, names: Sequence[str]) -> str:
-    """A run's name and what sets it apart, of which three settings at most."""
+    """The name of a run, with at most three settings that distinguish it."""
     return ", ".join([run.name, *(f"{name} {run.settings.get(name)}" for name in names[:3])])

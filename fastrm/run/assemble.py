@@ -1,6 +1,6 @@
-"""The parts of a run, made of its settings: here every setting is handed to the part that needs it.
+"""Builds the parts of a run from its settings; every setting is passed to the part that needs it.
 
-What can be wrong is found here, before anything is written.
+Errors are found here, before anything is written.
 """
 
 from __future__ import annotations
@@ -47,24 +47,24 @@ from fastrm.terminal.shell import screen
 
 @dataclass(frozen=True)
 class Parts:
-    """What a run is made of, before it has a folder."""
+    """The parts of a run, before it has a folder."""
 
     config: Config
-    """Resolved: nothing in it is left to the machine or to the data."""
+    """Resolved settings, in which nothing depends on the machine or the data any more."""
     machine: Machine
     source: Source
     labelled: dict[str, int]
-    """How many images an evaluation could score on, as :attr:`fastrm.data.Source.scored` says it of some of them."""
+    """Number of images that an evaluation could use, in the form of :attr:`fastrm.data.Source.scored`."""
     broken: dict[str, str]
-    """Images that are left out, by name, and what is wrong with them."""
+    """Images that are left out, by name, with the reason."""
     images: Inventory
     augmentation: Augmentation | None
-    """How views are made; None where a callable makes them."""
+    """The augmentation; None if a callable makes the views."""
     loader: Loader
     schedule: Schedule
     method: Method[Any]
     untrained: Callable[[], nn.Module]
-    """Makes the backbone as it was before the run, with random weights unless it is a module of the user's."""
+    """Builds the backbone as it was before the run, with random weights unless it is a module of the user."""
     step: Step
     online: OnlineLinear | None
     display: Display
@@ -73,9 +73,9 @@ class Parts:
 
     @property
     def format(self) -> PixelFormat:
-        """How the images become what the network is given.
+        """The conversion from images to the input of the network.
 
-        Without limits where a callable of the user's makes views of other channels than the images have.
+        It has no limits if a callable of the user makes views with other channels than the images.
         """
         format, count = self.source.train.format, self.loader.channels
         if count == format.channels:
@@ -84,13 +84,13 @@ class Parts:
 
     @property
     def say(self) -> Callable[[str], None]:
-        """Shows a line to the person at the screen."""
+        """Prints a line."""
         return partial(self.display.console.print, markup=False)
 
     def batches(self, schedule: Schedule, step: int) -> Iterator[Batch]:
-        """Micro-batches without end, from an optimizer step on.
+        """Yield micro-batches without end, starting at an optimizer step.
 
-        Those at the end of an epoch that do not fill a step are left out.
+        Micro-batches at the end of an epoch that do not fill a step are left out.
         """
         while True:
             epoch, done = schedule.place(step)
@@ -104,15 +104,15 @@ class Parts:
 
 
 def assemble(config: Config, objects: Objects, opened: ExitStack) -> Parts:
-    """Make the parts of a run; processes are joined, and what is to be closed at its end is entered in ``opened``.
+    """Build the parts of a run. It joins the processes, and enters what must be closed at the end into ``opened``.
 
     Raises:
-        UsageError: a setting, the data or the machine does not allow the run.
+        UsageError: a setting, the data or the machine does not support the run.
     """
     machine = opened.enter_context(joined(config.device, optimizer=config.optim.optimizer))
     device, world, precision = machine.device, machine.world, machine.precision
     config = config.replace(compile="on" if machine.compiled else "off")
-    if config.input.batch_size is not None:  # what is wrong is said before the images are looked through
+    if config.input.batch_size is not None:  # report errors before the images are read
         config = resolved(config, world.size)
     opened.enter_context(enough(device, lambda: said.asked(config, world), LOWER))
 
@@ -130,11 +130,11 @@ def assemble(config: Config, objects: Objects, opened: ExitStack) -> Parts:
         config = resolved(config.replace(batch_size=everyone(before)[0]), world.size)
     batch, accumulate = config.input.batch_size, config.optim.accumulate
     assert batch is not None
-    # A run is evaluated from other folders than it was started in.
+    # A run may be evaluated from another folder than it was started in.
     root = config.input.data_root
     place = config.input.data if objects.data is not None else located(config.input.data)
     start = config.model.init_from
-    if start is not None and start.exists():  # timm: and hf: name no file
+    if start is not None and start.exists():  # timm: and hf: are not files
         start = start.absolute()
     config = config.replace(data=place, data_root=root and root.absolute(), init_from=start)
     loader = make_loader(
@@ -211,7 +211,7 @@ def assemble(config: Config, objects: Objects, opened: ExitStack) -> Parts:
 
 
 def _check_channels(config: Config, backbone: Backbone, loader: Loader, source: Source) -> None:
-    """Raise a UsageError unless the network takes the images that it will be given."""
+    """Raise a UsageError unless the network takes images with these channels."""
     given = {"the views": loader.channels}
     if config.run.eval_every and source.test is not None:
         given["the images of an evaluation (--eval-every 0 makes none)"] = source.test.format.channels
@@ -223,7 +223,7 @@ def _check_channels(config: Config, backbone: Backbone, loader: Loader, source: 
 
 
 def _check_sizes(backbone: Backbone, arch: str, sizes: Collection[int]) -> None:
-    """Refuse views of sizes that the network does not take: one that was built for one size, as most ViTs."""
+    """Refuse view sizes that the network does not take; most ViTs are built for one size."""
     if sizes:
         trial, device = copy.deepcopy(backbone).eval(), next(backbone.parameters()).device
         for side in sizes:
@@ -234,7 +234,7 @@ def _check_sizes(backbone: Backbone, arch: str, sizes: Collection[int]) -> None:
 def _online(
     settings: RunConfig, source: Source, method: Method[Any], batch: int, device: torch.device
 ) -> OnlineLinear | None:
-    """The linear classifier that is trained along, if it is asked for."""
+    """The online linear classifier, if requested."""
     if not settings.online_linear:
         return None
     if source.train.labels is None:
@@ -245,7 +245,7 @@ def _online(
 def built_in(
     parts: Parts, metrics: listeners.JsonLines, keep_best: Callable[[int, str, float], None]
 ) -> tuple[list[Any], list[Any]]:
-    """The hooks that the settings ask for: those that come before the user's, and those that come after."""
+    """The built-in hooks according to the settings, those before and those after the hooks of the user."""
     settings, source = parts.config.run, parts.source
     before: list[Any] = [
         listeners.LeftOut(parts.broken, lambda: parts.loader.broken | unreadable(source)),

@@ -1,7 +1,7 @@
 """The checkpoints that a run resumes from.
 
-``checkpoint.pt`` is the newest, ``checkpoint-STEP.pt`` are those before it. A new one is written beside them and takes
-its name when it is safely on the disk; whatever happens in between, a whole one is there.
+``checkpoint.pt`` is the newest, and ``checkpoint-STEP.pt`` are earlier ones. A new checkpoint is written beside them,
+and renamed once it is safely on the disk; at any time a complete one exists.
 """
 
 from __future__ import annotations
@@ -27,18 +27,18 @@ CONTENT = {"config": dict, "step": int, "random": list, "method": dict}
 
 
 def older(out: Path) -> list[tuple[int, Path]]:
-    """(step, file) of the checkpoints before the newest, the latest first."""
+    """(step, file) of the earlier checkpoints, latest first."""
     found = ((re.fullmatch(r"checkpoint-(\d+)\.pt", path.name), path) for path in out.glob("checkpoint-*.pt"))
     return sorted(((int(match[1]), path) for match, path in found if match), reverse=True)
 
 
 def own(out: Path) -> list[Path]:
-    """The checkpoints in a run folder, the newest first."""
+    """The checkpoints in a run folder, newest first."""
     return [file for file in (out / NAME, *(file for _, file in older(out))) if file.is_file()]
 
 
 def locate(path: Path) -> Path:
-    """Return the checkpoint that a run folder, for which it is the newest, or a file stands for.
+    """Return the checkpoint of a path: the newest of a run folder, or the file itself.
 
     Raises:
         UsageError: there is none.
@@ -53,7 +53,7 @@ def locate(path: Path) -> Path:
 
 
 def load(path: Path) -> dict[str, Any]:
-    """Read a checkpoint onto the CPU. Only plain data is read: no code in the file can run.
+    """Read a checkpoint to the CPU. Only plain data is read; no code in the file can run.
 
     Raises:
         UsageError: there is no such file, or it is damaged or not a checkpoint of fastrm.
@@ -72,27 +72,27 @@ def load(path: Path) -> dict[str, Any]:
 
 
 class Glance(NamedTuple):
-    """What a checkpoint says of its run without reading the tensors."""
+    """Information in a checkpoint that can be read without its tensors."""
 
     format: PixelFormat | None
-    """How the run takes its images; None where a callable made views of them."""
+    """The format of the run's images; None if a callable makes the views."""
     batch: int | None
-    """Images an optimizer step, over all processes."""
+    """Images per optimizer step over all processes."""
 
 
 def glanced(path: Path) -> Glance | None:
-    """Look at a checkpoint; None where it cannot be read, which is said when it is loaded."""
+    """Read this information from a checkpoint; None if it cannot be read, which is reported when it is loaded."""
     try:
         state = torch.load(locate(path), mmap=True, weights_only=True, map_location="cpu")
         format, batch = PixelFormat.of(state.get("pixels")), state["config"].get("batch_size")
-    except Exception:  # whatever a damaged file, or one of something else, makes torch raise
+    except Exception:  # torch raises various errors for damaged or foreign files
         return None
     return Glance(format if format.limits else None, batch if isinstance(batch, int) else None)
 
 
 @contextmanager
 def fitting(path: Path) -> Iterator[None]:
-    """Say in one line that what a checkpoint holds is not what its settings build."""
+    """Report in one line that the content of a checkpoint does not fit what its settings build."""
     try:
         yield
     except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
@@ -102,7 +102,7 @@ def fitting(path: Path) -> Iterator[None]:
 
 
 def checksum(state: Mapping[str, Any]) -> str:
-    """SHA-256 of everything in a checkpoint, by name, in order."""
+    """SHA-256 of the whole content of a checkpoint, by name, in order."""
     digest = hashlib.sha256()
 
     def add(value: Any) -> None:

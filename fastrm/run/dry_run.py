@@ -1,4 +1,4 @@
-"""What a run would take, from a few real steps, of which nothing is kept."""
+"""Estimates the memory and time of a run from a few real steps, of which nothing is kept."""
 
 from __future__ import annotations
 
@@ -20,22 +20,22 @@ from fastrm.terminal.progress import spelled
 
 TIMED = 3
 LONGEST = 20.0
-"""Seconds after which no further step is made, if one was timed."""
+"""Seconds after which no further step is made, once one was timed."""
 
 
 def dry_run(parts: Parts) -> dict[str, Any]:
-    """Make real steps, and say and return what memory and time they take; nothing is written.
+    """Make real steps, then print and return their memory and time; nothing is written.
 
-    The first steps make what is made once. Loader processes work ahead, so that the batches that they had ready when
-    a step began would hide what they take: the time is that of steps after those.
+    The first steps include one-time work. Loader processes work ahead, and batches that were ready when a step began
+    would hide the time of loading, so only later steps are timed.
 
     Returns:
-        In the first process ``peak_memory`` (bytes, of the process that took most), ``step_seconds``,
+        In the first process, ``peak_memory`` (bytes, the maximum over the processes), ``step_seconds``,
         ``first_step_seconds``, ``epoch_seconds``, ``run_seconds``, ``steps_per_epoch``, ``images_per_epoch``,
-        ``images_per_second``, ``steps``; else nothing.
+        ``images_per_second``, ``steps``; in other processes, nothing.
 
     Raises:
-        UsageError: the output folder does not allow the run.
+        UsageError: the output folder cannot be used.
     """
     folder.claim(parts.out)
     parts.say(f"data       {parts.source.about}")
@@ -54,7 +54,7 @@ def dry_run(parts: Parts) -> dict[str, Any]:
             schedule.at(step),
             measure=False,
         )
-        skipped = step_once.check(step + 1)  # which waits for the device
+        skipped = step_once.check(step + 1)  # waits for the device
         if step == 0:
             first = time.perf_counter() - begin
         if step >= once:

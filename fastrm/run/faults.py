@@ -1,4 +1,4 @@
-"""What the machine does to a run, said in one line."""
+"""Reports faults of the machine in one line."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ LOWER = (
     "Lower --batch-size, or raise --accumulate, which takes fewer images at a time, or lower --image-size; on the host "
     "--workers too. What was saved before stays"
 )
-"""What to do where memory does not suffice."""
+"""Advice if memory does not suffice."""
 
 
 @contextmanager
 def faults(out: Path, world: World, *, resumes: bool) -> Iterator[None]:
-    """Say in one line what the machine did to the run.
+    """Report in one line a fault of the machine that ended the run.
 
     Args:
         out: the run folder.
-        world: this process among all.
-        resumes: whether the same command goes on from what was saved.
+        world: the processes of the run.
+        resumes: whether the same command continues from the saved state.
 
     Raises:
-        TrainingError: in place of errors of the disk, of loader processes and of other processes.
+        TrainingError: instead of errors of the disk, of loader processes and of other processes.
     """
     kept = "what was saved before stays, and " + again(resumes)
     loader_ended = (
@@ -37,7 +37,7 @@ def faults(out: Path, world: World, *, resumes: bool) -> Iterator[None]:
     )
     try:
         yield
-    except (ConnectionError, EOFError):  # of the pipe from a loader process: it can break before torch sees the death
+    except (ConnectionError, EOFError):  # the pipe from a loader process may break before torch notices its death
         raise TrainingError(loader_ended) from None
     except OSError as error:
         if exhausted(error):
@@ -48,11 +48,11 @@ def faults(out: Path, world: World, *, resumes: bool) -> Iterator[None]:
             raise
         if world.size > 1 and (isinstance(error, dist.DistError) or "gloo" in str(error)):
             raise TrainingError(f"another process ended, or cannot be reached any more; {kept}") from None
-        if "DataLoader worker (pid" in str(error):  # torch's signal handler raises it wherever the run happens to be
+        if "DataLoader worker (pid" in str(error):  # torch's signal handler raises it anywhere in the run
             raise TrainingError(loader_ended) from None
         raise
 
 
 def again(resumes: bool) -> str:
-    """Which command goes on from what was saved."""
+    """The command that continues from the saved state."""
     return "the same command goes on from there" if resumes else "the same command without --resume never goes on"

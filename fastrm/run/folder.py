@@ -1,4 +1,4 @@
-"""The run folder: no file of others is touched, one run at a time has it, and a fresh run clears its own away."""
+"""The run folder: one run at a time uses it, foreign files are not touched, and a fresh run removes old results."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from fastrm.machine.lock import Lock
 
 @contextmanager
 def held(out: Path) -> Iterator[Lock]:
-    """Have a run folder to oneself; to be entered in all processes, of which the first holds the lock.
+    """Hold a run folder exclusively. Enter this in all processes; the first one holds the lock.
 
     Raises:
-        UsageError: the folder holds what fastrm would write over and did not write, another run has it, or it cannot
-            be made. It is raised in all processes, and nothing was written.
+        UsageError: the folder has files that fastrm would overwrite but did not write, another run holds it, or it
+            cannot be created. All processes raise it, and nothing was written.
     """
     lock, problem = Lock(out), None
     if world().rank == 0:
@@ -43,7 +43,7 @@ def held(out: Path) -> Iterator[Lock]:
 
 
 def claim(out: Path) -> None:
-    """Raise a UsageError if ``out`` has a file or folder of a name that fastrm writes and that it did not write."""
+    """Raise a UsageError if ``out`` has a file or folder with a name that fastrm uses but that fastrm did not write."""
     if as_utf8(str(out)) != str(out):
         raise UsageError(f"--out {as_utf8(str(out))} is no UTF-8, which TensorBoard and the profiler ask of a path")
     with writing(out):
@@ -53,7 +53,7 @@ def claim(out: Path) -> None:
 
 
 def prepare(out: Path, settings: dict[str, Any], *, fresh: bool) -> None:
-    """Write ``config.json`` into a folder that is held; a fresh run takes the place of an older one."""
+    """Write ``config.json`` into a folder that is held; a fresh run replaces an older one."""
     with writing(out):
         if fresh:
             board = out / own.TENSORBOARD
@@ -61,18 +61,19 @@ def prepare(out: Path, settings: dict[str, Any], *, fresh: bool) -> None:
             old += [path for path in board.iterdir() if own.events(path)] if board.is_dir() else []
             for path in old:
                 path.unlink()
-            with contextlib.suppress(OSError):  # where something else is in it, it stays
+            with contextlib.suppress(OSError):  # it stays if it has other content
                 board.rmdir()
         written = ("checkpoint.pt", "backbone.safetensors", "summary.json", "metrics.jsonl", "skipped.txt")
         for name in (*written, own.BEST, own.BEST_SCORE):
-            (out / f".{name}.partial").unlink(missing_ok=True)  # which a run that was killed left half written
+            (out / f".{name}.partial").unlink(missing_ok=True)  # left incomplete by a killed run
         write_json(out / "config.json", settings)
 
 
 def short_of_space(out: Path, method: nn.Module, keep: int) -> str | None:
-    """What to tell the person at the start if the checkpoints that are kept will hardly fit on the disk.
+    """A warning for the start of the run if its checkpoints may not fit on the disk.
 
-    One more is written before the oldest goes. The optimizer's part is taken for one copy of the trained weights.
+    One more checkpoint is written before the oldest is removed. The optimizer state is estimated as one copy of the
+    trained weights.
     """
     size = sum(value.numel() * value.element_size() for value in method.state_dict().values())
     size += sum(weight.numel() * weight.element_size() for weight in method.parameters() if weight.requires_grad)

@@ -13,15 +13,15 @@ from fastrm.optim.groups import scaled
 from fastrm.run.step import Step
 
 EAGER = 2
-"""Steps of either kind, measured or not, before one is captured: they make the state and compile the kernels."""
+"""Steps of each kind, measured or not, before the capture; they create the state and compile the kernels."""
 
 
 class GraphedStep(Step):
-    """A :class:`fastrm.run.step.Step` that is captured once and replayed: the same numbers, in one launch.
+    """A :class:`fastrm.run.step.Step` that is captured once and replayed in one launch, with the same numbers.
 
-    What changes from step to step lies in tensors that stay where they are: the images, which are copied there, the
-    learning rate, the teacher's momentum and the residual term's weight. A step that is measured is a graph of its own.
-    What a step returns is overwritten by the next.
+    Values that change from step to step are in tensors at fixed addresses: the images, which are copied there, the
+    learning rate, the teacher's momentum and the residual weight. Steps with and without measuring are separate graphs.
+    The next step overwrites the returned tensors.
     """
 
     def __init__(self, *args: Any, **options: Any) -> None:
@@ -50,7 +50,7 @@ class GraphedStep(Step):
             return self._beside(measure)
         if measure not in self.captured:
             graph = torch.cuda.CUDAGraph()
-            # Records, and runs nothing; threads that load images may go on meanwhile.
+            # This records and runs nothing; threads that load images may continue meanwhile.
             with torch.cuda.graph(graph, capture_error_mode="thread_local"):
                 outputs = super()._run(self.images, measure)
             self.captured[measure] = graph, outputs
@@ -59,7 +59,7 @@ class GraphedStep(Step):
         return outputs
 
     def _beside(self, measure: bool) -> list[StepOutput]:
-        """Run on a stream that is not the default one, as what is to be captured has to."""
+        """Run on a side stream, as required before a capture."""
         self.stream.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(self.stream):
             outputs = super()._run(self.images, measure)

@@ -1,4 +1,4 @@
-"""The images of a run, as its settings or an earlier run want them."""
+"""Opens the images of a run, according to its settings or an earlier run."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from fastrm.settings.config import Config
 
 
 def opened(data: Any, config: Config, workers: int) -> Opened:
-    """The images, without those that cannot be read, and what is wrong with these.
+    """Open the readable images, and list the others with the reason.
 
     Args:
-        data: an object of a script's, or None for what the settings say.
+        data: a Python object, or None for the data in the settings.
         config: settings of the run.
-        workers: loader processes of each process; as many threads of all read files here, since the others wait.
+        workers: loader processes per process; all of them read files here as threads, since other processes wait.
     """
     settings, broken = config.input, dict[str, str]()
-    keep = not config.run.dry_run  # what is found in a folder and its files is kept, and a dry run writes nothing
+    keep = not config.run.dry_run  # the list of files is cached, and a dry run writes nothing
     source = open_source(
         settings.data if data is None else data,
         settings.data_root,
@@ -35,7 +35,7 @@ def opened(data: Any, config: Config, workers: int) -> Opened:
     threads = workers * on_this_machine()
     if settings.scan and keep:
         source, broken = scan(source, workers=threads)
-    # Whatever is in the folder of data by now, a run goes on with its images taken as they were.
+    # A continued run keeps the format of its images, whatever the data folder has by now.
     before = _before(config, source)
     if before is not None and before.format is not None:
         source = formatted(source, before.format)
@@ -50,7 +50,7 @@ def folder_of(config: Config, source: Source) -> Path:
 
 
 def _before(config: Config, source: Source) -> checkpoint.Glance | None:
-    """What a checkpoint of the run that is to go on says; of a run's own a damaged one gives way to those before."""
+    """Information from the checkpoint to continue from; if a run's own checkpoint is damaged, from an earlier one."""
     wish = config.run.resume
     if wish == "never":
         return None

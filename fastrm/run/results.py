@@ -1,4 +1,4 @@
-"""What a complete run leaves in its folder: ``summary.json`` and the student's backbone."""
+"""Writes the results of a complete run: ``summary.json`` and the student's backbone."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ SUMMARY = "summary.json"
 
 
 class Results:
-    """The results of a run. What they say besides its scores is put together at once, so that it cannot fail later.
+    """The results of a run. Everything but the scores is collected at once, so that it cannot fail later.
 
     Args:
         out: the run folder.
-        config: settings of the run, resolved.
-        source: its images.
-        format: how they become what the network is given.
+        config: resolved settings of the run.
+        source: images of the run.
+        format: their conversion to the input of the network.
     """
 
     def __init__(self, out: Path, config: Config, source: Source, format: PixelFormat) -> None:
@@ -48,10 +48,10 @@ class Results:
         }
 
     def write(self, student: Backbone, latest: Mapping[str, Any]) -> dict[str, Any]:
-        """Leave the student's backbone in timm's names, and the summary, which says which step the results are of.
+        """Write the student's backbone in timm's names, and the summary, which names the step of the results.
 
         Returns:
-            What the summary holds.
+            The content of the summary.
         """
         write_backbone(self.out / BACKBONE, student, self._weights)
         write_json(self.out / SUMMARY, {**latest, **self._about})
@@ -59,7 +59,7 @@ class Results:
 
 
 def complete(out: Path, step: int) -> bool:
-    """Whether a run folder holds the results of a run that ended after ``step`` steps."""
+    """Whether a run folder has the results of a run of ``step`` steps."""
     path = out / SUMMARY
     if not path.is_file():
         return False

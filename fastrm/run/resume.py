@@ -1,4 +1,4 @@
-"""Where a run goes on: the checkpoint that ``--resume`` asks for, held against the settings and the images of now."""
+"""Finds the checkpoint for ``--resume``, and compares it with the current settings and images."""
 
 from __future__ import annotations
 
@@ -18,36 +18,36 @@ from fastrm.run.checkpoint import fitting, load, locate, own
 from fastrm.run.saver import Stateful
 from fastrm.settings.config import Config, flag
 
-# Settings that may differ between a run and its continuation, since they do not change what is learned.
+# Settings that may differ between a run and its continuation, because they do not change the result.
 FREE_ON_RESUME = frozenset(
     {"max_steps", "log_every", "profile", "eval_every", "eval_images", "verify_every", "log_to"}
     | {"checkpoint_every", "checkpoint_minutes", "keep", "keep_every", "keep_best"}
     | {"out", "resume", "recipe", "device", "compile", "cuda_graph", "channels_last", "kernels", "loader", "scan"}
     | {"checkpoint_activations", "workers", "allow_changed_data", "dry_run"}
-    | {"data", "data_root", "image_column", "label_column"}  # of the images their inventory is compared
-    | {"augmentation"}  # and every number of the views that it stands for
+    | {"data", "data_root", "image_column", "label_column"}  # the inventory of the images is compared instead
+    | {"augmentation"}  # every number of its views is compared instead
 )
 
 OLD_ONLINE = "fastrm.hooks.online.Online"
-"""The hook whose state was a part of its own, ``online``, in checkpoints that were written before there were hooks."""
+"""The hook whose state is stored as ``online`` in checkpoints from before there were hooks."""
 
 
 def origin(wish: str, out: Path) -> Path:
-    """The run folder that a run with this ``--resume`` goes on from."""
+    """The run folder that a run with this ``--resume`` continues from."""
     return out if wish in ("auto", "never") else locate(Path(wish)).parent
 
 
 class Start(NamedTuple):
-    """Where a run goes on."""
+    """Where a run starts or continues."""
 
     step: int
-    """Steps that are done."""
+    """Number of steps so far."""
     images: Inventory
-    """What is trained on, at its place in the run."""
+    """The training images, with the position in the run."""
     notes: tuple[str, ...] = ()
-    """What is to be said of it, a sentence each."""
+    """Messages for the user, one sentence each."""
     settings: Mapping[str, Any] = MappingProxyType({})
-    """What holds in place of what was given: the warm-up of a run that is made longer."""
+    """Settings that replace the given ones, such as the warm-up of an extended run."""
 
 
 def resume(
@@ -57,22 +57,21 @@ def resume(
     parts: Mapping[str, Stateful],
     augmentation: Augmentation | None = None,
 ) -> Start:
-    """Load the checkpoint that ``--resume`` asks for into ``parts`` and say where the run goes on; at 0 without one.
+    """Load the checkpoint for ``--resume`` into ``parts``, and return the start of the run; step 0 without one.
 
-    A run whose epochs are over goes on if more of them are asked for.
-
-    With ``auto`` a damaged newest checkpoint is passed over, with a notice, for the one before it.
+    A finished run continues if it gets more epochs. With ``auto``, a damaged newest checkpoint is skipped with a
+    notice.
 
     Args:
-        now: settings by name, resolved.
+        now: resolved settings by name.
         out: the run folder.
-        images: what is trained on.
-        parts: what has a state, by name.
-        augmentation: how views are made; None for a callable, which is not compared.
+        images: the training images.
+        parts: objects with a state, by name.
+        augmentation: augmentation; None for a callable, which is not compared.
 
     Raises:
-        UsageError: there is no such checkpoint, all are damaged, it is of a run with other settings, or of one on other
-            images and ``--allow-changed-data`` is not given.
+        UsageError: there is no such checkpoint, all are damaged, or it is from a run with other settings, or with other
+            images and without ``--allow-changed-data``.
     """
     wish, there = now["resume"], own(out)
     if wish == "never" or (wish == "auto" and not there):
@@ -104,13 +103,13 @@ def resume(
 def _same_settings(
     path: Path, state: Mapping[str, Any], now: Mapping[str, Any], steps_per_epoch: int, *, elastic: bool
 ) -> Mapping[str, Any]:
-    """Hold the settings against those of a checkpoint, and return what of those stays although another is given.
+    """Compare the settings with those of a checkpoint, and return the settings of the checkpoint that stay in effect.
 
-    Where the number of processes is another one (``elastic``) the batch may be too.
+    If the number of processes differs (``elastic``), the batch size may differ too.
     """
-    then = Config().flat() | state["config"]  # settings that are newer than the checkpoint had their defaults
+    then = Config().flat() | state["config"]  # settings that are newer than the checkpoint
     free = FREE_ON_RESUME if "images" in state or now["allow_changed_data"] else FREE_ON_RESUME - {"data"}
-    if "augmentation" not in state and not str(now["augmentation"]).startswith("<"):  # objects were not recorded then
+    if "augmentation" not in state and not str(now["augmentation"]).startswith("<"):  # objects were not recorded
         free -= {"augmentation"}
     if elastic:
         free |= {"batch_size", "accumulate"}
@@ -131,7 +130,7 @@ def _same_settings(
 
 
 def _elsewhere(state: Mapping[str, Any], now: Mapping[str, Any], start: Start) -> str:
-    """What changes in a run that goes on in another number of processes."""
+    """Describe the changes in a run that continues with another number of processes."""
     then, processes, size = state["config"], len(state["random"]), world().size
     words = f"the run was in {processes} processes, and goes on in {size}, which draw other views of the same images"
     changed = [name for name in ("batch_size", "accumulate") if now[name] != then[name]]
@@ -143,7 +142,7 @@ def _elsewhere(state: Mapping[str, Any], now: Mapping[str, Any], start: Start) -
 
 
 def _same_views(path: Path, state: Mapping[str, Any], augmentation: Augmentation | None) -> None:
-    """Hold the views against those of a checkpoint; older ones do not say theirs."""
+    """Compare the views with those of a checkpoint; older checkpoints have none."""
     if augmentation is None or state.get("augmentation") is None:
         return
     with fitting(path):
@@ -163,7 +162,7 @@ def _same_file(then: object, now: str) -> bool:
 
 
 def _compared(path: Path, state: Mapping[str, Any], now: Mapping[str, Any], images: Inventory) -> Start:
-    """Hold the images against those of a checkpoint."""
+    """Compare the images with those of a checkpoint."""
     step: int = state["step"]
     if "images" not in state:
         note = f"{path.name} is of an older version: whether the images are the same is not known"
@@ -182,7 +181,7 @@ def _compared(path: Path, state: Mapping[str, Any], now: Mapping[str, Any], imag
 
 
 def _first_sound(files: list[Path]) -> tuple[Path, dict[str, Any]]:
-    """The newest of a run's checkpoints that can be read."""
+    """The newest readable checkpoint of a run."""
     for path, before in zip(files, [*files[1:], None], strict=True):
         try:
             return path, load(path)

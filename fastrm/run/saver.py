@@ -1,4 +1,4 @@
-"""How checkpoints are written: in the background, whole, and the oldest goes."""
+"""Writes checkpoints in the background, atomically, and removes the oldest."""
 
 from __future__ import annotations
 
@@ -21,24 +21,24 @@ from fastrm.version import __version__
 
 
 class Stateful(Protocol):
-    """Modules, optimizers and scalers."""
+    """Objects with a state: modules, optimizers and scalers."""
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state."""
 
     def load_state_dict(self, state_dict: Any, /) -> Any:
-        """Take a state over."""
+        """Restore a state."""
 
 
 class Saver:
-    """The checkpoints of a run folder; written in the background, so that a step waits for a copy in memory at most.
+    """The checkpoints of a run folder. They are written in the background; a step waits only for a copy in memory.
 
     Args:
         out: the run folder.
-        parts: what has a state, by name.
-        keep: checkpoints that stay, the newest among them.
-        keep_every: besides, all whose step is a multiple of this stay.
-        before: is called before each, in the first process.
+        parts: objects with a state, by name.
+        keep: number of newest checkpoints to keep.
+        keep_every: also keep all whose step is a multiple of this.
+        before: called before each checkpoint, in the first process.
     """
 
     def __init__(
@@ -57,24 +57,24 @@ class Saver:
         self._fault: BaseException | None = None
 
     def goes_on(self, step: int, settings: dict[str, Any], images: Stateful, **about: dict[str, Any] | None) -> None:
-        """Say what is the same in all checkpoints from here on.
+        """Set the content that all following checkpoints share.
 
         Args:
-            step: the step that the newest one in the folder is of; 0 without one.
-            settings: of the run, resolved, by name.
-            images: that it trains on.
-            about: ``pixels``, how they are taken, and ``augmentation``, how views are made, by their ``plain``.
+            step: step of the newest checkpoint in the folder; 0 without one.
+            settings: resolved settings of the run, by name.
+            images: the training images.
+            about: ``pixels``, the format of the images, and ``augmentation``, both from their method ``plain``.
         """
         self.newest, self.parts["images"] = step, images
         self.same = {"config": settings, **about}
 
     def save(self, step: int) -> Path:
-        """Save all that an exact resume needs, and return where; to be called in all processes.
+        """Save the state for an exact resume, and return the path. Call this in all processes.
 
-        Loaders need nothing: their batches follow from the seed and the step.
+        Loaders have no state: their batches follow from the seed and the step.
 
         Raises:
-            TrainingError: the checkpoint before this could not be written.
+            TrainingError: the previous checkpoint could not be written.
         """
         random = {"cpu": torch.get_rng_state()}
         if torch.cuda.is_available():
@@ -100,9 +100,9 @@ class Saver:
             self._fault = error
 
     def _rotate(self) -> None:
-        """Give the newest the name of one before, when the next is whole."""
+        """Rename the newest checkpoint to an earlier one, when the next is complete."""
         name = self.out / f"checkpoint-{self.newest}.pt"
-        # Where the name is taken, the run went on from there, since what is called the newest is damaged.
+        # If the name exists, the run continued from that file because the newest was damaged.
         if self.newest and (self.out / NAME).is_file() and not name.exists():
             os.replace(self.out / NAME, name)
 
@@ -112,7 +112,7 @@ class Saver:
                 path.unlink(missing_ok=True)
 
     def wait(self) -> None:
-        """Wait until what was saved is on the disk.
+        """Wait until the saved checkpoint is on the disk.
 
         Raises:
             TrainingError: it could not be written.
@@ -129,12 +129,12 @@ class Saver:
             )
 
     def keep_best(self, step: int, score: str, value: float) -> None:
-        """Keep the checkpoint that was saved last as the best one, if no step before it scored better.
+        """Keep the last saved checkpoint as the best one, unless an earlier one has a better score.
 
         Args:
-            step: that it is of.
+            step: step of the checkpoint.
             score: name of the score.
-            value: of it; more is better.
+            value: value of the score; higher is better.
         """
         self.wait()
         best = self.out / BEST_SCORE
@@ -146,13 +146,13 @@ class Saver:
         write_json(best, {MARK: __version__, "step": step, "score": score, "value": value})
 
     def close(self) -> None:
-        """Wait, and leave faults unsaid: another error is on its way."""
+        """Wait, and ignore errors, because another error is being raised."""
         if self._writer is not None:
             self._writer.join()
 
 
 def _same(file: Path, name: Path) -> None:
-    """Give a file a second name, or a copy where the file system has no such thing."""
+    """Link a file to a second name, or copy it if the file system has no links."""
     name.unlink(missing_ok=True)
     try:
         os.link(file, name)
@@ -161,7 +161,7 @@ def _same(file: Path, name: Path) -> None:
 
 
 def _copied(value: Any) -> Any:
-    """A copy on the CPU of what training goes on to change."""
+    """A copy on the CPU of values that training will change."""
     if isinstance(value, Tensor):
         return value.detach().to("cpu", copy=True)
     if isinstance(value, Mapping):

@@ -1,4 +1,4 @@
-"""A run in its folder: what is found there, what is written there, and what all processes agree on."""
+"""A run in its folder: start or resume, requests of signals and hooks, and results."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ from fastrm.settings.config_file import VIEWS
 
 @dataclass(frozen=True)
 class Session:
-    """A run that is ready to go on.
+    """A run that is ready to train.
 
     Attributes:
-        run, hooks: the handle, and those that listen.
-        finished: whether the folder holds this run complete; nothing is written then.
-        lock, results: what :meth:`agree` and :meth:`finish` need.
-        resumes: whether the same command goes on.
+        run, hooks: the object that hooks get, and the hooks.
+        finished: whether the folder has the complete run; then nothing is written.
+        lock, results: used by :meth:`agree` and :meth:`finish`.
+        resumes: whether the same command continues the run.
     """
 
     run: Run
@@ -45,17 +45,17 @@ class Session:
     resumes: bool
 
     def agree(self) -> bool:
-        """Do what signals and hooks asked for, in any process and so in all; return whether the run is to end.
+        """Do in all processes what signals and hooks of any process requested; return whether the run ends.
 
         Raises:
-            Stopped: a signal ended the run, which has saved.
+            Stopped: a signal ended the run after saving.
             TrainingError: a hook failed in another process.
         """
         self.lock.check()
         asked = self.run.asked()
         ends = self.run.step >= self.run.total_steps or asked.stop or asked.failed or asked.end != 0
         if asked.save or ends:
-            self.run.save(wait=ends)  # whatever happens from here on, the steps are safe
+            self.run.save(wait=ends)  # the steps are safe from here on
         if asked.failed and self.hooks.fault is None:
             raise TrainingError(f"a hook failed in another process, after step {self.run.step}, which is saved")
         if asked.end:
@@ -64,17 +64,17 @@ class Session:
         return ends
 
     def finish(self) -> dict[str, Any]:
-        """Write the results in the first process, and return in all what ``summary.json`` holds."""
+        """Write the results in the first process; return the content of ``summary.json`` in all."""
         summary = {} if self.run.rank else self.results.write(self.run.student, self.run.latest)
         found: dict[str, Any] = gather_objects(summary)[0]
         return found
 
 
 def begin(parts: Parts, theirs: Iterable[Any], opened: ExitStack) -> Session:
-    """Take the run's folder, find out where the run goes on, and say so.
+    """Lock the run folder, find out where the run continues, and report it.
 
     Raises:
-        UsageError: the folder is another's, or its run has other settings, images or processes.
+        UsageError: another run holds the folder, or its run has other settings, images or processes.
     """
     config, out, world, wish = parts.config, parts.out, parts.machine.world, parts.config.run.resume
     lock = opened.enter_context(folder.held(out))
@@ -142,7 +142,7 @@ def begin(parts: Parts, theirs: Iterable[Any], opened: ExitStack) -> Session:
 
 
 def _say(parts: Parts, begun: Start, run: Run, ended: bool) -> None:
-    """What was found, what will be used, and what may go wrong."""
+    """Report what was found, what will be used, and what may go wrong."""
     start = run.step
     lines = [("data", parts.source.about), *(("notice", note) for note in begun.notes)]
     if begun.settings:

@@ -1,4 +1,4 @@
-"""One optimizer step: micro-batches, loss, backward, the guard, the optimizer with the teacher, and the queues."""
+"""One optimizer step: micro-batches, loss, backward pass, check for finite gradients, optimizer and queues."""
 
 from __future__ import annotations
 
@@ -48,15 +48,15 @@ class Output(NamedTuple):
 class Step:
     """One optimizer step of a run.
 
-    A step whose gradient is not finite moves nothing: neither student, teacher, optimizer state, BatchNorm's running
-    statistics nor queue. On a GPU the host does not wait to see whether it was: the flag stays on the device, and is
-    read when something is logged.
+    A step whose gradient is not finite changes nothing: neither student, teacher, optimizer state, BatchNorm's running
+    statistics nor queue. On a GPU the host does not wait to know: the flag stays on the device, and is read when
+    values are logged.
 
     Args:
         method: student, teacher and queues, on their device.
-        optimizer: moves the student, and the teacher in the same step.
+        optimizer: updates the student, and the teacher in the same step.
         precision: ``"bf16"``, ``"fp16"`` or ``"fp32"``.
-        accumulate: micro-batches a step.
+        accumulate: micro-batches per step.
         clip_norm: largest norm of the whole gradient; None does not limit it.
         layout: memory format of the images.
     """
@@ -79,7 +79,7 @@ class Step:
         self.autocast = AUTOCAST.get(precision)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=precision == "fp16")
         self.skipped = torch.zeros((), device=self.device)
-        """Steps of this process's life that were skipped."""
+        """Number of skipped steps since the start of this process."""
         self.in_a_row = torch.zeros((), device=self.device)
         self.residual_weight = torch.zeros((), device=self.device)
         self.statistics = _one_tensor(method)
@@ -92,7 +92,7 @@ class Step:
         *,
         measure: bool,
     ) -> list[Output]:
-        """Make a step on ``accumulate`` micro-batches; ``measure`` also gives what training does not need."""
+        """Make a step on ``accumulate`` micro-batches; ``measure`` adds values that training does not need."""
         self.residual_weight.fill_(rates.residual_weight)
         self._set(rates.lr, rates.teacher_momentum)
         taken: list[Batch] = []
@@ -143,7 +143,7 @@ class Step:
         return self.scaler.scale(loss / self.accumulate)
 
     def _move(self) -> Tensor:
-        """Clip, step unless the gradient is not finite, and say with 1 or 0 whether it was not."""
+        """Clip, and step if the gradient is finite; return 1 if it is not, otherwise 0."""
         self.scaler.unscale_(self.optimizer)
         grads = [p.grad for p in self.params if p.grad is not None]
         norm = torch.nn.utils.get_total_norm(grads)
@@ -170,7 +170,7 @@ class Step:
             return verify(self.method, arranged, self.residual_weight, scaled=self._scaled)
 
     def check(self, done: int) -> int:
-        """Steps that were skipped so far; the host waits for the device.
+        """Number of skipped steps so far; the host waits for the device.
 
         Raises:
             TrainingError: the last ten were.

@@ -1,7 +1,7 @@
-"""Every setting of a run: one frozen dataclass tree, whose leaves are the command line's flags.
+"""Every setting of a run: a tree of frozen dataclasses, whose leaves are the flags of the command line.
 
-A leaf's type says all that it may be. The leaves' names are unique across the groups, so that a recipe, a flag or a
-keyword of :func:`fastrm.settings.config.build` needs no group.
+The type of a leaf defines its valid values. The names of the leaves are unique across the groups, so a recipe, a flag
+or a keyword of :func:`fastrm.settings.config.build` needs no group.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ Workers = Annotated[int, Range(at_least=0, at_most=256)]
 
 
 def methods() -> Any:
-    """The package of the methods, which knows their names and published settings; it imports the settings."""
+    """The package of the methods, with their names and published settings; it imports this module."""
     from fastrm import methods
 
     return methods
@@ -177,7 +177,7 @@ class OptimConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class DeviceConfig:
-    """What computes, and in which precision."""
+    """Device, precision and compilation."""
 
     device: Literal["auto", "cuda", "cpu"] = "auto"
     """Device to train on. auto is the GPU if there is one."""
@@ -201,7 +201,7 @@ class DeviceConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class RunConfig:
-    """What is logged, kept and repeated."""
+    """Logging, evaluations, checkpoints and the run folder."""
 
     recipe: str | None = None
     """Named set of published settings, which flags override; docs/recipes.md lists them."""
@@ -256,7 +256,7 @@ class Config:
     run: RunConfig = field(default_factory=RunConfig)
 
     def flat(self) -> dict[str, Any]:
-        """All leaves by name, with paths as text: what config.json holds."""
+        """All leaves by name, with paths as strings, as in config.json."""
         groups = (getattr(self, group.name) for group in dataclasses.fields(self))
         leaves = {leaf.name: getattr(group, leaf.name) for group in groups for leaf in dataclasses.fields(group)}
         return {name: _plain(value) for name, value in leaves.items()}
@@ -280,7 +280,7 @@ class Config:
 
 
 def _plain(value: Any) -> Any:
-    """A setting as JSON has it."""
+    """A setting as a JSON-compatible value."""
     if isinstance(value, Path):
         return str(value)
     return list(value) if isinstance(value, tuple) else value

@@ -1,4 +1,4 @@
-"""The command line of a training: flags above a file, a file above the defaults of what is chosen."""
+"""The command line of a training run: flags override a file, and the file overrides the defaults."""
 
 from __future__ import annotations
 
@@ -24,21 +24,21 @@ class Flags(Config):
     """Pre-train an image backbone with a momentum method and residual momentum."""
 
     config: Path | None = None
-    """A file of settings, which flags override: a run's config.json, of which out and resume are not taken over, or
-    TOML, as in: lr = 0.3"""
+    """File with settings, which flags override. It is a TOML file with lines such as lr = 0.3, or the config.json of a
+    run, whose out and resume are not taken over."""
 
 
 def read_flags(argv: Sequence[str] | None) -> Config:
     """Settings from the command line.
 
     Raises:
-        UsageError: a flag, or what is in the file that ``--config`` names, is wrong.
+        UsageError: a flag, or the content of the ``--config`` file, is wrong.
     """
     given = list(_short_forms(sys.argv[1:] if argv is None else argv))
     chosen = _chosen(given)
     file = chosen.pop("config", None)
     values = read_settings(at_home(Path(file))) if file else {}
-    # A recipe that is named by a flag is above the file.
+    # A recipe in a flag overrides the file.
     for name in methods().recipes().get(chosen.get("recipe", ""), ()):
         values.pop(name, None)
     of_file = {name: values[name] for name in CHOOSING if values.get(name) is not None}
@@ -48,7 +48,7 @@ def read_flags(argv: Sequence[str] | None) -> Config:
 
 
 def _chosen(argv: Sequence[str]) -> dict[str, Any]:
-    """The flags that choose the defaults, which are looked at first; the real parser says what is wrong with them."""
+    """Read the flags that determine defaults; the real parser reports errors in them later."""
     peek = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     for name in ("config", *CHOOSING):
         peek.add_argument(*{flag(name), f"--{name}"}, dest=name, nargs="?", type=int if name == "epochs" else str)
@@ -60,7 +60,7 @@ def _chosen(argv: Sequence[str]) -> dict[str, Any]:
 
 
 def _short_forms(argv: Sequence[str]) -> Iterator[str]:
-    """Spell ``--compile`` alone and ``--no-compile`` out."""
+    """Expand ``--compile`` without a value, and ``--no-compile``."""
     for word, following in zip_longest(argv, argv[1:], fillvalue="--"):
         if word == "--no-compile":
             yield from ("--compile", "off")

@@ -1,4 +1,4 @@
-"""What a setting may be, as the type at its field says it, and the one line that refuses anything else."""
+"""Checks the value of a setting against the type of its field, and refuses others in one line."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, kw_only=True)
 class Range:
-    """Which numbers a setting may be: ``Annotated[float, Range(above=0, at_most=1)]``; finite ones always."""
+    """The range of a number, as in ``Annotated[float, Range(above=0, at_most=1)]``; it must always be finite."""
 
     at_least: float = -math.inf
     above: float = -math.inf
     at_most: float = math.inf
 
     def problem(self, value: float) -> str | None:
-        """What is wrong with a number; None for nothing."""
+        """What is wrong with a number; None if nothing is."""
         # Not math.isfinite, which raises for an int that no float can hold.
         if value >= self.at_least and value > self.above and value <= min(self.at_most, sys.float_info.max):
             return None
@@ -36,9 +36,9 @@ class Range:
 
 
 def problem(value: Any, kind: Any) -> str | None:
-    """What is wrong with a value by the type of its field, in words that begin with the value; None for nothing.
+    """What is wrong with a value for the type of its field, in words that begin with the value; None if nothing is.
 
-    Nothing is converted, but an int serves as a float.
+    Values are not converted, but an int is accepted as a float.
     """
     origin, inner = get_origin(kind), get_args(kind)
     if origin in (Union, UnionType):
@@ -62,7 +62,7 @@ def problem(value: Any, kind: Any) -> str | None:
 
 
 def _of_options(value: Any, options: Sequence[Any]) -> str | None:
-    """What is wrong with a value that may be of several types; None for nothing."""
+    """What is wrong with a value that may have several types; None if nothing is."""
     problems = [problem(value, option) for option in options]
     if None in problems:
         return None
@@ -75,7 +75,7 @@ def _of_another_kind(value: object, wanted: str) -> str:
 
 
 def unknown(value: object, choices: Iterable[str]) -> str | None:
-    """What is wrong with a value that is none of ``choices``; None for nothing."""
+    """What is wrong with a value that must be one of ``choices``; None if nothing is."""
     known = list(choices)
     if isinstance(value, str) and value in known:
         return None
@@ -83,7 +83,7 @@ def unknown(value: object, choices: Iterable[str]) -> str | None:
 
 
 def unusable(path: str | Path) -> str | None:
-    """What is wrong with a path that the system does not take: one that is too long, or has a zero byte in it."""
+    """What is wrong with a path that the system does not accept, because it is too long or has a zero byte."""
     try:
         os.stat(path)
     except (FileNotFoundError, NotADirectoryError):
@@ -106,15 +106,15 @@ def refuse(name: str, found: str | None) -> None:
 
 
 def check_fields(settings: object) -> None:
-    """Raise a UsageError unless each value in a dataclass is what the type at its field says."""
+    """Raise a UsageError unless each value in a dataclass fits the type of its field."""
     for name, kind in get_type_hints(type(settings), include_extras=True).items():
         refuse(name, problem(getattr(settings, name), kind))
 
 
 def taken(value: Any, kind: Any) -> Any:
-    """A value in the form that its field has: text for a path and a path for text, a list for a tuple, True for on.
+    """Convert a value to the type of its field: text and paths, lists to tuples, True to on.
 
-    What has no such form is left as it is, for :func:`problem` to find.
+    Other values are returned unchanged, for :func:`problem` to report.
     """
     origin, inner = get_origin(kind), get_args(kind)
     if origin is Annotated:
@@ -134,10 +134,10 @@ def taken(value: Any, kind: Any) -> Any:
 
 
 def checked(settings: T) -> T:
-    """Return a dataclass with each value in the form that its field has (see :func:`taken`).
+    """Return a dataclass with each value converted to the type of its field (see :func:`taken`).
 
     Raises:
-        UsageError: a value is not what the type at its field says.
+        UsageError: a value does not fit the type of its field.
     """
     leaves: Any = settings
     kinds = get_type_hints(type(settings), include_extras=True)

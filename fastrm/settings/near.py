@@ -1,4 +1,4 @@
-"""The setting that a name stands for which is none: another program's word for it, or a slip of the finger."""
+"""Finds the setting that an unknown name stands for: a synonym from other programs, or a typing error."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ SYNONYMS = {
 
 
 def near(name: str, known: Iterable[str]) -> str | None:
-    """The setting among ``known`` that was probably meant; None where nothing is near."""
+    """The setting among ``known`` that was probably meant; None if none is similar."""
     names = list(known)
     plain = name.strip("-").replace("-", "_").lower()
     if (meant := SYNONYMS.get(plain)) in names:

@@ -1,4 +1,4 @@
-"""Commands on what a run left: they take it by its place, ``RUN``, or as ``--checkpoint RUN``, which is the same."""
+"""Options of commands that read a run, given as ``RUN`` or as ``--checkpoint RUN``."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from fastrm.settings.fields import ImageSize
 
 @dataclass(frozen=True, kw_only=True)
 class OfRun:
-    """What was trained."""
+    """The trained networks."""
 
     run: Positional[Annotated[Path | None, arg(metavar="RUN", help_behavior_hint="")]] = None
     """A run folder, a checkpoint, or a backbone.safetensors; or what fastrm.train --init-from takes."""
@@ -28,19 +28,19 @@ class OfRun:
 
     @property
     def path(self) -> Path:
-        """What was given.
+        """The given path.
 
         Raises:
-            UsageError: nothing was, or twice.
+            UsageError: none was given, or two.
         """
         return given([] if self.run is None else [self.run], self.checkpoint)[0]
 
 
 def given(runs: Sequence[Path], checkpoint: Path | None) -> list[Path]:
-    """What was given by its place, or the one as ``--checkpoint``.
+    """The positional paths, or the one of ``--checkpoint``.
 
     Raises:
-        UsageError: nothing was, or both.
+        UsageError: none was given, or both.
     """
     if runs and checkpoint is not None:
         raise UsageError(f"{runs[0]} and --checkpoint {checkpoint} say twice what to take; give one of them")
