@@ -230,6 +230,7 @@ def contrastive_cases() -> Iterable[Case]:
             constants={
                 **shared,
                 **({"pointer_ptr": None} if in_batch else {}),
+                **dict.fromkeys(("values_ptr", "shift_ptr")),
                 "BLOCK_N": plan.block_n,
                 "BLOCK_K": plan.block_k,
                 "IN_BATCH": in_batch,
@@ -387,7 +388,87 @@ def wide_cases() -> Iterable[Case]:
         )  # fmt: skip
 
 
-CASES: list[Callable[[], Iterable[Case]]] = [ema_cases, optim_cases, contrastive_cases, wide_cases, view_cases]
+def prototype_cases() -> Iterable[Case]:
+    import torch
+
+    from fastrm.kernels import _finish, _prototypes_kernel, _prototypes_swept, _push, _sweep, _sweep_kernel
+
+    f32, bf16, f16 = torch.float32, torch.bfloat16, torch.float16
+
+    def matrices(dtype: torch.dtype, *names: str) -> dict[str, str]:
+        return {f"{name}_ptr": f"*{_triton(dtype)}" for name in names}
+
+    for dtype, kind, dim, in_pairs in (
+        (f16, "half", 64, False),
+        (bf16, "half", 128, True),
+        (bf16, "half", 256, True),
+        (bf16, "half", 512, True),
+        (f32, "tf32", 64, False),
+        (f32, "tf32", 128, False),
+        (f32, "tf32", 256, True),
+        (f32, "tf32", 512, True),
+        (f32, "tf32x3", 64, False),
+        (f32, "tf32x3", 128, False),
+    ):
+        plan = _sweep.plan(1280, 65536, dim, kind, slots=132, major=9, two=True)
+        assert plan is not None
+        gather = _prototypes_swept.gathering(dim, plan.parts)
+        number = "*fp32" if in_pairs else "fp32"
+        name = f"{_short(dtype)} x {dim}, {kind}{', pairs' * in_pairs}"
+        shared = {"D": dim, "BLOCK_D": _push.block_d(dim)}
+        product = {"PRECISION": "tf32" if kind == "half" else kind, "UPCAST": False}
+        yield Case(
+            name=f"sweep of two {name}",
+            kernel=_sweep_kernel.sweep_kernel,
+            types={
+                **matrices(dtype, "bank", "values"),
+                **matrices(f32, "query", "shift", "averages", "logsums"),
+                **dict.fromkeys(("n", "size", "key_offset", "share"), "i32"),
+                "temperature": number,
+            },
+            constants={
+                **shared,
+                **product,
+                **dict.fromkeys(("tickets_ptr", "pointer_ptr")),
+                **{"BLOCK_N": plan.block_n, "BLOCK_K": plan.block_k, "IN_BATCH": False, "GRADIENT": True},
+            },
+            options={"num_warps": plan.warps, "num_stages": plan.stages},
+        )
+        if kind == "half":
+            yield Case(
+                name=f"gather {name}",
+                kernel=_finish.gather_kernel,
+                types={
+                    **matrices(f32, "averages", "logsums", "average", "logsum"),
+                    **dict.fromkeys(("n", "splits"), "i32"),
+                },
+                options={"num_warps": gather.pop("num_warps")},
+                constants={**shared, **gather},
+            )
+        tiles = _prototypes_swept.TILES[kind][dim]
+        yield Case(
+            name=f"push {name}",
+            kernel=_prototypes_kernel.push_prototypes_kernel,
+            types={
+                **matrices(dtype, "student", "teacher", "values", "prototypes", "its_prototypes", "gradient"),
+                **matrices(f32, "student_logsums", "teacher_logsums", "shift", "factor"),
+                **(matrices(f32, "shares") if in_pairs else {}),
+                "temperature": number,
+                **dict.fromkeys(("n", "m", "size"), "i32"),
+            },
+            constants={
+                **shared,
+                **product,
+                **({} if in_pairs else {"shares_ptr": None}),
+                **{"BLOCK_K": tiles.block_k, "BLOCK_N": tiles.block_n, "BOOST": 10 if dtype == f16 else 0},
+            },
+            options={"num_warps": tiles.warps, "num_stages": tiles.stages},
+        )
+
+
+CASES: list[Callable[[], Iterable[Case]]] = [
+    ema_cases, optim_cases, contrastive_cases, wide_cases, prototype_cases, view_cases,
+]  # fmt: skip
 
 
 def _names(*dtypes: Any) -> list[Any]:

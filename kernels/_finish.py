@@ -26,6 +26,61 @@ if triton is not None:
         return tl.sum(total)
 
     @triton.jit
+    def _all_logsums(rows, live, logsums_ptr, n, splits, BLOCK_S: tl.constexpr):
+        """Those of all splits, [BLOCK_S, rows]."""
+        every = tl.arange(0, BLOCK_S)[:, None]
+        logsums_ptrs = logsums_ptr + every.to(tl.int64) * n + rows[None, :]
+        return tl.load(logsums_ptrs, mask=(every < splits) & live[None, :], other=float("-inf"))
+
+    @triton.jit
+    def _add_averages(
+        pull, rows, live, top, total, averages_ptr, logsums_ptr, n, splits,
+        D: tl.constexpr, BLOCK_D: tl.constexpr, CHUNK: tl.constexpr,
+    ):  # fmt: skip
+        """Add what the splits found, by their share in the total of exp2(logsum - top)."""
+        d = tl.arange(0, BLOCK_D)
+        for first in range(0, splits, CHUNK):
+            some = first + tl.arange(0, CHUNK)[:, None]
+            mask = (some < splits) & live[None, :]
+            at = some.to(tl.int64) * n + rows[None, :]
+            found = tl.load(logsums_ptr + at, mask=mask, other=float("-inf"))
+            chances = tl.exp2(found - top[None, :]) / total[None, :]
+            averages_ptrs = averages_ptr + at[:, :, None] * D + d[None, None, :]
+            averages = tl.load(averages_ptrs, mask=mask[:, :, None] & (d < D)[None, None, :], other=0.0)
+            pull += tl.sum(chances[:, :, None] * averages.to(tl.float32), axis=0)
+        return pull
+
+    @triton.jit(do_not_specialize=["n", "splits"])
+    def gather_kernel(
+        averages_ptr,  # see finish_rows; None: only the logarithms are put together
+        logsums_ptr,
+        average_ptr,  # [n, D]
+        logsum_ptr,  # [n]
+        n,
+        splits,
+        D: tl.constexpr,
+        BLOCK_D: tl.constexpr,
+        BLOCK_R: tl.constexpr,
+        BLOCK_S: tl.constexpr,
+        CHUNK: tl.constexpr,
+    ):
+        """What the splits found, put together."""
+        rows = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
+        live = rows < n
+        logsums = _all_logsums(rows, live, logsums_ptr, n, splits, BLOCK_S)
+        top = tl.where(live, tl.max(logsums, axis=0), 0.0)
+        total = tl.where(live, tl.sum(tl.exp2(logsums - top[None, :]), axis=0), 1.0)
+        tl.store(logsum_ptr + rows, top + tl.log2(total), mask=live)
+        if averages_ptr is not None:
+            average = tl.zeros([BLOCK_R, BLOCK_D], tl.float32)
+            average = _add_averages(
+                average, rows, live, top, total, averages_ptr, logsums_ptr, n, splits, D, BLOCK_D, CHUNK
+            )
+            d = tl.arange(0, BLOCK_D)
+            average_ptrs = average_ptr + rows[:, None].to(tl.int64) * D + d[None, :]
+            tl.store(average_ptrs, average, mask=live[:, None] & (d < D)[None, :])
+
+    @triton.jit
     def finish_rows(
         rows,
         query_ptr,
@@ -57,23 +112,15 @@ if triton is not None:
         if key_ptr is not None:
             key, _ = load_unit(key_ptr, rows + key_offset, live, D, BLOCK_D)
             positive = tl.sum(query * key, axis=1) * (LOG2E / temperature)
-            every = tl.arange(0, BLOCK_S)[:, None]
-            logsums_ptrs = logsums_ptr + every.to(tl.int64) * n + rows[None, :]
-            logsums = tl.load(logsums_ptrs, mask=(every < splits) & live[None, :], other=float("-inf"))
+            logsums = _all_logsums(rows, live, logsums_ptr, n, splits, BLOCK_S)
             top = tl.maximum(positive, tl.max(logsums, axis=0))
             total = tl.exp2(positive - top) + tl.sum(tl.exp2(logsums - top[None, :]), axis=0)
             contrastive = tl.where(live, ((top - positive) + tl.log2(total)) * _LN2, 0.0)
             if GRADIENT:
                 pull += (tl.exp2(positive - top) / total - 1)[:, None] * key
-                for first in range(0, splits, CHUNK):
-                    some = first + tl.arange(0, CHUNK)[:, None]
-                    mask = (some < splits) & live[None, :]
-                    at = some.to(tl.int64) * n + rows[None, :]
-                    found = tl.load(logsums_ptr + at, mask=mask, other=float("-inf"))
-                    chances = tl.exp2(found - top[None, :]) / total[None, :]
-                    averages_ptrs = averages_ptr + at[:, :, None] * D + d[None, None, :]
-                    averages = tl.load(averages_ptrs, mask=mask[:, :, None] & (d < D)[None, None, :], other=0.0)
-                    pull += tl.sum(chances[:, :, None] * averages.to(tl.float32), axis=0)
+                pull = _add_averages(
+                    pull, rows, live, top, total, averages_ptr, logsums_ptr, n, splits, D, BLOCK_D, CHUNK
+                )
                 pull *= contrastive_weight * scale / temperature
         if same_ptr is not None:
             toward, _ = load_unit(same_ptr, rows, live, D, BLOCK_D)

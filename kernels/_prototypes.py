@@ -12,11 +12,15 @@ import torch
 from torch import Tensor
 
 from . import _prototypes_blocked as blocked
+from . import _prototypes_swept as swept
 from ._prototypes_blocked import Found
 from ._scoring import Assignment
 from .dispatch import compute_dtype
 
-BACKENDS = {"cpu": (blocked.blocked_loss, blocked.blocked_gradients)}
+BACKENDS = {
+    "cpu": (blocked.blocked_loss, blocked.blocked_gradients),
+    "triton": (swept.swept_loss, swept.swept_gradients),
+}
 
 # `numbers` are both temperatures; a tensor stands in for the number beside it.
 _ARGUMENTS = (

@@ -24,7 +24,7 @@ from ._scoring import Assignment
 from .dispatch import compute_dtype, no_autocast
 from .reference import unit
 
-ELEMENTS, NARROWEST = 1 << 19, 128  # of a block of logits, and its columns: 2 MiB in float32 for up to 4,096 rows
+ELEMENTS, NARROWEST = 1 << 18, 128  # of a block of logits, and its columns: 1 MiB in float32 for up to 2,048 rows
 DEVICE_ELEMENTS = 1 << 24  # of another device, for what its kernels do not know
 
 
@@ -166,10 +166,10 @@ def blocked_gradients(
         rows, prototypes = assignment.student.to(dtype), assignment.prototypes
         student, teacher = unit(rows), unit(assignment.teacher.to(dtype))
         pull = student.new_zeros(student.shape if to_student else 0)
-        push = prototypes.new_zeros(prototypes.shape if to_prototypes else 0)
+        push = prototypes.new_empty(prototypes.shape if to_prototypes else 0)
         count = count_pairs(assignment)
-        if count == 0:
-            return pull.to(assignment.student.dtype), push
+        if count == 0 or not (to_student or to_prototypes):
+            return pull.to(assignment.student.dtype), push.zero_()
         scale = upstream.to(dtype) / count / temperatures(assignment, dtype)[0]
         weighted = student * scale
         of_student, _ = bags(assignment)

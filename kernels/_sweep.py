@@ -35,6 +35,12 @@ _TILES = {
     "tf32": {64: (64, 64, 4, 2), 128: (64, 32, 4, 2), 256: (32, 32, 4, 2), 512: (16, 16, 8, 2)},
     "tf32x3": {64: (32, 32, 4, 2), 128: (32, 32, 8, 2), 256: (16, 16, 8, 2)},
 }
+# Where the rows that are averaged are others than those that are multiplied, and have tiles of their own.
+_TILES_OF_TWO = {
+    "half": {64: (64, 64, 4, 2), 128: (64, 64, 4, 2), 256: (64, 32, 8, 2), 512: (32, 16, 8, 2)},
+    "tf32": {64: (64, 32, 4, 2), 128: (64, 32, 8, 2), 256: (32, 16, 4, 2), 512: (16, 16, 8, 1)},
+    "tf32x3": {64: (32, 32, 4, 2), 128: (32, 16, 8, 2), 256: (16, 16, 8, 2)},
+}
 # For many queries on sm_90 and sm_100, which have the shared memory; those of four warps run two at a time. Measured on
 # an H200: docs/benchmarks.md.
 _WIDE_TILES = {128: (64, 128, 4, 2), 256: (128, 64, 8, 3)}
@@ -75,7 +81,7 @@ def finishing(dim: int, parts: int) -> dict[str, int]:
 
 
 @functools.lru_cache(maxsize=1024)
-def plan(n: int, size: int, dim: int, kind: str, slots: int, major: int) -> Plan | None:
+def plan(n: int, size: int, dim: int, kind: str, slots: int, major: int, two: bool = False) -> Plan | None:
     """Divide ``n`` queries and a bank of ``size`` rows among the programs that run at a time.
 
     Args:
@@ -83,15 +89,17 @@ def plan(n: int, size: int, dim: int, kind: str, slots: int, major: int) -> Plan
         kind: of product.
         slots: multiprocessors of the device.
         major: of the device's compute capability.
+        two: whether other rows are averaged than those that are multiplied.
 
     Returns:
         The plan, or None where rows of ``dim`` are too wide for the registers.
     """
     width = max(64, block_d(dim))
-    if width not in _TILES[kind]:
+    tiles_of = (_TILES_OF_TWO if two else _TILES)[kind]
+    if width not in tiles_of:
         return None
-    wide = kind == "half" and width in _WIDE_TILES and n >= 1024 and major in (9, 10)
-    block_n, block_k, warps, stages = _WIDE_TILES[width] if wide else _TILES[kind][width]
+    wide = not two and kind == "half" and width in _WIDE_TILES and n >= 1024 and major in (9, 10)
+    block_n, block_k, warps, stages = _WIDE_TILES[width] if wide else tiles_of[width]
     blocks, tiles = -(-n // block_n), -(-size // block_k)
     if wide:
         slots *= 8 // warps
@@ -105,7 +113,7 @@ def plan(n: int, size: int, dim: int, kind: str, slots: int, major: int) -> Plan
     return Plan(block_n, block_k, warps, stages, blocks, parts, share)
 
 
-def _capacity(device: torch.device) -> tuple[int, int]:
+def capacity(device: torch.device) -> tuple[int, int]:
     """Multiprocessors, and the major version of the compute capability."""
     if INTERPRETED:
         return 4, 0  # more than one, so that banks are cut there too
@@ -113,9 +121,16 @@ def _capacity(device: torch.device) -> tuple[int, int]:
     return properties.multi_processor_count, properties.major
 
 
-def _launchable(x: Tensor) -> Tensor:
+def readable(x: Tensor) -> Tensor:
     """``x`` in a dtype that the kernels read."""
     return x if x.dtype in DTYPES else x.to(_wide.multiplied(x.dtype))
+
+
+def launched(number: float | Tensor, name: str, device: torch.device) -> float | Tensor:
+    """A number on the host as a number; one on the device, where it is read so that the host does not wait for it."""
+    if isinstance(number, Tensor) and number.device == device:
+        return number
+    return host_value("the loss", name, number)
 
 
 @torch.no_grad()
@@ -128,14 +143,14 @@ def swept_losses(scoring: Scoring, gradient: bool) -> tuple[Tensor, Tensor]:
     if double or n == 0 or (queue is not None and len(queue) == 0) or not 0 < dim <= WIDEST:
         return _blocked.blocked_losses(scoring, gradient)
 
-    query = _launchable(query)
-    key, same, push = (None if x is None else _launchable(x) for x in (key, same, push))
+    query = readable(query)
+    key, same, push = (None if x is None else readable(x) for x in (key, same, push))
     bank = key if queue is None else queue
     size = 0 if bank is None else len(bank)
     # What else a queue may be is made what the kernels know part by part, and pushed into by itself.
     known = queue is None or (queue.dtype in DTYPES and queue.is_contiguous())
     kind = "half" if bank is None else product_kind(bank.dtype)
-    slots, major = _capacity(device)
+    slots, major = capacity(device)
     work = plan(n, size, dim, kind, slots, major) if known and bank is not None else None
     wide = _wide.plan(n, size, dim, kind, slots, gradient, not known) if work is None and bank is not None else None
     parts = work.parts if work is not None else wide.parts if wide is not None else 1
@@ -148,12 +163,8 @@ def swept_losses(scoring: Scoring, gradient: bool) -> tuple[Tensor, Tensor]:
     values = empty(n if reduction == "none" else 3)
     to_query = empty(n, dim) if gradient else empty(0)
     tickets = empty(2, dtype=torch.int64)
-    # A number on the host is an argument; one on the device is read there, so that the host does not wait for it.
     temperature, residual_weight, contrastive_weight = (
-        number
-        if isinstance(number, Tensor) and number.device == device
-        else host_value("the loss", "temperature, or a weight,", number)
-        for number in scoring.numbers
+        launched(number, "temperature, or a weight,", device) for number in scoring.numbers
     )
     written = queue if pointer is not None else None
     query = apart(query, written)
@@ -186,6 +197,8 @@ def swept_losses(scoring: Scoring, gradient: bool) -> tuple[Tensor, Tensor]:
             sweep_kernel[(work.blocks * work.parts,)](
                 **shared,
                 bank_ptr=bank,
+                values_ptr=None,
+                shift_ptr=None,
                 pointer_ptr=sent,
                 share=work.share,
                 BLOCK_N=work.block_n,

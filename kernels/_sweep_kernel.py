@@ -10,6 +10,21 @@ if triton is not None:
     from ._push import load_unit
 
     @triton.jit
+    def load_rows(x_ptr, rows, size, D: tl.constexpr, BLOCK_D: tl.constexpr, EDGE: tl.constexpr, UPCAST: tl.constexpr):
+        """Rows of a matrix as they are, but 0 behind its last row, where the tile may reach over the EDGE."""
+        d = tl.arange(0, BLOCK_D)
+        x_ptrs = x_ptr + rows[:, None].to(tl.int64) * D + d[None, :]
+        if EDGE:
+            x = tl.load(x_ptrs, mask=(rows < size)[:, None] & (d < D)[None, :], other=0.0)
+        elif D == BLOCK_D:
+            x = tl.load(x_ptrs)
+        else:
+            x = tl.load(x_ptrs, mask=(d < D)[None, :], other=0.0)
+        if UPCAST:
+            x = x.to(tl.float32)
+        return x
+
+    @triton.jit
     def _add_tile(
         tile,
         query,
@@ -17,6 +32,8 @@ if triton is not None:
         total,
         average,
         bank_ptr,
+        values_ptr,  # rows to average in place of the bank's, of its dtype, or None
+        shift_ptr,  # [size], taken from the logits in units of log 2, or None
         size,
         positives,  # column of each row's positive, which is left out
         D: tl.constexpr,
@@ -28,17 +45,10 @@ if triton is not None:
         UPCAST: tl.constexpr,
     ):
         columns = tile * BLOCK_K + tl.arange(0, BLOCK_K)
-        d = tl.arange(0, BLOCK_D)
-        bank_ptrs = bank_ptr + columns[:, None].to(tl.int64) * D + d[None, :]
-        if EDGE:
-            bank = tl.load(bank_ptrs, mask=(columns < size)[:, None] & (d < D)[None, :], other=0.0)
-        elif D == BLOCK_D:
-            bank = tl.load(bank_ptrs)
-        else:
-            bank = tl.load(bank_ptrs, mask=(d < D)[None, :], other=0.0)
-        if UPCAST:
-            bank = bank.to(tl.float32)
+        bank = load_rows(bank_ptr, columns, size, D, BLOCK_D, EDGE, UPCAST)
         logits = tl.dot(query, tl.trans(bank), input_precision=PRECISION)
+        if shift_ptr is not None:
+            logits -= tl.load(shift_ptr + columns, mask=columns < size, other=0.0)[None, :]
         if EDGE:
             out = (columns >= size)[None, :] | (columns[None, :] == positives[:, None])
             logits = tl.where(out, float("-inf"), logits)
@@ -47,6 +57,8 @@ if triton is not None:
         weights = tl.exp2(logits - above[:, None])
         total = total * shrink + tl.sum(weights, axis=1)
         if GRADIENT:
+            if values_ptr is not None:
+                bank = load_rows(values_ptr, columns, size, D, BLOCK_D, EDGE, UPCAST)
             average = tl.dot(weights.to(bank.dtype), bank, acc=average * shrink[:, None], input_precision=PRECISION)
         return above, total, average
 
@@ -54,9 +66,11 @@ if triton is not None:
     def sweep_kernel(
         query_ptr,
         bank_ptr,
-        averages_ptr,  # [splits, n, D] in the bank's dtype, [splits, n]: see finish_rows
+        values_ptr,  # see _add_tile
+        shift_ptr,
+        averages_ptr,  # [splits, n, D], and [splits, n]: see finish_rows
         logsums_ptr,
-        tickets_ptr,  # see finish_kernel
+        tickets_ptr,  # see finish_kernel; None: what follows needs none
         pointer_ptr,  # None: nothing will be pushed
         temperature,
         n,
@@ -75,10 +89,11 @@ if triton is not None:
         program = tl.program_id(0)
         blocks = tl.cdiv(n, BLOCK_N)
         block, split = program % blocks, program // blocks  # programs side by side read the same part of the bank
-        if program == 0:
-            tl.store(tickets_ptr, 0)
-            if pointer_ptr is not None:
-                tl.store(tickets_ptr + 1, tl.load(pointer_ptr))
+        if tickets_ptr is not None:  # noqa: SIM102 (decided when compiling, and the next when running)
+            if program == 0:
+                tl.store(tickets_ptr, 0)
+                if pointer_ptr is not None:
+                    tl.store(tickets_ptr + 1, tl.load(pointer_ptr))
 
         rows = block * BLOCK_N + tl.arange(0, BLOCK_N)
         live = rows < n
@@ -106,13 +121,13 @@ if triton is not None:
         holes = filled - hole
         for i in range(first, whole - holes):
             top, total, average = _add_tile(
-                tl.where(i < hole, i, i + holes), query, top, total, average, bank_ptr, size, positives,
-                D, BLOCK_D, BLOCK_K, False, GRADIENT, PRECISION, UPCAST,
+                tl.where(i < hole, i, i + holes), query, top, total, average, bank_ptr, values_ptr, shift_ptr, size,
+                positives, D, BLOCK_D, BLOCK_K, False, GRADIENT, PRECISION, UPCAST,
             )  # fmt: skip
         for i in tl.range(0, holes + end - whole, num_stages=1):
             top, total, average = _add_tile(
-                tl.where(i < holes, hole + i, whole + i - holes), query, top, total, average, bank_ptr, size, positives,
-                D, BLOCK_D, BLOCK_K, True, GRADIENT, PRECISION, UPCAST,
+                tl.where(i < holes, hole + i, whole + i - holes), query, top, total, average, bank_ptr, values_ptr,
+                shift_ptr, size, positives, D, BLOCK_D, BLOCK_K, True, GRADIENT, PRECISION, UPCAST,
             )  # fmt: skip
 
         at = split.to(tl.int64) * n + rows

@@ -594,7 +594,7 @@ def test_any_width_takes_few_launches_and_bytes(
         (_push, "push_kernel"), (_wide, "score_kernel"), (_wide, "average_kernel"), (_sweep, "finish_kernel"),
     ):  # fmt: skip
         monkeypatch.setattr(module, name, Counted(counted))
-    monkeypatch.setattr(_sweep, "_capacity", lambda _: (132, 9))
+    monkeypatch.setattr(_sweep, "capacity", lambda _: (132, 9))
     query, key = (torch.empty(n, dim, dtype=BF16 if dtype != F32 else F32, device="meta") for _ in range(2))
     queue = torch.empty(size, dim, dtype=dtype, device="meta") if queued else None
     _sweep.swept_losses(Scoring(query, key, key, queue, None, None, 0.2, 1.0, 1.0), True)

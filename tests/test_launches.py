@@ -22,6 +22,7 @@ from fastrm.kernels import (
     dispatch,
     info_nce,
     multi_tensor,
+    prototype_cross_entropy,
     residual_info_nce,
     residual_loss,
 )
@@ -63,7 +64,7 @@ def compiled(monkeypatch: pytest.MonkeyPatch) -> set[str]:
     monkeypatch.setattr(triton.runtime.driver, "_active", H100())
     monkeypatch.setattr(dispatch, "triton_problem", lambda device: None)
     monkeypatch.setattr(multi_tensor, "triton_problem", lambda device: None)
-    monkeypatch.setattr(_sweep, "_capacity", lambda device: (132, 9))
+    monkeypatch.setattr(_sweep, "capacity", lambda device: (132, 9))
     return names
 
 
@@ -117,6 +118,28 @@ def test_losses_of_wide_rows(
     pointer = torch.tensor(0) if bank == BF16 else None
     residual_info_nce(q, key, rows(n, width, F32), queue, pointer, temperature=torch.tensor(0.2), backend="triton")
     assert compiled == {"push_kernel", "score_kernel", "average_kernel", "finish_kernel"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("rows_dtype", "prototypes", "width", "n", "pairs", "in_memory"),
+    [(BF16, BF16, 256, 1_100, True, True), (F32, F32, 100, 1, False, False), (F16, F16, 512, 5, True, False)],
+)
+def test_prototypes(
+    rows_dtype: torch.dtype, prototypes: torch.dtype, width: int, n: int, pairs: bool, in_memory: bool,
+    compiled: set[str],
+) -> None:  # fmt: skip
+    student = rows(n, width, rows_dtype).requires_grad_()
+    own = rows(300, width, prototypes).requires_grad_()
+    temperature: Any = torch.tensor(0.04) if in_memory else 0.04
+    index = torch.arange(n)
+    loss, _ = prototype_cross_entropy(
+        student, rows(n, width, rows_dtype), own, torch.zeros(300) if pairs else None, student_temperature=0.1,
+        teacher_temperature=temperature, pairs=torch.stack([index, index], dim=1) if pairs else None,
+        teacher_prototypes=own.detach().clone() if pairs else None, backend="triton",
+    )  # fmt: skip
+    loss.backward()
+    assert compiled == {"sweep_kernel", "gather_kernel", "push_prototypes_kernel"}
 
 
 def test_the_queue(compiled: set[str]) -> None:
