@@ -53,12 +53,14 @@ def test_a_bar_joins_the_one_of_the_run(terminal: io.StringIO, tmp_path: Path) -
         training = Progress(display)
         training.on_start(SimpleNamespace(total_steps=10, step=2))
         training.on_step(SimpleNamespace(), 3, [])
+        training.on_log(SimpleNamespace(say=display.console.print, epoch=1.5), 3, {"loss": 2.25, "gap": 0.5})
         with bar("evaluation of the student", 7) as task:
             task.advance(1)
             display.console.print("a note in between")
         training.close()
     said = terminal.getvalue()
     assert "a note in between\n" in said
+    assert "step      3  epoch   1.50  loss 2.25  gap 0.5\n" in said  # stays when the bar is gone
     assert "training" in said
     assert "evaluation of the student" in said
     assert "30%" in said

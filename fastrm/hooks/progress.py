@@ -33,11 +33,8 @@ class Progress(Hook):
             self._task.reach(step)
 
     def on_log(self, run: Run, step: int, values: Mapping[str, float]) -> None:
-        """Show the values of a step, in the bar if there is one."""
-        if self._display.live and self._task is not None and {"loss", "gap"} <= values.keys():
-            self._task.reach(step, f"{step}/{run.total_steps}  loss {values['loss']:.3f}  gap {values['gap']:.3f}")
-        else:
-            self.on_evaluate(run, step, values)
+        """Print a line with the values of a step, which stays above the bar."""
+        self.on_evaluate(run, step, values)
 
     def on_evaluate(self, run: Run, step: int, scores: Mapping[str, float]) -> None:
         """Print the scores of an evaluation."""

@@ -20,14 +20,14 @@ EVERY = 30.0
 class Task:
     """Something that takes a while: how much of ``total`` is done."""
 
-    def __init__(self, total: float, shown: Callable[[float, str | None], None]) -> None:
+    def __init__(self, total: float, shown: Callable[[float], None]) -> None:
         self.total, self.done = total, 0.0
         self._shown = shown
 
-    def reach(self, done: float, note: str | None = None) -> None:
-        """Say that this much is done; ``note`` is shown beside a bar."""
+    def reach(self, done: float) -> None:
+        """Say that this much is done."""
         self.done = done
-        self._shown(done, note)
+        self._shown(done)
 
     def advance(self, amount: float) -> None:
         """Say that this much more is done."""
@@ -52,7 +52,6 @@ class Display:
             TextColumn("{task.description}", markup=False),
             BarColumn(),
             TaskProgressColumn(),
-            TextColumn("{task.fields[note]}", markup=False),
             TimeRemainingColumn(elapsed_when_finished=True),
             console=console,
             transient=True,
@@ -72,25 +71,24 @@ class Display:
     def task(self, text: str, total: float, *, start: float = 0.0, lines: bool = True) -> Iterator[Task]:
         """Show a task while this is entered; with ``lines`` also where there is no terminal."""
         if self.live:
-            bar = self._bars.add_task(text, total=total, note="")
+            bar = self._bars.add_task(text, total=total)
             self._bars.update(bar, completed=start)
 
-            def show(done: float, note: str | None) -> None:
-                changed: dict[str, Any] = {} if note is None else {"note": note}
-                self._bars.update(bar, completed=done, **changed)
+            def show(done: float) -> None:
+                self._bars.update(bar, completed=done)
 
             try:
                 yield Task(total, show)
             finally:
                 self._bars.remove_task(bar)
         else:
-            yield Task(total, self._lines(text, total) if lines else lambda done, note: None)
+            yield Task(total, self._lines(text, total) if lines else lambda done: None)
 
-    def _lines(self, text: str, total: float) -> Callable[[float, str | None], None]:
+    def _lines(self, text: str, total: float) -> Callable[[float], None]:
         begin = said = monotonic()
         self._say(f"{text} begins")
 
-        def show(done: float, note: str | None) -> None:
+        def show(done: float) -> None:
             nonlocal said
             now = monotonic()
             if now - said >= EVERY and 0 < done < total:
