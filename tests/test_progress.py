@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -53,7 +54,11 @@ def test_a_bar_joins_the_one_of_the_run(terminal: io.StringIO, tmp_path: Path) -
         training = Progress(display)
         training.on_start(SimpleNamespace(total_steps=10, step=2))
         training.on_step(SimpleNamespace(), 3, [])
-        training.on_log(SimpleNamespace(say=display.console.print, epoch=1.5), 3, {"loss": 2.25, "gap": 0.5})
+        training.on_log(
+            SimpleNamespace(say=partial(display.console.print, highlight=False), epoch=1.5),
+            3,
+            {"loss": 2.25, "gap": 0.5},
+        )
         with bar("evaluation of the student", 7) as task:
             task.advance(1)
             display.console.print("a note in between")
