@@ -133,7 +133,7 @@ def _features(options: EmbedConfig, device: torch.device, arch: nn.Module | None
         print(f"table      {options.out}")
     if options.neighbours is not None:
         sheets.save("--neighbours", options.neighbours, _nearest(options, backbone, trained, setting, images, found))
-        print(f"{options.neighbours}: the pictures of --queries, and beside each what is nearest")
+        print(f"{options.neighbours}: the query images, each with its nearest images")
     if options.map is not None:
         _map(options.map, found, images)
         print(f"{options.map}: {min(len(found), _DRAWN):,} images along two principal components")
@@ -153,7 +153,7 @@ def _check(options: EmbedConfig) -> None:
     if not os.access(out.parent, os.W_OK):
         raise UsageError(f"--out {out} cannot be written: there is no folder {out.parent}, or it is not yours to write")
     if bool(options.queries) != (options.neighbours is not None):
-        raise UsageError("--queries and --neighbours belong together: pictures, and the file that is drawn")
+        raise UsageError("--queries and --neighbours must be given together: query images, and the image file to draw")
     for name in ("neighbours", "map"):
         if (path := getattr(options, name)) is not None:
             sheets.check(f"--{name}", path)

@@ -273,7 +273,7 @@ def _table(results: dict[str, Any]) -> str:
         if parts["left_out"]:
             lines.append(f"{name}: {parts['left_out']} files that cannot be read are left out")
         if "gap" in parts:
-            lines.append(f"{name}: 1 - cosine of student and teacher on the same picture")
+            lines.append(f"{name}: 1 - cosine of student and teacher on the same image")
             lines += [f"{'gap at ' + place:26}{value.value:15.4f}" for place, value in parts["gap"].items()]
     return "\n".join(lines)
 
@@ -286,7 +286,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         return
     print(table, end="\n" if table else "")
     if options.neighbours is not None:
-        print(f"{options.neighbours}: test images, and beside each what the student finds nearest")
+        print(f"{options.neighbours}: test images, each with its nearest images by the student's features")
 
 
 if __name__ == "__main__":

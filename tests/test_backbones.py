@@ -133,7 +133,7 @@ PROJECTION = {"patch_embed.proj.weight", "patch_embed.proj.bias"}
     [
         ("test_vit2", {"pos_embed", *PROJECTION}, ()),  # no class token's position, registers
         ("vit_dwee_patch16_reg1_gap_256", {"pos_embed", *PROJECTION}, ()),  # no class token
-        ("vit_tiny_r_s16_p8_224", {"pos_embed"}, ("its stem is no projection of patches",)),
+        ("vit_tiny_r_s16_p8_224", {"pos_embed"}, ("its stem is not a patch projection",)),
         ("vit_relpos_base_patch32_plus_rpn_256", PROJECTION, ("no table of absolute positions",)),
         ("deit_tiny_distilled_patch16_224", {"pos_embed", *PROJECTION}, ()),  # two tokens before the patches
         ("resnet10t", set(), ()),

@@ -218,7 +218,7 @@ def test_files_of_before_are_of_rgb(tmp_path: Path, small: Small) -> None:
         assert trained.networks["student"].channels == 3
     for name, value in (("channels", "many"), ("limits", "[1]"), ("mean", "3")):
         write_backbone(tmp_path / "odd.safetensors", method.student.backbone, {**about, name: value})
-        with pytest.raises(UsageError, match=r"odd\.safetensors does not say soundly what its pixels are"):
+        with pytest.raises(UsageError, match=r"odd\.safetensors has an invalid description of its pixels"):
             fastrm.load(tmp_path / "odd.safetensors")
 
 

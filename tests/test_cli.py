@@ -193,7 +193,7 @@ def test_evaluate_refuses_what_it_cannot_do(
     assert "--knn, --linear" in fails(evaluate.main, ["--checkpoint", run], capsys)
     assert "does not exist" in fails(evaluate.main, ["--checkpoint", f"{run}/none", "--knn"], capsys)
     assert "name a run folder" in fails(evaluate.main, ["--knn"], capsys)
-    assert "say twice" in fails(evaluate.main, [run, "--checkpoint", run, "--knn"], capsys)
+    assert "are both given" in fails(evaluate.main, [run, "--checkpoint", run, "--knn"], capsys)
     flat = ["--checkpoint", run, "--knn", "--data", str(pictures / "flat")]
     assert "no labels" in fails(evaluate.main, flat, capsys)
     for wrong in (["--semi", "0.0"], ["--semi", "nan"], ["--linear", "--linear-epochs", "0"]):

@@ -428,7 +428,7 @@ WRONG: dict[str, tuple[Callable[[Path], object], str]] = {
     "an empty list": (lambda root: listed(root, "", "# no"), r"names no image"),
     "a missing file": (lambda root: listed(root, "nowhere.png"), r"line 1: .*nowhere.png does not exist, nor"),
     "URLs": (lambda root: listed(root, "https://x/a.png"), r"line 1: https://x/a.png is a URL; .* download them"),
-    "no text": (lambda root: listed(root, "a\0b"), r"is no text"),
+    "no text": (lambda root: listed(root, "a\0b"), r"is not a text file"),
     "no column": (
         lambda root: csv(root / "w.csv", "a,b", "1,2"),
         r"no column image, path or file; its columns are a, b",
@@ -571,7 +571,7 @@ def test_what_was_copied_is_used_where_the_url_is_out_of_reach(root: Path, monke
     monkeypatch.setattr(memory, "info", unreachable)
     offline = open_source(data)
     assert list(offline.train.identities()) == list(first.train.identities())
-    assert "1 files cannot be reached, and their copies of before are used" in offline.about
+    assert "1 files cannot be reached; their earlier copies are used" in offline.about
     assert not fetched
 
 

@@ -158,8 +158,8 @@ def test_a_run_goes_on_in_four_processes_after_two_and_in_one_after_four(tmp_pat
     for part, number in (("first half", 2), ("second half", 4)):
         run = torchrun(str(tmp_path), part, processes=number)
         assert run.returncode == 0, run.stderr
-    said = "the run was in 2 processes, and goes on in 4, which draw other views of the same images"
-    assert f"{said}; --batch-size stays 16, 4 a process" in run.stdout
+    said = "the run used 2 processes, and continues with 4; these draw other views of the same images"
+    assert f"{said}; --batch-size stays 16, 4 per process" in run.stdout
     train.train(resumed(tmp_path / "parts", 8))
     state = checkpoint.load(tmp_path / "parts")
     assert (state["step"], int(state["method"]["queues.0.pointer"])) == (8, 8 * 16 % QUEUE)

@@ -200,7 +200,7 @@ def test_a_damaged_newest_checkpoint_gives_way_to_the_one_before(
     capsys.readouterr()
     train.train(small(**options, max_steps=6))
     said = capsys.readouterr().out
-    assert (damage == "gone") or "going on from checkpoint-2.pt" in said
+    assert (damage == "gone") or "continuing from checkpoint-2.pt" in said
     assert "continued after step 2" in said
     assert_as_uninterrupted(tmp_path / "run", tmp_path / "whole")
     assert [step for step, _ in checkpoint.older(tmp_path / "run")] == [4]
@@ -404,8 +404,8 @@ def test_a_run_in_another_number_of_processes_goes_on_and_says_what_changes(
     assert batch != 256
     train.train(small(**leaves, max_steps=5, batch_size=None))
     said = capsys.readouterr().out
-    assert "the run was in 2 processes, and goes on in 1, which draw other views of the same images" in said
-    assert f"--batch-size stays {batch}, {batch} a process" in said
+    assert "the run used 2 processes, and continues with 1; these draw other views of the same images" in said
+    assert f"--batch-size stays {batch}, {batch} per process" in said
     assert_as_uninterrupted(tmp_path / "run", tmp_path / "whole")
 
 
@@ -419,7 +419,7 @@ def test_with_other_processes_and_another_batch_a_run_goes_on_with_the_next_epoc
     as_of_two_processes(tmp_path / "run")
     train.train(small(max_steps=4, epochs=4, batch_size=480))
     then = before["config"]["batch_size"]
-    said = f"--batch-size was {then}, is 480: the run goes on at epoch 1, with a learning rate for the batch"
+    said = f"--batch-size was {then}, is 480: the run continues at epoch 1, with the learning rate of the new batch"
     assert said in capsys.readouterr().out
     after = checkpoint.load(tmp_path / "run")
     assert after["step"] == 4

@@ -225,18 +225,16 @@ def test_a_class_called_train(tmp_path: Path) -> None:
     assert (names, labels) == (["bus/0.png", "plane/1.png", "train/2.png"], [0, 1, 2])
     assert "train/ is taken for a class, as the folders beside it are" in about
     fill(tmp_path, "bus/deep/0.png")
-    with pytest.raises(
-        UsageError, match=r"train/ can be all that is to be trained on, or a class beside bus/; give .*train"
-    ):
+    with pytest.raises(UsageError, match=r"train/ may be the training set, or a class beside bus/; give .*train"):
         open_source(str(tmp_path))
 
 
 @pytest.mark.parametrize(
     ("names", "message"),
     [
-        (["train/a/0.png", "Training/a/0.png"], "Training and .*/train can both be what is to be trained on"),
+        (["train/a/0.png", "Training/a/0.png"], "Training and .*/train may both be the training set"),
         (["val/a/0.png", "val/b/0.png"], "holds val/ and no train/; give .*/val to train on it"),
-        (["train/0.png", "masks/0.png"], "train/ can be all that is to be trained on, or a class beside masks/"),
+        (["train/0.png", "masks/0.png"], "train/ may be the training set, or a class beside masks/"),
         (
             ["images/0.png", "masks/0.png"],
             "images/ and masks/ in .* look like images and their targets.*give .*/images",
@@ -300,7 +298,7 @@ def test_a_folder_of_shards(tmp_path: Path) -> None:
     assert [source.train.name(index) for index in (0, 1)] == [str(tmp_path / f"{shard}.tar/0.jpg") for shard in (9, 10)]
     assert source.about == "2 images in 2 shards; without labels; passed over: 1 .json, 1 .parquet"
     (tmp_path / "10.tar").rename(tmp_path / "val-10.tar")
-    with pytest.raises(UsageError, match=r"and by their names for others, such as val-10.tar; give"):
+    with pytest.raises(UsageError, match=r"and by their names others, such as val-10.tar; give"):
         open_source(str(tmp_path))
     (tmp_path / "train").mkdir()
     (tmp_path / "9.tar").rename(tmp_path / "train" / "9.tar")

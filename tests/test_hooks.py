@@ -220,12 +220,12 @@ def test_a_finished_run_is_made_longer(tmp_path: Path, capsys: pytest.CaptureFix
     assert "complete after" not in capsys.readouterr().out
     assert pretrained(out, epochs=3, **few).scores["epoch"] == 3
     said = capsys.readouterr().out
-    assert "the run is made longer: its schedules span 3 epochs now, and go on at epoch 1" in said
+    assert "the run is extended: its schedules now span 3 epochs, and continue at epoch 1" in said
     with pytest.raises(UsageError, match=r"--epochs was 3, is 2"):
         pretrained(out, epochs=2, **few)
     cut = tmp_path / "cut"
     pretrained(cut, epochs=2, **{**few, "max_steps": 1})
-    with pytest.raises(UsageError, match=r"was 2, is 5 \(it can be made longer once its own epochs are over\)"):
+    with pytest.raises(UsageError, match=r"was 2, is 5 \(it can be extended once its own epochs are over\)"):
         pretrained(cut, epochs=5, **few)
 
 
@@ -234,9 +234,9 @@ def test_stopped_says_which_command_goes_on(tmp_path: Path) -> None:
         def on_step(self, run: Any, step: int, outputs: Any) -> None:
             os.kill(os.getpid(), signal.SIGTERM)
 
-    with pytest.raises(Stopped, match="after step 1 and saved; the same command goes on from there"):
+    with pytest.raises(Stopped, match="after step 1 and saved; the same command continues from there"):
         pretrained(tmp_path / "run", Signal())
-    with pytest.raises(Stopped, match="the same command without --resume never goes on"):
+    with pytest.raises(Stopped, match="the same command without --resume never continues"):
         pretrained(tmp_path / "run", Signal(), resume="never")
 
 

@@ -568,7 +568,7 @@ def test_odd_images_are_read_as_files_are() -> None:
     gray = np.array(picture.convert("L"))
     for given in (gray, gray[..., None], torch.from_numpy(gray), Image.fromarray(gray), np.dstack([gray, gray])):
         assert (values_in(given)[..., 0] == gray).all()
-    with pytest.raises(ValueError, match="drawn in its transparency alone"):
+    with pytest.raises(ValueError, match="its content is only in the transparency"):
         values_in(np.dstack([np.zeros((30, 36, 3), np.uint8), gray]))
 
 

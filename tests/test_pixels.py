@@ -195,7 +195,7 @@ def test_how_many_channels_a_set_has(name: str, tmp_path: Path) -> None:
 def test_bands_that_no_number_of_channels_holds_are_refused(tmp_path: Path) -> None:
     five, eight = npy(many(DEEP.astype("u2"), 5)), npy(many(DEEP.astype("u2"), 8))
     fill(tmp_path / "set", {f"{i}.npy": five if i % 2 else eight for i in range(8)})
-    with pytest.raises(UsageError, match=r"does not fit the bands of the pictures \(4 have . bands?, 4 have .|4 have"):
+    with pytest.raises(UsageError, match=r"does not fit the bands of the images \(4 have . bands?, 4 have .|4 have"):
         format_of(tmp_path / "set")
     with pytest.raises(UsageError, match=r"--channels 3 does not fit"):
         format_of(tmp_path / "set", channels=3)

@@ -125,7 +125,7 @@ def test_fewer_steps_than_are_done_give_the_results_of_what_is_done(
     new = tmp_path / "new" if resumed else out
     no_steps(monkeypatch)
     summary = train.train(quick(max_steps=2, resume=str(out) if resumed else "auto", out=new))
-    assert "3 are done of 2 asked for" in capsys.readouterr().out
+    assert "3 are complete, 2 were requested" in capsys.readouterr().out
     assert summary["step"] == 3
     assert json.loads((new / "summary.json").read_text()) == summary
     monkeypatch.undo()
@@ -180,7 +180,7 @@ def test_data_whose_name_is_no_text_are_trained_on_to_the_end(
 
 
 def test_an_output_folder_whose_name_is_no_text_is_refused_at_the_start(quick: Small, tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match=re.escape(r"run\xff is no UTF-8")):
+    with pytest.raises(UsageError, match=re.escape(r"run\xff is not valid UTF-8")):
         train.train(quick(out=tmp_path / odd("run")))
     assert not list(tmp_path.iterdir())
 

@@ -34,7 +34,7 @@ ROOT = Path(__file__).parent.parent
         (float, [0.5, 3], {"1": "'1' is a str; it must be float", True: "True is a bool; it must be float"}),
         (bool, [True, False], {1: "1 is a int; it must be bool", "on": "'on' is a str"}),
         (int | None, [None, 3], {True: "True is a bool; it must be int", 1.5: "1.5 is a float; it must be int"}),
-        (Path, [Path("x")], {"x": "'x' is a str; it must be Path", Path("a" * 999): "is no path that can be used"}),
+        (Path, [Path("x")], {"x": "'x' is a str; it must be Path", Path("a" * 999): "cannot be used as a path"}),
         (Literal["a", "b"], ["a"], {"c": "c is unknown; choose one of a, b", 3: "3 is unknown", None: "None is un"}),
         (tuple[Literal["a", "b"], ...], [(), ("b", "a")], {"a": "'a' is a str; it must be a list", ("c",): "c is unk"}),
         (
@@ -207,7 +207,7 @@ def test_a_run_is_named_by_its_place_or_as_the_checkpoint(kind: Any, others: lis
         assert command_line.parse(kind, argv, prog="command").path == Path("runs/mine")
     with pytest.raises(UsageError, match="name a run folder, or one of its files: RUN, or --checkpoint RUN"):
         _ = command_line.parse(kind, others, prog="command").path
-    with pytest.raises(UsageError, match="a and --checkpoint b say twice what to take"):
+    with pytest.raises(UsageError, match="a and --checkpoint b are both given"):
         _ = command_line.parse(kind, ["a", "--checkpoint", "b", *others], prog="command").path
 
 
@@ -243,7 +243,7 @@ def test_a_command_is_run_by_its_name() -> None:
         [sys.executable, "-m", "fastrm", "report", "nowhere"], cwd=ROOT, capture_output=True, text=True, timeout=100
     )
     assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr == "error: nowhere is no run folder: it has no metrics.jsonl\n"
+    assert done.stderr == "error: nowhere is not a run folder: it has no metrics.jsonl\n"
 
 
 def test_what_needs_no_torch_imports_none() -> None:

@@ -151,7 +151,7 @@ def test_a_tar_file_of_which_a_reader_would_see_a_part(tmp_path: Path) -> None:
     (tmp_path / "damaged.tar").write_bytes(first[:third] + b"x" * 512 + first[third + 512 :])
     (tmp_path / "cut.tar").write_bytes(first[: third + 100])
     for name, message in (
-        ("joined", "goes on behind its end mark at byte"),
+        ("joined", "continues after its end mark at byte"),
         ("damaged", f"damaged or cut off at byte {third:,}"),
         ("cut", f"damaged or cut off at byte {third:,}"),
     ):
@@ -179,9 +179,7 @@ def test_patterns(tmp_path: Path) -> None:
         with pytest.raises(UsageError, match=message):
             open_source(pattern if pattern.startswith("pipe:") else str(tmp_path / pattern))
     pack(tmp_path / "train-val-0.tar", samples("a"))
-    with pytest.raises(
-        UsageError, match=r"for others, such as train-val-0.tar; give those to train on, as in '.*\*.tar'"
-    ):
+    with pytest.raises(UsageError, match=r"others, such as train-val-0.tar; give those to train on, as in '.*\*.tar'"):
         open_source(str(tmp_path / "train-*.tar"))
 
 

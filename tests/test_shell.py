@@ -205,7 +205,7 @@ def test_a_run_goes_on_without_standard_output(
     assert stop.value.code == 0
     assert (tmp_path / "run" / "summary.json").is_file()
     said = capsys.readouterr().err
-    assert said == "notice: standard output cannot be written: Broken pipe; the run goes on, and logs to its folder\n"
+    assert said == "notice: standard output cannot be written: Broken pipe; the run continues, and logs to its folder\n"
 
 
 def test_a_signal_that_comes_while_all_are_asked_is_not_lost(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -143,7 +143,7 @@ def test_views_of_several_sizes_are_dinos_multi_crop(tmp_path: Path) -> None:
         ("[[view]]\nsize = 7.5", r"\[\[view\]\] 1: size 7.5 is a float; it must be int"),
         ("[[view]]\ncount = 0", r"\[\[view\]\] 1: count 0 is out of range; it must be at least 1 and at most 64"),
         ("views = 3", 'views is 3; it must be a number of views and their size, as "2x224,8x96"'),
-        ("views = '2x224'\n[[view]]", "say twice how many views there are"),
+        ("views = '2x224'\n[[view]]", "both set the number of views"),
         ("view = 3", r"view must be tables: \[\[view\]\]"),
         ("std = [1, 0, 1]", "std is .*; it must be a number per channel above 0"),
         ("hue = ", "it is no TOML: "),

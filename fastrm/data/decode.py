@@ -216,7 +216,7 @@ def check_drawn(values: NDArray[np.uint8]) -> None:
     flat = values.reshape(-1, values.shape[-1])
     least, most = flat.min(axis=0), flat.max(axis=0)
     if (least[:-1] == most[:-1]).all() and least[-1] < most[-1]:
-        raise BrokenImage("it is drawn in its transparency alone: all colours are the same; give it a background")
+        raise BrokenImage("its content is only in the transparency: all colours are the same; give it a background")
 
 
 def check_depth(top: int) -> None:

@@ -149,14 +149,14 @@ def _layout(root: Folder) -> _Layout:
         return _Layout(root, None, _taken_for_classes([f for f in aside if f.holds_images] if others else []))
     if len(train) > 1:
         names = " and ".join(str(folder.path) for folder in train)
-        raise UsageError(f"--data {root.path}: {names} can both be what is to be trained on; give one of them")
+        raise UsageError(f"--data {root.path}: {names} may both be the training set; give one of them")
     if others and not aside:
         parts = [train[0], *others]
         if len(others) > 1 and all(part.names and not _tops(part) for part in parts):
             return _Layout(root, None, _taken_for_classes(train))
         raise UsageError(
-            f"--data {root.path}: {train[0].name}/ can be all that is to be trained on, or a class beside "
-            f"{others[0].name}/; give {train[0].path} for the one, and rename it for the other"
+            f"--data {root.path}: {train[0].name}/ may be the training set, or a class beside {others[0].name}/; "
+            f"give {train[0].path} for the first, and rename the folder for the second"
         )
     notes = [f"{f.total:,} images in {f.name}/ are not used" for f in [*aside[1:], *others] if f.holds_images]
     if root.names:

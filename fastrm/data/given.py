@@ -151,7 +151,7 @@ def _open_items(items: Items, notes: Sequence[str] = ()) -> Source:
     about = [f"{len(items):,} items of {items.name}", *notes]
     if not items.same:
         about.append(
-            "an item is not the same when it is asked for twice, so that a resumed run is not exact: draw its random "
+            "an item differs when it is read twice, so a resumed run is not exact: draw its random "
             "numbers from torch's, NumPy's or Python's global generators"
         )
     bank: Images | None = None

@@ -139,9 +139,7 @@ def _loaded(data: str) -> tuple[Any, str]:
     except Exception as error:  # of every kind: of the network, of the hub, and of damaged files
         if exhausted(error):
             raise
-        where = (
-            "" if folder.is_dir() else f"; there is no such folder in {os.getcwd()}, and by name it is not to be had"
-        )
+        where = "" if folder.is_dir() else f"; there is no such folder in {os.getcwd()}, and no such dataset by name"
         raise UsageError(f"--data {data} cannot be loaded: {first_line(error)}{where}") from None
     return loaded, folder.resolve().name if folder.is_dir() else owner.rpartition("/")[2]
 

@@ -71,7 +71,7 @@ def _read(path: Path, data: str) -> _Lines:
     except UnicodeError:  # of UTF-16
         raise UsageError(f"--data {data}: {path} begins like a text in UTF-16, and is none") from None
     if "\0" in text:
-        raise UsageError(f"--data {data}: {path} is no text; it must be a list of paths, one in each line")
+        raise UsageError(f"--data {data}: {path} is not a text file; it must be a list of paths, one per line")
     lines = _Lines([], [], [], 0)
     known = tuple(endings())
     comments = 0

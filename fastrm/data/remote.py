@@ -71,7 +71,7 @@ def fetched(data: str, endings: Iterable[str]) -> tuple[list[Path], str]:
     held = sum(file.copy.stat().st_size for file in remote)
     notes = [f"{in_words(held)} copied to {cache_root()}"] if remote else []
     if unasked := sum(not file.name for file in files):
-        notes.append(f"{unasked:,} files cannot be reached, and their copies of before are used")
+        notes.append(f"{unasked:,} files cannot be reached; their earlier copies are used")
     return [file.copy for file in files], "; ".join(notes)
 
 

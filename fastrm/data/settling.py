@@ -202,8 +202,8 @@ def _check_bands(kinds: Counter[_Kind], taken: PixelFormat) -> None:
             counts[kind.bands] += count
         told = ", ".join(f"{count:,} have {bands}" for bands, count in counts.most_common())
         raise UsageError(
-            f"--channels {taken.channels} does not fit the bands of the pictures ({told}); one band stands for three "
-            "and three make one, and others must be as many: give the number that they have, or a part of the data"
+            f"--channels {taken.channels} does not fit the bands of the images ({told}); images with 1 and 3 bands "
+            "are converted into each other, others must match: give their number of bands, or a part of the data"
         )
 
 

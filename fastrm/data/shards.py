@@ -70,6 +70,6 @@ def _check_one_part(shards: Sequence[Path], data: str) -> None:
         first = next(shard for shard in shards if shard not in aside)
         wanted = first.with_name(first.stem.rstrip("0123456789") + "*.tar")
         raise UsageError(
-            f"--data {data} stands for shards to train on, such as {first.name}, and by their names for others, such "
-            f"as {aside[0].name}; give those to train on, as in '{wanted}'"
+            f"--data {data} matches shards to train on, such as {first.name}, and by their names others, such as "
+            f"{aside[0].name}; give those to train on, as in '{wanted}'"
         )

@@ -158,7 +158,7 @@ def _ended(path: Path, offset: int) -> bool:
         while rest := file.read(2**20):
             if rest.strip(b"\0"):
                 raise ValueError(
-                    f"it goes on behind its end mark at byte {offset:,}; pack tar files that were joined into one anew"
+                    f"it continues after its end mark at byte {offset:,}; pack it again if tar files were joined"
                 )
     return True
 

@@ -83,7 +83,7 @@ def _written(given: str | Path) -> Mapping[str, Any]:
     if path.suffix == ".toml":
         return table
     if not isinstance(table.get(VIEWS), dict):
-        raise UsageError("it does not say how views were made, as a run's config.json does that had no callable for it")
+        raise UsageError("it has no views; the config.json of a run has them, unless a callable made the views")
     found: Mapping[str, Any] = table[VIEWS]
     return found
 
@@ -108,7 +108,7 @@ def _groups(table: Mapping[str, Any], own: int) -> Sequence[Mapping[str, Any]]:
     """What is said of views that are made alike, and how many they are."""
     short, tables = table.get("views"), table.get("view")
     if short is not None and tables is not None:
-        raise UsageError("views and [[view]] say twice how many views there are; give one of them")
+        raise UsageError("views and [[view]] both set the number of views; give one of them")
     if short is not None:
         if not isinstance(short, str) or not _SHORT.fullmatch(short):
             raise UsageError(f'views is {short!r:.80}; it must be a number of views and their size, as "2x224,8x96"')

@@ -96,6 +96,6 @@ def _scored(trained: Pretrained, which: str) -> list[str]:
             if score in random
         ]
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        raise UsageError(f"{path} is no evaluation that fastrm wrote; move it away") from None
+        raise UsageError(f"{path} is not an evaluation that fastrm wrote; move it away") from None
     head = ["", "## Scores", "", "| images | score | % right | untrained network |", "|---|---|--:|--:|"]
     return [*head, *rows] if rows else []

@@ -76,7 +76,7 @@ class KNN(Hook):
         if run.asked().end:  # the same command goes on with it
             return
         run.save(wait=True)
-        hint = "The steps are saved; the same command with --eval-every 0 goes on"
+        hint = "The steps are saved; the same command with --eval-every 0 continues"
         scores = self._watched(run, self._beside() if end else {}, hint)
         if self._start is not None:
             self._compare(run, self._start, scores["knn_student"])

@@ -168,7 +168,7 @@ class Lock:
         minute."""
         if self._lost:
             raise TrainingError(
-                f"--out {self.out} was taken over by another run while this one stood still; this one ends"
+                f"--out {self.out} was taken over by another run while this one was suspended; this one ends"
             )
 
     def release(self) -> None:

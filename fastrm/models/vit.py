@@ -69,7 +69,7 @@ def _freeze_projection(net: Any, channels: int) -> str | None:
     projection = _embedding(net).proj
     patches = isinstance(projection, nn.Conv2d) and projection.kernel_size == projection.stride
     if not (patches or isinstance(projection, nn.Linear)) or (patches and projection.in_channels != channels):
-        return "its stem is no projection of patches and is trained"
+        return "its stem is not a patch projection, and is trained"
     fan_in = projection.weight[0].numel()
     bound = math.sqrt(6 / (fan_in + len(projection.weight)))
     nn.init.uniform_(projection.weight, -bound, bound)

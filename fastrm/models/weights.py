@@ -62,7 +62,7 @@ def pixels_of(about: Mapping[str, str], path: Path) -> PixelFormat:
     try:
         return PixelFormat.of({name: json.loads(about[name]) for name in RGB.plain() if name in about})
     except (ValueError, KeyError, TypeError, AttributeError):
-        raise UsageError(f"{path} does not say soundly what its pixels are: {', '.join(RGB.plain())}") from None
+        raise UsageError(f"{path} has an invalid description of its pixels: {', '.join(RGB.plain())}") from None
 
 
 def write_backbone(path: Path, backbone: Backbone, about: dict[str, str]) -> None:

@@ -54,7 +54,7 @@ def read_run(folder: Path) -> Run:
         UsageError: it is not a run folder, or nothing was recorded yet.
     """
     if not (folder / own.METRICS).is_file():
-        raise UsageError(f"{folder} is no run folder: it has no {own.METRICS}")
+        raise UsageError(f"{folder} is not a run folder: it has no {own.METRICS}")
     try:
         settings = read_json(folder / "config.json")
         lines = (folder / own.METRICS).read_text(encoding="utf-8").splitlines()
@@ -80,7 +80,7 @@ def _complete(folder: Path, step: int) -> bool:
     try:
         return path.is_file() and bool(read_json(path).get("step", step) >= step)
     except (ValueError, TypeError, AttributeError):
-        raise UsageError(f"{path} is no summary that fastrm wrote; move it away") from None
+        raise UsageError(f"{path} is not a summary that fastrm wrote; move it away") from None
 
 
 def differing(runs: Sequence[Run]) -> list[str]:

@@ -55,4 +55,4 @@ def faults(out: Path, world: World, *, resumes: bool) -> Iterator[None]:
 
 def again(resumes: bool) -> str:
     """The command that continues from the saved state."""
-    return "the same command goes on from there" if resumes else "the same command without --resume never goes on"
+    return "the same command continues from there" if resumes else "the same command without --resume never continues"

@@ -45,7 +45,7 @@ def held(out: Path) -> Iterator[Lock]:
 def claim(out: Path) -> None:
     """Raise a UsageError if ``out`` has a file or folder with a name that fastrm uses but that fastrm did not write."""
     if as_utf8(str(out)) != str(out):
-        raise UsageError(f"--out {as_utf8(str(out))} is no UTF-8, which TensorBoard and the profiler ask of a path")
+        raise UsageError(f"--out {as_utf8(str(out))} is not valid UTF-8, which TensorBoard and the profiler need")
     with writing(out):
         if out.exists():
             for path, wrote in own.names(out):

@@ -66,4 +66,4 @@ def complete(out: Path, step: int) -> bool:
     try:
         return bool(read_json(path).get("step") == step)
     except (ValueError, AttributeError):
-        raise UsageError(f"{path} is no summary that fastrm wrote; move it away") from None
+        raise UsageError(f"{path} is not a summary that fastrm wrote; move it away") from None

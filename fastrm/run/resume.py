@@ -122,7 +122,7 @@ def _same_settings(
     if changed:
         ordered = [name for name in now if name in changed]
         differences = "; ".join(f"{flag(name)} was {then.get(name)}, is {now[name]}" for name in ordered)
-        hint = " (it can be made longer once its own epochs are over)" if longer else ""
+        hint = " (it can be extended once its own epochs are over)" if longer else ""
         raise UsageError(
             f"{path} is of other settings: {differences}{hint}. Use its own, another --out, or --resume never"
         )
@@ -132,13 +132,13 @@ def _same_settings(
 def _elsewhere(state: Mapping[str, Any], now: Mapping[str, Any], start: Start) -> str:
     """Describe the changes in a run that continues with another number of processes."""
     then, processes, size = state["config"], len(state["random"]), world().size
-    words = f"the run was in {processes} processes, and goes on in {size}, which draw other views of the same images"
+    words = f"the run used {processes} processes, and continues with {size}; these draw other views of the same images"
     changed = [name for name in ("batch_size", "accumulate") if now[name] != then[name]]
     if not changed:
-        return f"{words}; --batch-size stays {now['batch_size']}, {now['batch_size'] // size} a process"
+        return f"{words}; --batch-size stays {now['batch_size']}, {now['batch_size'] // size} per process"
     parts = ", ".join(f"{flag(name)} was {then[name]}, is {now[name]}" for name in changed)
     epoch = (start.step + start.images.shift) / start.images.steps_per_epoch
-    return f"{words}; {parts}: the run goes on at epoch {epoch:g}, with a learning rate for the batch"
+    return f"{words}; {parts}: the run continues at epoch {epoch:g}, with the learning rate of the new batch"
 
 
 def _same_views(path: Path, state: Mapping[str, Any], augmentation: Augmentation | None) -> None:
@@ -173,8 +173,8 @@ def _compared(path: Path, state: Mapping[str, Any], now: Mapping[str, Any], imag
         return Start(step, images)
     if not now["allow_changed_data"]:
         raise UsageError(
-            f"{path} is of a run on other images than --data {now['data']}: {difference}. Bring them back, give "
-            "another --out, or --allow-changed-data, which starts the next epoch with those of now"
+            f"{path} is from a run on other images than --data {now['data']}: {difference}. Bring them back, give "
+            "another --out, or --allow-changed-data, which continues at the next epoch with the current images"
         )
     epoch = (step + images.shift) // images.steps_per_epoch
     return Start(step, images, (f"other images from epoch {epoch} on: {difference}",))
@@ -189,5 +189,5 @@ def _first_sound(files: list[Path]) -> tuple[Path, dict[str, Any]]:
             if before is None:
                 raise
             if world().rank == 0:
-                print(f"notice     {error}; going on from {before.name}")
+                print(f"notice     {error}; continuing from {before.name}")
     raise AssertionError("unreachable: the last one is returned or raised")

@@ -102,12 +102,12 @@ def cautions(config: Config, method: Method[Any], schedule: Schedule, images: in
 
 
 def lengthened(schedule: Schedule, step: int, warmup_epochs: float) -> str:
-    """How the schedules of a run that is made longer go on."""
+    """Describe how the schedules of an extended run continue."""
     rates = schedule.at(step)
     return (
-        f"the run is made longer: its schedules span {schedule.optim.epochs} epochs now, and go on at epoch "
+        f"the run is extended: its schedules now span {schedule.optim.epochs} epochs, and continue at epoch "
         f"{schedule.epoch(step):.0f} with a learning rate of {rates.lr:.4g} and a teacher momentum of "
-        f"{rates.teacher_momentum:.6g}; the warm-up stays that of {warmup_epochs:g} epochs"
+        f"{rates.teacher_momentum:.6g}; the warm-up stays at {warmup_epochs:g} epochs"
     )
 
 

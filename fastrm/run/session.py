@@ -167,6 +167,6 @@ def _say(parts: Parts, begun: Start, run: Run, ended: bool) -> None:
         lines.append(("evaluation", part))
     if ended:
         total = run.total_steps
-        lines.append(("steps", f"{start} are done of {total} asked for: only missing results are made"))
+        lines.append(("steps", f"{start} are complete, {total} were requested: only missing results are made"))
     for title, text in lines:
         parts.say(f"{title:<11}{text}")

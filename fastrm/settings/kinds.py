@@ -90,7 +90,7 @@ def unusable(path: str | Path) -> str | None:
         return None
     except (OSError, ValueError) as error:
         why = error.strerror if isinstance(error, OSError) else error
-        return f"{str(path)[:80]!r} is no path that can be used: {why}"
+        return f"{str(path)[:80]!r} cannot be used as a path: {why}"
     return None
 
 

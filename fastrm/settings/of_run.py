@@ -43,7 +43,7 @@ def given(runs: Sequence[Path], checkpoint: Path | None) -> list[Path]:
         UsageError: none was given, or both.
     """
     if runs and checkpoint is not None:
-        raise UsageError(f"{runs[0]} and --checkpoint {checkpoint} say twice what to take; give one of them")
+        raise UsageError(f"{runs[0]} and --checkpoint {checkpoint} are both given; give one of them")
     if not runs and checkpoint is None:
         raise UsageError("name a run folder, or one of its files: RUN, or --checkpoint RUN")
     return [*runs] if checkpoint is None else [checkpoint]

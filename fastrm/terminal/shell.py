@@ -160,7 +160,7 @@ class _Output:
 class _Screen(_Output):
     def _lose(self, error: OSError) -> None:
         _to_nowhere(self.stream)
-        _complain(f"notice: {_OutputLostError(error)}; the run goes on, and logs to its folder", 0)
+        _complain(f"notice: {_OutputLostError(error)}; the run continues, and logs to its folder", 0)
 
 
 def screen() -> Any:
