@@ -225,6 +225,7 @@ def save(figure: Figure, path: Path) -> None:
     """Write a figure, the same bytes each time."""
     for axes in figure.axes:
         axes.grid(alpha=0.3)
-    figure.axes[0].legend(frameon=False)
+    if not figure.legends:
+        figure.axes[0].legend(frameon=False)
     with mock.patch.dict(rcParams, {"svg.hashsalt": "fastrm", "svg.fonttype": "none"}):
         write_whole(path, lambda to: figure.savefig(to, format="svg", metadata={"Date": None}))
