@@ -205,7 +205,7 @@ def contrastive_cases() -> Iterable[Case]:
         kind = _sweep.product_kind(dtype)
         plan = _sweep.plan(n, size, dim, kind, slots=132, major=9 if archs else 8)
         assert plan is not None
-        finish = _sweep.finishing(dim, plan.parts)
+        finish = _sweep.finishing(dim, plan.bank_splits)
         warps = finish.pop("num_warps")
         in_memory = dim == 256  # temperature and weights, as tensors: a trainer's weight is one
         number = "*fp32" if in_memory else "fp32"
@@ -225,7 +225,7 @@ def contrastive_cases() -> Iterable[Case]:
                 **types,
                 **({} if in_batch else {"pointer_ptr": "*i64"}),
                 **matrices(dtype, "bank"),
-                "share": "i32",
+                "tiles_per_split": "i32",
             },
             constants={
                 **shared,
@@ -356,7 +356,7 @@ def wide_cases() -> Iterable[Case]:
                 **types,
                 **matrices(f32, "logsums"),
                 **(matrices(dtype, "averages") if gradient else {}),
-                **dict.fromkeys(("tiles", "share", "every"), "i32"),
+                **dict.fromkeys(("tiles", "tiles_per_split", "every"), "i32"),
             },
             constants={
                 **shared, **absent, **({} if gradient else {"averages_ptr": None}), "BLOCK_D": tiles.block_d,
@@ -412,7 +412,7 @@ def prototype_cases() -> Iterable[Case]:
     ):
         plan = _sweep.plan(1280, 65536, dim, kind, slots=132, major=9, two=True)
         assert plan is not None
-        gather = _prototypes_swept.gathering(dim, plan.parts)
+        gather = _prototypes_swept.gathering(dim, plan.bank_splits)
         number = "*fp32" if in_pairs else "fp32"
         name = f"{_short(dtype)} x {dim}, {kind}{', pairs' * in_pairs}"
         shared = {"D": dim, "BLOCK_D": _push.block_d(dim)}
@@ -423,7 +423,7 @@ def prototype_cases() -> Iterable[Case]:
             types={
                 **matrices(dtype, "bank", "values"),
                 **matrices(f32, "query", "shift", "averages", "logsums"),
-                **dict.fromkeys(("n", "size", "key_offset", "share"), "i32"),
+                **dict.fromkeys(("n", "size", "key_offset", "tiles_per_split"), "i32"),
                 "temperature": number,
             },
             constants={

@@ -129,16 +129,16 @@ def _swept(rows: Tensor, found: _Prepared, teacher: bool, averaged: bool) -> tup
     slots, major = _sweep.capacity(device)
     work = _sweep.plan(n, size, dim, found.kind, slots, major, two and averaged)
     assert work is not None
-    gather = gathering(dim, work.parts)
+    gather = gathering(dim, work.bank_splits)
 
     def empty(*shape: int) -> Tensor:
         return torch.empty(shape, device=device)
 
-    averages = empty(work.parts, n, dim) if averaged else None
-    logsums, logsum = empty(work.parts, n), empty(n)
+    averages = empty(work.bank_splits, n, dim) if averaged else None
+    logsums, logsum = empty(work.bank_splits, n), empty(n)
     average = empty(n, dim) if averaged else empty(0)
     with guard(device):
-        sweep_kernel[(work.blocks * work.parts,)](
+        sweep_kernel[(work.query_blocks * work.bank_splits,)](
             query_ptr=_sweep.readable(rows).contiguous(),
             bank_ptr=found.its if two else found.own,
             values_ptr=found.own if two and averaged else None,
@@ -151,7 +151,7 @@ def _swept(rows: Tensor, found: _Prepared, teacher: bool, averaged: bool) -> tup
             n=n,
             size=size,
             key_offset=0,
-            share=work.share,
+            tiles_per_split=work.tiles_per_split,
             D=dim,
             BLOCK_D=block_d(dim),
             BLOCK_N=work.block_n,
@@ -164,7 +164,7 @@ def _swept(rows: Tensor, found: _Prepared, teacher: bool, averaged: bool) -> tup
             num_stages=work.stages,
         )
         gather_kernel[(triton.cdiv(n, gather["BLOCK_R"]),)](
-            averages, logsums, average if averaged else None, logsum, n, work.parts, dim, block_d(dim), **gather
+            averages, logsums, average if averaged else None, logsum, n, work.bank_splits, dim, block_d(dim), **gather
         )
     return logsum / LOG2E, average
 

@@ -1,13 +1,13 @@
 """The one-sweep contrastive kernel: InfoNCE, its gradient, the residual term and the push in two or three launches.
 
-For unit queries q, bank rows c and logits s = q·c/τ a program keeps, tile by tile as in flash attention, the running
-maximum m, the sum Σ exp(s − m), and Σ exp(s − m) c. The keys carry no gradient, so the gradient needs no more: with
-the positive p among the candidates, dL/dq = (average of the candidates by probability − p) / τ, and then through the
-normalisation. The kernels keep logits in units of log 2.
+For unit queries q, bank rows c and logits s = q·c/τ, a program accumulates tile by tile, as in flash attention, the
+running maximum m, the sum Σ exp(s − m), and Σ exp(s − m) c. The keys carry no gradient, so the gradient needs no more:
+with the positive p among the candidates, dL/dq = (average of the candidates by probability − p) / τ, and then through
+the normalisation. The kernels keep logits in units of log 2.
 
-Programs share the bank, so that few queries fill a GPU too. A last launch puts together what they found, and pushes:
-the sweep has read the whole queue by then. In-batch keys are normalised first, by a launch of their own. All sums have
-a fixed order, so the bits are the same each time.
+The bank is split among programs, so that few queries also fill a GPU. A last launch combines their results and pushes;
+the sweep has read the whole queue by then. In-batch keys are normalised first, in a separate launch. All sums have a
+fixed order, so the bits are the same each time.
 """
 
 from __future__ import annotations
@@ -57,26 +57,25 @@ def product_kind(dtype: torch.dtype) -> str:
 
 
 class Plan(NamedTuple):
-    """How the work is divided among programs."""
+    """The division of the work among programs."""
 
     block_n: int
-    """Queries of a program of the sweep."""
+    """Queries per program of the sweep."""
     block_k: int
-    """Bank rows that it takes at a time."""
+    """Bank rows per tile."""
     warps: int
     stages: int
-    blocks: int
-    """Of queries."""
-    parts: int
-    """Of the bank."""
-    share: int
-    """Tiles of a part."""
+    query_blocks: int
+    """Number of blocks of ``block_n`` queries."""
+    bank_splits: int
+    """Number of splits of the bank, each with one program per block of queries."""
+    tiles_per_split: int
 
 
-def finishing(dim: int, parts: int) -> dict[str, int]:
-    """How the last launch is cut, its compile-time arguments: rows, and parts of the bank that it puts together."""
-    chunk = min(block_r(dim), triton.next_power_of_2(parts))
-    every = triton.next_power_of_2(parts)
+def finishing(dim: int, bank_splits: int) -> dict[str, int]:
+    """Compile-time arguments of the last launch: rows per program, and the splits of the bank that it combines."""
+    chunk = min(block_r(dim), triton.next_power_of_2(bank_splits))
+    every = triton.next_power_of_2(bank_splits)
     return {"BLOCK_R": block_r(dim, chunk), "BLOCK_S": every, "CHUNK": chunk, "num_warps": row_warps(dim)}
 
 
@@ -86,13 +85,13 @@ def plan(n: int, size: int, dim: int, kind: str, slots: int, major: int, two: bo
 
     Args:
         n, size, dim: rows of the queries and of the bank, and their width.
-        kind: of product.
+        kind: kind of product.
         slots: multiprocessors of the device.
-        major: of the device's compute capability.
+        major: major version of the compute capability.
         two: whether other rows are averaged than those that are multiplied.
 
     Returns:
-        The plan, or None where rows of ``dim`` are too wide for the registers.
+        The plan, or None if rows of ``dim`` are too wide for the registers.
     """
     width = max(64, block_d(dim))
     tiles_of = (_TILES_OF_TWO if two else _TILES)[kind]
@@ -100,29 +99,29 @@ def plan(n: int, size: int, dim: int, kind: str, slots: int, major: int, two: bo
         return None
     wide = not two and kind == "half" and width in _WIDE_TILES and n >= 1024 and major in (9, 10)
     block_n, block_k, warps, stages = _WIDE_TILES[width] if wide else tiles_of[width]
-    blocks, tiles = -(-n // block_n), -(-size // block_k)
+    query_blocks, tiles = -(-n // block_n), -(-size // block_k)
     if wide:
         slots *= 8 // warps
 
-    def time(parts: int) -> int:
-        """Rounds of programs, each as long as its tiles, and one more to begin and to end."""
-        return -(-blocks * parts // slots) * (-(-tiles // parts) + 1)
+    def time(bank_splits: int) -> int:
+        """Rounds of programs times their length: their tiles, plus one for start and end."""
+        return -(-query_blocks * bank_splits // slots) * (-(-tiles // bank_splits) + 1)
 
-    share = -(-tiles // min(range(1, max(2, min(tiles, max(slots // blocks, 4)) + 1)), key=time))
-    parts = -(-tiles // max(share, 1)) or 1
-    return Plan(block_n, block_k, warps, stages, blocks, parts, share)
+    tiles_per_split = -(-tiles // min(range(1, max(2, min(tiles, max(slots // query_blocks, 4)) + 1)), key=time))
+    bank_splits = -(-tiles // max(tiles_per_split, 1)) or 1
+    return Plan(block_n, block_k, warps, stages, query_blocks, bank_splits, tiles_per_split)
 
 
 def capacity(device: torch.device) -> tuple[int, int]:
     """Multiprocessors, and the major version of the compute capability."""
     if INTERPRETED:
-        return 4, 0  # more than one, so that banks are cut there too
+        return 4, 0  # more than one, so that banks are also split there
     properties = torch.cuda.get_device_properties(device)
     return properties.multi_processor_count, properties.major
 
 
 def readable(x: Tensor) -> Tensor:
-    """``x`` in a dtype that the kernels read."""
+    """``x`` in a dtype that the kernels can read."""
     return x if x.dtype in DTYPES else x.to(_wide.multiplied(x.dtype))
 
 
@@ -135,7 +134,7 @@ def launched(number: float | Tensor, name: str, device: torch.device) -> float |
 
 @torch.no_grad()
 def swept_losses(scoring: Scoring, gradient: bool) -> tuple[Tensor, Tensor]:
-    """The same as :func:`._blocked.blocked_losses`, to which it leaves what the kernels do not take."""
+    """The same as :func:`._blocked.blocked_losses`, which it calls for inputs that the kernels do not take."""
     query, key, same, queue, pointer, push = scoring[:6]
     key_offset, reduction = scoring.key_offset, scoring.reduction
     (n, dim), device = query.shape, query.device
@@ -147,14 +146,14 @@ def swept_losses(scoring: Scoring, gradient: bool) -> tuple[Tensor, Tensor]:
     key, same, push = (None if x is None else readable(x) for x in (key, same, push))
     bank = key if queue is None else queue
     size = 0 if bank is None else len(bank)
-    # What else a queue may be is made what the kernels know part by part, and pushed into by itself.
+    # Other queues are converted part by part, and pushed into separately.
     known = queue is None or (queue.dtype in DTYPES and queue.is_contiguous())
     kind = "half" if bank is None else product_kind(bank.dtype)
     slots, major = capacity(device)
     work = plan(n, size, dim, kind, slots, major) if known and bank is not None else None
     wide = _wide.plan(n, size, dim, kind, slots, gradient, not known) if work is None and bank is not None else None
-    parts = work.parts if work is not None else wide.parts if wide is not None else 1
-    finish = finishing(dim, parts)
+    bank_splits = work.bank_splits if work is not None else wide.bank_splits if wide is not None else 1
+    finish = finishing(dim, bank_splits)
     groups = triton.cdiv(n, finish["BLOCK_R"])
 
     def empty(*size: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -170,8 +169,8 @@ def swept_losses(scoring: Scoring, gradient: bool) -> tuple[Tensor, Tensor]:
     query = apart(query, written)
     logsums = averages = None
     if bank is not None:
-        logsums = empty(parts, n)
-        averages = empty(parts, n, dim, dtype=_wide.multiplied(bank.dtype)) if gradient else None
+        logsums = empty(bank_splits, n)
+        averages = empty(bank_splits, n, dim, dtype=_wide.multiplied(bank.dtype)) if gradient else None
     shared = {
         "query_ptr": query,
         "logsums_ptr": logsums,
@@ -188,19 +187,19 @@ def swept_losses(scoring: Scoring, gradient: bool) -> tuple[Tensor, Tensor]:
     pushed = 0 if pointer is None or push is None or not known else len(push)
     with guard(device):
         if key is None or bank is None:
-            tickets.zero_()  # which the sweep does otherwise
+            tickets.zero_()  # otherwise the sweep does this
         elif queue is None:
             bank = torch.empty_like(key, memory_format=torch.contiguous_format)
             launch_push(bank, key, None, None)
         sent = pointer if pushed else None
         if bank is not None and work is not None:
-            sweep_kernel[(work.blocks * work.parts,)](
+            sweep_kernel[(work.query_blocks * work.bank_splits,)](
                 **shared,
                 bank_ptr=bank,
                 values_ptr=None,
                 shift_ptr=None,
                 pointer_ptr=sent,
-                share=work.share,
+                tiles_per_split=work.tiles_per_split,
                 BLOCK_N=work.block_n,
                 BLOCK_K=work.block_k,
                 IN_BATCH=queue is None,
@@ -222,7 +221,7 @@ def swept_losses(scoring: Scoring, gradient: bool) -> tuple[Tensor, Tensor]:
             residual_weight=residual_weight,
             contrastive_weight=contrastive_weight,
             scale=1 / n if reduction == "mean" else 1.0,
-            splits=parts,
+            splits=bank_splits,
             queue_ptr=queue if pushed else None,
             pointer_ptr=pointer if pushed else None,
             push_ptr=apart(push, written) if push is not None and pushed else None,

@@ -1,4 +1,4 @@
-"""The sweep over the bank, a Triton kernel; see ``_sweep`` for what it computes and why."""
+"""The Triton kernel of the sweep over the bank; ``_sweep`` describes what it computes."""
 
 # mypy: disallow-untyped-defs=False
 from __future__ import annotations
@@ -62,7 +62,7 @@ if triton is not None:
             average = tl.dot(weights.to(bank.dtype), bank, acc=average * shrink[:, None], input_precision=PRECISION)
         return above, total, average
 
-    @triton.jit(do_not_specialize=["n", "key_offset", "share"])
+    @triton.jit(do_not_specialize=["n", "key_offset", "tiles_per_split"])
     def sweep_kernel(
         query_ptr,
         bank_ptr,
@@ -71,12 +71,12 @@ if triton is not None:
         averages_ptr,  # [splits, n, D], and [splits, n]: see finish_rows
         logsums_ptr,
         tickets_ptr,  # see finish_kernel; None: what follows needs none
-        pointer_ptr,  # None: nothing will be pushed
+        pointer_ptr,  # None if nothing will be pushed
         temperature,
         n,
         size,  # of the bank
         key_offset,
-        share,  # tiles of a split
+        tiles_per_split,
         D: tl.constexpr,
         BLOCK_D: tl.constexpr,
         BLOCK_N: tl.constexpr,
@@ -87,8 +87,9 @@ if triton is not None:
         UPCAST: tl.constexpr,  # multiply in float32: the interpreter's bfloat16 product is wrong
     ):
         program = tl.program_id(0)
-        blocks = tl.cdiv(n, BLOCK_N)
-        block, split = program % blocks, program // blocks  # programs side by side read the same part of the bank
+        query_blocks = tl.cdiv(n, BLOCK_N)
+        # Neighbouring programs read the same split of the bank.
+        block, split = program % query_blocks, program // query_blocks
         if tickets_ptr is not None:  # noqa: SIM102 (decided when compiling, and the next when running)
             if program == 0:
                 tl.store(tickets_ptr, 0)
@@ -101,39 +102,40 @@ if triton is not None:
         query = (unit * (LOG2E / number(temperature))).to(bank_ptr.dtype.element_ty)
         if UPCAST:
             query = query.to(tl.float32)
-        top = tl.full([BLOCK_N], -1e30, tl.float32)  # finite, as -inf less -inf is no number
+        top = tl.full([BLOCK_N], -1e30, tl.float32)  # finite, because -inf - -inf is NaN
         total = tl.zeros([BLOCK_N], tl.float32)
         average = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
 
-        # Tiles from `first` to `whole` lie within the bank; those from `hole` to `filled` of them hold positives.
-        first = split * share
-        end = tl.minimum(first + share, tl.cdiv(size, BLOCK_K))
-        whole = tl.maximum(tl.minimum(end, size // BLOCK_K), first)
-        hole, filled = whole, whole
+        # Tiles from `first` to `full_end` are full; those from `positives_start` to `positives_end` hold positives.
+        first = split * tiles_per_split
+        end = tl.minimum(first + tiles_per_split, tl.cdiv(size, BLOCK_K))
+        full_end = tl.maximum(tl.minimum(end, size // BLOCK_K), first)
+        positives_start, positives_end = full_end, full_end
         positives = rows
         if IN_BATCH:
             positives += key_offset
             at = block * BLOCK_N + key_offset
-            hole = tl.minimum(tl.maximum(at // BLOCK_K, first), whole)
-            filled = tl.minimum(tl.maximum((at + BLOCK_N - 1) // BLOCK_K + 1, hole), whole)
+            positives_start = tl.minimum(tl.maximum(at // BLOCK_K, first), full_end)
+            positives_end = tl.minimum(tl.maximum((at + BLOCK_N - 1) // BLOCK_K + 1, positives_start), full_end)
         else:
             positives = tl.full([BLOCK_N], -1, tl.int32)
-        holes = filled - hole
-        for i in range(first, whole - holes):
+        positive_tiles = positives_end - positives_start
+        for i in range(first, full_end - positive_tiles):
             top, total, average = _add_tile(
-                tl.where(i < hole, i, i + holes), query, top, total, average, bank_ptr, values_ptr, shift_ptr, size,
-                positives, D, BLOCK_D, BLOCK_K, False, GRADIENT, PRECISION, UPCAST,
+                tl.where(i < positives_start, i, i + positive_tiles), query, top, total, average, bank_ptr, values_ptr,
+                shift_ptr, size, positives, D, BLOCK_D, BLOCK_K, False, GRADIENT, PRECISION, UPCAST,
             )  # fmt: skip
-        for i in tl.range(0, holes + end - whole, num_stages=1):
+        for i in tl.range(0, positive_tiles + end - full_end, num_stages=1):
             top, total, average = _add_tile(
-                tl.where(i < holes, hole + i, whole + i - holes), query, top, total, average, bank_ptr, values_ptr,
-                shift_ptr, size, positives, D, BLOCK_D, BLOCK_K, True, GRADIENT, PRECISION, UPCAST,
+                tl.where(i < positive_tiles, positives_start + i, full_end + i - positive_tiles),
+                query, top, total, average, bank_ptr, values_ptr, shift_ptr, size, positives,
+                D, BLOCK_D, BLOCK_K, True, GRADIENT, PRECISION, UPCAST,
             )  # fmt: skip
 
         at = split.to(tl.int64) * n + rows
-        found = total > 0
-        tl.store(logsums_ptr + at, tl.where(found, top + tl.log2(total), float("-inf")), mask=live)
+        nonempty = total > 0
+        tl.store(logsums_ptr + at, tl.where(nonempty, top + tl.log2(total), float("-inf")), mask=live)
         if GRADIENT:
             d = tl.arange(0, BLOCK_D)
-            average = (average / tl.where(found, total, 1.0)[:, None]).to(averages_ptr.dtype.element_ty)
+            average = (average / tl.where(nonempty, total, 1.0)[:, None]).to(averages_ptr.dtype.element_ty)
             tl.store(averages_ptr + at[:, None] * D + d[None, :], average, mask=live[:, None] & (d < D)[None, :])

@@ -1,9 +1,9 @@
-"""The sweep over rows that one program cannot hold: two matrix products, and no logits beyond a part of the bank.
+"""The sweep over rows that are too wide for one program, as two matrix products per part of the bank.
 
-A program of ``_sweep`` keeps its queries, and an average as wide as they are, in registers. For wider rows the sweep is
-cut into parts of the bank. One launch multiplies queries by a part's rows and leaves exp(logit - top of its tile), in
-the dtype of the products; a second one multiplies those by the rows. Both are cut into tiles of any width, and what is
-left between them stays in a GPU's cache. What they find goes to the same last launch as that of ``_sweep``.
+A program of ``_sweep`` keeps its queries, and an average of the same width, in registers. For wider rows the bank is
+processed in parts. One launch multiplies the queries by the rows of a part and stores exp(logit - top of its tile) in
+the dtype of the products; a second launch multiplies these by the rows. Both are tiled in every dimension, and the
+intermediate result stays in the cache of a GPU. The last launch is the same as in ``_sweep``.
 """
 
 from __future__ import annotations
@@ -20,23 +20,23 @@ from .multi_tensor import guard
 if triton is not None:
     from ._wide_kernels import average_kernel, score_kernel
 
-ROWS = 2048  # queries of a launch
-ELEMENTS = 1 << 23  # of the weights between two launches: 16 MiB in half precision
+ROWS = 2048  # queries per launch
+ELEMENTS = 1 << 23  # weights between the two launches: 16 MiB in half precision
 
 
 class Tiles(NamedTuple):
-    """How the two products are cut, by kind of product; see ``_sweep.product_kind``."""
+    """Tile sizes of the two products, by kind of product; see ``_sweep.product_kind``."""
 
     block_n: int
     """Queries."""
     block_k: int
-    """Rows of the bank, of a tile of logits."""
+    """Bank rows per tile of logits."""
     inner: int
-    """Columns that are multiplied at a time for logits."""
+    """Columns per step of the product for logits."""
     block_d: int
-    """Columns of a tile of averages."""
+    """Columns per tile of averages."""
     step: int
-    """Rows that are multiplied at a time for averages."""
+    """Bank rows per step of the product for averages."""
     warps: int
     stages: int
 
@@ -60,18 +60,17 @@ def multiplied(dtype: torch.dtype) -> torch.dtype:
 
 
 class Plan(NamedTuple):
-    """How the work is divided among launches, and the second product's among programs."""
+    """The division of the work among launches, and of the second product among programs."""
 
     tiles: Tiles
     rows: int
-    """Queries of a launch."""
+    """Queries per launch."""
     columns: int
-    """Rows of the bank of a launch."""
+    """Bank rows per launch."""
     splits: int
-    """Of a launch's part of the bank."""
-    share: int
-    """Tiles of a split."""
-    parts: int
+    """Splits of the bank rows of a launch."""
+    tiles_per_split: int
+    bank_splits: int
     """Splits of all launches over the bank."""
 
 
@@ -80,10 +79,10 @@ def plan(n: int, size: int, dim: int, kind: str, slots: int, gradient: bool, con
 
     Args:
         n, size, dim: rows of the queries and of the bank, and their width.
-        kind: of product.
+        kind: kind of product.
         slots: multiprocessors of the device.
         gradient: whether there is a second product.
-        converted: whether a part of the bank needs memory too, for rows in another dtype.
+        converted: whether a part of the bank also needs memory, for rows in another dtype.
     """
     tiles = _SMALL[kind] if kind in _SMALL and n <= 64 else TILES[kind]
     rows = min(n, ROWS)
@@ -91,10 +90,10 @@ def plan(n: int, size: int, dim: int, kind: str, slots: int, gradient: bool, con
     columns = min(max(columns // tiles.block_k, 1), -(-size // tiles.block_k)) * tiles.block_k
     count = columns // tiles.block_k
     programs = -(-rows // tiles.block_n) * (-(-dim // tiles.block_d) if gradient else 1)
-    share = -(-count // max(1, min(count, slots // programs)))
-    splits = -(-count // share)
+    tiles_per_split = -(-count // max(1, min(count, slots // programs)))
+    splits = -(-count // tiles_per_split)
     rest = -(-(size % columns) // tiles.block_k)  # tiles of the last part
-    return Plan(tiles, rows, columns, splits, share, size // columns * splits + -(-rest // share))
+    return Plan(tiles, rows, columns, splits, tiles_per_split, size // columns * splits + -(-rest // tiles_per_split))
 
 
 def sweep(
@@ -109,18 +108,18 @@ def sweep(
     kind: str,
     work: Plan,
 ) -> None:
-    """Score ``query`` [N, D] against ``bank`` [K, D], of any floating dtype up to 32 bits; two launches a part.
+    """Score ``query`` [N, D] against ``bank`` [K, D], of any floating dtype up to 32 bits; two launches per part.
 
     Args:
-        query, bank: of the queries only the directions count, the rows of the bank are used as they are.
-        averages: [parts, N, D] in the dtype of the products, written, or None if there is no gradient.
-        logsums: [parts, N], written.
+        query, bank: queries, which are normalised, and bank rows, which are used as they are.
+        averages: [bank_splits, N, D] in the dtype of the products, written, or None if there is no gradient.
+        logsums: [bank_splits, N], written.
         tickets: [2], written: 0, and the pointer.
         pointer: None if nothing will be pushed.
         temperature: a number, or a tensor on the device.
         key_offset: None with a queue.
-        kind: of product.
-        work: how this is divided.
+        kind: kind of product.
+        work: division of the work.
     """
     (n, dim), size, tiles = query.shape, len(bank), work.tiles
     dtype = multiplied(bank.dtype)
@@ -136,7 +135,7 @@ def sweep(
         part = bank[c : c + work.columns].to(dtype).contiguous()
         count = triton.cdiv(len(part), tiles.block_k)
         at = c // work.columns * work.splits
-        splits = triton.cdiv(count, work.share)
+        splits = triton.cdiv(count, work.tiles_per_split)
         for r in range(0, n, work.rows):
             rows = min(work.rows, n - r)
             these = slice(at, at + splits), slice(r, r + rows)
@@ -152,7 +151,7 @@ def sweep(
                 average_kernel[(blocks * slices * splits,)](
                     bank_ptr=part, tops_ptr=tops, totals_ptr=totals,
                     averages_ptr=None if averages is None else averages[these], logsums_ptr=logsums[these], n=rows,
-                    columns=len(part), tiles=count, share=work.share, every=n, BLOCK_D=tiles.block_d, STEP=tiles.step,
-                    **shared,
+                    columns=len(part), tiles=count, tiles_per_split=work.tiles_per_split, every=n,
+                    BLOCK_D=tiles.block_d, STEP=tiles.step, **shared,
                 )  # fmt: skip
             first = False

@@ -1,4 +1,4 @@
-"""The two kernels of the sweep over rows too wide for one program, each a matrix product; see ``_wide``."""
+"""The two kernels of the sweep over wide rows, each a matrix product; see ``_wide``."""
 
 # mypy: disallow-untyped-defs=False
 from __future__ import annotations
@@ -10,7 +10,7 @@ if triton is not None:
 
     @triton.jit
     def _columns(matrix_ptr, rows, start, D: tl.constexpr, BLOCK_D: tl.constexpr):
-        """Columns from ``start`` of some rows, 0 behind the last one."""
+        """Columns from ``start`` of some rows, 0 after the last column."""
         d = start + tl.arange(0, BLOCK_D)
         ptrs = matrix_ptr + rows[:, None].to(tl.int64) * D + d[None, :]
         return tl.load(ptrs) if D % BLOCK_D == 0 else tl.load(ptrs, mask=(d < D)[None, :], other=0.0)
@@ -22,13 +22,13 @@ if triton is not None:
         weights_ptr,  # [n, width] in that dtype, exp(logit - top of its tile); None: no gradient
         tops_ptr,  # [tiles, n], in units of log 2
         totals_ptr,  # [tiles, n], sums of the weights
-        tickets_ptr,  # see finish_kernel; None: not the first launch
-        pointer_ptr,  # None: nothing will be pushed
+        tickets_ptr,  # see finish_kernel; None if this is not the first launch
+        pointer_ptr,  # None if nothing will be pushed
         temperature,
         n,
         columns,
         width,  # columns, rounded up to whole tiles
-        shift,  # of a query's row to the column of its positive
+        shift,  # offset from the row of a query to the column of its positive
         D: tl.constexpr,
         BLOCK_N: tl.constexpr,
         BLOCK_K: tl.constexpr,
@@ -37,7 +37,7 @@ if triton is not None:
         PRECISION: tl.constexpr,
         UPCAST: tl.constexpr,  # multiply in float32: the interpreter's bfloat16 product is wrong
     ):
-        """The logits of one tile, and their exponentials."""
+        """Compute the logits of one tile, and their exponentials."""
         program = tl.program_id(0)
         if tickets_ptr is not None:  # noqa: SIM102 (decided when compiling, and the next when running)
             if program == 0:
@@ -45,7 +45,7 @@ if triton is not None:
                 if pointer_ptr is not None:
                     tl.store(tickets_ptr + 1, tl.load(pointer_ptr))
         blocks = tl.cdiv(n, BLOCK_N)
-        block, tile = program % blocks, program // blocks  # programs side by side read the same rows of the bank
+        block, tile = program % blocks, program // blocks  # neighbouring programs read the same bank rows
         rows = block * BLOCK_N + tl.arange(0, BLOCK_N)
         live = rows < n
         within = tl.where(live, rows, 0)
@@ -63,7 +63,7 @@ if triton is not None:
         if IN_BATCH:
             out = out | (column[None, :] == (rows + shift)[:, None])
         logits = tl.where(out, float("-inf"), logits * (LOG2E / number(temperature)))
-        top = tl.maximum(tl.max(logits, axis=1), -1e30)  # finite, as -inf less -inf is no number
+        top = tl.maximum(tl.max(logits, axis=1), -1e30)  # finite, because -inf - -inf is NaN
         weights = tl.exp2(logits - top[:, None])
         at = tile * n + rows
         tl.store(tops_ptr + at, top, mask=live)
@@ -72,7 +72,7 @@ if triton is not None:
             weights_ptrs = weights_ptr + rows[:, None].to(tl.int64) * width + column[None, :]
             tl.store(weights_ptrs, weights.to(weights_ptr.dtype.element_ty), mask=live[:, None])
 
-    @triton.jit(do_not_specialize=["n", "columns", "tiles", "share", "every"])
+    @triton.jit(do_not_specialize=["n", "columns", "tiles", "tiles_per_split", "every"])
     def average_kernel(
         weights_ptr,  # as in score_kernel
         bank_ptr,
@@ -84,8 +84,8 @@ if triton is not None:
         columns,
         width,
         tiles,
-        share,  # tiles of a split
-        every,  # queries, of which these are n
+        tiles_per_split,
+        every,  # number of all queries; n of them are here
         D: tl.constexpr,
         BLOCK_N: tl.constexpr,
         BLOCK_K: tl.constexpr,  # of score_kernel's tiles
@@ -94,15 +94,15 @@ if triton is not None:
         PRECISION: tl.constexpr,
         UPCAST: tl.constexpr,
     ):
-        """Columns of the average of a split's rows by their weights."""
+        """Compute some columns of the weighted average of a split's rows."""
         program = tl.program_id(0)
         blocks = tl.cdiv(n, BLOCK_N)
         slices = 1 if averages_ptr is None else tl.cdiv(D, BLOCK_D)
         block, part, split = program % blocks, program // blocks % slices, program // blocks // slices
         rows = block * BLOCK_N + tl.arange(0, BLOCK_N)
         live = rows < n
-        first = split * share
-        end = tl.minimum(first + share, tiles)
+        first = split * tiles_per_split
+        end = tl.minimum(first + tiles_per_split, tiles)
         top = tl.full([BLOCK_N], -1e30, tl.float32)
         total = tl.zeros([BLOCK_N], tl.float32)
         for tile in range(first, end):
@@ -112,11 +112,11 @@ if triton is not None:
             total = total * tl.exp2(top - above)
             total += tl.load(totals_ptr + at, mask=live, other=0.0) * tl.exp2(its - above)
             top = above
-        found = total > 0
-        total = tl.where(found, total, 1.0)
+        nonempty = total > 0
+        total = tl.where(nonempty, total, 1.0)
         to = split.to(tl.int64) * every + rows
         if part == 0:
-            tl.store(logsums_ptr + to, tl.where(found, top + tl.log2(total), float("-inf")), mask=live)
+            tl.store(logsums_ptr + to, tl.where(nonempty, top + tl.log2(total), float("-inf")), mask=live)
         if averages_ptr is not None:
             within = tl.where(live, rows, 0)
             average = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)

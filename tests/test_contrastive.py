@@ -711,10 +711,10 @@ def test_without_a_gradient_the_second_product_is_skipped(monkeypatch: pytest.Mo
 def test_a_plan_covers_the_work(n: int, size: int, dim: int, kind: str, slots: int, major: int) -> None:
     plan = _sweep.plan(n, size, dim, kind, slots, major)
     assert plan is not None
-    assert plan.blocks * plan.block_n >= n
-    assert plan.parts * plan.share * plan.block_k >= size
-    assert (plan.parts - 1) * plan.share * plan.block_k <= max(size - 1, 0)  # none is idle
-    finish = _sweep.finishing(dim, plan.parts)
+    assert plan.query_blocks * plan.block_n >= n
+    assert plan.bank_splits * plan.tiles_per_split * plan.block_k >= size
+    assert (plan.bank_splits - 1) * plan.tiles_per_split * plan.block_k <= max(size - 1, 0)  # none is idle
+    finish = _sweep.finishing(dim, plan.bank_splits)
     assert finish["BLOCK_R"] * finish["CHUNK"] * dim <= 4096  # in registers while rows are finished
 
 
@@ -730,9 +730,9 @@ def test_a_plan_for_wide_rows_covers_the_work(
     plan = _wide.plan(n, size, dim, kind, slots, gradient, converted)
     tiles = plan.columns // plan.tiles.block_k
     assert plan.columns % plan.tiles.block_k == 0
-    assert plan.share * plan.splits >= tiles > plan.share * (plan.splits - 1)
-    assert plan.parts <= plan.splits * -(-size // plan.columns)
-    assert plan.parts > plan.splits * (size // plan.columns) - 1
+    assert plan.tiles_per_split * plan.splits >= tiles > plan.tiles_per_split * (plan.splits - 1)
+    assert plan.bank_splits <= plan.splits * -(-size // plan.columns)
+    assert plan.bank_splits > plan.splits * (size // plan.columns) - 1
     assert plan.rows * plan.columns <= max(_wide.ELEMENTS, plan.rows * plan.tiles.block_k)
     if converted:
         assert plan.columns * dim <= max(_wide.ELEMENTS, dim * plan.tiles.block_k)
@@ -742,9 +742,9 @@ def test_a_plan_for_wide_rows_covers_the_work(
 def test_a_plan_fills_a_gpu_within_the_memory_that_was_promised() -> None:
     plan = _sweep.plan(256, 65536, 128, "half", 132, 9)
     assert plan is not None
-    assert plan.blocks * plan.parts >= 0.9 * 132
-    assert plan.parts * 256 * 128 * 2 + 256 * 128 * 4 < 4 * 2**20
-    assert _sweep.plan(16384, 16384, 256, "half", 132, 9).parts == 1  # type: ignore[union-attr]
+    assert plan.query_blocks * plan.bank_splits >= 0.9 * 132
+    assert plan.bank_splits * 256 * 128 * 2 + 256 * 128 * 4 < 4 * 2**20
+    assert _sweep.plan(16384, 16384, 256, "half", 132, 9).bank_splits == 1  # type: ignore[union-attr]
 
 
 def test_float32_products_follow_the_setting() -> None:
