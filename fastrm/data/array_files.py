@@ -1,7 +1,7 @@
-"""Arrays of images in .npy and HDF5 files, mapped into memory: all processes share what the system holds of them.
+"""Arrays of images in .npy and HDF5 files, mapped into memory, which all processes share.
 
-An HDF5 array that lies in one piece is mapped where it is. One in chunks or compressed cannot be read at random, and is
-copied into the cache once, as .npy.
+A contiguous HDF5 array is mapped in its file. A chunked or compressed one has no random access, and is copied into the
+cache once, as .npy.
 """
 
 from __future__ import annotations
@@ -30,23 +30,23 @@ from fastrm.terminal.progress import bar
 _IMAGES = ("images", "image", "x", "data")
 _LABELS = ("labels", "label", "y")
 _AT_ONCE = 2**25
-"""Bytes that are copied at a time."""
+"""Bytes to copy at a time."""
 
 
 def open_array_file(files: Sequence[Path], data: str, wanted: Wanted, keep: bool) -> Source:
     """Open the images in an array [N, H, W] or [N, H, W, C].
 
-    Of HDF5 it is the array called ``images``, ``x`` or ``data``, or the only one of 3 or 4 dimensions; labels are in
-    ``labels`` or ``y``. Beside ``x.npy`` they are in ``x_labels.npy`` or ``labels.npy``.
+    In an HDF5 file, it is the array ``images``, ``x`` or ``data``, or the only one with 3 or 4 dimensions; labels are
+    in ``labels`` or ``y``. The labels of ``x.npy`` are in ``x_labels.npy`` or ``labels.npy``.
 
     Args:
-        files: one of them.
-        data: what ``--data`` says.
-        wanted: the arrays in an HDF5 file that were asked for.
-        keep: whether what is found in it is kept in the cache, for the next start.
+        files: a single file.
+        data: value of ``--data``.
+        wanted: requested arrays in an HDF5 file.
+        keep: whether to cache the result for the next start.
 
     Raises:
-        UsageError: the file cannot be read, several arrays may be meant, or it is no array of images.
+        UsageError: the file cannot be read, the array is ambiguous, or it is not an array of images.
     """
     if len(files) > 1:
         raise UsageError(f"--data {data} names {len(files):,} files of arrays; give one")
@@ -66,7 +66,7 @@ def open_array_file(files: Sequence[Path], data: str, wanted: Wanted, keep: bool
                 raise UsageError(f"--data {data}: the labels hold {error}") from None
             notes.append(f"labels are not used, since they hold {error}")
     source = open_array(values, name=path.stem, given=f"--data {data}", labels=numbers, notes=notes)
-    if keep and about.st_mtime_ns <= time.time_ns() - TICK:  # else it may be changed again, and get the same time
+    if keep and about.st_mtime_ns <= time.time_ns() - TICK:  # otherwise it may change again with the same time
         where = "array", os.path.realpath(path), notes[0]
         source.train.kept = look_up(where, (*where, about.st_size, about.st_mtime_ns), lambda table: True)
     return source
@@ -135,7 +135,7 @@ def _last(name: str) -> str:
 def _chosen(
     held: dict[str, Any], wanted: str | None, what: str, fitting: list[str], names: Sequence[str], data: str
 ) -> str:
-    """The array that was asked for, the only one that fits, or the only one of these with a name for it."""
+    """The requested array, or the only one that fits, or the only one of these with a usual name."""
     listed = ", ".join(f"{name} {list(array.shape)}" for name, array in list(held.items())[:20]) or "none"
     if wanted is not None:
         if wanted.strip("/") in held:
@@ -151,7 +151,7 @@ def _chosen(
 
 
 def _values(array: Any, path: Path, data: str) -> tuple[NDArray[Any], list[str]]:
-    """An array in an HDF5 file, mapped there or as a copy, and what is to be said of it."""
+    """An array in an HDF5 file, mapped in the file or as a copy, with messages for the user."""
     if array.dtype.kind not in "uif" or 0 in array.shape:
         raise UsageError(
             f"--data {data}: {array.name} holds {array.dtype} {list(array.shape)}, which is no array of images"

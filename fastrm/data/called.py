@@ -1,4 +1,4 @@
-"""Views that a callable of the user's makes of each image, in worker processes."""
+"""Views that a callable of the user makes in worker processes."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ from fastrm.data.workers import Loaded
 from fastrm.errors import UsageError
 
 Augment = Callable[[Any], Any]
-"""One image to a tuple of views."""
+"""Maps one image to a tuple of views."""
 
 
 class _Kind(NamedTuple):
-    """What all views of one position have in common."""
+    """Shape and dtype that all views at one position share."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
@@ -41,16 +41,16 @@ class CalledViews(Dataset[Loaded]):
     """Batches of views that a callable makes.
 
     Args:
-        images: what the callable is given, one by one.
+        images: images that the callable receives.
         augment: the callable.
-        sampler: of the requests.
+        sampler: sampler of the requests.
 
     Attributes:
-        kinds: of the first image's views; all others must be like them.
-        channels: of its views; those of the images where all of them are gray.
+        kinds: kinds of the first image's views; all other views must match.
+        channels: channels of its views; those of the images if all views are gray.
 
     Raises:
-        UsageError: the callable raises, or what it gives are no views.
+        UsageError: the callable raises, or does not return views.
     """
 
     def __init__(self, images: Images, augment: Augment, sampler: BatchSampler) -> None:
@@ -98,7 +98,7 @@ def _kind(view: Tensor) -> _Kind:
 
 
 def _checked(made: Any, name: str, channels: int) -> list[Tensor]:
-    """What a callable gave, as tensors."""
+    """The output of a callable as tensors."""
     wanted = "it must give a tuple of views, each a tensor [C, H, W] of floats or uint8, or a PIL image"
     if not isinstance(made, tuple | list) or not made:
         shape = f" of shape {list(made.shape)}" if isinstance(made, Tensor | np.ndarray) else ""

@@ -1,8 +1,8 @@
 """Encoded images in the cells of Parquet files.
 
-A Parquet file packs many rows together, so that one image cannot be read without its neighbours. The column of images
-is therefore copied once into the cache, as an Arrow file that is not compressed. All processes map it: an image is read
-where it lies, and what the system holds of it counts once, and is given up when memory is short.
+A Parquet file packs many rows together, so a single image cannot be read without its neighbours. The column of images
+is therefore copied once into the cache, as an uncompressed Arrow file. All processes map this file: its pages are in
+memory only once, and the system frees them when memory is short.
 """
 
 from __future__ import annotations
@@ -32,11 +32,11 @@ class Cells:
 
     Args:
         copy: the Arrow file.
-        name: what the user knows the table by.
+        name: name of the table for messages.
 
     Attributes:
-        digests: int64 [rows], of the bytes.
-        present: int64 [M], the rows that have an image.
+        digests: digests of the bytes, int64 [rows].
+        present: rows with an image, int64 [M].
     """
 
     def __init__(self, copy: Path, name: str) -> None:
@@ -49,16 +49,16 @@ class Cells:
         return len(self.digests)
 
     def content(self, row: int) -> bytes:
-        """The bytes in a row."""
+        """The bytes of a row."""
         found: bytes | None = _mapped(self.copy).column("bytes")[row].as_py()
         if found is None:
             raise BrokenImage("the cell is empty")
         return found
 
 
-@lru_cache(256)  # each of them is an open file, of which a process has a limited number
+@lru_cache(256)  # each is an open file, whose number is limited
 def _mapped(copy: Path) -> Any:
-    """An Arrow file as it is on the disk."""
+    """A memory-mapped Arrow file."""
     import pyarrow as pa
 
     return pa.ipc.open_file(pa.memory_map(str(copy))).read_all()
@@ -68,8 +68,8 @@ class CellImages(EncodedImages):
     """Images in the cells of tables.
 
     Args:
-        tables: the columns that hold them.
-        rows: int64 [N], counted through all tables; None: all that have an image.
+        tables: columns of images.
+        rows: row numbers, counted through all tables, int64 [N]; None means all rows with an image.
         labels: int64 [N], or None.
     """
 
@@ -89,23 +89,23 @@ class CellImages(EncodedImages):
         self.cells = rows
 
     def _place(self, index: int) -> tuple[Cells, int]:
-        """The table that an image is in, and the row there."""
+        """The table of an image, and its row there."""
         row = self.cells[self.row(index)]
         table = int(np.searchsorted(self._starts, row, side="right")) - 1
         return self._tables[table], int(row - self._starts[table])
 
     def name(self, index: int) -> str:
-        """The table's path, and the row, counted from 0."""
+        """The path of the table, and the row from 0."""
         table, row = self._place(index)
         return f"{table.name}, row {row}"
 
     def content(self, index: int) -> bytes:
-        """The bytes in a cell."""
+        """The bytes of a cell."""
         table, row = self._place(index)
         return table.content(row)
 
     def identities(self) -> Iterator[bytes]:
-        """What tells each image from others: a digest of its bytes."""
+        """The identity of each image, a digest of its bytes."""
         digests = np.concatenate([table.digests for table in self._tables])[self.cells[self.rows]]
         return (digest.tobytes() for digest in digests)
 
@@ -115,16 +115,16 @@ class CellImages(EncodedImages):
 
 
 def cells_of(parquet: Any, path: Path, column: str, data: str) -> tuple[Cells, int]:
-    """The images in a column of a Parquet file, and how many bytes their copy takes; it is made where there is none.
+    """The images in a column of a Parquet file, and the size of their copy in bytes; the copy is made if missing.
 
     Args:
         parquet: the file, as ``pyarrow.parquet.ParquetFile`` opens it.
-        path: where it lies.
-        column: of bytes, or of ``{bytes, path}`` as Hugging Face's datasets have it.
-        data: what ``--data`` says.
+        path: path of the file.
+        column: column of bytes, or of Hugging Face's ``{bytes, path}``.
+        data: value of ``--data``.
 
     Raises:
-        UsageError: the file is damaged, or there is no room for the copy.
+        UsageError: the file is damaged, or there is not enough space for the copy.
     """
     groups = [parquet.metadata.row_group(i) for i in range(parquet.metadata.num_row_groups)]
     chunks = [group.column(i) for group in groups for i in range(group.num_columns)]
@@ -153,7 +153,7 @@ def cells_of(parquet: Any, path: Path, column: str, data: str) -> tuple[Cells, i
 
 
 def _batches(parquet: Any, path: Path, leaf: str) -> Iterator[Any]:
-    """The cells, as arrays of large binaries."""
+    """Yield the cells as arrays of large binaries."""
     import pyarrow as pa
 
     try:

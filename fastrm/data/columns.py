@@ -1,4 +1,4 @@
-"""Which columns of a table hold the images, their labels, and the part of the data set that they belong to."""
+"""Finds the columns of a table with images, labels, and the part of the data set."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Literal
 from fastrm.errors import UsageError
 
 Kind = Literal["bytes", "text", "other"]
-"""What the cells of a column hold: encoded images, text, which may be paths, or something else."""
+"""The content of a column, which is encoded images, text that may be paths, or something else."""
 
 _IMAGES = frozenset(
     {"image", "path", "file", "img", "filename", "filepath", "imagepath", "imgpath", "imagefile", "imagefilename"}
@@ -22,7 +22,7 @@ _TOLD = 20
 
 @dataclass(frozen=True, kw_only=True)
 class Wanted:
-    """The columns that were asked for by name; None: they are found."""
+    """The columns that the user requested; None if they are to be detected."""
 
     image: str | None = None
     """``--image-column``."""
@@ -30,7 +30,7 @@ class Wanted:
     """``--label-column``."""
 
     def refuse(self, data: str) -> None:
-        """Raise a UsageError if a column was asked for, since there are none."""
+        """Raise a UsageError if a column was requested, because the data has none."""
         for name, value in (("image", self.image), ("label", self.label)):
             if value is not None:
                 raise UsageError(
@@ -39,10 +39,10 @@ class Wanted:
 
 
 def image_column(kinds: Mapping[str, Kind], wanted: Wanted, data: str) -> str:
-    """The column of the images: the one that was asked for, the one of bytes, or the one with a name for it.
+    """The column of the images: the requested one, the one with bytes, or the one with a usual name.
 
     Raises:
-        UsageError: it is not there or of another kind, or several may be meant.
+        UsageError: it is missing, of another kind, or ambiguous.
     """
     if wanted.image is not None:
         _check(wanted.image, kinds, "image", data)
@@ -66,12 +66,12 @@ def label_column(kinds: Mapping[str, Kind], wanted: Wanted, data: str) -> str | 
 
 
 def part_column(kinds: Mapping[str, Kind]) -> str | None:
-    """The column that says what is trained on, or None."""
+    """The column that names the split, or None."""
     return next((name for name, kind in kinds.items() if kind == "text" and _plain(name) in _PARTS), None)
 
 
 def told(image: str, label: str | None) -> str:
-    """Which columns are used, for the line about a data set."""
+    """Describe the columns in use, for the line about a data set."""
     return f"column {image}, {f'labels in {label}' if label else 'and none called label or class'}"
 
 

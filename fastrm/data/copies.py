@@ -1,4 +1,4 @@
-"""Copies in the cache of what cannot be read at random where it lies: made once, and found by what they are of."""
+"""Cached copies of data without random access; they are made once, and found by the identity of the original."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _SAMPLE = 2**16
 
 
 def state(path: Path) -> str:
-    """What tells a file from others and from itself before it was changed: size, time, and its first and last bytes."""
+    """Identifies a file and its version: size, time, and its first and last bytes."""
     about = os.stat(path)
     digest = blake2b(f"{about.st_size} {about.st_mtime_ns} ".encode(), digest_size=16)
     with open(path, "rb") as file:
@@ -27,17 +27,17 @@ def state(path: Path) -> str:
 
 
 def root() -> Path:
-    """The folder in the cache that all copies are in. What is in it may be deleted between runs, and is made again."""
+    """The cache folder of all copies. Its content may be deleted between runs, and is made again."""
     return cache_root() / "copies"
 
 
 def held() -> int:
-    """How many bytes the copies take."""
+    """Total size of the copies in bytes."""
     return sum(file.stat().st_size for file in root().rglob("*") if file.is_file())
 
 
 def folder_of(*of: object) -> Path:
-    """The folder in the cache that holds the copy of what these tell."""
+    """The cache folder for the copy with this identity."""
     return root() / blake2b(repr(of).encode("utf-8", "surrogateescape"), digest_size=16).hexdigest()
 
 
@@ -45,7 +45,7 @@ _OTHER = "set XDG_CACHE_HOME to a folder on another disk"
 
 
 def check_room(data: str, size: int) -> None:
-    """Raise a UsageError if ``size`` bytes do not fit where the cache is, or that cannot be written."""
+    """Raise a UsageError if ``size`` bytes do not fit into the cache, or if it cannot be written."""
     try:
         cache_root().mkdir(parents=True, exist_ok=True)
         free = shutil.disk_usage(cache_root()).free
@@ -62,23 +62,23 @@ def check_room(data: str, size: int) -> None:
 
 
 def copied(data: str, path: Path, size: int, write: Callable[[Path], object]) -> Path:
-    """Return the copy at ``path``; where it is not there yet, let ``write`` make it.
+    """Return the copy at ``path``; ``write`` makes it if it does not exist.
 
     Args:
-        data: what ``--data`` says.
-        path: below :func:`folder_of`.
-        size: how many bytes it takes.
-        write: fills the file that it is given.
+        data: value of ``--data``.
+        path: path below :func:`folder_of`.
+        size: size of the copy in bytes.
+        write: function that writes the file at the given path.
 
     Raises:
-        UsageError: there is no room for it, or it cannot be written.
+        UsageError: there is not enough space, or it cannot be written.
     """
     if path.is_file():
         return path
     check_room(data, size)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        mine = path.with_name(f"{os.getpid()}-{path.name}")  # another run may copy the same
+        mine = path.with_name(f"{os.getpid()}-{path.name}")  # another run may make the same copy
         write_whole(mine, write)
         os.replace(mine, path)
     except OSError as error:
@@ -89,5 +89,5 @@ def copied(data: str, path: Path, size: int, write: Callable[[Path], object]) ->
 
 
 def said(size: int) -> str:
-    """How much is kept where, for the line about a data set."""
+    """Size and place of the copies, for the line about a data set."""
     return f"{in_words(size)} of it copied to {cache_root()}"

@@ -1,4 +1,4 @@
-"""NVIDIA DALI: whether it can be used, what it is given, and batches that it decodes while another one is in use."""
+"""NVIDIA DALI: whether it can be used, its inputs, and batches that it decodes ahead."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ from fastrm.errors import first_line
 Request = TypeVar("Request")
 About = TypeVar("About")
 _MET = "encountered:"
-"""Behind this an error of DALI's says what it is."""
+"""Marker in DALI's errors before the actual message."""
 HARDWARE = 0.65
-"""Share of the JPEGs that the decoder of a GPU takes; the CUDA cores take the rest."""
+"""Fraction of the JPEGs for the hardware decoder of a GPU; the CUDA cores decode the rest."""
 _AHEAD = 2  # batches that are read and decoded while one is in use
-# What a decoder meets that is no fault of a file: numbers are nvImageCodec's, such as of its allocator.
+# Decoder errors that are not the fault of a file; the numbers are nvImageCodec's, such as those of its allocator.
 _OF_THE_MACHINE = re.compile(
     r"nvImageCodec failure: '#(1|2|6|8|9|10|11)'|cuda|nvml|driver|device|alloc|memory", re.IGNORECASE
 )
@@ -37,7 +37,7 @@ _OF_THE_MACHINE = re.compile(
 
 @cache
 def dali_problem() -> str | None:
-    """Why DALI cannot be used here; None where it can."""
+    """Why DALI cannot be used here; None if it can."""
     try:
         importlib.import_module("nvidia.dali.fn")
     except ImportError as error:
@@ -48,19 +48,19 @@ def dali_problem() -> str | None:
 
 
 def dali_trial(device: torch.device) -> str | None:
-    """Why DALI cannot decode a JPEG on a device; None where it can."""
+    """Why DALI cannot decode a JPEG on a device; None if it can."""
     file = io.BytesIO()
     Image.linear_gradient("L").convert("RGB").save(file, "JPEG")
     try:
         pipeline(decode_whole, 1, device, 1).run(encoded=[np.frombuffer(file.getvalue(), dtype=np.uint8)])
-    except Exception as error:  # of whatever kind DALI and its libraries raise
+    except Exception as error:  # DALI and its libraries raise errors of any type
         return f"it is installed, but cannot decode on {device.type}: {_met(error)}"
     return None
 
 
 @cache
 def decodes_on(device: torch.device) -> bool:
-    """Whether DALI is here and works on a device; where it is here and does not, a warning says so."""
+    """Whether DALI is installed and works on a device; warns if it is installed but does not work."""
     if dali_problem() is not None:
         return False
     problem = dali_trial(device)
@@ -70,7 +70,7 @@ def decodes_on(device: torch.device) -> bool:
 
 
 class Encoded(NamedTuple):
-    """A file as DALI gets it."""
+    """A file in the form that DALI gets."""
 
     content: NDArray[np.uint8]
     size: tuple[int, int]
@@ -81,18 +81,18 @@ Encode = Callable[[bytes], Encoded]
 
 
 def encoded(content: bytes) -> Encoded:
-    """Pass a file's bytes on; what DALI might show otherwise than :func:`fastrm.data.decode.decode`, or not at all, is
-    decoded here and passed on as an uncompressed picture.
+    """Return the bytes of a file for DALI. A file that DALI may decode differently from
+    :func:`fastrm.data.decode.decode`, or not at all, is decoded here and returned as an uncompressed image.
 
     Raises:
-        BrokenImage: it is no picture, or a broken one.
+        BrokenImage: it is not an image, or a broken one.
     """
     found = header(content)
     return Encoded(np.frombuffer(content, dtype=np.uint8), found.size) if found.plain else uncompressed(content)
 
 
 def uncompressed(content: bytes) -> Encoded:
-    """Decode a file here, and pass it on as a PPM picture; raises as :func:`encoded`."""
+    """Decode a file here, and return it as a PPM image; raises like :func:`encoded`."""
     picture = as_rgb(content)
     ppm = b"P6\n%d %d\n255\n" % picture.size + picture.tobytes()
     return Encoded(np.frombuffer(ppm, dtype=np.uint8), (picture.height, picture.width))
@@ -100,27 +100,27 @@ def uncompressed(content: bytes) -> Encoded:
 
 @dataclass(frozen=True)
 class Files(Generic[About]):
-    """Files of a batch, which were read and are not decoded."""
+    """Files of a batch that are read but not decoded."""
 
     indices: list[int]
-    """Of the images that could be read."""
+    """Indices of the readable images."""
     inputs: dict[str, Sequence[Any]]
-    """What DALI is given, by name; each has as many parts as there are files."""
+    """Inputs of DALI by name; each has one part per file."""
     about: About
-    """What is to be known once they are decoded."""
+    """Information for after the decoding."""
 
 
 class DaliDecoder:
-    """While one batch is in use, the next is decoded, and the files of the one after that are read.
+    """While one batch is in use, decodes the next one, and reads the files of the one after that.
 
     Args:
-        build: makes a pipeline, from files under the name of ``encoded`` to pictures uint8 [S, S, 3].
-        device: where it decodes.
-        threads: how many read files.
-        most: pictures that the pipeline takes at a time.
+        build: builds a pipeline from files, named ``encoded``, to images uint8 [S, S, 3].
+        device: device that decodes.
+        threads: number of threads that read files.
+        most: largest number of images per call of the pipeline.
 
     Attributes:
-        threads: those that read files.
+        threads: the threads that read files.
     """
 
     def __init__(self, build: Callable[[], Any], *, device: torch.device, threads: int, most: int) -> None:
@@ -134,9 +134,9 @@ class DaliDecoder:
     def batches(
         self, requests: Iterable[Request], read: Callable[[Request, Encode], Files[About]]
     ) -> Iterator[tuple[Files[About], list[Tensor]]]:
-        """Yield what ``read`` made of each request, and each output of the pipeline, uint8 [B, S, S, 3].
+        """Yield the result of ``read`` for each request, with the outputs of the pipeline, uint8 [B, S, S, 3].
 
-        There is no output where there is no file.
+        Without files there is no output.
         """
         submitted: deque[tuple[Future[Files[About]], Future[tuple[Files[About], list[Tensor]]]]] = deque()
         try:
@@ -149,7 +149,7 @@ class DaliDecoder:
             while submitted:
                 yield self._ready(*submitted.popleft()[1].result())
         finally:
-            for futures in submitted:  # left before the end
+            for futures in submitted:  # the consumer stopped early
                 for unused in futures:
                     unused.cancel()
 
@@ -162,8 +162,8 @@ class DaliDecoder:
         except RuntimeError as error:
             if not _of_a_file(error):
                 raise
-            # DALI does not say which file it could not decode, and is of no use afterwards. Pillow finds the file, if
-            # it too thinks it broken, and decodes the others of this batch.
+            # DALI does not name the file that it could not decode, and cannot be used afterwards. Pillow finds the
+            # file, if it also considers it broken, and decodes the others of this batch.
             self._pipeline = self._build()
             sound, files = files.indices, again()
             if files.indices == sound:
@@ -171,7 +171,7 @@ class DaliDecoder:
             return files, self._run(files.inputs)
 
     def _run(self, inputs: dict[str, Sequence[Any]]) -> list[Tensor]:
-        """The pipeline's outputs, in memory of our own, since DALI writes into its buffers again."""
+        """Copies of the pipeline's outputs, because DALI reuses its buffers."""
         from nvidia.dali.plugin.pytorch import feed_ndarray
 
         count, whole = len(inputs["encoded"]), list[Tensor]()
@@ -189,7 +189,7 @@ class DaliDecoder:
         return whole
 
     def _ready(self, files: Files[About], outputs: list[Tensor]) -> tuple[Files[About], list[Tensor]]:
-        """Hand a batch to who uses it."""
+        """Make a batch available to the consumer."""
         if self._again is not None:
             warnings.warn(
                 f"DALI could not decode a batch ({self._again}), but Pillow could: such batches take longer",
@@ -203,13 +203,13 @@ class DaliDecoder:
 
 
 def _of_a_file(error: RuntimeError) -> bool:
-    """Whether it may be for a file that DALI's decoder failed, and not for the machine."""
+    """Whether DALI's decoder may have failed because of a file, not because of the machine."""
     where, _, met = str(error).rpartition(_MET)
     return "fn.decoders." in where and _OF_THE_MACHINE.search(met) is None
 
 
 def _met(error: Exception) -> str:
-    """What an error of DALI's is about, in one line, without its traceback of a pipeline's definition."""
+    """The message of a DALI error in one line, without the traceback of the pipeline's definition."""
     return first_line(RuntimeError(str(error).rpartition(_MET)[2]))
 
 

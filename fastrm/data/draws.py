@@ -1,4 +1,4 @@
-"""The random choices of a view, for a whole batch at once, and the order of an epoch: what all loaders share."""
+"""The random parameters of views, drawn per batch, and the order of an epoch; all loaders use these."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from fastrm.kernels.view_parameters import Drawn
 
 
 class Request(NamedTuple):
-    """A batch that is asked for: what its random numbers depend on, beside the seed and the rank, and its images."""
+    """A requested batch: its images, and what its random numbers depend on besides seed and rank."""
 
     epoch: int
     number: int
-    """Within the epoch."""
+    """Number of the batch in the epoch."""
     images: list[int]
 
 
@@ -27,7 +27,7 @@ _CROP_TRIES = 10
 
 
 class BatchSampler:
-    """Batches of one epoch in a new order each epoch, sharded by rank, whole batches only."""
+    """Samples batches in a new order each epoch, sharded by rank, without incomplete batches."""
 
     def __init__(self, length: int, batch_size: int, seed: int, rank: int, world_size: int) -> None:
         self.length, self.batch_size, self.seed = length, batch_size, seed
@@ -44,15 +44,15 @@ class BatchSampler:
             yield Request(self.epoch, number, order[start : start + self.batch_size].tolist())
 
     def seek(self, batch: int) -> None:
-        """Go on from this batch, counted from the start of the run."""
+        """Continue from this batch, counted from the start of the run."""
         self.epoch, self.skip = divmod(batch, len(self))
 
     def next_epoch(self) -> None:
-        """Go on from the start of the next epoch."""
+        """Continue from the start of the next epoch."""
         self.epoch, self.skip = self.epoch + 1, 0
 
     def generator(self, request: Request) -> torch.Generator:
-        """The random numbers of a batch: the same wherever and whenever it is made."""
+        """The random generator of a batch, which depends only on seed, rank and request."""
         place = (self.seed, request.epoch, request.number, self.rank)
         state = np.random.SeedSequence(place).generate_state(1, np.uint64)[0]
         return torch.Generator().manual_seed(int(state))
@@ -60,25 +60,25 @@ class BatchSampler:
 
 @dataclass(frozen=True, kw_only=True)
 class Draws(Drawn):
-    """What was drawn for one view of B images; on the CPU."""
+    """The drawn parameters of one view of B images, on the CPU."""
 
     box: Tensor
-    """int64 [B, 4]: top, left, height and width of the crop, in pixels."""
+    """Top, left, height and width of the crop in pixels, int64 [B, 4]."""
     tries: Tensor
-    """float64 [B, 22]: what :func:`boxes` finds the crop from."""
+    """Random numbers from which :func:`boxes` computes the crop, float64 [B, 22]."""
 
 
 def draw(view: View, heights: Tensor, widths: Tensor, side: int, generator: torch.Generator) -> Draws:
-    """Draw a view's parameters for B images.
+    """Draw the parameters of a view for B images.
 
-    They are drawn on the CPU, so that the same seed gives the same views on every device, and so that the images that
-    an operation concerns are known without asking the device.
+    They are drawn on the CPU, so that the same seed gives the same views on every device, and so that the images of
+    each operation are known without synchronising with the device.
 
     Args:
-        view: the distributions.
-        heights, widths: int64 [B], of the pictures in pixels.
-        side: of the view, in pixels.
-        generator: on the CPU.
+        view: distributions of the parameters.
+        heights, widths: sizes of the images in pixels, int64 [B].
+        side: side of the view, in pixels.
+        generator: random generator on the CPU.
     """
     count = len(heights)
 
@@ -106,12 +106,12 @@ def draw(view: View, heights: Tensor, widths: Tensor, side: int, generator: torc
 
 
 def blur_radius(view: View, side: int) -> int:
-    """Taps of the blur on each side of a pixel: wide enough for three of the largest standard deviation."""
+    """Radius of the blur in pixels: three times the largest standard deviation."""
     return max(1, int(np.ceil(3 * view.blur_sigma[1] * side / 224)))
 
 
 def _tries(view: View, count: int, generator: torch.Generator) -> Tensor:
-    """Draw what boxes are found from, whatever the pictures' sizes: float64 [B, 22]."""
+    """Draw the random numbers for boxes, independent of the sizes of the images, float64 [B, 22]."""
 
     def uniform(low: float, high: float) -> Tensor:
         return torch.empty((count, _CROP_TRIES), dtype=torch.float64).uniform_(low, high, generator=generator)
@@ -121,9 +121,9 @@ def _tries(view: View, count: int, generator: torch.Generator) -> Tensor:
 
 
 def boxes(view: View, tries: Tensor, heights: Tensor, widths: Tensor) -> Tensor:
-    """Crops int64 [B, 4] of pictures of these sizes.
+    """Crops int64 [B, 4] of images with these sizes.
 
-    Each is the first of ten tries that fits the picture, or else as much of its centre as the ratio allows.
+    Each is the first of ten tries that fits the image, or else as much of its centre as the ratio allows.
     """
     share, ratio, where = tries.split([_CROP_TRIES, _CROP_TRIES, 2], dim=1)
     area = (heights * widths)[:, None] * share
@@ -145,6 +145,6 @@ def boxes(view: View, tries: Tensor, heights: Tensor, widths: Tensor) -> Tensor:
 def draw_views(
     views: Sequence[View], sizes: Sequence[tuple[int, int]], image_size: int, generator: torch.Generator
 ) -> list[Draws]:
-    """Draw the parameters of each view for images of these (height, width); ``image_size`` is that of views without."""
+    """Draw the parameters of each view for images of these (height, width); ``image_size`` is the default size."""
     heights, widths = torch.tensor(sizes, dtype=torch.int64).reshape(-1, 2).unbind(1)
     return [draw(view, heights, widths, view.side(image_size), generator) for view in views]

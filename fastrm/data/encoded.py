@@ -1,4 +1,4 @@
-"""Images that are stored encoded, in files or in parts of them, and decoded when they are asked for."""
+"""Images that are stored encoded, in files or in parts of files, and decoded on access."""
 
 from __future__ import annotations
 
@@ -36,20 +36,20 @@ Some = TypeVar("Some", bound="EncodedImages")
 
 
 def decoded(content: bytes) -> Tensor:
-    """A picture as uint8 [3, H, W], by the rules of :func:`fastrm.data.stored.as_rgb`; raises as that."""
+    """Decode an image to uint8 [3, H, W] with the rules of :func:`fastrm.data.stored.as_rgb`; raises like it."""
     if decode_jpeg is not None and header(content).plain == "JPEG":
-        with contextlib.suppress(RuntimeError):  # Pillow says what is wrong, or reads it nevertheless
+        with contextlib.suppress(RuntimeError):  # Pillow reads it, or reports what is wrong
             return decode_jpeg(torch.frombuffer(bytearray(content), dtype=torch.uint8), ImageReadMode.RGB)
     return torch.from_numpy(np.array(as_rgb(content))).permute(2, 0, 1)
 
 
 class EncodedImages(Images):
-    """Images whose encoded bytes can be had one by one, wherever they lie.
+    """Images whose encoded bytes can be read one by one.
 
     Args:
-        labels: int64 [N], or None for those in the table, if it has any.
-        rows: which N of a set these are.
-        table: what is known of all images of the set; its subsets share it.
+        labels: labels int64 [N], or None for those in the table, if it has any.
+        rows: indices of these N images in the whole set.
+        table: information about all images of the set, which its subsets share.
     """
 
     NOUN = "files"
@@ -63,35 +63,35 @@ class EncodedImages(Images):
 
     @property
     def labels(self) -> NDArray[np.int64] | None:
-        """int64 [N], or None."""
+        """Labels int64 [N], or None."""
         if self._labels is not None:
             return self._labels
         kept = self._told("label")
-        return None if kept is None else np.array(kept)  # that can be written to, as torch wants it
+        return None if kept is None else np.array(kept)  # writable, as torch requires
 
     @property
     def looks(self) -> Looks | None:
-        """What the search for broken files found out of each of the N images; None where it was not made."""
+        """Results of the search for broken files for each of the N images; None if there was none."""
         found = looks(self.table)
         return None if found is None else found.at(self.rows)
 
     def _told(self, name: str) -> NDArray[Any] | None:
-        """What the table says of each of the N images."""
+        """A column of the table for the N images."""
         return self.table[name][self.rows] if name in self.table else None
 
     def hashes(self) -> NDArray[np.int64]:
-        """int64 [N]: of what tells each image from others."""
+        """Hashes of the identities of the images, int64 [N]."""
         known = self._told("hash")
         return super().hashes() if known is None else known
 
     def row(self, index: int) -> int:
-        """Where an image is among all of the set, and in the table."""
+        """The row of an image in the whole set and in the table."""
         return row_at(self.rows, index)
 
     def renew(self) -> None:
-        """Take over what was found out of the images before, as far as they are the same; else it is forgotten.
+        """Reuse earlier results for images that are the same, and drop the others.
 
-        This is called on the images of a set that are looked at first: these stand for all.
+        This is called on the images of a set that are read first.
         """
         digest = blake2b(digest_size=16)
         files = self.stored_in()
@@ -102,7 +102,7 @@ class EncodedImages(Images):
         self.table.keep_at(place(f"set-{digest.hexdigest()}"))
 
     def subset(self: Some, indices: NDArray[np.int64]) -> Some:
-        """Return the images at ``indices``: what tells them from others is where they are among all of the set."""
+        """Return the images at ``indices``, identified by their rows in the whole set."""
         part = copy.copy(self)
         part.rows = chosen(self.rows, indices)
         part._labels = None if self._labels is None else self._labels[indices]
@@ -119,21 +119,21 @@ class EncodedImages(Images):
 
     @abstractmethod
     def stored_in(self) -> Sequence[Path]:
-        """The files on disk that hold the images: when one of them changes, the images are looked at again."""
+        """The files on disk that hold the images; if one of them changes, the images are checked again."""
 
     def values(self, index: int) -> Values:
-        """What is stored of an image, [H, W, bands]."""
+        """The stored values of an image, [H, W, bands]."""
         return stored(self.content(index), "all" if self.format.pages == "bands" else 0)
 
     def pixels(self, index: int) -> Tensor:
-        """An image as its views are made of it."""
+        """An image in the form that views are made from."""
         return decoded(self.content(index)) if self.format.rgb else super().pixels(index)
 
     def read(self, index: int, read: Callable[[bytes], T]) -> tuple[int, T]:
-        """Apply ``read`` to the bytes of an image, or where that fails to those of the next one that it can read.
+        """Apply ``read`` to the bytes of an image or, if that fails, of the next readable image.
 
         Returns:
-            The index of the image that was read, and what ``read`` made of it.
+            The index of the image that was read, and the result of ``read``.
         """
         for step in range(len(self)):
             at = (index + step) % len(self)
@@ -147,7 +147,7 @@ class EncodedImages(Images):
 
 
 def _whole(path: str) -> tuple[bytes, int]:
-    """What a file holds, and its time of change in nanoseconds."""
+    """The content of a file, and its modification time in nanoseconds."""
     state = os.stat(path)
     if not stat.S_ISREG(state.st_mode):
         raise BrokenImage("it is not a regular file")
@@ -156,12 +156,12 @@ def _whole(path: str) -> tuple[bytes, int]:
 
 
 class FileImages(EncodedImages):
-    """Images in files of their own.
+    """Images in one file each.
 
     Args:
         paths: N files.
-        labels: int64 [N], or None.
-        root: the folder of the data, which the names of the images start from; None is what the paths have in common.
+        labels: labels int64 [N], or None.
+        root: folder from which the names of the images start; None means the common folder of the paths.
     """
 
     def __init__(self, paths: Sequence[Path], labels: NDArray[np.int64] | None, root: str | Path | None = None) -> None:
@@ -171,24 +171,24 @@ class FileImages(EncodedImages):
 
     @property
     def paths(self) -> Paths:
-        """Where the files are; each path is made when it is asked for."""
+        """The paths of the files; each is built on access."""
         return Paths(self.table, self._above, self.rows)
 
     def name(self, index: int) -> str:
-        """Its path."""
+        """The path of an image."""
         return self.paths.text(index)
 
     def content(self, index: int) -> bytes:
-        """The bytes of a file; a pipe, where reading would wait for ever, is broken."""
+        """The bytes of a file; a pipe, on which reading would block, is broken."""
         content, changed = insistent(lambda: _whole(self.name(index)))
         self.compare(index, len(content), changed)
         return content
 
     def compare(self, index: int, size: int, changed: int) -> None:
-        """Is told the length of a file that was read, and its time of change in nanoseconds."""
+        """Compare the size and modification time (in nanoseconds) of a file that was read."""
 
     def identities(self) -> Iterator[bytes]:
-        """What tells each image from others: its path from the root on, and its size in bytes."""
+        """The identity of each image: its path from the root, and its size in bytes."""
         paths = self.paths
         root = str(self.root or os.path.commonpath({os.path.dirname(path) for path in paths.texts()}))
         begin = 0 if root == os.curdir else len(root.rstrip(os.sep)) + 1

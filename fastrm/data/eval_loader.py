@@ -1,4 +1,4 @@
-"""Images as an evaluation sees them: in order, without augmentation, and without those that cannot be read."""
+"""Loads images for evaluation: in order, without augmentation, and without unreadable ones."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from fastrm.data.workers import check_travels
 from fastrm.machine.signals import leave_to_the_trainer
 
 _View = tuple[int, Tensor | str]
-"""An image's index, and its view, or why it cannot be read."""
+"""The index of an image, and its view or the reason why it cannot be read."""
 
 
 class EvalLoader:
@@ -31,7 +31,7 @@ class EvalLoader:
     ``dali`` is where DALI decodes the images, which are files of RGB; without it, ``workers`` processes decode.
 
     Attributes:
-        broken: images that were left out here, by name, and what is wrong with them.
+        broken: images that were left out here, by name, with the reason.
     """
 
     def __init__(
@@ -55,7 +55,7 @@ class EvalLoader:
             assert isinstance(images, EncodedImages)
             self._loader = DaliViews(images, dealt, image_size=image_size, device=dali, threads=max(1, workers))
             return
-        # A generator of its own, so that an evaluation leaves the run's random numbers as they are.
+        # A separate generator, so that an evaluation does not change the random numbers of the run.
         self._loader = DataLoader(
             _EvalImages(images, image_size),
             batch_sampler=dealt,
@@ -66,7 +66,7 @@ class EvalLoader:
         )
 
     def __len__(self) -> int:
-        """Batches of this process."""
+        """Number of batches of this process."""
         return len(self._loader)
 
     def __iter__(self) -> Iterator[Batch]:
@@ -76,14 +76,14 @@ class EvalLoader:
             UsageError: more than a tenth of the images cannot be read.
         """
         for indices, views, faults in self._loader:
-            self._images.unreadable.update(faults)  # nor does the next pass read them: all score the same images
+            self._images.unreadable.update(faults)  # later passes skip them too: all score the same images
             report(self.broken, self._images, faults)
             if views is not None:
                 yield Batch((views,), indices)
 
 
 class _Dealt(Sampler[list[int]]):
-    """Every so many batches of indices in order."""
+    """Samples every ``world_size``-th batch of indices, in order."""
 
     def __init__(self, length: int, batch_size: int, rank: int, world_size: int) -> None:
         self._length, self._size = length, batch_size

@@ -1,4 +1,4 @@
-"""What an evaluation sees of a picture."""
+"""The view of an image in an evaluation."""
 
 from __future__ import annotations
 
@@ -10,17 +10,18 @@ from torchvision.transforms.v2 import functional
 
 from fastrm.data.formats import RGB, PixelFormat
 
-_LONG = 16  # times the shorter side: what is resized whole; of longer pictures just the part that is seen
-_SQUARED = 64  # pixels of a view: up to this, the whole picture is seen
+_LONG = 16  # ratio of the sides up to which the whole image is resized; of longer images only the visible part
+_SQUARED = 64  # side of a view in pixels up to which the whole image is visible
 
 
 def eval_view(pixels: Tensor, image_size: int, format: PixelFormat = RGB) -> Tensor:
-    """The customary evaluation view: shorter side to 256/224 of the size and the centre; small pictures whole.
+    """The usual evaluation view: resize the shorter side to 256/224 of the size and take the centre; small views show
+    the whole image.
 
     Args:
-        pixels: [C, H, W] as ``format`` fits them, of any shape; memory is bounded by the picture and the view.
-        image_size: S; up to 64, the whole picture is seen, in a square.
-        format: of the pixels.
+        pixels: [C, H, W] as ``format`` fits them, of any shape; memory is bounded by the image and the view.
+        image_size: side S of the view; up to 64, the whole image is visible, as a square.
+        format: format of the pixels.
 
     Returns:
         float32 [channels, S, S], normalised by the format's mean and standard deviation.
@@ -35,7 +36,7 @@ def eval_view(pixels: Tensor, image_size: int, format: PixelFormat = RGB) -> Ten
 
 
 def seen_of(height: int, width: int, image_size: int) -> tuple[float, float, float, float]:
-    """What :func:`eval_view` sees of a picture of this size: top, left, bottom and right, in pixels."""
+    """The part of an image of this size that :func:`eval_view` shows: top, left, bottom and right, in pixels."""
     if image_size <= _SQUARED:
         return 0, 0, height, width
     high, wide = (int(_short(image_size) * side / min(height, width)) for side in (height, width))
@@ -45,12 +46,12 @@ def seen_of(height: int, width: int, image_size: int) -> tuple[float, float, flo
 
 
 def _short(image_size: int) -> int:
-    """What the shorter side is resized to."""
+    """The target size of the shorter side."""
     return round(image_size * 256 / 224)
 
 
 def _parts(pixels: Tensor) -> list[Image.Image]:
-    """What Pillow resizes at once: RGB of bytes, or a band."""
+    """The images that Pillow resizes at once: RGB in uint8, or one band."""
     arrays = pixels.numpy()
     if pixels.dtype == torch.uint8 and len(arrays) == 3:
         return [Image.fromarray(np.ascontiguousarray(arrays.transpose(1, 2, 0)))]
@@ -58,7 +59,7 @@ def _parts(pixels: Tensor) -> list[Image.Image]:
 
 
 def _squared(picture: Image.Image, size: int) -> Image.Image:
-    if picture.height > _LONG * picture.width:  # rows last would make a picture of all rows of this width
+    if picture.height > _LONG * picture.width:  # resizing rows last would build all rows at this width
         picture = picture.resize((picture.width, size), Image.Resampling.BILINEAR)
     return picture.resize((size, size), Image.Resampling.BILINEAR)
 

@@ -1,4 +1,4 @@
-"""The index of a folder of images: what was found in it once, and whether that is still so."""
+"""The cached index of a folder of images, and the check whether it is up to date."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from fastrm.data.paths import columns, folders_of, stated
 from fastrm.data.sources import endings
 
 _TOLD = 4096
-"""Names in the folder of all data that its key depends on, if there are no more."""
+"""Largest number of names in the data folder that its key depends on."""
 
 
 def find(root: Path) -> Found:
-    """Look for the index of a folder, wherever that lay when the index was made."""
+    """Find the index of a folder, even if the folder was moved since."""
     try:
         with os.scandir(root) as entries:
             names = sorted(itertools.islice((entry.name for entry in entries), _TOLD + 1))
@@ -34,13 +34,13 @@ def find(root: Path) -> Found:
 
 
 def make(listing: Listing, begin: int, parts: Sequence[Folder], labels: Mapping[Folder, int] | None) -> Table:
-    """Make the index of a folder; it is in memory.
+    """Build the index of a folder in memory.
 
     Args:
-        listing: what is in it.
-        begin: when that was begun to be read, in nanoseconds.
-        parts: the folders of which the images are used, each with all that is below it.
-        labels: of the images in each folder; None for none.
+        listing: content of the folder.
+        begin: start time of the listing, in nanoseconds.
+        parts: folders whose images are used, with everything below them.
+        labels: label of the images in each folder; None for none.
     """
     every = list(listing.top)
     used = {folder for part in parts for folder in part}
@@ -64,26 +64,26 @@ def make(listing: Listing, begin: int, parts: Sequence[Folder], labels: Mapping[
 
 
 def _span(part: Folder, every: Sequence[Folder], starts: NDArray[np.int64]) -> tuple[int, int, str]:
-    """The first row of a part, the one behind its last, and its path inside of the folder."""
+    """First row and end row of a part, and its path in the folder."""
     at = every.index(part)
     return int(starts[at]), int(starts[at + sum(1 for _ in part)]), part.inside
 
 
 def _beside_runs(folder: Folder) -> Iterator[Folder]:
-    """A folder that is left out and those below it; not what is in a run, which changes as that goes on."""
+    """Yield a skipped folder and those below it, except run folders, which change during the run."""
     yield folder
     for inner in [] if folder.is_run else folder.folders:
         yield from _beside_runs(inner)
 
 
 def keep(table: Table, root: Path, found: Found) -> None:
-    """Keep an index for the next start, with the sizes of all files, in the place of earlier ones of the folder."""
+    """Store an index for the next start, with the sizes of all files; it replaces earlier ones of the folder."""
     if found.path is not None:
         found.keep(table, *with_sizes(table, str(root), found.earlier))
 
 
 def _holds(table: Table, root: Path) -> bool:
-    """Whether an index tells what is in a folder, by the folders in it and a sample of its files."""
+    """Whether an index is up to date, judged by the folders and a sample of the files."""
     if table.stale:
         return False
     paths = [os.path.join(root, folder) for folder in folders_of(table)]
@@ -91,7 +91,7 @@ def _holds(table: Table, root: Path) -> bool:
     if not np.array_equal(changed, table["folder_changed"]):
         return False
     try:
-        recent = np.flatnonzero(changed > table.about["begin"] - TICK)  # another change may have got the same time
+        recent = np.flatnonzero(changed > table.about["begin"] - TICK)  # another change may have the same time
         same = all(checksum(sorted(os.listdir(paths[at]))) == table["folder_entries"][at] for at in recent)
     except OSError:
         return False

@@ -1,4 +1,4 @@
-"""The layout of a folder of images: what is trained on, what the labels are, and what is for validation."""
+"""Detects the layout of a folder of images: training images, labels and validation images."""
 
 from __future__ import annotations
 
@@ -29,14 +29,15 @@ _TARGETS = frozenset(
 
 
 def open_folder(path: Path, *, keep: bool = True) -> Source:
-    """Open a folder: ``train/CLASS/…`` and perhaps ``val/CLASS/…``, ``CLASS/…``, images at any depth, or tar shards.
+    """Open a folder with ``train/CLASS/…`` and optional ``val/CLASS/…``, ``CLASS/…``, images at any depth, or tar
+    shards.
 
     Args:
         path: the folder.
-        keep: whether what is found in it is kept in the cache, for the next start.
+        keep: whether to cache the result for the next start.
 
     Raises:
-        UsageError: it holds no image or cannot be read, or what is in it can be taken in two ways.
+        UsageError: it has no images, cannot be read, or is ambiguous.
     """
     begin, found = time.time_ns(), folder_index.find(path)
     table = found.table
@@ -55,13 +56,13 @@ def open_folder(path: Path, *, keep: bool = True) -> Source:
 
 @dataclass
 class _Plan:
-    """What the images in a folder are used for."""
+    """The use of the images in a folder."""
 
     parts: list[Folder]
-    """What is trained on, and perhaps what is for validation."""
+    """The training folder, and optionally the validation folder."""
     labels: dict[Folder, int] | None
     about: str
-    """What is said of them; for the folder's own path stands a NUL character."""
+    """Description of them, with a NUL character in place of the path of the folder."""
     passed: Counter[str]
     why: str = "there is no val folder"
     """Why there is nothing for validation."""
