@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib
+import re
+from importlib import metadata
 from importlib.util import find_spec
 from typing import Any
 
@@ -39,5 +41,16 @@ def lack(name: str, extra: str, error: BaseException) -> str:
     """Say of a package of whose modules one could not be imported that it is missing, or broken and why."""
     top = name.partition(".")[0]
     if find_spec(top) is None:
-        return f"the package {top}: {error}; pip install 'fastrm[{extra}]'"
+        return f"the package {top}: {error}; {_command(extra, top)}"
     return f"the package {top}, which is installed but broken: {first_line(error)}; pip install --force-reinstall {top}"
+
+
+def _command(extra: str, package: str) -> str:
+    """What installs the packages of an extra, from wherever fastrm itself was installed."""
+    try:
+        requirements = metadata.requires("fastrm") or []
+    except metadata.PackageNotFoundError:  # a checkout that is not installed
+        requirements = []
+    names = [re.split(r"[^\w.-]", each)[0] for each in requirements if re.search(f"extra == .{extra}.$", each)]
+    there = any(name.startswith(package) for name in names)  # not where the extra is newer than what is installed
+    return f"pip install {' '.join(names if there else [package])}"

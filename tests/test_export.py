@@ -293,7 +293,7 @@ def test_onnx_says_what_to_install(
     name: str, runs: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, name, None)
-    with pytest.raises(UsageError, match=rf"--format onnx needs the package {name}: .*; pip install 'fastrm\[onnx\]'"):
+    with pytest.raises(UsageError, match=rf"--format onnx needs the package {name}: .*; pip install onnx onnxscript"):
         write(runs["test_resnet"], "onnx", "student", tmp_path / "it.onnx")
 
 

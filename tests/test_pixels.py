@@ -466,7 +466,7 @@ def test_a_packed_tiff_says_what_unpacks_it(state: str, tmp_path: Path, monkeypa
     fill(tmp_path / "data", {f"{i}.tif": content.replace(plain, lzw) for i in range(2)})
     broken = ", which is installed but broken:"
     said = {
-        "missing": r": .*; pip install 'fastrm\[tiff\]'",
+        "missing": r": .*; pip install (tifffile )?imagecodecs",
         "broken": f"{broken} libcodec.so.3: cannot .*; pip install --force-reinstall imagecodecs",
         "a part is broken": f"{broken} libjxl.so.0: cannot open shared object file; pip install",
     }[state]
