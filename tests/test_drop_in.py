@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 FOLDER = Path(__file__).parent.parent / "examples" / "drop_in"
-NAMES = ("averaged_model", "dino", "lightly_moco", "official_moco", "supervised_ema", "timm_ema")
+NAMES = ("averaged_model", "dino", "dino_prototypes", "lightly_moco", "official_moco", "supervised_ema", "timm_ema")
 
 pytestmark = [
     pytest.mark.skipif(importlib.util.find_spec("lightly") is None, reason="needs lightly"),
@@ -57,7 +57,7 @@ def test_the_table(compare: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest
     flags = ["--arch", "test_resnet", "--steps", "2", "--rounds", "1"]
     monkeypatch.setattr(sys, "argv", ["compare.py", "timm_ema", *flags])
     compare.main()
-    row = r"\| timm_ema \| \S+ \| \S+ \| teacher \| [\d.]+ \| [\d.]+ \| [\d.]+ \|"
+    row = r"\| timm_ema \| \S+ \| \S+ \| \d+ \| \d+ \| teacher \| [\d.]+ \| [\d.]+ \| [\d.]+ \|"
     assert re.search(row, capsys.readouterr().out)
     monkeypatch.setattr(sys, "argv", ["compare.py", "lightning"])
     with pytest.raises(SystemExit) as stop:

@@ -1,4 +1,4 @@
-"""Run each trainer of this folder as it is and with fastrm in it, compare their numbers, and time both in turn.
+"""Run each trainer of this folder as it is and with fastrm in it: their numbers, times in turn, and memory.
 
     python examples/drop_in/compare.py --steps 12
     python examples/drop_in/compare.py dino --arch test_resnet
@@ -13,6 +13,7 @@ import importlib.util
 import shutil
 import statistics
 import subprocess
+import sys
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,12 @@ import torch
 from host import Run
 from torch import Tensor
 
-HERE = Path(__file__).parent
+HERE = Path(__file__).resolve().parent
+if str(HERE.parents[1]) not in sys.path:  # run as a script
+    sys.path.append(str(HERE.parents[1]))
+
+from benchmarks._timing import extra_memory  # noqa: E402 (found from here on)
+
 NAMES = sorted(path.stem for path in HERE.glob("*.diff"))
 
 
@@ -62,6 +68,14 @@ def times(name: str, *, steps: int, arch: str, rounds: int) -> dict[str, tuple[f
     return {part: (_median(runs[0], part), _median(runs[1], part)) for part in runs[0][0].ms}
 
 
+def memory(name: str, *, arch: str) -> tuple[float, float]:
+    """MiB that two steps hold at their peak, networks and optimizer included, before and after."""
+    before, after = (
+        extra_memory(lambda version=version: _trained(version, Run(2, arch))) for version in versions(name)
+    )
+    return before, after
+
+
 def _trained(version: Any, run: Run) -> list[Tensor]:
     torch.manual_seed(0)
     return [parameter.detach() for parameter in version.train(run).parameters()]
@@ -91,13 +105,16 @@ def main() -> None:
         parser.error(f"there is no {', '.join(sorted(unknown))}; choose from {', '.join(NAMES)}")
     if options.steps < 2 or options.rounds < 1:
         parser.error("--steps must be at least 2 and --rounds at least 1")
-    print("| trainer | losses differ by | weights differ by | part | before, ms | after, ms | ratio |")
-    print("|---|--:|--:|---|--:|--:|--:|")
+    columns = ("losses differ by", "weights differ by", "MiB before", "MiB after", "part", "before, ms", "after, ms")
+    print("| trainer |", " | ".join(columns), "| ratio |")
+    print("|---|--:|--:|--:|--:|---|--:|--:|--:|")
     for name in options.names or NAMES:
         losses, weights = differences(name, steps=3, arch=options.arch)
+        held = memory(name, arch=options.arch)
         found = times(name, steps=options.steps, arch=options.arch, rounds=options.rounds)
         for part, (before, after) in found.items():
-            cells = f"{losses:.0e} | {weights:.0e} | {part} | {before:.1f} | {after:.1f} | {before / after:.2f}"
+            cells = f"{losses:.0e} | {weights:.0e} | {held[0]:.0f} | {held[1]:.0f} | {part} "
+            cells += f"| {before:.1f} | {after:.1f} | {before / after:.2f}"
             print(f"| {name} | {cells} |", flush=True)
 
 
