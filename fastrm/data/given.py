@@ -1,4 +1,4 @@
-"""Data that a script gives as objects: a Dataset, a list of paths, or an array."""
+"""Opens data that a script passes as an object: a Dataset, a list of paths, or an array."""
 
 from __future__ import annotations
 
@@ -32,14 +32,14 @@ TAKEN = (
 
 
 def open_given(data: Any, *, keep: bool = True) -> Source:
-    """Open data that a script gives as an object.
+    """Open data that a script passes as an object.
 
     Args:
         data: the object.
-        keep: whether what is found of files is kept in the cache, for the next start.
+        keep: whether to cache results about files for the next start.
 
     Raises:
-        UsageError: it is of another kind, or empty, or its first items cannot be read.
+        UsageError: it has another type, is empty, or its first items cannot be read.
     """
     _refuse(data)
     if isinstance(data, Tensor):
@@ -52,7 +52,7 @@ def open_given(data: Any, *, keep: bool = True) -> Source:
 
 
 def _refuse(data: Any) -> None:
-    """Refuse what is no data, with what to give instead."""
+    """Refuse objects that are not data, and say what to pass instead."""
     kind = type(data).__name__
     if isinstance(data, type):
         raise UsageError(f"data is the class {data.__name__}; give an object of it, as in {data.__name__}(…)")
@@ -117,10 +117,10 @@ def open_array(
 
     Args:
         values: [N, H, W, C] or [N, H, W].
-        name: of the set.
-        given: what the array was given as.
-        labels: int64 [N], or None.
-        notes: what is to be said of it.
+        name: name of the set.
+        given: description of the array as it was passed.
+        labels: labels int64 [N], or None.
+        notes: messages for the user.
 
     Raises:
         UsageError: the array has another shape.

@@ -1,4 +1,4 @@
-"""Hugging Face datasets: on disk as ``hf:PATH``, or by name as ``hf:owner/name``, where there is a network."""
+"""Hugging Face datasets: on disk as ``hf:PATH``, or by name over the network as ``hf:owner/name``."""
 
 from __future__ import annotations
 
@@ -25,18 +25,18 @@ from fastrm.packages import optional
 
 HUB = "hf:"
 _SAVED = ("dataset_dict.json", "state.json")
-"""What is in a folder that ``save_to_disk`` wrote."""
+"""Files in a folder that ``save_to_disk`` wrote."""
 
 
 class HubImages(EncodedImages):
-    """Images of a dataset, encoded.
+    """Encoded images of a dataset.
 
     Args:
-        held: the column of the images, which gives ``{bytes, path}``.
-        column: its name.
-        called: what the user knows the dataset by.
-        mark: what tells it from others.
-        rows: int64 [N].
+        held: the column of the images, with ``{bytes, path}``.
+        column: name of the column.
+        called: name of the dataset for messages.
+        mark: fingerprint of the dataset.
+        rows: rows of the images, int64 [N].
         labels: int64 [N], or None.
     """
 
@@ -59,7 +59,7 @@ class HubImages(EncodedImages):
         return f"{self._called}, row {self._cells[self.row(index)]}"
 
     def content(self, index: int) -> bytes:
-        """The bytes in a row, or in the file that it names."""
+        """The bytes of a row, or of the file that it names."""
         cell = self._held[int(self._cells[self.row(index)])][self._column]
         if cell is None or not (cell["bytes"] or cell["path"]):
             raise BrokenImage("the cell is empty")
@@ -67,7 +67,7 @@ class HubImages(EncodedImages):
         return content
 
     def identities(self) -> Iterator[bytes]:
-        """What tells each image from others: the dataset's fingerprint, and the row."""
+        """The identity of each image: the fingerprint of the dataset, and the row."""
         return (f"{row}\0{self._mark}".encode() for row in self._cells[self.rows])
 
     def stored_in(self) -> Sequence[Path]:
@@ -76,21 +76,21 @@ class HubImages(EncodedImages):
 
 
 def is_saved(folder: Path) -> bool:
-    """Whether a folder is what ``save_to_disk`` wrote."""
+    """Whether ``save_to_disk`` wrote a folder."""
     return (folder / _SAVED[0]).is_file() or all((folder / name).is_file() for name in ("dataset_info.json", _SAVED[1]))
 
 
 def open_hub(data: str, wanted: Wanted) -> Source:
-    """Open a dataset: what ``save_to_disk`` wrote, a folder that ``load_dataset`` takes, or one of the hub's.
+    """Open a dataset that ``save_to_disk`` wrote, a folder that ``load_dataset`` takes, or a dataset of the Hub.
 
-    The split ``train`` is trained on, and kNN is tried on ``validation``, or else ``test``.
+    Training uses the split ``train``; kNN is tested on ``validation`` or, without it, ``test``.
 
     Args:
-        data: ``hf:`` and a path, or ``owner/name``, perhaps with ``:configuration``.
-        wanted: the columns that were asked for.
+        data: ``hf:`` and a path or ``owner/name``, optionally with ``:configuration``.
+        wanted: requested columns.
 
     Raises:
-        UsageError: it is not there or cannot be loaded, has no split to train on, or not the columns.
+        UsageError: it is missing, cannot be loaded, or lacks the split or the columns.
     """
     loaded, name = _loaded(data)
     about = f"dataset {data.removeprefix(HUB)}"
@@ -136,7 +136,7 @@ def _loaded(data: str) -> tuple[Any, str]:
             loaded = datasets.load_dataset(str(folder))
         else:
             loaded = datasets.load_dataset(owner, configuration or None)
-    except Exception as error:  # of every kind: of the network, of the hub, and of damaged files
+    except Exception as error:  # errors of the network, of the Hub and of damaged files have many types
         if exhausted(error):
             raise
         where = "" if folder.is_dir() else f"; there is no such folder in {os.getcwd()}, and no such dataset by name"
@@ -156,7 +156,7 @@ def _rows(dataset: Any, image: str, label: str | None, data: str, called: str) -
     if label is not None:
         labels = list(dataset[label])
         if isinstance(dataset.features[label], datasets.ClassLabel):
-            labels = [None if number == -1 else number for number in labels]  # which says that there is none
+            labels = [None if number == -1 else number for number in labels]  # -1 means no label
     if _kinds(dataset)[image] == "text":
         paths = list(dataset[image])
         listed = path_rows(paths, labels, Path.cwd(), data, lambda index: f"row {index}")

@@ -1,6 +1,6 @@
-"""What is known of a set's images, a column for each thing, in one file of the cache that all processes map.
+"""Tables with information about the images of a set, one file in the cache, which all processes map.
 
-Nothing is lost with such a file: where there is none, or a damaged one or another version's, it is made anew.
+Such a file can always be rebuilt: if it is missing, damaged, or of another version, it is made again.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from fastrm.files import cache_root, write_whole
 
 VERSION = 2
-"""Of what the files hold; those of another version are made anew."""
+"""Version of the file format; files of other versions are made again."""
 _MAGIC = b"fastrm index\n"
 _START = struct.Struct(f"<{len(_MAGIC)}sIIQ")
 """The magic number, the version, the CRC-32 of all that follows, and the length of the header, which is JSON."""
@@ -31,13 +31,13 @@ _CHUNK = 2**20
 
 
 class Table:
-    """Columns with a row for each image of a set, or for something else, and what is said of all of them.
+    """Columns with one row per image of a set, or per other item, and metadata.
 
     Args:
-        columns: arrays, by name.
-        rows: how many images the set has.
-        about: what JSON can hold.
-        path: the file that they are kept in, or are to be kept in by :meth:`keep`; None for none.
+        columns: arrays by name.
+        rows: number of images in the set.
+        about: JSON-compatible metadata.
+        path: file of the table, or the file for :meth:`keep`; None for none.
     """
 
     def __init__(
@@ -49,12 +49,12 @@ class Table:
     ) -> None:
         self._columns, self.rows, self.about, self.path = dict(columns), rows, dict(about or {}), path
         self._checksum: int | None = None
-        """Of the file that the columns are mapped from; None where they are in memory."""
+        """Checksum of the file from which the columns are mapped; None if they are in memory."""
         self._doubted: set[int] = set()
 
     @property
     def columns(self) -> Mapping[str, NDArray[Any]]:
-        """All of them."""
+        """All columns by name."""
         return self._columns
 
     def __contains__(self, name: str) -> bool:
@@ -64,16 +64,16 @@ class Table:
         return self._columns[name]
 
     def keep(self, columns: Mapping[str, NDArray[Any]], about: Mapping[str, Any] | None = None) -> None:
-        """Add or replace columns, and write all to the file, which they are mapped from from then on.
+        """Add or replace columns, write all to the file, and map them from it.
 
-        Where the file cannot be written, they stay in memory.
+        If the file cannot be written, they stay in memory.
         """
         self._columns |= columns
         self.about |= about or {}
         self._checksum = None
         if self.path is None:
             return
-        own = self.path.with_name(f"{self.path.name}.{os.getpid()}")  # another process may write the same one now
+        own = self.path.with_name(f"{self.path.name}.{os.getpid()}")  # another process may write the same file now
         with contextlib.suppress(OSError, ValueError):
             self.path.parent.mkdir(parents=True, exist_ok=True)
             write_whole(own, self._write)
@@ -87,7 +87,7 @@ class Table:
                 self._columns, self._checksum = kept._columns, kept._checksum
 
     def keep_at(self, path: Path) -> None:
-        """Let this be kept at ``path``, whose name tells of what it is, and take over what is kept there already."""
+        """Set the file of this table to ``path``, and read the columns that are already there."""
         kept = opened(path)
         self.path = path
         if kept is not None and kept.rows == self.rows:
@@ -119,11 +119,11 @@ class Table:
 
     @property
     def stale(self) -> bool:
-        """Whether a row was doubted since the file was written."""
+        """Whether a row was marked as outdated since the file was written."""
         return bool(self._doubted) or (self.path is not None and self._stale().exists())
 
     def doubt(self, row: int) -> bool:
-        """Note that an image is not what its row says, so that the next start looks anew; whether that is new."""
+        """Mark a row as outdated, so that the next start checks again; return whether this is new."""
         if row in self._doubted:
             return False
         self._doubted.add(row)
@@ -136,15 +136,15 @@ class Table:
         return True
 
     def by_value(self) -> tuple[Callable[..., Table], tuple[Any, ...]]:
-        """What another process makes the same table of, as pickle has it, on another machine too.
+        """The pickle form from which another process, also on another machine, rebuilds the table.
 
-        Where the same file is there, it is mapped.
+        If the same file exists there, it is mapped.
         """
         columns = {name: np.array(column) for name, column in self._columns.items()}
         return _received, (self.path, self._checksum, columns, self.rows, self.about)
 
     def __reduce__(self) -> tuple[Callable[..., Table], tuple[Any, ...]]:
-        """A loader process maps the same file, as long as it is the same."""
+        """A loader process maps the same file, if it is unchanged."""
         if self._checksum is not None and self.path is not None:
             with contextlib.suppress(OSError, struct.error), open(self.path, "rb") as file:
                 if _START.unpack(file.read(_START.size))[2] == self._checksum:
@@ -157,10 +157,10 @@ def opened(path: Path, *, checksum: int | None = None) -> Table | None:
 
     Args:
         path: the file.
-        checksum: that of the file, where it is known: what it holds is not compared with it again.
+        checksum: checksum of the file, if known; then the content is not verified again.
 
     Returns:
-        The table; None if there is no such file, or it is damaged or of another kind or version.
+        The table; None if the file is missing, damaged, or of another kind or version.
     """
     try:
         with open(path, "rb") as file:
@@ -169,7 +169,7 @@ def opened(path: Path, *, checksum: int | None = None) -> Table | None:
                 return None
             header = file.read(length)
             found = zlib.crc32(header)
-            while checksum is None and (chunk := file.read(_CHUNK)):  # not by the map, so that no page of it is held
+            while checksum is None and (chunk := file.read(_CHUNK)):  # not mapped, so no page of it stays
                 found = zlib.crc32(chunk, found)
             if stored != (found if checksum is None else checksum):
                 return None
@@ -202,26 +202,26 @@ def _same(path: Path, checksum: int) -> Table:
 
 
 def place(name: str) -> Path:
-    """Where a table is kept."""
+    """The path of a table in the cache."""
     return cache_root() / "index" / f"{name}.index"
 
 
 TICK = 3_000_000_000
-"""Nanoseconds before something was read in which its time of change says little: file systems count by up to 2 s."""
+"""Nanoseconds before a read in which modification times are unreliable; file systems count in steps of up to 2 s."""
 
 
 class Found(NamedTuple):
-    """What the cache knows of a set."""
+    """The cached tables of a set."""
 
     table: Table | None
-    """Its table, if that is right."""
+    """The table of the set, if it is up to date."""
     earlier: Table | None
-    """That of the set as it was before."""
+    """The table of an earlier state of the set."""
     path: Path | None
-    """Where its table is to be kept; None for nowhere."""
+    """The path for its table; None for none."""
 
     def keep(self, table: Table, columns: Mapping[str, NDArray[Any]], about: Mapping[str, Any] | None = None) -> None:
-        """Keep a table with these columns besides for the next start, in the place of earlier ones of the set."""
+        """Store a table with these additional columns for the next start; it replaces earlier ones of the set."""
         table.path = self.path
         table.keep(columns, about)
         if self.path is None:
@@ -233,12 +233,12 @@ class Found(NamedTuple):
 
 
 def look_up(where: object, what: object, holds: Callable[[Table], bool]) -> Found:
-    """Look for the table of a set, wherever that lay when the table was made.
+    """Find the table of a set, even if the set was moved since.
 
     Args:
-        where: tells the set from others, even after it was changed.
-        what: tells what is in it, as far as it is cheap to say.
-        holds: whether a table is right.
+        where: identifies the set, even after changes.
+        what: identifies the content of the set, as far as this is cheap.
+        holds: whether a table is up to date.
     """
     first, second = (
         blake2b(repr(told).encode(errors="surrogateescape"), digest_size=8).hexdigest() for told in (where, what)

@@ -1,4 +1,4 @@
-"""Images in files that an index tells of, and whether the files are still as it says."""
+"""Images in files of an index, and checks whether the index is up to date."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ from fastrm.data.measuring import spread_over
 from fastrm.data.paths import Paths, stated
 
 SAMPLE = 256
-"""Files whose sizes are compared at each start, and in each process."""
+"""Number of files whose sizes are compared at each start, and in each process."""
 
 
 class IndexedImages(FileImages):
-    """Images in files that an index tells of."""
+    """Images in files of an index."""
 
     def renew(self) -> None:
-        """Take the sizes anew if files of the sample were changed; what was found out of the others stays."""
+        """Read the sizes again if files of the sample were changed; results about the others stay."""
         if "bytes" not in self.table or differ(self.table, self.paths.root):
             self.table.keep(*with_sizes(self.table, self.paths.root, self.table))
 
     def compare(self, index: int, size: int, changed: int) -> None:
-        """Say of a file that is not as long as it was when it was listed, and let the next start list it again."""
+        """Warn about a file whose size differs from the index, and let the next start list it again."""
         if "bytes" not in self.table:
             return
         row = self.row(index)
@@ -47,10 +47,10 @@ def images(table: Table, root: str, part: int) -> IndexedImages:
     """The images of a part of the data.
 
     Args:
-        table: of which ``about["parts"]`` has for each part its first row, the one behind its last, and the folder that
-            the names of its images start from, from ``root`` on; None for what their paths have in common.
-        root: the folder that the folders in the table are in.
-        part: its place among the parts.
+        table: table whose ``about["parts"]`` has, per part, its first row, its end row, and the folder from which the
+            names of its images start, relative to ``root``; None means the common folder of their paths.
+        root: parent of the folders in the table.
+        part: index of the part.
     """
     start, stop, inside = table.about["parts"][part]
     named_from = None if inside is None else Path(root) / inside
@@ -58,7 +58,7 @@ def images(table: Table, root: str, part: int) -> IndexedImages:
 
 
 def with_sizes(table: Table, root: str, earlier: Table | None) -> tuple[dict[str, NDArray[Any]], dict[str, Any]]:
-    """Columns of the sizes of all files and the times at which they were changed, and what was found out before."""
+    """Columns with sizes and modification times of all files, and earlier results."""
     sizes, changed = stated(Paths(table, root).texts(), table.rows)
     named = {name: column for name, column in table.columns.items() if name not in ("hash", "looks")}
     told = Table({**named, "bytes": sizes, "changed": changed}, table.rows, table.about)
@@ -71,7 +71,7 @@ def with_sizes(table: Table, root: str, earlier: Table | None) -> tuple[dict[str
 
 
 def differ(table: Table, root: str) -> bool:
-    """Whether one of a sample of the files has another size or time than in the table."""
+    """Whether a file of a sample has another size or time than in the table."""
     rows = np.array(spread_over(table.rows, SAMPLE), dtype=np.int32)
     sizes, changed = stated(Paths(table, root, rows).texts(), len(rows))
     return not (np.array_equal(sizes, table["bytes"][rows]) and np.array_equal(changed, table["changed"][rows]))

@@ -1,4 +1,4 @@
-"""The list of images that a run is trained on, as its checkpoints keep it: what a resumed run is held against."""
+"""The list of training images in checkpoints, with which a resumed run is compared."""
 
 from __future__ import annotations
 
@@ -16,30 +16,30 @@ from fastrm.data.sources import Images
 
 @dataclass(frozen=True, kw_only=True)
 class Inventory:
-    """The images in their order, on which each batch depends."""
+    """The training images in their order, on which each batch depends."""
 
     hashes: Tensor
-    """int64 [N]: of each image's name, from the top of the data on, and size; of arrays, of the pixels."""
+    """Hashes of the name (from the root of the data) and size of each image, or of its pixels for arrays, int64 [N]."""
     left_out: int
-    """Files that were left out since they are broken."""
+    """Number of broken files that were left out."""
     steps_per_epoch: int
     shift: int = 0
-    """Steps by which this list's place in its epochs is ahead of the run's steps; 0 unless the list has changed."""
+    """Offset between the position in the epochs and the steps of the run; 0 unless the list has changed."""
 
     def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint keeps."""
+        """The state for a checkpoint."""
         return dict(vars(self))
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Nothing: a checkpoint's list is compared with this one, and does not replace it."""
+        """Do nothing: the list of a checkpoint is compared with this one, and does not replace it."""
 
     def continued(self, then: Mapping[str, Any], step: int) -> tuple[Inventory, str]:
-        """Go on from the list ``then`` of a checkpoint after ``step`` steps.
+        """Continue from the list ``then`` of a checkpoint after ``step`` steps.
 
         Returns:
-            This list at its place in the run, and in words how it differs from that one; empty if it does not. A list
-            that differs, or is gone through in other batches, starts with the next whole epoch, so that epochs never
-            count backwards.
+            This list at its position in the run, and a description of the differences; empty if there are none. A list
+            that differs, or is read in other batches, starts at the next whole epoch, so that epochs never count
+            backwards.
         """
         old: Tensor = then["hashes"]
         next_epoch = -(-(step + int(then["shift"])) // int(then["steps_per_epoch"]))
@@ -59,6 +59,6 @@ class Inventory:
 def inventory(
     images: Images, *, left_out: int, steps_per_epoch: int, hashes: NDArray[np.int64] | None = None
 ) -> Inventory:
-    """Take the inventory of the images that a run is to be trained on; ``hashes`` are theirs, where they are known."""
-    own = torch.from_numpy(np.array(images.hashes() if hashes is None else hashes))  # the index cannot be written to
+    """Build the list of the training images; ``hashes`` are their hashes, if known."""
+    own = torch.from_numpy(np.array(images.hashes() if hashes is None else hashes))  # the index is read-only
     return Inventory(hashes=own, left_out=left_out, steps_per_epoch=steps_per_epoch)

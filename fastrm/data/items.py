@@ -1,4 +1,4 @@
-"""Images that a map-style Dataset of the user's gives."""
+"""Images of a map-style Dataset of the user."""
 
 from __future__ import annotations
 
@@ -21,28 +21,29 @@ from fastrm.errors import UsageError
 from fastrm.terminal.progress import tracked
 
 _LOOKED_AT = 16
-"""Items, at least, that tell a large data set from others."""
+"""Smallest number of items that identify a large data set."""
 _LABELS = ("targets", "labels", "_labels")  # torchvision's Food101 and others have the last
 
 
 class Items:
-    """A map-style Dataset: anything with ``len`` and ``[index]``; what is known of it is shared by all its parts.
+    """A map-style Dataset: an object with ``len`` and ``[index]``; its parts share the information about it.
 
     Args:
-        data: its items are an image, (image, label), (image, label, more), or a dict with ``image`` and ``label``.
-        whole: tell it from others by all of its items instead of some.
+        data: Dataset whose items are an image, (image, label), (image, label, more), or a dict with ``image`` and
+            ``label``.
+        whole: identify it by all of its items instead of some.
 
-    In the process that trains it is a copy that is asked for items: what a Dataset opens when it is first asked must be
-    opened in each loader process anew, since processes that share an open file move each other's place in it.
+    The training process reads items from a copy: files that a Dataset opens on first access must be opened again in
+    each loader process, because processes that share an open file move each other's position in it.
 
     Attributes:
-        name: of its class.
+        name: name of its class.
         first: the first item that can be read.
-        unseen: why the first item is no image, as the built-in augmentations and the evaluations see it; None where it
-            is one.
-        same: whether an item is the same when it is asked for twice under the same random numbers.
+        unseen: why the first item is not an image for the built-in augmentations and the evaluations; None if it is
+            one.
+        same: whether an item is the same when it is read twice under the same random numbers.
         labelled: whether its items have labels that are whole numbers.
-        known: whether these are known without asking each item.
+        known: whether the labels are known without reading each item.
     """
 
     def __init__(self, data: Any, *, name: str | None = None, whole: bool = False) -> None:
@@ -57,14 +58,14 @@ class Items:
         self._labels = labels if labels is not None and self.labelled and self._agree(labels) else None
         self.known = self._labels is not None
         self._mark = fingerprint(data)
-        # A power of two, so that a Dataset that has grown keeps most of those that are looked at.
+        # A power of two, so that a Dataset that has grown keeps most of these items.
         self._apart = 1 if whole else 2 ** max(0, (self._count // _LOOKED_AT).bit_length() - 1)
 
     def __len__(self) -> int:
         return self._count
 
     def item(self, place: int) -> Item:
-        """An item, as it is under random numbers of its own that are the same each time.
+        """An item under its own random numbers, which are the same each time.
 
         Raises:
             BrokenImage: the Dataset raises, or its item has no image.
@@ -73,7 +74,7 @@ class Items:
             return self.drawn(place)
 
     def drawn(self, place: int) -> Item:
-        """An item under the random numbers as they are; raises as :meth:`item`."""
+        """An item under the current random numbers; raises like :meth:`item`."""
         data = self._here if get_worker_info() is None else self.data
         with told():
             return parted(data[place])
@@ -82,7 +83,7 @@ class Items:
         return {**vars(self), "_here": None}  # to a loader process
 
     def labels(self) -> NDArray[np.int64]:
-        """All labels; unless they are known, each item is asked once, which takes as long as an epoch in one process.
+        """All labels. Unless they are known, each item is read once, which takes as long as an epoch in one process.
 
         Raises:
             UsageError: an item has none, or a negative one.
@@ -103,7 +104,7 @@ class Items:
         return number
 
     def _first(self) -> tuple[int, Item]:
-        """The first item that can be read, and its place."""
+        """The first readable item, and its index."""
         why = ""
         for place in range(self._count):
             try:
@@ -121,7 +122,7 @@ class Items:
             return False
 
     def fixed(self) -> bool:
-        """Whether some items are the same whatever the random numbers are."""
+        """Whether some items are independent of the random numbers."""
         for place in {0, self._count // 2, self._count - 1}:
             try:
                 found = set()
@@ -135,7 +136,7 @@ class Items:
         return True
 
     def _agree(self, labels: NDArray[np.int64]) -> bool:
-        """Whether some items have these labels: a Dataset may change those that it tells before it gives them."""
+        """Whether some items have these labels; a Dataset may change its labels when it returns items."""
         for place in {0, self._count // 2, self._count - 1}:
             try:
                 if whole_number(self.item(place).label) != labels[place]:
@@ -145,9 +146,9 @@ class Items:
         return True
 
     def identity(self, place: int) -> bytes:
-        """What tells an item from others: its place, and the Dataset's fingerprint.
+        """The identity of an item: its index, and the fingerprint of the Dataset.
 
-        Without one the content of some is part of it: of the first, the last, and evenly spaced ones.
+        Without a fingerprint, the content of some items is used: the first, the last, and evenly spaced ones.
         """
         identity = f"{place}\0{self._mark or ''}".encode()
         if self._mark is None and self.same and (place % self._apart == 0 or place == self._count - 1):
@@ -175,30 +176,30 @@ class ItemImages(Images):
 
     @property
     def labels(self) -> NDArray[np.int64] | None:
-        """int64 [N], or None; :meth:`Items.labels` says what they cost."""
+        """Labels int64 [N], or None; :meth:`Items.labels` describes their cost."""
         return self.items.labels()[self._places] if self.items.labelled else None
 
     def __len__(self) -> int:
         return len(self._places)
 
     def values(self, index: int) -> Values:
-        """The values of an item, as it is under random numbers of its own that are the same each time."""
+        """The values of an item under its own random numbers, which are the same each time."""
         return values_in(self.items.item(int(self._places[index])).image, self.format.channels)
 
     def drawn(self, index: int) -> Tensor:
-        """The pixels of an item under the random numbers as they are."""
+        """The pixels of an item under the current random numbers."""
         return self.format.fitted(values_in(self.given(index), self.format.channels))
 
     def given(self, index: int) -> Any:
-        """The image as the Dataset gives it, under the random numbers as they are."""
+        """The image as the Dataset returns it, under the current random numbers."""
         return self.items.drawn(int(self._places[index])).image
 
     def name(self, index: int) -> str:
-        """Its place in the Dataset."""
+        """The index in the Dataset."""
         return f"item {self._places[index]} of {self.items.name}"
 
     def identities(self) -> Iterator[bytes]:
-        """What tells each image from others, as :meth:`Items.identity` has it."""
+        """The identity of each image, see :meth:`Items.identity`."""
         return (self.items.identity(int(place)) for place in self._places)
 
     def subset(self, indices: NDArray[np.int64]) -> ItemImages:
@@ -215,7 +216,7 @@ def _problem(image: Any, name: str) -> str | None:
 
 
 def apart(data: Any) -> Any:
-    """A shallow copy of a Dataset and of those in it, which can open files without the original's knowing."""
+    """A shallow copy of a Dataset and of the Datasets in it, which opens its own files."""
     try:
         twin = copy.copy(data)
     except Exception:  # whatever objects raise that do not want to be copied
@@ -231,7 +232,7 @@ def apart(data: Any) -> Any:
 
 
 def told_labels(data: Any) -> NDArray[np.int64] | None:
-    """Labels, int64 [N], that a Dataset tells without its images: in an attribute, in a column, or by its parts."""
+    """Labels int64 [N] that a Dataset has without reading its images: in an attribute, a column, or its parts."""
     if isinstance(data, Subset):
         inner = told_labels(data.dataset)
         return None if inner is None else inner[np.asarray(data.indices)]
@@ -259,7 +260,7 @@ def _integers(labels: Any, count: int) -> NDArray[np.int64] | None:
 
 
 def fingerprint(data: Any) -> str | None:
-    """What a Dataset says of itself that tells it from others: ``fingerprint``, a str or a method, if it has one."""
+    """The fingerprint of a Dataset: its ``fingerprint``, a str or a method, if it has one."""
     for name in ("fingerprint", "_fingerprint"):
         found = getattr(data, name, None)
         found = found() if callable(found) else found

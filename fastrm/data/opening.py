@@ -1,4 +1,4 @@
-"""Whatever images can be given as, opened: what ``--data`` names, or an object of a script's."""
+"""Opens images, from a value of ``--data`` or from a Python object."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ _FILES: Mapping[str, Callable[[Sequence[Path], str, Wanted, bool], Source]] = {
     **dict.fromkeys(TABLES, open_tables),
     **dict.fromkeys((".npy", ".h5", ".hdf5"), open_array_file),
 }
-"""What opens files, several of which may be given in one pattern, by how their names end."""
+"""Functions that open files, by the endings of the file names; a pattern may name several files."""
 
 _FORMS = (
     f"give a folder of images, one of {', '.join(NAMED)}, a list of paths as @paths.txt, a table that ends in "
@@ -55,34 +55,34 @@ def open_source(
     label_column: str | None = None,
     keep: bool = True,
 ) -> Source:
-    """Open images, however they are given.
+    """Open images from a path, a name or a Python object.
 
     Args:
         data: one of
 
-            - what ``--data`` takes, as str or Path: a folder, the name of a set, a list of paths, a table, a Hugging
+            - a value of ``--data``, as str or Path: a folder, the name of a set, a list of paths, a table, a Hugging
               Face dataset, shards, an array in a file, or a URL of such files;
-            - a map-style Dataset: anything with ``len`` and ``[index]``, whose items are an image, (image, label) with
-              or without more, or a dict with ``image`` and ``label``. An image is a PIL image, or a tensor [C, H, W] or
-              [H, W], or an array [H, W, C] or [H, W], of uint8, uint16, or floats from 0 to 1;
+            - a map-style Dataset: an object with ``len`` and ``[index]``, whose items are an image, (image, label) with
+              or without more values, or a dict with ``image`` and ``label``. An image is a PIL image, or a tensor [C,
+              H, W] or [H, W], or an array [H, W, C] or [H, W], of uint8, uint16, or floats from 0 to 1;
             - a list of paths of images;
             - an array or a tensor [N, H, W, C], or [N, H, W] of gray images;
             - an opened :class:`Source`, which is returned.
-        data_root: where a named set lies.
-        image_column: which column of a table or a Hugging Face dataset, or which array of an HDF5 file, holds the
-            images; None: it is found by its name.
-        label_column: which one holds the labels; as ``image_column``.
-        keep: whether what is found is kept in the cache, so that the next start is quick.
+        data_root: folder of a named set.
+        image_column: column of a table or a Hugging Face dataset, or array of an HDF5 file, with the images; None
+            detects it by its name.
+        label_column: column or array with the labels, like ``image_column``.
+        keep: whether to cache the result, so that the next start is fast.
 
     Returns:
-        The source. Labels of a Dataset are whole numbers from 0 up; they are taken from its attribute ``targets`` or
-        ``labels``, or of a HuggingFace dataset from its column ``label``, where its items agree, and else asked of
-        each item once something needs them, which takes as long as an epoch in one process. As in a folder without
-        ``val/``, kNN is tried on a tenth of the images.
+        The source. Labels of a Dataset are whole numbers from 0 up. They come from its attribute ``targets`` or
+        ``labels``, or from the column ``label`` of a HuggingFace dataset, if they agree with the items. Otherwise each
+        item is read once when labels are needed, which takes as long as an epoch in one process. As in a folder without
+        ``val/``, kNN is tested on a tenth of the images.
 
     Raises:
-        UsageError: it is of another kind; there is no such set or folder, it holds no image, or a named set is not
-            there and cannot be downloaded.
+        UsageError: ``data`` has another type; there is no such set or folder, it has no images, or a named set is
+            missing and cannot be downloaded.
     """
     wanted = Wanted(image=image_column, label=label_column)
     if isinstance(data, Source):
@@ -139,7 +139,7 @@ def _directory(folder: Path, data: str, wanted: Wanted, *, keep: bool) -> Source
 
 
 def _holds(folder: Path, kinds: frozenset[str]) -> bool:
-    """Whether a file that ends so is in a folder, at any depth."""
+    """Whether a folder has a file with one of these endings, at any depth."""
     return any(_ending(name) in kinds for _, _, names in os.walk(folder) for name in names)
 
 
@@ -155,7 +155,7 @@ def _ending(name: str) -> str:
 
 
 def _nothing(data: str, path: Path) -> Source:
-    """Say what is wrong with what is none of the forms."""
+    """Report what is wrong with a value that has none of the forms."""
     if COMPRESSED.search(data):
         raise UsageError(f"--data {data} is compressed, and shards are read by offset; unpack them to .tar files")
     check_path("data", data)
@@ -170,7 +170,7 @@ def _nothing(data: str, path: Path) -> Source:
 
 
 def located(data: str) -> str:
-    """What ``--data`` names, as it is found from every other folder too: a name or a URL, or with an absolute path."""
+    """A value of ``--data`` that works from any folder: a name, a URL, or an absolute path."""
     if data in NAMED or is_url(data):
         return data
     mark = next((mark for mark in (_LIST, HUB) if data.startswith(mark)), "")

@@ -1,4 +1,4 @@
-"""Files that are no pictures, or broken ones: found before a run or while reading, named, and left out."""
+"""Finds files that are broken or not images, before a run or while reading, and leaves them out."""
 
 from __future__ import annotations
 
@@ -31,25 +31,25 @@ from fastrm.terminal.progress import bar
 
 T = TypeVar("T")
 SKIPPED = "skipped.txt"
-MOST = 0.1  # share of broken files with which a run goes on
+MOST = 0.1  # largest fraction of broken files with which a run continues
 _IN_A_ROW = 100
-_AT_ONCE = 4  # files that are handed to a thread: cheap beside small pictures, and few to wait for at the end
+_AT_ONCE = 4  # files per task of a thread: little overhead for small images, and few to wait for at the end
 
 
 class _Found(NamedTuple):
-    """What a look at a file gave."""
+    """The result of checking a file."""
 
     row: int
     state: int
     why: str = ""
-    """What is wrong with it."""
+    """What is wrong with the file."""
     look: Look | None = None
 
 
 def scan(source: Source, *, workers: int) -> tuple[Source, dict[str, str]]:
-    """Read every file, and return the source without the broken ones, and what is wrong with each of these.
+    """Read every file, and return the source without the broken ones, with the reason for each of these.
 
-    What was found is kept in the cache folder, and taken from there as long as no file's size or time has changed.
+    Results are cached, and reused as long as the size and time of the files are unchanged.
 
     Raises:
         UsageError: more than a tenth of the files are broken.
@@ -84,10 +84,10 @@ def scan(source: Source, *, workers: int) -> tuple[Source, dict[str, str]]:
 
 
 class _Search:
-    """What is found in the files of a set, or was found in them before.
+    """New and earlier results about the files of a set.
 
     Args:
-        images: of the set, the first of which something is to be known.
+        images: the images of the set that are checked first.
     """
 
     def __init__(self, images: EncodedImages) -> None:
@@ -101,11 +101,11 @@ class _Search:
 
     @property
     def looks(self) -> Looks:
-        """What is known of all images of the set."""
+        """Results for all images of the set."""
         return views(self._column)
 
     def look(self, images: EncodedImages, workers: int) -> bool:
-        """Look at those that are not known yet; whether some of these images were not asked for before."""
+        """Check images without a result; return whether some of these images are new here."""
         fresh = not bool(self._seen[images.rows].all())
         state = self.looks.state[images.rows]
         left = np.flatnonzero(((state == UNKNOWN) | (state == LOST)) & ~self._seen[images.rows])
@@ -132,14 +132,14 @@ class _Search:
             self.why[row] = found.why
 
     def keep(self) -> None:
-        """Keep what is new for the next start."""
+        """Store new results for the next start."""
         if self._new:
             why = {str(row): why for row, why in self.why.items()}  # as JSON has it
             self._table.keep({"looks": self._column}, {"rules": self._rules, "faults": why})
 
 
 def _together(images: EncodedImages, indices: NDArray[np.int64], workers: int) -> Iterator[list[_Found]]:
-    """What is found in images, several at a time; those that wait are few, however many there are."""
+    """Check images in threads, with a bounded number of waiting results."""
 
     def look(some: NDArray[np.int64]) -> list[_Found]:
         return [_looked_at(images, index) for index in some.tolist()]
@@ -167,7 +167,7 @@ def _looked_at(images: EncodedImages, index: int) -> _Found:
 
 
 def _rules() -> str:
-    """A digest of what files are read with and of the rules; when it changes they are looked at again."""
+    """A digest of the decoders and rules; if it changes, files are checked again."""
     digest = hashlib.sha256(f"{PIL.__version__}\0{sorted(features.get_supported())}\0".encode())
     digest.update(str([failure(name) is None for name in ("tifffile", "imagecodecs")]).encode())
     for rules in (decode, stored):
@@ -176,7 +176,7 @@ def _rules() -> str:
 
 
 def report(broken: dict[str, str], images: Images, faults: Mapping[int, str]) -> None:
-    """Add to ``broken`` what was met while reading, by index, with a warning for each file that is new.
+    """Add the faults found while reading to ``broken``, with a warning for each new file.
 
     Raises:
         UsageError: more than a tenth of the files are broken.
@@ -190,13 +190,13 @@ def report(broken: dict[str, str], images: Images, faults: Mapping[int, str]) ->
 
 
 def readable(images: Images, index: int, read: Callable[[int], T], faults: dict[int, str]) -> tuple[int, T]:
-    """Apply ``read`` to an index, or where that raises one of ``BROKEN`` to the next one where it does not.
+    """Apply ``read`` to an index or, if that raises one of ``BROKEN``, to the next index that works.
 
     Args:
-        images: that the indices are of.
-        index: of the image that is wanted.
-        read: what is done.
-        faults: gets what is wrong with the others, by index.
+        images: images of the indices.
+        index: index of the requested image.
+        read: function to apply.
+        faults: gets the reasons for the skipped images, by index.
 
     Raises:
         UsageError: more than a tenth of the images cannot be read, or a hundred in a row.
@@ -216,7 +216,7 @@ def readable(images: Images, index: int, read: Callable[[int], T], faults: dict[
 
 
 def unreadable(source: Source) -> dict[str, str]:
-    """What could not be read of any of a source's images since the scan, in this process."""
+    """Images of a source that could not be read since the scan, in this process, with the reason."""
     every = (images for images in (source.train, source.bank, source.test) if images is not None)
     return {images.name(index): why for images in every for index, why in images.unreadable.items()}
 
@@ -232,12 +232,12 @@ def check_share(count: int, images: Images, broken: Mapping[str, str]) -> None:
 
 
 def list_further(out: Path, broken: dict[str, str], met: Mapping[str, str]) -> None:
-    """Add what was met while reading to ``broken``, and to the list of it under ``out``."""
+    """Add the faults found while reading to ``broken``, and to the list under ``out``."""
     if not met.keys() <= broken.keys():
         broken.update(met)
         write_skipped(out, broken)
 
 
 def write_skipped(out: Path, broken: Mapping[str, str]) -> None:
-    """List broken images, a name and what is wrong with it a line, in ``skipped.txt`` under ``out``."""
+    """Write broken images to ``skipped.txt`` under ``out``, one line with name and reason per image."""
     write_text(out / SKIPPED, "".join(f"{name}\t{why}\n" for name, why in broken.items()))

@@ -119,7 +119,7 @@ class Images(ABC):
 
 
 class ArrayImages(Images):
-    """Images held in memory.
+    """Images in memory.
 
     Args:
         arrays: uint8 [N, H, W] (gray) or [N, H, W, 3] (RGB).
@@ -139,11 +139,11 @@ class ArrayImages(Images):
         return values[..., None] if values.ndim == 2 else values
 
     def name(self, index: int) -> str:
-        """Its number."""
+        """The index of the image."""
         return f"image {index}"
 
     def tensor(self) -> Tensor:
-        """All images as uint8 [N, 1 or 3, H, W]: the same memory, unless colours become gray."""
+        """All images as uint8 [N, 1 or 3, H, W], in the same memory, unless colours become gray."""
         arrays = self.arrays
         if arrays.ndim == 4 and self.format.channels == 1:
             arrays = np.stack([self.pixels(index)[0].numpy() for index in range(len(self))])
@@ -153,11 +153,11 @@ class ArrayImages(Images):
         return pixels[:, None] if pixels.ndim == 3 else pixels.permute(0, 3, 1, 2)
 
     def identities(self) -> Iterator[bytes]:
-        """What tells each image from others: its shape and pixels."""
+        """The identity of each image: its shape and pixels."""
         return map(self.identity, range(len(self)))
 
     def identity(self, index: int) -> bytes:
-        """What tells an image from others."""
+        """The identity of an image."""
         return repr(self.arrays.shape[1:]).encode() + self.arrays[index].tobytes()
 
     def subset(self, indices: NDArray[np.int64]) -> ArrayImages:
@@ -167,27 +167,27 @@ class ArrayImages(Images):
 
 @dataclass(frozen=True, kw_only=True)
 class Source:
-    """A data set: what is trained on, and what a kNN classifier is built from and tried on."""
+    """A data set: training images, and the images that a kNN classifier is built from and tested on."""
 
     name: str
     train: Images
     """The images for pre-training; their labels are not used."""
     bank: Images | None
-    """Labelled images that a kNN classifier looks its neighbours up in; None where there are no labels."""
+    """Labelled images of the kNN bank; None without labels."""
     test: Images | None
-    """Labelled images that it is tried on; none of them is in ``bank``."""
+    """Labelled images for testing; none of them is in ``bank``."""
     about: str
-    """One line for the person who starts the run."""
+    """A description in one line."""
     format: PixelFormat | None = None
-    """How all of them become what a network is given; None before it is settled (:mod:`fastrm.data.settling`)."""
+    """The format of the images; None until it is determined (:mod:`fastrm.data.settling`)."""
 
     @property
     def scored(self) -> dict[str, int]:
-        """How many images classifiers are made from, ``bank``, and tried on, ``test``; nothing where there are none."""
+        """Number of images in ``bank`` and in ``test``; empty if there are none."""
         return {} if self.bank is None or self.test is None else {"bank": len(self.bank), "test": len(self.test)}
 
     def each(self, change: Callable[[Images], Images]) -> Source:
-        """The same set with all images changed, each of them once: those for kNN may be those that are trained on."""
+        """The set with a function applied to its images, once per object; the kNN images may be the training images."""
         changed: dict[int, Images] = {}
 
         def once(images: Images | None) -> Images | None:
@@ -202,17 +202,17 @@ class Source:
         return replace(self, train=train, bank=once(self.bank), test=once(self.test))
 
     def formatted(self, format: PixelFormat) -> Source:
-        """The same set, taken in another way."""
+        """The set with another pixel format."""
         return replace(self.each(lambda images: images.formatted(format)), format=format)
 
     def limited(self, most: int) -> Source:
-        """The same set with at most so many images to look neighbours up in, and to be tried on."""
+        """The set with at most this many images in ``bank``, and in ``test``."""
         parts = [images and drawn(images, most) for images in (self.bank, self.test)]
         return replace(self, bank=parts[0], test=parts[1])
 
 
 def drawn(images: Images, most: int) -> Images:
-    """The images, or of more than ``most`` as many, drawn at random, in their order, the same ones each time."""
+    """At most ``most`` images, drawn at random, in their order; the same ones each time."""
     if len(images) <= most:
         return images
     chosen = np.random.default_rng(0).permutation(len(images))[:most]
@@ -225,7 +225,7 @@ LOOKED_FOR = "what Pillow reads here, such as .jpg, .png and .webp, or .npy"
 
 
 def endings() -> frozenset[str]:
-    """How the names of pictures end that Pillow, as it is installed and extended here, decodes: ``.jpg`` and so on."""
+    """File name endings of the image formats that the installed Pillow decodes, such as ``.jpg``."""
     Image.init()
     absent = {kind for kind, feature in _FEATURES.items() if not features.check(feature)}
     decoded = Image.OPEN.keys() - NOT_DECODED - absent
@@ -233,13 +233,13 @@ def endings() -> frozenset[str]:
 
 
 def natural(name: object) -> tuple[list[str | int], str]:
-    """A key to sort by that puts ``9`` before ``10``."""
+    """A sort key that puts ``9`` before ``10``."""
     parts = re.split(r"(\d+)", str(name))
     return [int(part) if i % 2 else part for i, part in enumerate(parts)], str(name)
 
 
 def passed_over(kinds: Mapping[str, int]) -> str:
-    """Say how many files of which kinds are not used, the most first: ``"; passed over: 3 .txt, 1 hidden"``."""
+    """Describe the number of unused files by kind, largest first: ``"; passed over: 3 .txt, 1 hidden"``."""
     most = sorted(kinds.items(), key=lambda kind: (-kind[1], kind[0]))
     told = [f"{count:,} {kind}" for kind, count in most[:_KINDS_TOLD]]
     if rest := most[_KINDS_TOLD:]:
@@ -259,12 +259,12 @@ def without_validation(
     """A source whose labelled images, if it has labels, are split for kNN.
 
     Args:
-        name: of the set.
-        train: what is trained on.
-        about: what is to be said of it.
-        passed: how much of what is not used.
-        why: why there are no images for validation.
-        labelled: those of ``train`` that have labels; None: all, if any.
+        name: name of the set.
+        train: training images.
+        about: description of the set.
+        passed: number of unused files by kind.
+        why: why there are no validation images.
+        labelled: images of ``train`` with labels; None means all, if any.
     """
     bank: Images | None = None
     test: Images | None = None

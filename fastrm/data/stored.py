@@ -1,4 +1,4 @@
-"""A file's bytes as the values that are stored in it: every band in its own dtype, nothing rounded.
+"""Decodes files to the stored values: all bands in their own dtype, without rounding.
 
 :mod:`fastrm.data.decode` reads the same files as RGB of 8 bits per channel.
 """
@@ -32,35 +32,35 @@ from fastrm.data.decode import (
 from fastrm.packages import failure, lack
 
 Values = NDArray[Any]
-"""[H, W, bands], upright."""
+"""Values [H, W, bands], upright."""
 DTYPES = ("uint8", "int8", "uint16", "int16", "uint32", "int32", "float16", "float32", "float64")
-"""What pictures may hold, by NumPy's names."""
+"""Dtypes of images, by NumPy's names."""
 _NPY = b"\x93NUMPY"
 _JPEG = b"\xff\xd8"
 _TIFF = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 _UNSIGNED, _SIGNED, _FLOAT = 1, 2, 3
 _CONVERT = "convert it to PNG or TIFF"
-# Pillow logs this of each TIFF with more than four bands, which are then read by tifffile.
+# Pillow logs this for each TIFF with more than four bands, which tifffile then reads.
 logging.getLogger("PIL.TiffImagePlugin").addFilter(lambda record: "More samples per pixel" not in str(record.msg))
 
 
 class Look(NamedTuple):
-    """What a sound file holds."""
+    """The content of a valid file."""
 
     size: tuple[int, int]
     """Height and width of its first page, upright."""
     dtype: str
-    """NumPy's name of it."""
+    """NumPy's name of the dtype."""
     bands: int
-    """Of its first page: 1 for gray, 3 for RGB; transparency does not count."""
+    """Bands of its first page, 1 for gray and 3 for RGB; transparency does not count."""
     pages: int
 
 
 def examined(content: bytes) -> Look:
-    """Look at a file as training will: its first page is decoded.
+    """Check a file in the way that training reads it: its first page is decoded.
 
     Raises:
-        BrokenImage: it is no picture, a damaged one, or one that cannot be read without loss.
+        BrokenImage: it is not an image, is damaged, or cannot be read without loss.
     """
     if content.startswith(_JPEG):  # at an eighth of its size, which finds the same faults sooner
         with opened(content) as image:
@@ -74,18 +74,18 @@ def examined(content: bytes) -> Look:
 
 
 def stored(content: bytes, page: int | Literal["all"] = 0) -> Values:
-    """Read the values of a picture.
+    """Read the values of an image.
 
     Args:
-        content: the file's bytes: what Pillow reads, TIFF of any number of bands, or NPY.
-        page: which one, or ``"all"`` for the bands of all of them, one page after the other.
+        content: bytes of the file: a format of Pillow, TIFF with any number of bands, or NPY.
+        page: page to read, or ``"all"`` for the bands of all pages, one page after the other.
 
     Returns:
-        [H, W, bands] of one of ``DTYPES``: 1 band of gray and 3 of coloured pictures, however they are stored; as many
-        as there are of others. Transparency is dropped, and colour profiles are not applied.
+        Values [H, W, bands] of one of ``DTYPES``. Gray images have 1 band, coloured images 3, however they are stored;
+        others have their own number of bands. Transparency is dropped, and colour profiles are not applied.
 
     Raises:
-        BrokenImage: the bytes are no picture, a damaged one, or one that cannot be read without loss.
+        BrokenImage: the bytes are not an image, are damaged, or cannot be read without loss.
     """
     if not content.startswith(_NPY) and page == "all" and (count := pages(content)) > 1:
         found = [stored(content, number) for number in range(count)]
@@ -106,7 +106,7 @@ def stored(content: bytes, page: int | Literal["all"] = 0) -> Values:
 
 
 def header(content: bytes) -> Header:
-    """Read a picture's header as :func:`fastrm.data.decode.inspect` does, also of a TIFF that Pillow cannot read."""
+    """Read the header of an image like :func:`fastrm.data.decode.inspect`, also of a TIFF that Pillow cannot read."""
     try:
         return inspect(content)
     except UnknownLayout:
@@ -115,7 +115,7 @@ def header(content: bytes) -> Header:
 
 
 def as_rgb(content: bytes) -> Image.Image:
-    """Read a picture as :func:`fastrm.data.decode.decode` does, also a TIFF of bytes that Pillow cannot read."""
+    """Read an image like :func:`fastrm.data.decode.decode`, also an 8-bit TIFF that Pillow cannot read."""
     try:
         return decode(content)
     except UnknownLayout:
@@ -137,10 +137,10 @@ def checked(values: NDArray[Any]) -> Values:
 
 
 def pages(content: bytes) -> int:
-    """How many pictures a file holds; a file whose further ones are damaged has one."""
-    if content.startswith((_NPY, _JPEG)):  # the further pictures in a phone's JPEG are aids for showing the first
+    """Number of images in a file; 1 if the further ones are damaged."""
+    if content.startswith((_NPY, _JPEG)):  # further images in a phone's JPEG only support the first one
         return 1
-    with contextlib.suppress(Exception):  # whatever decoders raise; what can be read is read
+    with contextlib.suppress(Exception):  # decoders raise errors of any type; read what can be read
         if content.startswith(_TIFF):
             with _pages(content) as found:
                 return len(found)
@@ -150,13 +150,14 @@ def pages(content: bytes) -> int:
 
 
 def values_of(image: Image.Image) -> Values:
-    """The values of a picture that Pillow has opened, not turned; raises as :func:`stored`."""
+    """The values of an image that Pillow has opened, not rotated; raises like :func:`stored`."""
     with told():
         return checked(_picture(image, b""))
 
 
 def _picture(image: Image.Image, content: bytes, *, reduced: bool = False) -> NDArray[Any]:
-    """Values of an opened picture at its place; ``content`` is the file's, of which Pillow may give the upper bits."""
+    """Values of the current page of an opened image; ``content`` serves images of which Pillow reads only upper
+    bits."""
     check_kind(image)
     wide, tiles = sixteen_bits(image), list(getattr(image, "tile", ()))
     gray = image.mode in ("1", "L", "LA", "La")
@@ -220,7 +221,7 @@ def _pages(content: bytes) -> Iterator[Any]:
 
 
 def _tiff(content: bytes, page: int) -> NDArray[Any]:
-    """A page of a TIFF: with Pillow where it gives every value, and else with tifffile."""
+    """A page of a TIFF, read with Pillow if it returns every value, otherwise with tifffile."""
     try:
         with opened(content) as image:
             image.seek(page)
@@ -260,14 +261,15 @@ def _unpacked(page: Any) -> NDArray[Any]:
 
 
 def _first(error: BaseException) -> BaseException:
-    """What an error comes from: imagecodecs imports a library when it is first needed."""
+    """The cause of an error; imagecodecs imports libraries on first use."""
     while (before := error.__cause__ or error.__context__) is not None:
         error = before
     return error
 
 
 def _check_whole(page: Any, length: int) -> None:
-    """Refuse a page of a TIFF file of ``length`` bytes that tifffile would read for ever, or fill up with zeros."""
+    """Refuse a page of a TIFF file of ``length`` bytes on which tifffile would hang, or which it would pad with
+    zeros."""
     pixels, most = math.prod(page.shape), Image.MAX_IMAGE_PIXELS
     if most is not None and page.imagelength * page.imagewidth > 2 * most:
         raise BrokenImage(
@@ -280,7 +282,7 @@ def _check_whole(page: Any, length: int) -> None:
 
 
 def _by_pillow(image: Image.Image) -> bool:
-    """Whether Pillow gives every value of an opened TIFF as it is stored."""
+    """Whether Pillow returns every value of an opened TIFF as it is stored."""
     tags: Any = image.tag_v2  # type: ignore[attr-defined]
     bits, kinds = set(tags.get(258, (1,))), set(tags.get(339, (_UNSIGNED,)))
     if max(bits) <= 8:
@@ -296,7 +298,7 @@ def _by_pillow(image: Image.Image) -> bool:
 
 
 def _upright(values: NDArray[Any], turn: int) -> NDArray[Any]:
-    """Turn rows and columns as an EXIF orientation says."""
+    """Rotate or flip values according to an EXIF orientation."""
     if turn in (5, 7):
         values = values.swapaxes(0, 1)
     quarter = {3: 2, 6: -1, 7: 2, 8: 1}.get(turn, 0)

@@ -1,4 +1,4 @@
-"""Images by the rows of CSV, TSV and Parquet files: a column of paths, or of encoded images; perhaps one of labels."""
+"""Images in rows of CSV, TSV and Parquet files: a column of paths or of encoded images, optionally one of labels."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ class _Csv:
             raise UsageError(f"--data: {path} has the column {Counter(names).most_common(1)[0][0]} twice")
 
     def values(self, columns: Sequence[str]) -> dict[str, list[Any]]:
-        """Columns as text, None where a cell says that there is nothing in it."""
+        """Columns as text, with None for empty cells."""
         types = dict.fromkeys(columns, "string")
         options = self._csv.ConvertOptions(include_columns=list(types), column_types=types, strings_can_be_null=True)
         table = self._csv.read_csv(self.path, convert_options=options, **self._read)
@@ -59,11 +59,11 @@ class _Csv:
         return {name: table.column(name).to_pylist() for name in types}
 
     def count(self) -> int:
-        """Rows, once they were read."""
+        """Number of rows, after they were read."""
         return self._count
 
     def close(self) -> None:
-        """Nothing is held open."""
+        """Do nothing: no file is open."""
 
 
 class _Parquet:
@@ -76,12 +76,12 @@ class _Parquet:
         self.kinds: dict[str, Kind] = {field.name: kind_of(field.type) for field in self.file.schema_arrow}
 
     def values(self, columns: Sequence[str]) -> dict[str, list[Any]]:
-        """Columns as Python has them."""
+        """Columns as Python values."""
         table = self.file.read(columns=list(dict.fromkeys(columns)))
         return {name: table.column(name).to_pylist() for name in table.column_names}
 
     def count(self) -> int:
-        """Rows."""
+        """Number of rows."""
         count: int = self.file.metadata.num_rows
         return count
 
@@ -91,7 +91,7 @@ class _Parquet:
 
 
 def kind_of(kind: Any) -> Kind:
-    """What the cells of an Arrow type hold."""
+    """The kind of content of an Arrow type."""
     from pyarrow import types
 
     if types.is_dictionary(kind):
@@ -106,7 +106,7 @@ def kind_of(kind: Any) -> Kind:
 
 
 class _Columns(NamedTuple):
-    """The columns that are used."""
+    """The columns in use."""
 
     image: str
     label: str | None
@@ -114,11 +114,11 @@ class _Columns(NamedTuple):
 
 
 class _Read(NamedTuple):
-    """What some tables hold."""
+    """The content of some tables."""
 
     rows: Rows
     parts: list[Any] | None
-    """What the column ``split`` says of each row."""
+    """The value of the column ``split`` per row."""
     passed: Counter[str]
     notes: list[str]
 
@@ -126,17 +126,17 @@ class _Read(NamedTuple):
 def open_tables(files: Sequence[Path], data: str, wanted: Wanted, keep: bool) -> Source:
     """Open the images in tables.
 
-    Where files are for validation by their names, or a column ``split`` says it of rows, or ``val.csv`` lies beside
-    ``train.csv``, kNN is tried on these.
+    kNN is tested on files that are for validation by their names, on rows that a column ``split`` marks, or on
+    ``val.csv`` beside ``train.csv``.
 
     Args:
-        files: CSV, TSV or Parquet files, all with the columns that are used.
-        data: what ``--data`` says.
-        wanted: the columns that were asked for.
-        keep: whether what is found in them is kept in the cache, for the next start.
+        files: CSV, TSV or Parquet files, all with the columns in use.
+        data: value of ``--data``.
+        wanted: requested columns.
+        keep: whether to cache the result for the next start.
 
     Raises:
-        UsageError: a file is damaged or has not the columns, several columns may be meant, or there is no image.
+        UsageError: a file is damaged or lacks the columns, columns are ambiguous, or there are no images.
     """
     files, aside = _aside([Path(os.path.abspath(file)) for file in files])
     named = wanted.image, wanted.label, len(files)
@@ -144,7 +144,7 @@ def open_tables(files: Sequence[Path], data: str, wanted: Wanted, keep: bool) ->
 
 
 def _built(files: Sequence[Path], aside: Sequence[Path], data: str, wanted: Wanted) -> Source:
-    """The images in tables to train on, and in those aside for validation; raises as :func:`open_tables`."""
+    """The images in training tables and validation tables; raises like :func:`open_tables`."""
     read = _read(files, data, wanted)
     test, about = None, [f"{len(read.rows.images):,} images in {_named(files)}", *read.notes]
     rows, passed = read.rows, read.passed
@@ -160,7 +160,7 @@ def _built(files: Sequence[Path], aside: Sequence[Path], data: str, wanted: Want
 
 
 def _aside(files: list[Path]) -> tuple[list[Path], list[Path]]:
-    """Those to train on, which are all where all are named alike, and those that are for validation by their names."""
+    """Split files by name into those for training and those for validation; all are for training if none stands out."""
     parts = {file: found[1] if (found := _PART.search(file.stem.casefold())) else "" for file in files}
     train = [file for file in files if not parts[file]]
     if not train:
@@ -227,7 +227,7 @@ def _read(files: Sequence[Path], data: str, wanted: Wanted) -> _Read:
 def _paths(
     files: Sequence[Path], paths: list[str | None], counts: Sequence[int], labels: Sequence[Any] | None, data: str
 ) -> Listed:
-    """Rows that name files, which start from the folder of their table."""
+    """Rows that name files, relative to the folder of their table."""
     folder, ends = files[0].parent, np.cumsum(counts)
     if any(file.parent != folder for file in files):
         folders = itertools.chain.from_iterable([f.parent] * n for f, n in zip(files, counts, strict=True))
@@ -246,7 +246,7 @@ def _opened(path: Path, data: str) -> _Csv | _Parquet:
 
 @contextmanager
 def _reading(path: Path, data: str) -> Iterator[None]:
-    """Say in one line why a table cannot be read."""
+    """Report in one line why a table cannot be read."""
     pa = optional("pyarrow", extra="tables", wanted_by=f"--data {data}")
     try:
         yield
@@ -257,7 +257,7 @@ def _reading(path: Path, data: str) -> Iterator[None]:
 
 
 def tables_in(folder: Path) -> list[Path]:
-    """The Parquet files in a folder, or in ``data/`` below it as Hugging Face has them."""
+    """The Parquet files in a folder, or in ``data/`` below it, as in Hugging Face's layout."""
     for place in (folder, folder / "data"):
         if found := sorted(place.glob("*.parquet"), key=natural):
             return found

@@ -1,4 +1,4 @@
-"""One shard: where in a tar file its images lie, which labels they have, and what else is in it."""
+"""Reads a shard: the offsets of the images in a tar file, their labels, and other members."""
 
 from __future__ import annotations
 
@@ -20,18 +20,18 @@ _BLOCK = tarfile.BLOCKSIZE
 
 
 class Shard(NamedTuple):
-    """What a shard of N images holds, in the order in which they lie in it."""
+    """The content of a shard of N images, in their order."""
 
     names: bytes
-    """Packed as :func:`fastrm.data.paths.packed` does."""
+    """Names, packed by :func:`fastrm.data.paths.packed`."""
     offsets: NDArray[np.int64]
-    """[N]: where each image begins, in bytes."""
+    """Offset of each image in bytes, [N]."""
     sizes: NDArray[np.int64]
-    """[N], in bytes."""
+    """Sizes in bytes, [N]."""
     labels: NDArray[np.int64]
-    """[N]: -1 of images without one."""
+    """Labels, -1 for images without one, [N]."""
     passed: Mapping[str, int]
-    """Members that are not used, by kind."""
+    """Number of unused members by kind."""
     ended: bool
     """Whether the tar file has an end mark."""
 
@@ -41,7 +41,7 @@ class _Part(NamedTuple):
 
     name: str
     ending: str
-    """All that follows the first dot, in lower case."""
+    """The text after the first dot, in lower case."""
     offset: int
     size: int
 
@@ -49,12 +49,12 @@ class _Part(NamedTuple):
 def read_shard(path: Path) -> Shard:
     """Find the images and labels of a shard.
 
-    WebDataset's rule: the key of a member is its path up to the first dot of the last part, and what follows is its
-    ending. An image's ending has one part; images with more parts, such as ``.seg.png``, are passed over beside it.
+    By WebDataset's rule, the key of a member is its path up to the first dot of the last part; the rest is its ending.
+    The ending of an image has one part; images with more parts, such as ``.seg.png``, are skipped beside it.
 
     Raises:
-        UsageError: the file is no whole, uncompressed tar file; a key has two images or two labels, or an image of a
-            longer ending alone; a label is no whole number.
+        UsageError: the file is not a complete, uncompressed tar file; a key has two images or two labels, or only an
+            image with a longer ending; a label is not a whole number.
     """
     passed: Counter[str] = Counter()
     images: dict[str, list[_Part]] = defaultdict(list)
@@ -143,10 +143,10 @@ def _labels(path: Path, found: dict[str, list[_Part]], passed: Counter[str]) -> 
 
 
 def _ended(path: Path, offset: int) -> bool:
-    """Whether what the last member is followed by is an end mark; False where there is nothing.
+    """Whether an end mark follows the last member; False if nothing follows.
 
     Raises:
-        ValueError: something else follows, which a reader of tar files takes for the end.
+        ValueError: something else follows, which tar readers take for the end.
     """
     with open(path, "rb") as file:
         file.seek(offset)

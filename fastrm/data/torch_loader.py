@@ -26,7 +26,7 @@ from fastrm.kernels import ViewParameters, augment_views, batched
 from fastrm.machine.signals import leave_to_the_trainer
 
 AHEAD = 2
-"""Batches that each loader process makes ready ahead."""
+"""Batches that each loader process prepares ahead."""
 _HELD = 8
 _CPU = torch.device("cpu")
 

@@ -1,4 +1,4 @@
-"""What travels between a process that trains or evaluates and its loader processes."""
+"""The data that a process exchanges with its loader processes."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from fastrm.errors import UsageError, first_line
 
 
 class Loaded(NamedTuple):
-    """What a loader process makes of a request."""
+    """The result of a request to a loader process."""
 
     indices: list[int]
     views: tuple[Tensor, ...]
     faults: dict[int, str]
-    """What is wrong with images that could not be read, by index."""
+    """The reasons for unreadable images, by index."""
     refusal: str = ""
-    """Why there can be no batch: torch would give an exception's traceback for its message."""
+    """Why there is no batch; with an exception, torch would show a traceback."""
 
 
 class _Nowhere(io.RawIOBase):
@@ -30,19 +30,19 @@ class _Nowhere(io.RawIOBase):
 
 
 class _Dry(pickle.Pickler):
-    """Writes nothing, and passes over what is large and known to travel."""
+    """Writes nothing, and skips large objects that can be pickled."""
 
     def reducer_override(self, obj: Any) -> Any:
         return (int, ()) if isinstance(obj, Tensor | np.ndarray) else NotImplemented
 
 
 def check_travels(workers: int, *parts: Any) -> None:
-    """Refuse what cannot be sent to loader processes, where these are started afresh instead of forked."""
+    """Refuse objects that cannot be sent to loader processes, if these are spawned instead of forked."""
     if workers == 0 or multiprocessing.get_start_method() == "fork":
         return
     try:
         _Dry(_Nowhere()).dump(parts)
-    except Exception as error:  # whatever objects raise that do not want to be sent
+    except Exception as error:  # objects that cannot be pickled raise errors of any type
         raise UsageError(
             f"--workers {workers}: the Dataset or the augmentation cannot be sent to loader processes "
             f"({first_line(error)}); define its functions and classes at the top level of a module, without lambda, "
