@@ -154,7 +154,7 @@ def test_loss(n: int, size: int | None, dim: int, enter: Any, note: Any) -> None
         except ImportError as error:
             note(f"{name} left out: {error}")
             continue
-        # On a GPU the rivals' logits are bf16, up to 1 / T = 5 and so off by up to 5 * 2^-9 = .01: the gradients by a
+        # On a GPU the rivals' logits are bf16, up to 1 / T = 5 and so off by up to 5 * 2^-9 = 0.01: the gradients by a
         # hundredth, and once more for the rounding of the rows.
         close = {"rtol": 2e-2, "atol": 2e-2 * float(want.abs().max())} if GPU else {"rtol": 1e-4, "atol": 1e-7}
         torch.testing.assert_close(loss.float(), want_loss, rtol=1e-2 if GPU else 1e-5, atol=0)

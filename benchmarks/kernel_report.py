@@ -1,4 +1,4 @@
-"""Read the compiled kernels, without a GPU: registers, spills, width of the memory accesses, bytes an element.
+"""Read the compiled kernels, without a GPU: registers, spills, width of the memory accesses, bytes per element.
 
     python benchmarks/kernel_report.py [--arch 80 90 100 120] [--json FILE]
 
@@ -39,7 +39,7 @@ class Case:
         options: of the launch, such as ``num_warps``.
         elements: elements that the main path handles with the memory accesses seen in the code, or ``None`` where
             that cannot be read off (a loop over tiles, say).
-        floor: bytes an element that have to move.
+        floor: bytes per element that have to move.
         aligned: pointers that are known to be at 16-byte addresses; all of them unless given.
         even: numbers that are multiples of 16.
         archs: compute capabilities that it is launched on; all of them unless given.

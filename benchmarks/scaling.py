@@ -44,7 +44,7 @@ class Run:
     trained: int  # parameters with a gradient
     averaged: int  # of those, with a counterpart in the teacher
     norms: int  # BatchNorm layers of the student
-    batch: int  # images a process
+    batch: int  # images per process
     width: int = 256
     queue: int = 0  # 0: the negatives are the keys of the batch of all processes
     directions: int = 2
@@ -180,7 +180,7 @@ def main() -> None:
         print(f"| {what} | {model:.2f} | {measured:.2f} |")
     machine = Machine()
     for name, run in runs().items():
-        print(f"\n{name}, ResNet-50, 224 pixels, on {machine.name}: predicted ms a step, nothing overlapped")
+        print(f"\n{name}, ResNet-50, 224 pixels, on {machine.name}: predicted ms per step, nothing overlapped")
         print(f"({run.forward / 1e9:.1f} GFLOP a forward, {run.trained / 1e6:.1f} M parameters)\n")
         rows = []
         for ranks in (8, 16, 64, 128, 512):

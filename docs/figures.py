@@ -155,7 +155,7 @@ def main() -> None:
     """Draw all."""
     OUT.mkdir(exist_ok=True)
     ours = [name for name in TEACHER if "one pass" in name and "then" not in name]
-    bars("Teacher's update: memory traffic", "bytes a parameter", TEACHER, ours, OUT / "teacher.svg")
+    bars("Teacher's update: memory traffic", "bytes per parameter", TEACHER, ours, OUT / "teacher.svg")
     sweep = [name for name in CONTRASTIVE if "sweep" in name]
     bars("Contrastive loss and gradient: memory traffic", "MB", CONTRASTIVE, sweep, OUT / "contrastive.svg")
     step(OUT / "step.svg")

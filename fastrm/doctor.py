@@ -122,7 +122,7 @@ PARTS: dict[str, Callable[[], str]] = {
 
 
 def main() -> None:
-    """Print one line a part."""
+    """Print one line per part."""
     for name, part in PARTS.items():
         print(f"{name:<13}{part()}")
 

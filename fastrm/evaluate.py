@@ -198,7 +198,7 @@ def _check(options: EvaluateConfig) -> None:
     asked = (options.knn, options.linear, options.linear_quick, options.semi is not None, options.gap, options.transfer)
     if not any(asked) and options.neighbours is None:
         raise UsageError(
-            "say what to score: --knn, --linear, --linear-quick, --semi .01, --transfer DATA, --gap, --neighbours X.png"
+            "say what to score: --knn, --linear, --linear-quick, --semi 0.1, --transfer DATA, --gap, --neighbours X.png"
         )
     if options.neighbours is not None:
         sheets.check("--neighbours", options.neighbours)

@@ -1,7 +1,7 @@
 """fastrm.kernels: the fused operations of momentum (student–teacher) methods, usable in any PyTorch trainer.
 
-Every operation takes ``backend=None`` (choose by device), ``"triton"``, ``"cpu"`` or ``"reference"``; a backend that
-is asked for and cannot be had raises and says why.
+Every operation takes ``backend=None`` (choose by device), ``"triton"``, ``"cpu"`` or ``"reference"``. A backend that is
+requested but not available raises an error that says why.
 """
 
 from .augment import augment_views

@@ -141,7 +141,7 @@ if triton is not None:
         logsums_ptr,
         gradient_ptr,
         losses_ptr,  # [n], or [3]: weighted sum, contrastive, residual
-        sums_ptr,  # [2, programs], or None for a loss a row
+        sums_ptr,  # [2, programs], or None for a loss per row
         tickets_ptr,  # [0] counts the programs that are done, [1] is the pointer before the push
         queue_ptr,  # None: no push
         pointer_ptr,

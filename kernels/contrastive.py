@@ -1,8 +1,8 @@
 """The losses between a student's queries and a teacher's keys.
 
-The fused backends know the first derivative that ``backward()`` asks for. Under a transform of torch.func and under
-forward-mode AD ``backend=None`` stands for the reference, which has every derivative, and another choice raises; a
-second derivative (``create_graph=True``) raises unless ``backend="reference"``.
+The fused backends provide the first derivative for ``backward()``. Under a transform of torch.func and under
+forward-mode AD, ``backend=None`` means the reference, which has every derivative, and other backends raise an error. A
+second derivative (``create_graph=True``) raises an error unless ``backend="reference"``.
 """
 
 from __future__ import annotations
@@ -92,7 +92,7 @@ def info_nce(
     """InfoNCE: cross-entropy of the positive key among all candidates (van den Oord et al., arXiv 1807.03748).
 
     Queries and keys are normalised inside, in float32; logits are cosines over ``temperature``. There is no factor
-    of 2·temperature (MoCo-v3's loss has one: multiply by it). Gradient flows to ``query`` only. A zero row counts as
+    of 2·temperature; MoCo-v3's loss has one, so multiply by it. Gradient flows to ``query`` only. A zero row counts as
     cosine 0 with everything and has a zero gradient.
 
     Args:
@@ -102,7 +102,7 @@ def info_nce(
         queue: [K, D] negatives, used as stored, or ``None`` for in-batch negatives.
         temperature: number above 0 or 0-d tensor.
         key_offset: row of ``key`` that is the positive of query 0; 0 with a queue.
-        reduction: ``"mean"``, ``"sum"`` or ``"none"`` (a loss a row, [N]).
+        reduction: ``"mean"``, ``"sum"`` or ``"none"`` (one loss per row, [N]).
         backend: ``None``, ``"triton"``, ``"cpu"`` or ``"reference"``.
 
     Returns:
@@ -110,7 +110,7 @@ def info_nce(
 
     Raises:
         ValueError, TypeError: shapes, dtypes or devices do not fit, a key or queue requires grad, or the backend
-            cannot be had.
+            is not available.
     """
     _check_contrast("info_nce", query, key, queue, key_offset)
     check_number("info_nce", "temperature", temperature, query.device, low=0, open_low=True)
@@ -121,7 +121,7 @@ def info_nce(
 
 
 def residual_loss(student: Tensor, teacher: Tensor, *, reduction: str = "mean", backend: str | None = None) -> Tensor:
-    """Residual momentum's pull of the student to the teacher on the same view: 2 - 2 cos(student, teacher).
+    """The residual term between student and teacher on the same view: 2 - 2 cos(student, teacher).
 
     The same expression between two views is BYOL's loss (Grill et al., arXiv 2006.07733). Rows are normalised
     inside, in float32. Gradient flows to ``student`` only; a zero row has loss 2 and a zero gradient.
@@ -129,15 +129,15 @@ def residual_loss(student: Tensor, teacher: Tensor, *, reduction: str = "mean", 
     Args:
         student: [N, D].
         teacher: [N, D].
-        reduction: ``"mean"``, ``"sum"`` or ``"none"`` (a loss a row, [N]).
+        reduction: ``"mean"``, ``"sum"`` or ``"none"`` (one loss per row, [N]).
         backend: ``None``, ``"triton"``, ``"cpu"`` or ``"reference"``.
 
     Returns:
-        The loss, float32 (float64 where an input is float64), from 0 to 4 a row.
+        The loss, float32 (float64 where an input is float64), from 0 to 4 per row.
 
     Raises:
         ValueError, TypeError: shapes, dtypes or devices do not fit, ``teacher`` requires grad, or the backend
-            cannot be had.
+            is not available.
     """
     check_rows("residual_loss", "student", student)
     _check_teacher_rows("residual_loss", "teacher", teacher, student)
@@ -166,18 +166,18 @@ def residual_info_nce(
     push: Tensor | None = None,
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """InfoNCE between two views plus the residual term on the same view, and the queue's update, in one call.
+    """InfoNCE between two views, the residual term on the same view, and the queue update in one call.
 
     ``loss = contrastive_weight * info_nce(query, key, queue) + residual_weight * residual_loss(query, same_view_key)``,
-    both means over the rows. With ``pointer`` the keys enter the queue, after it was scored.
+    with means over the rows. With ``pointer``, the keys enter the queue after scoring.
 
     Args:
-        query: [N, D] student outputs; the gradient flows to them only.
+        query: [N, D] student outputs, which alone receive a gradient.
         key: as in :func:`info_nce`.
         same_view_key: [N, D] teacher outputs on the view that ``query`` saw.
         queue: [K, D] negatives or ``None``; changed in place when ``pointer`` is given.
-        pointer: 0-d int64 tensor, the row of ``queue`` that is written next; ``None`` leaves the queue as it is. Not
-            under activation checkpointing or torch.func, where the push would happen once more, or less, than written.
+        pointer: 0-d int64 tensor, the row of ``queue`` that is written next; ``None`` does not change the queue. Not
+            allowed under activation checkpointing or torch.func, where the push may run more or less than once.
         temperature: number above 0 or 0-d tensor.
         residual_weight: number or 0-d tensor.
         contrastive_weight: number or 0-d tensor.
@@ -190,7 +190,7 @@ def residual_info_nce(
 
     Raises:
         ValueError, TypeError: shapes, dtypes or devices do not fit, a key or queue requires grad, or the backend
-            cannot be had.
+            is not available.
         RuntimeError: ``pointer`` is given under activation checkpointing or torch.func.
     """
     op = "residual_info_nce"

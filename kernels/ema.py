@@ -22,7 +22,7 @@ Update = Callable[[Sequence[Tensor], Sequence[Tensor], "float | Tensor", "Sequen
 
 
 class _OnCPU:
-    """One pass of lerp_ or faster; a student of another dtype is converted a tensor at a time, still in the cache."""
+    """One pass of lerp_ or faster; a student of another dtype is converted tensor by tensor, while in the cache."""
 
     def __init__(self, teacher: Sequence[Tensor], student: Sequence[Tensor], shadow: Sequence[Tensor] | None) -> None:
         # lerp_ knows no 8-bit dtypes, and the shadow of a half-precision teacher must not be rounded twice.
@@ -93,7 +93,7 @@ _EMA: dict[str, Callable[..., Update]] = {
 
 
 class _Plan:
-    """What one list of tensors needs after all checks: the indices that take part, and what updates those."""
+    """The prepared update of one list of tensors: the indices that take part, and the function that updates them."""
 
     def __init__(
         self,
@@ -114,10 +114,10 @@ class _Plan:
 
 
 class EMA:
-    """The prepared form of :func:`fused_ema_`: pairs are matched and checked once, then updated many times.
+    """The prepared form of :func:`fused_ema_`: it matches and checks the pairs once, and updates them many times.
 
-    Checks and tables are made again when the address of a tensor has changed. What is made in a capture is the CUDA
-    graph's alone, since nothing of it is there before a replay.
+    Checks and tables are repeated when the address of a tensor changes. Tables that are built during a capture belong
+    to the CUDA graph, because they have no content before a replay.
 
     Args:
         teacher, student, shadow: as in :func:`fused_ema_`. The tensors are kept by reference.
@@ -164,7 +164,7 @@ class EMA:
         self._update(self.teacher, self.student, momentum, self.shadow)
 
 
-# Plans that CUDA graphs were captured with: a graph reads their tables, and does not say when it goes.
+# Plans of captured CUDA graphs. A graph reads their tables, and does not announce its deletion.
 _OF_GRAPHS: list[Any] = []
 
 # Plans of past calls.
@@ -172,9 +172,9 @@ _PLANS = Seen()
 
 
 def _planned(backend: str | None, lists: tuple[list[Tensor], list[Tensor], list[Tensor] | None]) -> _Plan:
-    """A new plan, for later calls to find."""
+    """Build a plan, and store it for later calls."""
     plan = _Plan(backend, *lists)
-    if not capturing():  # what is made in a capture is the graph's alone: nothing of it is there before a replay
+    if not capturing():  # tables of a capture belong to the graph: they have no content before a replay
         _PLANS.keep(backend, lists, plan)
     return plan
 
@@ -207,29 +207,30 @@ def fused_ema_(
 ) -> None:
     """Update a teacher in place: ``teacher <- momentum * teacher + (1 - momentum) * student``.
 
-    The update of mean teachers (Tarvainen and Valpola, arXiv 1703.01780) and MoCo (He et al., arXiv 1911.05722),
-    computed in float32 (float64 where a tensor is float64) whatever the tensors' dtypes, which may be mixed: a bf16
-    student into a float32 teacher is the intended use. A bf16 or fp16 *teacher* is allowed, but loses every change
-    smaller than half its spacing: at momentum .999 that is most of them.
+    This is the update of mean teachers (Tarvainen and Valpola, arXiv 1703.01780) and MoCo (He et al., arXiv
+    1911.05722).
+    It is computed in float32 (float64 if a tensor is float64). Dtypes may be mixed; the intended use is a bf16 student
+    and a float32 teacher. A bf16 or fp16 *teacher* is allowed, but loses every change smaller than half the spacing of
+    its values, which at momentum 0.999 is most of them.
 
-    On a GPU one launch updates all pairs of the same dtypes; the tables for it are kept until a tensor moves or dies.
-    Call it once before you capture it in a CUDA graph.
+    On a GPU, one launch updates all pairs with the same dtypes; its tables are kept until a tensor moves or is deleted.
+    Call the function once before you capture it in a CUDA graph.
 
     Args:
         teacher: iterable of tensors, or a module: its parameters are matched with those of a student module by
             name, where the name parts that wrappers add (``module``, ``_orig_mod``, ``_fsdp_wrapped_module``,
             ``_checkpoint_wrapped_module``) are ignored. Integer tensors are copied. Buffers take part only if you pass
-            them. A tensor that is listed twice is updated once. Of DTensors (FSDP2) each process updates its part.
+            them. A tensor that is listed twice is updated once. With DTensors (FSDP2), each process updates its part.
         student: like ``teacher``, tensor for tensor of the same shape, device and placements; never changed.
         momentum: number from 0 to 1, or a 0-d tensor (whose value is not checked).
-        shadow: iterable of low-precision copies of the teacher, which get the new values in the same pass.
+        shadow: iterable of low-precision copies of the teacher, updated in the same pass.
         backend: ``None``, ``"triton"``, ``"cpu"`` or ``"reference"``.
 
     Raises:
         ValueError, TypeError: the lists do not pair up, shapes, dtypes or devices do not fit, a tensor to be written
-            is expanded, or the backend cannot be had. Nothing is written then.
-        RuntimeError: called under activation checkpointing, in a backward pass but for hooks on a parameter's gradient,
-            or under torch.func.
+            is expanded, or the backend is not available. Then nothing is written.
+        RuntimeError: called under activation checkpointing, under torch.func, or in a backward pass, except in hooks on
+            the gradient of a parameter.
     """
     check_once("fused_ema_")
     teachers, students = pairing.pair("fused_ema_", teacher, student)

@@ -1,7 +1,7 @@
-"""What the multi-tensor kernels share: tables of addresses on the device, and the layouts that may be read as flat.
+"""Shared code of the multi-tensor kernels: tables of addresses on the device, and layouts that can be read as flat.
 
-A table has a row of int64 for each tensor: the addresses of its operands (the teacher and the student, say), then what
-else its kernel needs. A second table, the chunks, says for each program which tensor's elements are its own.
+A table has a row of int64 per tensor: the addresses of its operands (such as teacher and student), and other values for
+the kernel. A second table, the chunks, assigns elements of a tensor to each program.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from torch import Tensor
 
 from .dispatch import tl, triton, triton_problem
 
-BLOCK = 2048  # elements that one program handles; twice as many would spill registers in some optimizers
-WARPS = 8  # so 8 elements a thread: two 128-bit float32 loads, or one of half precision, for each operand
+BLOCK = 2048  # elements per program; twice as many would spill registers in some optimizers
+WARPS = 8  # so 8 elements per thread: two 128-bit float32 loads, or one of half precision, for each operand
 _AS_IT_IS = contextlib.nullcontext()
 DTYPES: dict[torch.dtype | None, Any] = {None: None}  # None stands for an operand that is absent
 if triton is not None:
@@ -26,9 +26,9 @@ if triton is not None:
 
 
 def layout(tensor: Tensor) -> tuple[int, ...] | None:
-    """Where each dimension steps in memory if the elements fill it without gaps or overlap, else None.
+    """The strides of the dimensions if the elements fill memory without gaps or overlap, otherwise None.
 
-    Two tensors of one shape with the same layout may be read as flat, element for element.
+    Two tensors of one shape with the same layout can be read as flat, element by element.
     """
     expected = 1
     for stride, size in sorted((s, n) for s, n in zip(tensor.stride(), tensor.shape, strict=True) if n != 1):
@@ -45,7 +45,7 @@ def flat(*tensors: Tensor) -> bool:
 
 
 def in_order(tensors: Iterable[Tensor | None]) -> list[Any]:
-    """The memory of tensors without gaps as their elements lie there, in one dimension unless that is their order."""
+    """Gapless tensors in memory order: contiguous tensors unchanged, others as one dimension."""
     return [t if t is None or t.is_contiguous() else t.as_strided((t.numel(),), (1,)) for t in tensors]
 
 
@@ -61,12 +61,12 @@ def launchable(*tensors: Tensor) -> bool:
 def guard(device: torch.device) -> contextlib.AbstractContextManager[Any]:
     """Make ``device`` current for a launch: Triton launches on the current one, wherever the tensors are."""
     if device.type != "cuda" or (torch.cuda.is_initialized() and torch.cuda.current_device() == device.index):
-        return _AS_IT_IS  # quicker than to set what is set
+        return _AS_IT_IS  # faster than setting the same device again
     return torch.cuda.device(device)
 
 
 def addresses(*columns: Sequence[Tensor] | None) -> list[list[int]]:
-    """The address of every tensor, column by column; 0 in the place of a column that is absent."""
+    """The address of every tensor, column by column; 0 for an absent column."""
     rows = next(len(column) for column in columns if column is not None)
     return [[0] * rows if column is None else [*map(Tensor.data_ptr, column)] for column in columns]
 
@@ -82,15 +82,15 @@ def cut(sizes: Sequence[int], lengths: Sequence[int]) -> list[list[int]]:
 
 
 def capturing() -> bool:
-    """Whether what is launched now is recorded into a CUDA graph and does not run."""
+    """Whether launches are being recorded into a CUDA graph instead of run."""
     return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
 
 
 def host_value(op: str, name: str, number: float | Tensor) -> float:
-    """The value of a number, or of a tensor that is not on the device of the launch; it may not change in a graph.
+    """The value of a number, or of a tensor that is not on the launch device; it cannot change in a CUDA graph.
 
     Raises:
-        ValueError: a tensor, in a capture: its replays would go on with the value of now.
+        ValueError: it is a tensor, during a capture; replays would keep its current value.
     """
     if isinstance(number, Tensor) and capturing():
         raise ValueError(
@@ -101,11 +101,11 @@ def host_value(op: str, name: str, number: float | Tensor) -> float:
 
 
 class Mirror:
-    """A small device tensor that follows host values: uploaded only when they change, without waiting.
+    """A small device tensor that mirrors host values; it is uploaded only when they change, without waiting.
 
-    A CUDA graph keeps what it was captured with. An upload that is captured runs at each replay and not before, so it
-    goes to a tensor of the graph's own. A tensor that a graph reads without an upload is not written again: the next
-    values go to a new one.
+    A CUDA graph keeps the tensors that it was captured with. A captured upload runs at each replay and not before, so
+    it goes to a separate tensor of the graph. A tensor that a graph reads without an upload is not written again: the
+    next values go to a new tensor.
     """
 
     def __init__(self, device: torch.device, dtype: torch.dtype = torch.int64) -> None:
@@ -142,7 +142,7 @@ class Mirror:
         return torch.tensor(columns, dtype=self.dtype).T.contiguous()
 
     def _captured(self, host: Tensor) -> Tensor:
-        """A tensor of the graph's own, which every replay fills from a host tensor that stays."""
+        """A separate tensor for the graph, which every replay fills from a persistent host tensor."""
         table = torch.empty_like(host, device=self.device)
         if self.device.type == "cuda":
             pinned = torch.empty_like(host, pin_memory=True) if self._spare is None else self._spare

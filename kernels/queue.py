@@ -45,7 +45,7 @@ def _as_scored_fake(queue: Tensor) -> Tensor:
 
 
 def _on_cpu(queue: Tensor, pointer: Tensor, keys: Tensor, skip: Tensor | None) -> None:
-    """As the reference, in at most two slices: the host can read the pointer without waiting."""
+    """Like the reference, in at most two slices; the host can read the pointer without waiting."""
     if skip is not None and skip.item() != 0:
         return
     size, start, count = queue.shape[0], int(pointer.item()), keys.shape[0]
@@ -87,13 +87,13 @@ def enqueue_(
     Args:
         queue: [K, D], floating, changed in place.
         pointer: 0-d int64 tensor, the row that is written next, changed in place.
-        keys: [B, D], floating, any B; of more than K keys the last K are kept. A zero row is stored as zeros.
-        skip: a tensor of one element on the queue's device: where it is not 0, nothing changes. The ``found_inf`` of
-            a GradScaler fits, and the host does not wait for it.
+        keys: [B, D], floating, any B; of more than K keys, the last K are kept. A zero row is stored as zeros.
+        skip: a tensor of one element on the queue's device, such as the ``found_inf`` of a GradScaler. If it is not 0,
+            nothing changes; the host does not wait for its value.
         backend: ``None``, ``"triton"``, ``"cpu"`` or ``"reference"``.
 
     Raises:
-        ValueError, TypeError: shapes, dtypes or devices do not fit, or the backend cannot be had.
+        ValueError, TypeError: shapes, dtypes or devices do not fit, or the backend is not available.
         RuntimeError: called under activation checkpointing, in a backward pass, or under torch.func.
     """
     check_rows("enqueue_", "queue", queue)
@@ -117,7 +117,7 @@ class FeatureQueue(nn.Module):
     Args:
         size: number of rows K, at least 1.
         dim: width D of a row, at least 1.
-        dtype: storage dtype of the rows; scoring is in float32 whatever it is.
+        dtype: storage dtype of the rows; scores are always computed in float32.
 
     Buffers (both persistent):
         features: [size, dim]; random unit rows at first, drawn from torch's global generator.

@@ -1,6 +1,6 @@
-"""Tensors that are no memory of their own: DTensors (FSDP2, tensor parallelism), and fake ones without any.
+"""DTensors (FSDP2, tensor parallelism) and fake tensors.
 
-An elementwise update of a DTensor is that of the part which this process holds, where its partners are cut alike.
+An elementwise update of a DTensor is the update of its local part, if its partners are sharded alike.
 """
 
 from __future__ import annotations
@@ -17,30 +17,30 @@ PLAIN = {Tensor, torch.nn.Parameter}
 
 
 def is_fake(tensor: Tensor) -> bool:
-    """Whether ``tensor`` has a shape and no elements, to see what a program would do."""
+    """Whether ``tensor`` is a fake tensor, with a shape but without elements."""
     return isinstance(tensor, FakeTensor)
 
 
 def is_sharded(tensor: Any) -> bool:
-    """Whether ``tensor`` is a DTensor; without importing what knows, and is slow to import."""
+    """Whether ``tensor`` is a DTensor; does not import torch.distributed.tensor, which is slow."""
     module = sys.modules.get("torch.distributed.tensor")
     return module is not None and isinstance(tensor, module.DTensor)
 
 
 def all_plain(tensors: Iterable[Any]) -> bool:
-    """Whether all ``tensors`` are memory, which is quick to see."""
+    """Whether none of ``tensors`` is a DTensor or a fake tensor; this check is fast."""
     kinds = set(map(type, tensors)) - PLAIN
     return not any(issubclass(kind, FakeTensor) or kind.__name__ == "DTensor" for kind in kinds)
 
 
 def local(tensor: Any) -> Any:
-    """The part of a DTensor that this process holds; any other tensor as it is."""
+    """The local part of a DTensor; any other tensor unchanged."""
     # Not to_local(), which gives another object at each call: what is prepared is known by the identity of its tensors.
     return tensor._local_tensor if is_sharded(tensor) else tensor
 
 
 def rebuilt(part: Tensor, like: Tensor) -> Tensor:
-    """The tensor, sharded as ``like`` is, of which this process holds ``part``."""
+    """A tensor with the local part ``part``, sharded like ``like``."""
     if not is_sharded(like):
         return part
     spec: Any = like
@@ -50,7 +50,7 @@ def rebuilt(part: Tensor, like: Tensor) -> Tensor:
 
 
 def check_alike(op: str, **row: Tensor | None) -> None:
-    """Raise if one of the tensors, by their names, is a DTensor and another one is not cut as it is."""
+    """Raise if one of the named tensors is a DTensor and another is not sharded like it."""
     (name, first), *others = [(name, tensor) for name, tensor in row.items() if tensor is not None]
     if not any(is_sharded(tensor) for _, tensor in [(name, first), *others]):
         return
@@ -75,7 +75,7 @@ def _how(tensor: Any) -> tuple[Any, ...]:
 def localised(
     op: str, teacher: Sequence[Tensor], student: Sequence[Tensor], shadow: Sequence[Tensor] | None
 ) -> tuple[list[Any], list[Any], list[Any] | None]:
-    """The parts that this process holds of tensors that belong together, index by index."""
+    """The local parts of tensors that belong together, index by index."""
     for i, row in enumerate(zip(teacher, student, *(() if shadow is None else (shadow,)), strict=False)):
         names = (f"{name}[{i}]" for name in ("teacher", "student", "shadow"))
         check_alike(op, **dict(zip(names, row, strict=False)))

@@ -21,7 +21,7 @@ class Run:
     Args:
         steps: optimizer steps.
         arch: backbone of timm.
-        batch_size: images a step.
+        batch_size: images per step.
     """
 
     def __init__(self, steps: int, arch: str = "resnet50", batch_size: int = 32) -> None:

@@ -27,7 +27,7 @@ class DaliLoader(Loader):
     """Views of images in files; while one batch is in use, the next is decoded and cropped, and a third is read.
 
     ``regions`` decodes the boxes alone; otherwise the picture is decoded once and the boxes are taken from it. Once is
-    faster on two CPU cores and JPEGs of 500x375: 463 to 501 images a second against 443 to 466. No GPU was timed.
+    faster on two CPU cores and JPEGs of 500x375: 463 to 501 images per second against 443 to 466. No GPU was timed.
     """
 
     def __init__(

@@ -80,6 +80,6 @@ def table(profiler: profile, steps: int) -> str:
     times = {name: milliseconds(name) for name in PARTS}
     whole = sum(e.cpu_time_total for key, e in events.items() if key.startswith("ProfilerStep")) / 1e3 / steps
     times["the rest"] = max(0.0, whole - sum(times.values()))
-    rows = [f"{'part':<30}{'ms a step':>12}{'share':>9}"]
+    rows = [f"{'part':<30}{'ms per step':>12}{'share':>9}"]
     rows += [f"{name:<30}{time:>12.2f}{time / whole:>9.1%}" for name, time in times.items()]
     return "\n".join([*rows, f"{'step':<30}{whole:>12.2f}"])

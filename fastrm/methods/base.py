@@ -90,7 +90,7 @@ class Method(nn.Module, Generic[E]):
             sees a part of it that is mixed over all (shuffle-BN).
         pair: both, and the teacher's copy in low precision.
         predictor: the student's last head, without a counterpart in the teacher; or an identity.
-        queues: rings of past keys, ``features`` [K, D] each; one a direction or kind of key, or none.
+        queues: rings of past keys, ``features`` [K, D] each; one per direction or kind of key, or none.
         directions: 2 where the student sees both views, 1 where it sees only the first.
         notes: what the person who runs it should know of how it was built, a sentence each.
     """

@@ -1,4 +1,4 @@
-"""Scores of frozen networks, in one pass over the images that they are built from and one over those they are tried on.
+"""Scores of frozen networks, in one pass over the bank and one over the test images.
 
 All processes share the images: each reads a part of them, once for all networks.
 """
@@ -21,7 +21,7 @@ from fastrm.probes.scores import Classifier, Estimate, Tally
 from fastrm.terminal.progress import Task, bar
 
 _HELD = 0.5
-"""Share of the memory that the features of several networks may take at once; those that need more follow."""
+"""Fraction of the memory for the features of several networks at a time; the other networks follow."""
 
 
 def frozen_scores(
@@ -34,10 +34,10 @@ def frozen_scores(
     others: Mapping[str, Sequence[Classifier]] | None = None,
     name: str = "features",
 ) -> dict[str, dict[str, Estimate]]:
-    """Accuracy on ``source.test`` of classifiers that are made of the features of ``source.bank``, by network.
+    """Accuracy on ``source.test`` of classifiers that are built from the features of ``source.bank``, by network.
 
-    The bank's features are held, 4 bytes a value, by each process a share of them; those of the test images pass by.
-    To be called in all processes, with the same networks; the scores are those of one process.
+    The bank's features are kept with 4 bytes per value, divided among the processes; test images are processed in
+    batches. Call this in all processes, with the same networks; the scores are those of a single process.
 
     Args:
         networks: images to features [B, D], by name.
