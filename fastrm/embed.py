@@ -77,7 +77,7 @@ class EmbedConfig(OfRun):
     """Nearest images per query."""
     map: Path | None = None
     """Image file to draw. It shows the images as points along the first two principal components of their features."""
-    device: Literal["auto", "cuda", "cpu"] = "auto"
+    device: Literal["auto", "cuda", "mps", "cpu"] = "auto"
     """Device to compute on. auto is the GPU if there is one."""
     workers: Workers = 2
     """Processes that read the images."""

@@ -79,7 +79,7 @@ class EvaluateConfig(OfRun):
     out: Path | None = None
     """JSON file that the scores are added to.
     If not given, evaluation.json beside the checkpoint, or in this folder for timm:NAME and hf:OWNER/NAME."""
-    device: Literal["auto", "cuda", "cpu"] = "auto"
+    device: Literal["auto", "cuda", "mps", "cpu"] = "auto"
     """Device to compute on. auto is the GPU if there is one."""
     workers: Workers = 2
     """Processes that read the images."""

@@ -99,6 +99,8 @@ def test_gpu_wishes_without_a_gpu(
         pytest.skip("there is a GPU")
     monkeypatch.chdir(tmp_path)
     assert "--device cuda cannot be used" in fails(train.main, ["--data", "digits", "--device", "cuda"], capsys)
+    if not torch.backends.mps.is_available():
+        assert "--device mps cannot be used" in fails(train.main, ["--data", "digits", "--device", "mps"], capsys)
     assert "--kernels triton cannot be used" in fails(train.main, ["--data", "digits", "--kernels", "triton"], capsys)
     assert list(tmp_path.iterdir()) == []
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from fastrm.hooks.base import Hook
+from fastrm.machine.device import in_double
 from fastrm.probes import collapsed, effective_rank, feature_std
 
 if TYPE_CHECKING:
@@ -22,7 +23,7 @@ class CollapseWatch(Hook):
         """Measure the first micro-batch of a logged step."""
         if run.logging:
             features = outputs[0].features
-            std, rank = torch.stack([feature_std(features).double(), effective_rank(features)]).tolist()
+            std, rank = torch.stack([in_double(feature_std(features)), effective_rank(features)]).tolist()
             if (warning := collapsed(std, rank, len(features))) is not None:
                 run.say(f"warning    {warning}")
             run.log({"feature_std": std, "effective_rank": rank})

@@ -12,7 +12,7 @@ from fastrm.settings.config import check_value
 
 
 def choose_device(wanted: str) -> torch.device:
-    """``auto`` is the GPU if there is one.
+    """``auto`` is the NVIDIA GPU if there is one, else the CPU; ``mps`` is an Apple GPU.
 
     Raises:
         UsageError: a GPU is requested and there is none, or the name is unknown.
@@ -22,7 +22,14 @@ def choose_device(wanted: str) -> torch.device:
         wanted = "cuda" if torch.cuda.is_available() else "cpu"
     if wanted == "cuda" and not torch.cuda.is_available():
         raise UsageError(f"--device cuda cannot be used: {why_no_gpu()}; use --device cpu")
+    if wanted == "mps" and not torch.backends.mps.is_available():
+        raise UsageError("--device mps cannot be used: torch finds no Apple GPU (Metal); use --device cpu")
     return torch.device(wanted)
+
+
+def in_double(values: torch.Tensor) -> torch.Tensor:
+    """The values in float64; on the CPU if they are on an Apple GPU, which has no float64."""
+    return (values.cpu() if values.device.type == "mps" else values).double()
 
 
 def why_no_gpu() -> str:
@@ -33,13 +40,15 @@ def why_no_gpu() -> str:
 
 
 def choose_precision(wanted: str, device: torch.device) -> str:
-    """``auto`` is bf16 on a GPU that supports it, fp16 on other GPUs, and fp32 on the CPU.
+    """``auto`` is bf16 on an NVIDIA GPU that supports it, fp16 on older ones, and fp32 on other devices.
 
     Raises:
         UsageError: the device does not support the requested precision, or the name is unknown.
     """
     check_value("precision", wanted)
-    if device.type == "cpu":
+    if device.type == "mps" and wanted not in ("auto", "fp32"):
+        raise UsageError(f"--precision {wanted} needs an NVIDIA GPU or the CPU; with --device mps use fp32")
+    if device.type in ("cpu", "mps"):
         if wanted == "fp16":
             raise UsageError("--precision fp16 needs a GPU; on the CPU use fp32 or bf16")
         return "fp32" if wanted == "auto" else wanted

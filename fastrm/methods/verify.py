@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastrm.machine.device import in_double
 from fastrm.methods.base import Method, unchanged_buffers
 
 LOSS = 1e-3
@@ -69,8 +70,8 @@ def verify(
             inputs = [getattr(leaf, f.name) for leaf in leaves for f in fields(leaf)]
             with torch.autocast(device, enabled=False):  # backward is not under it
                 gradients = torch.autograd.grad(scaled(loss), inputs, allow_unused=True)
-        flat = [g.flatten().double() for g in gradients if g is not None]
-        found.append((loss.detach().double(), torch.cat(flat)))
+        flat = [in_double(g.flatten()) for g in gradients if g is not None]
+        found.append((in_double(loss.detach()), torch.cat(flat)))
     (loss, gradient), (wanted, reference) = found
     sizes = torch.stack([wanted.abs(), reference.norm()])
     off = torch.stack([(loss - wanted).abs(), (gradient - reference).norm()]) / sizes

@@ -285,5 +285,6 @@ def _momentum_unless(found_inf: Tensor | None, momentum: float | Tensor, device:
     host."""
     if found_inf is None:
         return momentum
-    value = torch.as_tensor(momentum, dtype=torch.float64).to(device)
+    dtype = torch.float32 if device.type == "mps" else torch.float64
+    value = torch.as_tensor(momentum, dtype=dtype).to(device)
     return torch.where(found_inf.to(device).reshape(()) != 0, 1.0, value)

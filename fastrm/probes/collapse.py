@@ -7,6 +7,8 @@ import math
 import torch
 from torch import Tensor, nn
 
+from fastrm.machine.device import in_double
+
 ROWS = 256  # enough to see a collapse, and a rank of them takes milliseconds
 LEAST_ROWS = 8
 LEAST_STD = 0.02
@@ -39,7 +41,7 @@ def effective_rank(features: Tensor) -> Tensor:
     Args:
         features: [B, C]; at most 256 rows are used, so the rank is below 256.
     """
-    rows = _directions(features).double()
+    rows = in_double(_directions(features))
     rows = rows - rows.mean(dim=0)
     gram = rows @ rows.T if len(rows) <= rows.shape[1] else rows.T @ rows
     gram = gram.nan_to_num(0.0)  # the step itself handles values that are not finite

@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from fastrm.data.sources import Images
+from fastrm.machine.device import in_double
 from fastrm.machine.meeting import everyone
 from fastrm.methods import Method
 from fastrm.models import Backbone
@@ -80,7 +81,7 @@ def gap(method: Method[Any], images: Images, setting: Setting) -> dict[str, Esti
             pairs = {name: (ours[name], theirs[name]) for name in ours}
             pairs |= {n: (getattr(student, n), getattr(teacher, n)) for n in ("backbone", "projector", "output")}
             for name, (a, b) in pairs.items():
-                each = 1 - nn.functional.cosine_similarity(a.flatten(1).double(), b.flatten(1).double())
+                each = 1 - nn.functional.cosine_similarity(in_double(a.flatten(1)), in_double(b.flatten(1)))
                 total, squares = own.get(name, (0.0, 0.0))
                 own[name] = total + float(each.sum()), squares + float(each.square().sum())
     every, counts = zip(*everyone((own, count)), strict=True)

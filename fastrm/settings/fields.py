@@ -179,7 +179,7 @@ class OptimConfig:
 class DeviceConfig:
     """Device, precision and compilation."""
 
-    device: Literal["auto", "cuda", "cpu"] = "auto"
+    device: Literal["auto", "cuda", "mps", "cpu"] = "auto"
     """Device to train on. auto is the GPU if there is one."""
     precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
     """Precision of the layers; weights, teacher and losses are always float32.
