@@ -1,6 +1,6 @@
 """The cross-entropy between a teacher's and a student's assignment of their rows to prototypes.
 
-What is said in ``contrastive`` about derivatives holds here too.
+The limits on derivatives in ``contrastive`` apply here too.
 """
 
 from __future__ import annotations

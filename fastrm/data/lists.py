@@ -1,4 +1,4 @@
-"""A list of images: a text file with a path in each line, and perhaps a label behind a tab or a comma."""
+"""A list of images: a text file with one path per line, optionally followed by a tab or a comma and a label."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from fastrm.settings.config import check_path
 
 
 class _Lines(NamedTuple):
-    """What a list says."""
+    """The content of a list."""
 
     paths: list[str]
     labels: list[str]
     numbers: list[int]
-    """Of the lines, from 1 up."""
+    """Line numbers, from 1 up."""
     comments: int
 
 
@@ -30,12 +30,12 @@ def open_list(data: str, *, keep: bool = True) -> Source:
     """Open the images in a list.
 
     Args:
-        data: ``@`` and the list's path. Blank lines are passed over, and so are lines that begin with ``#``, unless a
-            file has that name. A path may be in quotes, and starts from the folder of the list.
-        keep: whether what is found is kept in the cache, for the next start.
+        data: ``@`` and the path of the list. Blank lines are skipped, and so are lines that begin with ``#``, unless a
+            file has that name. A path may be in quotes, and is relative to the folder of the list.
+        keep: whether to cache the result for the next start.
 
     Raises:
-        UsageError: there is no such list, it names no image, or the first ones are not there.
+        UsageError: there is no such list, it names no images, or the first ones do not exist.
     """
     check_path("data", data)
     path = Path(os.path.abspath(at_home(data[1:])))
@@ -90,7 +90,7 @@ def _read(path: Path, data: str) -> _Lines:
 
 
 def _parted(line: str, known: tuple[str, ...]) -> tuple[str, str]:
-    """A path and its label: what follows the last tab, or else the last comma, unless it ends as an image's name."""
+    """Split a line into path and label, the text after the last tab or comma, unless it ends like an image name."""
     for mark in "\t,":
         path, found, label = line.rpartition(mark)
         if found and not label.strip().strip('"').lower().endswith(known):
@@ -99,5 +99,5 @@ def _parted(line: str, known: tuple[str, ...]) -> tuple[str, str]:
 
 
 def encoding(content: bytes) -> str:
-    """How a text is encoded, by its first bytes: UTF-8, with a mark before it or not, or UTF-16 as Windows has it."""
+    """The encoding of a text by its first bytes: UTF-8 with or without a mark, or UTF-16 as on Windows."""
     return "utf-16" if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) else "utf-8-sig"

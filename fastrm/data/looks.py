@@ -1,4 +1,4 @@
-"""What the search for broken files found out of each image, as a table keeps it."""
+"""Results of the search for broken files per image, stored in a table."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from fastrm.data.index import Table
 from fastrm.data.paths import Rows
 
 UNKNOWN, SOUND, FAULTY, LOST = range(4)
-"""States: it was not looked at; it can be read; it cannot; the disk failed, which may be over the next time."""
+"""States of an image: not checked; readable; broken; disk error, which may be temporary."""
 _LOOK = np.dtype(
     [("state", "u1"), ("dtype", "u1"), ("bands", "<u2"), ("pages", "<u4"), ("size", "<i4", (2,))]
 )  # 16 bytes
 
 
 class Looks(NamedTuple):
-    """What is known of N images without reading them again; all 0 of those that are not sound."""
+    """Results for N images; all 0 for images that are not readable."""
 
     state: NDArray[np.uint8]
     """[N]: ``UNKNOWN``, ``SOUND``, ``FAULTY`` or ``LOST``."""
@@ -32,31 +32,31 @@ class Looks(NamedTuple):
     """[N]: pictures in the file."""
 
     def at(self, rows: Rows) -> Looks:
-        """Those of some of the images."""
+        """The results of some images."""
         state, size, dtype, bands, pages = self
         return Looks(state[rows], size[rows], dtype[rows], bands[rows], pages[rows])
 
 
 def looks(table: Table, rules: str | None = None) -> Looks | None:
-    """What a table holds; None where nothing was looked at, or by other rules than these."""
+    """The results in a table; None if there are none, or if they follow other rules."""
     if "looks" not in table or (rules is not None and table.about["rules"] != rules):
         return None
     return views(table["looks"])
 
 
 def empty(count: int) -> NDArray[np.uint8]:
-    """A new column for this many images."""
+    """A new column for ``count`` images."""
     return np.zeros((count, _LOOK.itemsize), dtype=np.uint8)
 
 
 def views(column: NDArray[np.uint8]) -> Looks:
-    """What a column says, in the same memory."""
+    """The results in a column, in the same memory."""
     records = column.view(_LOOK).reshape(-1)
     return Looks(*(records[name] for name in Looks._fields))
 
 
 def carried(earlier: Table, table: Table) -> tuple[dict[str, NDArray[Any]], dict[str, Any]]:
-    """Columns and what is said of them, of the images in ``table`` that ``earlier`` held with the same size and time.
+    """Columns and metadata of the images in ``table`` that ``earlier`` has with the same size and time.
 
     Both have the columns ``hash`` and ``changed``.
     """

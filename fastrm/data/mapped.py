@@ -1,4 +1,4 @@
-"""Arrays of images in files, mapped into memory: all processes share what the system holds of them."""
+"""Arrays of images in files, mapped into memory, which all processes share."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from fastrm.data.stored import Values
 
 
 class Mapped(np.memmap):
-    """An array in a file; what a process that is started afresh gets is where it lies."""
+    """An array in a file; pickled, it is only the path, which a spawned process maps again."""
 
     def __reduce__(self) -> str | tuple[Any, ...]:
         if not isinstance(self.base, mmap.mmap):  # a part of one
@@ -23,12 +23,12 @@ class Mapped(np.memmap):
 
 
 def order(values: NDArray[Any]) -> Literal["C", "F"]:
-    """How the values of an array lie in memory."""
+    """The memory order of an array."""
     return "F" if values.flags.f_contiguous and not values.flags.c_contiguous else "C"
 
 
 class MappedImages(ArrayImages):
-    """Images of an array in a file; of a part of them no copy is made."""
+    """Images of an array in a file; subsets are not copied."""
 
     def subset(self, indices: NDArray[np.int64]) -> PlacedImages:  # type: ignore[override]
         """Return the images at ``indices``."""
@@ -40,7 +40,7 @@ class PlacedImages(Images):
 
     Args:
         whole: the array.
-        places: int64 [N], in it.
+        places: indices in the array, int64 [N].
         labels: int64 [N], or None.
     """
 
@@ -56,11 +56,11 @@ class PlacedImages(Images):
         return self._whole.values(int(self._places[index]))
 
     def name(self, index: int) -> str:
-        """Its number in the array."""
+        """The index in the array."""
         return self._whole.name(int(self._places[index]))
 
     def identities(self) -> Iterator[bytes]:
-        """What tells each image from others, as the array has it."""
+        """The identities of the images, as in the array."""
         return (self._whole.identity(int(place)) for place in self._places)
 
     def subset(self, indices: NDArray[np.int64]) -> PlacedImages:

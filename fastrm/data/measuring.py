@@ -1,6 +1,6 @@
-"""The range, mean and standard deviation of a set's values, measured on a sample that is spread evenly over it.
+"""Measures range, mean and standard deviation of a set on a sample that is spread evenly over it.
 
-What was found is kept in the cache folder, and taken from there as long as the sampled images are the same.
+Results are kept in the cache folder, and reused as long as the sampled images are the same.
 """
 
 from __future__ import annotations
@@ -29,23 +29,23 @@ from fastrm.files import cache_root, write_text
 _IMAGES = 256
 _RARE = 8
 _PIXELS = 2**21
-"""Of all sampled images together, in each band."""
+"""Pixels of all sampled images together, per band."""
 _PERCENTILES = (0.1, 99.9)
 _DEPTHS = (8, 10, 12, 14)
-"""Bits of which cameras and scanners store values in 16."""
+"""Bit depths of cameras and scanners that are stored in 16 bits."""
 _UNIT: Limits = ((0.0,), (1.0,))
 _BEYOND = 1e-3
 """How far floats may be beyond 0 and 1, by rounding."""
 
 
 class Measured(NamedTuple):
-    """What was found."""
+    """The measured values."""
 
     limits: Mapping[str, Limits]
     mean: tuple[float, ...]
     std: tuple[float, ...]
     images: int
-    """That were looked at."""
+    """Number of images that were measured."""
 
 
 def spread_over(length: int, count: int) -> list[int]:
@@ -59,9 +59,9 @@ def measured(
     """Measure a set.
 
     Args:
-        images: whose format says channels and pages.
-        dtypes: that its pictures have.
-        value_range: what becomes 0 and 1 instead of what is found; of several dtypes in all but uint8.
+        images: images, whose format has channels and pages.
+        dtypes: dtypes of the images.
+        value_range: values for 0 and 1 instead of measured ones; with several dtypes, for all but uint8.
         workers: threads that decode.
 
     Raises:
@@ -78,14 +78,14 @@ def measured(
         limits = {name: (tuple(low), tuple(high)) for name, (low, high) in found["limits"].items()}
         return Measured(limits, tuple(found["mean"]), tuple(found["std"]), found["images"])
     result = _measure(images, places, dtypes, value_range, workers)
-    with contextlib.suppress(OSError):  # where it cannot be kept, the next run measures again
+    with contextlib.suppress(OSError):  # if it cannot be stored, the next run measures again
         kept.parent.mkdir(parents=True, exist_ok=True)
         write_text(kept, json.dumps(result._asdict()))
     return result
 
 
 def _sample(images: Images) -> list[int]:
-    """Places that are spread evenly, and some more of each dtype that is rare."""
+    """Evenly spaced indices, and some more for rare dtypes."""
     places = spread_over(len(images), _IMAGES)
     if not isinstance(images, EncodedImages) or (looks := images.looks) is None:
         return places
@@ -136,9 +136,9 @@ def _measure(
 
 
 def _limits(name: str, read: Sequence[Values], *, mixed: bool, unit: bool, wish: tuple[float, float] | None) -> Limits:
-    """What becomes 0 and 1 of a dtype.
+    """The values that become 0 and 1 for a dtype.
 
-    ``mixed``: it is one of several, and has a range of its own. ``unit``: floats that are from 0 to 1 have that range.
+    ``mixed``: it is one of several dtypes, each with its own range. ``unit``: floats from 0 to 1 keep that range.
     """
     if wish is not None and (name != "uint8" or not mixed):
         return (wish[0],), (wish[1],)

@@ -1,4 +1,4 @@
-"""The whole set on the training device, augmented there a batch at a time: no worker processes, no copies."""
+"""Keeps the whole set on the training device and augments it there, without worker processes and copies."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from fastrm.terminal.progress import bar
 
 
 def of_one_size(images: EncodedImages) -> bool:
-    """Whether the images have bytes in RGB and one size, as far as is known without reading them."""
+    """Whether all images are 8-bit RGB of one size, as far as is known without reading them."""
     looks = images.looks
     return images.format.rgb and looks is not None and bool((looks.size == looks.size[:1]).all())
 

@@ -1,4 +1,4 @@
-"""Files with several pages, each of which is an image of its own."""
+"""Files with several pages, each of which is an image."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ class PageImages(EncodedImages):
     """The pages of images in files.
 
     Args:
-        files: of which each is read page by page.
-        places: int32 [N, 2]: for each image the index of its file and its page.
+        files: files, which are read page by page.
+        places: index of the file and page per image, int32 [N, 2].
     """
 
     NOUN = "pages"
@@ -29,7 +29,7 @@ class PageImages(EncodedImages):
 
     @classmethod
     def of(cls, files: EncodedImages, counts: Sequence[int] | NDArray[np.int64]) -> PageImages:
-        """All pages of all files; ``counts`` says how many each has."""
+        """All pages of all files; ``counts`` has the number of pages per file."""
         places = np.repeat(np.arange(len(files)), counts)
         pages = np.concatenate([np.arange(count) for count in counts])
         return cls(files, np.stack([places, pages], axis=1).astype(np.int32))
@@ -40,7 +40,7 @@ class PageImages(EncodedImages):
         return file, page
 
     def name(self, index: int) -> str:
-        """That of the file, and the number of the page from 1 on."""
+        """The name of the file, and the page number from 1."""
         file, page = self._place(index)
         return f"{self.files.name(file)}, page {page + 1}"
 
@@ -49,15 +49,15 @@ class PageImages(EncodedImages):
         return self.files.content(self._place(index)[0])
 
     def values(self, index: int) -> Values:
-        """What is stored of a page, [H, W, bands]."""
+        """The stored values of a page, [H, W, bands]."""
         return stored(self.content(index), self._place(index)[1])
 
     def pixels(self, index: int) -> Tensor:
-        """A page as its views are made of it."""
+        """A page in the form that views are made from."""
         return self.format.fitted(self.values(index))
 
     def identities(self) -> Iterator[bytes]:
-        """What tells each page from others: its file, and its number."""
+        """The identity of each page: its file and number."""
         files = list(self.files.identities())
         return (files[file] + b"\0%d" % page for file, page in self._places[self.rows].tolist())
 

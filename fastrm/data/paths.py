@@ -1,4 +1,4 @@
-"""Paths of many files, of which each is made when it is asked for."""
+"""Paths of many files; each path is built on access."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ from numpy.typing import NDArray
 from fastrm.data.index import Table
 
 Rows = slice | NDArray[np.int32]
-"""Which rows of a table: all from one to another, or these."""
+"""Rows of a table, as a range or as indices."""
 _AT_ONCE = 1024
 _THREADS, _SOME = 16, 64
-_SLOW = 1e-4  # seconds of a call from which on threads wait for several at a time
+_SLOW = 1e-4  # seconds per call above which threads make several calls at a time
 
 
 class Paths(Sequence[Path]):
     """Paths of files, by their rows in a table.
 
     Args:
-        table: has the columns that :func:`columns` makes.
-        root: the folder that the folders in the table are in; empty where they are whole paths.
-        rows: which of its files.
+        table: table with the columns of :func:`columns`.
+        root: parent of the folders in the table; empty if they are complete paths.
+        rows: rows of the files.
     """
 
     def __init__(self, table: Table, root: str = "", rows: Rows | None = None) -> None:
@@ -37,7 +37,7 @@ class Paths(Sequence[Path]):
 
     @classmethod
     def of(cls, paths: Iterable[str | Path]) -> Paths:
-        """Those of a list."""
+        """Build from a list of paths."""
         pairs = (os.path.split(os.fspath(path)) for path in paths)
         groups = itertools.groupby(pairs, key=lambda pair: pair[0])
         held = columns((folder, packed(name for _, name in files)) for folder, files in groups)
@@ -59,12 +59,12 @@ class Paths(Sequence[Path]):
         return map(Path, self.texts())
 
     def text(self, index: int) -> str:
-        """A path as text."""
+        """A path as a string."""
         row = row_at(self.rows, index)
         return self._before(folder_at(self.table, row)) + os.fsdecode(string(self.table, "name", row))
 
     def texts(self) -> Iterator[str]:
-        """All of them as text."""
+        """All paths as strings."""
         if not isinstance(self.rows, slice):
             yield from map(self.text, range(len(self)))
             return
@@ -81,35 +81,35 @@ class Paths(Sequence[Path]):
         return within(self.root, os.fsdecode(string(self.table, "folder", folder)))
 
     def subset(self, indices: NDArray[Any]) -> Paths:
-        """Those at ``indices``."""
+        """The paths at ``indices``."""
         return Paths(self.table, self.root, chosen(self.rows, indices))
 
 
 def count(rows: Rows) -> int:
-    """How many rows these are."""
+    """Number of rows."""
     return int(rows.stop) - int(rows.start) if isinstance(rows, slice) else len(rows)
 
 
 def row_at(rows: Rows, index: int) -> int:
-    """Which row of the table the one at ``index`` is."""
+    """The row of the table at ``index``."""
     index = range(count(rows))[index]
     return int(rows.start) + index if isinstance(rows, slice) else int(rows[index])
 
 
 def chosen(rows: Rows, indices: NDArray[Any]) -> NDArray[np.int32]:
-    """Of these rows those at ``indices``."""
+    """The rows at ``indices``."""
     picked = indices + rows.start if isinstance(rows, slice) else rows[indices]
     return picked.astype(np.int32)
 
 
 def within(root: str, folder: str) -> str:
-    """What the names of the files in a folder follow."""
+    """The prefix of the file names in a folder."""
     parts = ("" if root == os.curdir else root, folder)
     return "".join(part if not part or part.endswith(os.sep) else part + os.sep for part in parts)
 
 
 def packed(names: Iterable[str]) -> bytes:
-    """Names in one piece, each with a NUL byte behind it, which no name holds."""
+    """Names as one byte string, each followed by a NUL byte."""
     return b"".join(os.fsencode(name) + b"\0" for name in names)
 
 
@@ -134,7 +134,7 @@ def columns(folders: Iterable[tuple[str, bytes]]) -> dict[str, NDArray[Any]]:
 
 
 def _small(values: NDArray[Any]) -> NDArray[Any]:
-    """Numbers from 0 up in 4 bytes each, if that holds them."""
+    """Non-negative numbers in 4 bytes each, if they fit."""
     return values.astype("<u4" if not len(values) or values[-1] < 2**32 else "<i8")
 
 
@@ -145,27 +145,27 @@ def string(table: Table, name: str, at: int) -> bytes:
 
 
 def names_of(table: Table, start: int, stop: int) -> bytes:
-    """The packed names of the files from one row to before another."""
+    """The packed names of the files in rows ``start`` to ``stop``."""
     ends = table["name_ends"]
     first, last = (int(ends[row - 1]) + 1 if row else 0 for row in (start, stop))
     return table["names"][first:last].tobytes()
 
 
 def folder_at(table: Table, row: int) -> int:
-    """Which of the folders in a table a file is in."""
+    """The index of the folder of a file in a table."""
     starts = table["folder_starts"]  # is copied at each call to be compared with a number of another dtype
     return int(np.searchsorted(starts, starts.dtype.type(row), side="right")) - 1
 
 
 def folders_of(table: Table) -> list[str]:
-    """The folders in a table, as text."""
+    """The folders in a table as strings."""
     return [os.fsdecode(name) for name in table["folders"].tobytes().split(b"\0")[:-1]]
 
 
 def stated(paths: Iterable[str], number: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Sizes in bytes and times of change in nanoseconds of so many files, int64 [number]; -1 of one that is not there.
+    """Sizes in bytes and modification times in nanoseconds of files, int64 [number]; -1 for missing files.
 
-    Where each takes its time, as in a network, several are waited for at once.
+    If calls are slow, as over a network, several run at a time.
     """
     found = np.full((2, number), -1, dtype=np.int64)
     waiting = enumerate(paths)

@@ -1,4 +1,4 @@
-"""Several files in one word, as a shell writes them: ``train-{0000..0146}.tar``, ``{a,b}.tar``, ``train-*.tar``."""
+"""Expands shell patterns of files: ``train-{0000..0146}.tar``, ``{a,b}.tar``, ``train-*.tar``."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ MOST = 1_000_000  # files in one pattern
 
 
 def matching(pattern: str) -> list[Path]:
-    """The files that a pattern stands for, in the order of the pattern and of the numbers in their names.
+    """The files of a pattern, in the order of the pattern and of the numbers in their names.
 
     Raises:
-        UsageError: a file is not there, or is named twice, or it is no pattern of files.
+        UsageError: a file is missing or named twice, or the pattern is invalid.
     """
     if "::" in pattern or pattern.startswith("pipe:"):
         raise UsageError(f"--data {pattern}: several files are named as in '{{a,b}}.tar', and commands are not run")
-    if os.path.isfile(at_home(pattern)):  # whatever signs are in its name
+    if os.path.isfile(at_home(pattern)):  # its name may have special characters
         return [Path(at_home(pattern))]
     found: list[Path] = []
     for name in expand(pattern):

@@ -1,4 +1,4 @@
-"""What a Dataset gives, taken apart: an image and a label; and the values of the image."""
+"""Splits the items of a Dataset into image and label, and reads the values of the image."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ LABEL_KEY = "label"
 
 
 class Item(NamedTuple):
-    """What a Dataset gives."""
+    """An item of a Dataset."""
 
     image: Any
     label: Any
-    """None where there is none."""
+    """The label, or None."""
 
 
 def parted(item: Any) -> Item:
-    """Take apart what a Dataset gives: an image, (image, label), or more, or a dict with ``image`` and ``label``.
+    """Split an item: an image, (image, label), (image, label, …), or a dict with ``image`` and ``label``.
 
     Raises:
         BrokenImage: it is a dict without an image, or an empty tuple.
@@ -49,23 +49,23 @@ def parted(item: Any) -> Item:
 
 
 def whole_number(label: Any) -> int | None:
-    """A label as an int; None if it is not one whole number."""
+    """A label as an int; None if it is not a single whole number."""
     if isinstance(label, Tensor | np.ndarray | np.generic) and label.ndim == 0:
         label = label.item()
     return label if isinstance(label, int) and not isinstance(label, bool) else None
 
 
 def values_in(image: Any, channels: int | None = None) -> Values:
-    """The values [H, W, bands] of an image that a script gives, in their own dtype.
+    """The values [H, W, bands] of an image object, in their own dtype.
 
-    Transparency is dropped: of PIL images, and the second or fourth band of uint8 tensors and arrays.
+    Transparency is dropped: that of PIL images, and the second or fourth band of uint8 tensors and arrays.
 
     Args:
         image: a PIL image; or a tensor [C, H, W] or [H, W], or an array [H, W, C] or [H, W].
-        channels: so many bands of uint8 have no transparency among them.
+        channels: number of uint8 bands that have no transparency.
 
     Raises:
-        BrokenImage: it is something else; the message says what was met.
+        BrokenImage: it is another object; the message says which.
     """
     if isinstance(image, Image.Image):
         return values_of(image)
@@ -100,7 +100,7 @@ def _planes(image: Any) -> NDArray[Any]:
 
 
 def digest(image: Any) -> bytes:
-    """16 bytes that tell an image from others: of its kind, shape and values. Raises as :func:`values_in`."""
+    """A digest of 16 bytes of the kind, shape and values of an image. Raises like :func:`values_in`."""
     found = blake2b(type(image).__name__.encode(), digest_size=16)
     with told():
         if isinstance(image, Image.Image):

@@ -1,7 +1,6 @@
-"""Files at a URL, through fsspec: each is copied into the cache once, and read from there like any other.
+"""Files at a URL, through fsspec: each is copied into the cache once, and read from there.
 
-Images are read in a new order in each epoch. Read where they lie, every one of them would be a request of its own, for
-as many epochs as there are.
+Images are read in a new order in each epoch. Without copies, each image would be one request per epoch.
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ from fastrm.terminal.progress import tracked
 
 _AT_ONCE = 4
 _STATE = ("size", "ETag", "etag", "mtime", "LastModified", "last_modified", "updated", "created", "checksum", "md5Hash")
-"""By what file systems tell that a file has changed, as far as they do."""
+"""Fields by which file systems report that a file has changed."""
 
 
 class _File(NamedTuple):
@@ -34,11 +33,11 @@ class _File(NamedTuple):
 
     system: Any
     name: str
-    """In the system; empty where that could not be asked."""
+    """Name in the file system; empty if it could not be queried."""
     size: int
-    """In bytes; 0 where it is not told."""
+    """Size in bytes; 0 if unknown."""
     copy: Path
-    """Where it is copied to, or where it lies if it is a local file."""
+    """Path of the copy, or of the file itself if it is local."""
 
 
 def is_url(data: str) -> bool:
@@ -48,11 +47,11 @@ def is_url(data: str) -> bool:
 
 
 def fetched(data: str, endings: Iterable[str]) -> tuple[list[Path], str]:
-    """The files at a URL, copied where they are not local, and what is to be said of it.
+    """The files at a URL, copied if they are not local, and a message for the user.
 
     Args:
-        data: a URL, perhaps with braces or ``*`` as :mod:`fastrm.data.patterns` has them, or of a folder.
-        endings: of the files that are taken from a folder; the first of them that there is.
+        data: URL of a file or a folder, optionally with braces or ``*`` as in :mod:`fastrm.data.patterns`.
+        endings: endings of the files to take from a folder; the first one that exists is used.
 
     Raises:
         UsageError: fsspec or the package for this kind of URL is missing, or a file cannot be reached or copied.
@@ -96,7 +95,7 @@ def _files(core: Any, url: str, data: str, endings: tuple[str, ...]) -> list[_Fi
         return [_remote(system, name) for name in names]
     except UsageError:
         raise
-    except Exception as error:  # of every kind: each file system has its own
+    except Exception as error:  # each file system has its own types of errors
         if exhausted(error):
             raise
         if kept and (copies := sorted(kept.glob("*/*"), key=lambda copy: copy.stat().st_mtime)):

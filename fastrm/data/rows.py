@@ -1,4 +1,4 @@
-"""Images by the rows of a list or a table, with what the rows say of them: a class each, or what is for validation."""
+"""Images from the rows of a list or a table, with their labels and splits."""
 
 from __future__ import annotations
 
@@ -20,18 +20,18 @@ from fastrm.files import at_home
 
 _NUMBER = re.compile(r"[-+]?\d{1,300}(\.\d*)?([eE][-+]?\d+)?")
 _MOST = 100_000
-"""Numbers below are kept as labels; a classifier has an output for each up to the largest."""
+"""Limit of labels that keep their numbers; a classifier has an output per number up to the largest."""
 _LOOKED_FOR = 16
 
 
 @dataclass(frozen=True)
 class Rows:
-    """Images and what their rows call them."""
+    """Images and the labels of their rows."""
 
     images: EncodedImages
-    """One for each row, without labels."""
+    """One image per row, without labels."""
     labels: Sequence[Any] | None = None
-    """A number or a text for each row, None where a row has none; None where no row can have one."""
+    """A number or a text per row, None for a row without one; None if there is no column of labels."""
 
     def taken(self, indices: NDArray[np.int64]) -> Rows:
         """The rows at ``indices``."""
@@ -40,10 +40,10 @@ class Rows:
 
 
 class Classes:
-    """Numbers for what labels say: whole numbers from 0 up are kept; all else is numbered in its natural order.
+    """Numbers the labels: whole numbers from 0 up are kept; others are numbered in their natural order.
 
     Raises:
-        UsageError: they are numbers with a fraction; the message says what was met.
+        UsageError: they are numbers with a fraction; the message names one.
     """
 
     def __init__(self, values: set[Any]) -> None:
@@ -60,7 +60,7 @@ class Classes:
         self._places = {value: value if self._kept else place for place, value in enumerate(order)}
 
     def number(self, value: Any) -> int | None:
-        """The label of what was met in training; None for what was not, unless it is a number that is kept."""
+        """The number of a training label; None for an unknown label, unless it is a number that is kept."""
         if not self._by_number:
             return self._places.get(str(value))
         number = _number(value)
@@ -70,7 +70,7 @@ class Classes:
 
 
 def _number(value: Any) -> int | float | None:
-    """The number that a label is, or spells; None where it is something else."""
+    """The number of a label, also if it is text; None for other labels."""
     text = str(value)
     if not _NUMBER.fullmatch(text):
         return None
@@ -81,7 +81,7 @@ def _number(value: Any) -> int | float | None:
 
 
 def as_label(value: Any) -> Any:
-    """What a cell says of its image's class; None for nothing: an empty text, or not a number."""
+    """The label in a cell; None for empty text or NaN."""
     if isinstance(value, bytes):
         value = value.decode(errors="backslashreplace")
     if isinstance(value, str):
@@ -93,7 +93,7 @@ def numbered(labels: Sequence[Any]) -> NDArray[np.int64]:
     """Labels as numbers, int64 [N].
 
     Raises:
-        UsageError: one says nothing, or they are no classes; says what they hold.
+        UsageError: a label is missing, or they are not classes; the message says what they are.
     """
     if None in labels:
         raise UsageError(f"{labels.count(None):,} cells without one")
@@ -112,20 +112,20 @@ def source_of(
     required: bool = False,
     why: str = "there are no others for validation",
 ) -> Source:
-    """The data set that rows make up.
+    """Build a data set from rows.
 
     Args:
-        name: of the set.
-        data: what ``--data`` says.
-        train: what is trained on.
-        test: what is for validation, or None.
-        about: what is to be said of it.
-        passed: how much of what is not used.
-        required: whether labels were asked for, so that it is an error if there are none that can be used.
+        name: name of the set.
+        data: value of ``--data``.
+        train: training rows.
+        test: validation rows, or None.
+        about: description of the set.
+        passed: number of unused items by kind.
+        required: whether labels were requested, so that it is an error if none can be used.
         why: why there is no ``test``.
 
     Raises:
-        UsageError: classes for validation are not among those trained on, or the labels cannot be used.
+        UsageError: validation classes are not among the training classes, or the labels cannot be used.
     """
     about, images = list(about), train.images
     given = [None] * len(images) if train.labels is None else [as_label(value) for value in train.labels]
@@ -173,10 +173,10 @@ def _tested(data: str, rows: Rows | None, classes: Classes) -> tuple[EncodedImag
 
 
 def by_parts(rows: Rows, parts: Sequence[Any]) -> tuple[Rows, Rows | None, Counter[str]]:
-    """Part rows by a column that says which are trained on and which are for validation.
+    """Split rows by a column that names the part of each row.
 
     Returns:
-        Those to train on, which are all where none is said to be; those for validation; how many of which are not used.
+        Training rows, which are all if none is marked; validation rows; and the number of unused rows by part.
     """
     said = np.array([str(part or "").strip().casefold() for part in parts], dtype=object)
     train = np.flatnonzero(np.isin(said, TRAIN))
@@ -189,28 +189,28 @@ def by_parts(rows: Rows, parts: Sequence[Any]) -> tuple[Rows, Rows | None, Count
 
 
 class Listed(NamedTuple):
-    """Rows of paths, each path once."""
+    """Rows of paths without repetitions."""
 
     rows: Rows
     kept: NDArray[np.int64]
-    """Which of the rows these are."""
+    """Indices of these rows."""
     passed: Counter[str]
 
 
 def path_rows(
     paths: Sequence[str | None], labels: Sequence[Any] | None, folder: Path, data: str, place: Callable[[int], str]
 ) -> Listed:
-    """Rows that name files; one of several rows with one path is taken, without a label where these differ.
+    """Rows that name files. Of several rows with one path, one is kept, without a label if their labels differ.
 
     Args:
-        paths: absolute, or from ``folder`` on; None where a row has none.
-        labels: as :class:`Rows` has them.
-        folder: that of the list or the table.
-        data: what ``--data`` says.
+        paths: absolute, or relative to ``folder``; None for a row without a path.
+        labels: as in :class:`Rows`.
+        folder: folder of the list or the table.
+        data: value of ``--data``.
         place: names the row at an index, as in ``"line 3"``.
 
     Raises:
-        UsageError: the paths are URLs, or the first of them lead nowhere.
+        UsageError: the paths are URLs, or the first ones do not exist.
     """
     passed: Counter[str] = Counter()
     first = next(((i, path) for i, path in enumerate(paths) if path), None)
@@ -247,7 +247,7 @@ def path_rows(
 
 
 def beside(path: Path) -> Path | None:
-    """The file for validation beside one that is called ``train``, such as ``val.csv`` beside ``train.csv``."""
+    """The validation file beside a file called ``train``, such as ``val.csv`` beside ``train.csv``."""
     if path.stem.casefold() not in TRAIN:
         return None
     others = {other.name.casefold(): other for other in sorted(path.parent.glob(f"*{path.suffix}"))}

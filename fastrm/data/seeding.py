@@ -1,4 +1,4 @@
-"""Random numbers around code that is not fastrm's: the same ones wherever it runs, and no trace left behind."""
+"""Seeds the global random generators around user code, and restores them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import torch
 def seeded(seed: int, epoch: int, index: int) -> Iterator[None]:
     """Seed torch's (CPU), NumPy's and Python's global generators for an image, and restore their states afterwards.
 
-    The numbers follow from the three arguments alone: not from the loader process, nor from what came before.
+    The numbers depend only on the three arguments, not on the loader process or on earlier numbers.
     """
     states = torch.default_generator.get_state(), np.random.get_state(), random.getstate()
     words = np.random.SeedSequence((seed, epoch, index)).generate_state(6, np.uint64)
