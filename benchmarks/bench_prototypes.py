@@ -1,6 +1,6 @@
 """DINO's loss over prototypes with its gradients, against the usual form on logits, and how it grows.
 
-pytest benchmarks/bench_prototypes.py --benchmark-only -s
+pytest benchmarks/bench_prototypes.py --benchmark-only
 """
 
 from __future__ import annotations
