@@ -1,8 +1,9 @@
-"""The losses and their gradient in plain PyTorch, block by block over the bank: the CPU's path.
+"""The losses and their gradient in plain PyTorch, block by block over the bank; the CPU backend.
 
-The same sweep as the Triton kernel's (see ``_sweep``), for any device, dtype and width. A block of logits stays in a
-core's cache, so the N×K logits never exist and the memory does not grow with the bank. Against a queue, whose rows are
-keys and values of one attention, a CPU has PyTorch's own: its threads are sent off once and awaited once.
+This is the sweep of the Triton kernel (see ``_sweep``), for any device, dtype and width. A block of logits stays in a
+core's cache, so the N×K logits are never stored, and memory does not grow with the bank. On a CPU, a loss against a
+queue is one call of PyTorch's attention, with the rows of the queue as keys and values; its threads start and
+synchronise only once.
 """
 
 from __future__ import annotations
@@ -18,21 +19,21 @@ from .dispatch import compute_dtype, no_autocast
 from .reference import enqueue_, reduce, unit
 
 ROWS = 256  # queries in a block of logits
-ELEMENTS = 1 << 18  # of a block of logits, and of the bank's rows behind it: 1 MiB each in float32
-QUERIES = 64  # of a piece of attention's work, at most, unless there are 768 and more
+ELEMENTS = 1 << 18  # elements of a block of logits, and of its bank rows: 1 MiB each in float32
+QUERIES = 64  # queries per task of attention, at most, unless there are at least 768
 SHORTEST = 512  # rows of the bank that attention takes at a time
 CONVERTED = 1 << 20  # elements of the bank that are converted at a time: 4 MiB in float32
 _ATTENTION = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
-# Of another device, for what its kernels do not know: few launches, and a product that fills it.
+# For other devices, for inputs that their kernels do not take: few launches, with products that fill the device.
 DEVICE_ROWS, DEVICE_ELEMENTS = 4096, 1 << 24
 
 
 @torch.no_grad()
 def blocked_losses(scoring: Scoring, gradient: bool) -> tuple[Tensor, Tensor]:
-    """The losses, and their gradient if it is asked for.
+    """The losses, and their gradient if requested.
 
     Returns:
-        Losses: the weighted sum a row [N] for ``reduction="none"``, else [3]: weighted sum, contrastive, residual.
+        Losses: the weighted sum per row [N] for ``reduction="none"``, else [3]: weighted sum, contrastive, residual.
         Gradient of the (reduced) weighted sum to the queries [N, D], empty unless ``gradient``.
     """
     query, key, same, queue, pointer, push = scoring[:6]
@@ -81,14 +82,14 @@ def blocked_losses(scoring: Scoring, gradient: bool) -> tuple[Tensor, Tensor]:
 
 
 def _attend(u: Tensor, positive: Tensor, bank: Tensor, temperature: float | Tensor) -> tuple[Tensor, Tensor]:
-    """What :func:`_sweep` finds for a queue [K, D], by attention, whose keys and values are the rows of the queue.
+    """The result of :func:`_sweep` for a queue [K, D], by attention with the rows of the queue as keys and values.
 
-    Few queries are too few pieces of work for all threads: then the bank is cut, and each cut is a head of attention.
+    If the queries are too few tasks for all threads, the bank is split, and each split is a head of attention.
     """
-    scaled = (u / temperature).contiguous()  # attention takes the columns of a row to be neighbours
+    scaled = (u / temperature).contiguous()  # attention assumes contiguous rows
     logsum, average = u.new_full((len(u), 1), -math.inf), torch.zeros_like(u)
     cuts = -(-torch.get_num_threads() // -(-len(u) // QUERIES))
-    # Rows of another dtype are converted some at a time.
+    # Rows of another dtype are converted in parts.
     columns = len(bank) if bank.dtype == u.dtype and bank.stride(1) == 1 else max(CONVERTED // bank.shape[1], 1)
     for c in range(0, len(bank), columns):
         rows = bank[c : c + columns].to(u.dtype)

@@ -1,7 +1,7 @@
-"""The losses as operators of torch.library, which torch.compile takes as they are.
+"""The losses as operators of torch.library, which torch.compile does not trace into.
 
-An operator computes a loss together with its gradient to the queries; the backward pass only multiplies that. So it has
-no autograd formula of its own: :class:`_WithGradient` ties its two results to the graph.
+An operator computes a loss together with its gradient to the queries; the backward pass only multiplies this gradient.
+The operator therefore has no autograd formula: :class:`_WithGradient` connects its two results to the graph.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def _gathered(
     pointer: Tensor | None = None,
     push: Tensor | None = None,
 ) -> tuple[Scoring, bool, str]:
-    """Put an operator's arguments, which are flat, together again."""
+    """Rebuild the structured arguments from an operator's flat ones."""
     if pointer is not None:
         check_not_recomputed("residual_info_nce")
     temperature, residual, contrastive = (
@@ -62,7 +62,7 @@ def _shapes(*flat: Any) -> tuple[Tensor, Tensor]:
     return losses, query.new_empty(query.shape if gradient else (0,), dtype=dtype)
 
 
-# `numbers` are the temperature, the residual and the contrastive weight; a tensor stands in for the number beside it.
+# `numbers` are the temperature, the residual and the contrastive weight; a tensor replaces the number at its index.
 _ARGUMENTS = (
     "Tensor query, Tensor? key, Tensor? same, {queue}, float[] numbers, Tensor?[] tensors, SymInt key_offset, "
     "str reduction, bool gradient, str backend"
@@ -84,13 +84,13 @@ _losses_and_push.register_fake(_shapes)
 
 
 class _WithGradient(torch.autograd.Function):
-    """The loss as it is, whose gradient to the query is known: numbers, in which the query is not seen any more."""
+    """Returns the loss unchanged, and attaches its precomputed gradient to the query."""
 
     @staticmethod
     def forward(ctx: Any, query: Tensor, loss: Tensor, gradient: Tensor) -> Tensor:
         ctx.save_for_backward(gradient)
         ctx.dtype = query.dtype
-        return loss.data  # no view, which could not be changed in place: loss /= 2
+        return loss.data  # not a view, which would forbid in-place changes such as loss /= 2
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None, None]:
@@ -107,11 +107,12 @@ def differentiable(backend: str, scoring: Scoring) -> tuple[Tensor, Tensor]:
     """InfoNCE and the residual term, weighted and summed, and then the push into the queue.
 
     Args:
-        backend: of ``BACKENDS``.
-        scoring: what is computed.
+        backend: name in ``BACKENDS``.
+        scoring: arguments of the loss.
 
     Returns:
-        The loss with its graph, and all losses: like the loss for ``"none"``, else [3], sum, contrastive, residual.
+        The loss with its graph, and all losses: for ``"none"`` the same as the loss, otherwise [3], with sum,
+        contrastive and residual loss.
     """
     query, pointer, push = scoring.query, scoring.pointer, scoring.push
     gradient = query.requires_grad and torch.is_grad_enabled()

@@ -18,7 +18,8 @@ if triton is not None:
 
     @triton.jit
     def load_unit(x_ptr, rows, live, D: tl.constexpr, BLOCK_D: tl.constexpr):
-        """Rows at length 1 in float32, and the inverse of their lengths; both 0 for a zero row and for a dead one."""
+        """Unit rows in float32, and the inverse of their lengths; both are 0 for zero rows and for rows that are not
+        live."""
         d = tl.arange(0, BLOCK_D)
         x_ptrs = x_ptr + rows[:, None].to(tl.int64) * D + d[None, :]
         x = tl.load(x_ptrs, mask=live[:, None] & (d < D)[None, :], other=0.0).to(tl.float32)
@@ -37,7 +38,7 @@ if triton is not None:
         D: tl.constexpr,
         BLOCK_D: tl.constexpr,
     ):
-        """Write unit keys into the ring; of more keys than it holds only the last ones."""
+        """Write unit keys into the ring; if there are more keys than rows, only the last ones."""
         live = (index < count) & (index >= count - size)
         unit, _ = load_unit(keys_ptr, index, live, D, BLOCK_D)
         d = tl.arange(0, BLOCK_D)
@@ -70,7 +71,7 @@ if triton is not None:
 
 
 def block_d(dim: int) -> int:
-    """Columns of a tile for rows of ``dim``: a power of two, and at least what a matrix product takes."""
+    """Columns of a tile for rows of ``dim``: a power of two, at least the minimum of a matrix product."""
     return max(16, 1 << (dim - 1).bit_length())
 
 
@@ -90,7 +91,7 @@ def fits(*matrices: Tensor | None) -> bool:
 
 
 def apart(x: Tensor, queue: Tensor | None) -> Tensor:
-    """``x``, contiguous, and a copy of it where a launch that writes ``queue`` would change it."""
+    """``x`` as a contiguous tensor; a copy if a launch that writes ``queue`` would change it."""
     if queue is not None and x.untyped_storage().data_ptr() == queue.untyped_storage().data_ptr():
         return x.clone(memory_format=torch.contiguous_format)
     return x.contiguous()
@@ -103,7 +104,7 @@ def launch_push(
     pointer: Tensor | None,
     skip: Tensor | None = None,
 ) -> None:
-    """Write the unit ``keys`` into ``queue`` from row ``start``, and move ``pointer`` on."""
+    """Write the unit ``keys`` into ``queue`` from row ``start``, and advance ``pointer``."""
     dim = queue.shape[1]
     with guard(queue.device):
         push_kernel[(triton.cdiv(len(keys), block_r(dim)),)](

@@ -1,4 +1,4 @@
-"""What a loss is asked to compute: the one value that all backends take, checked by the public functions."""
+"""The arguments of a loss in the form that all backends take, checked by the public functions."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from torch import Tensor
 
 
 class Scoring(NamedTuple):
-    """Queries, what they are scored against, and how.
+    """Queries, keys, queue and weights of a contrastive loss.
 
-    The loss is ``contrastive_weight`` times InfoNCE, where there is a ``key``, plus ``residual_weight`` times the
-    residual term, where there is a ``same``-view key. Numbers may be 0-d tensors.
+    The loss is ``contrastive_weight`` times InfoNCE, if there is a ``key``, plus ``residual_weight`` times the residual
+    term, if there is a ``same``-view key. Numbers may be 0-d tensors.
     """
 
     query: Tensor
@@ -21,11 +21,11 @@ class Scoring(NamedTuple):
     same: Tensor | None = None
     """[N, D] teacher outputs on the view of the queries."""
     queue: Tensor | None = None
-    """[K, D] negatives; None for those of ``key``."""
+    """[K, D] negatives; None for in-batch negatives from ``key``."""
     pointer: Tensor | None = None
     """0-d int64, the row of the queue that is written next; None for no push."""
     push: Tensor | None = None
-    """[B, D] what enters the queue once it was scored."""
+    """[B, D] keys that enter the queue after scoring."""
     temperature: float | Tensor = 1.0
     residual_weight: float | Tensor = 0.0
     contrastive_weight: float | Tensor = 1.0
@@ -51,7 +51,7 @@ class Assignment(NamedTuple):
     teacher_prototypes: Tensor | None
     """[K, D]; None for those of the student."""
     center: Tensor | None
-    """[K], taken from the teacher's logits."""
+    """[K], subtracted from the teacher's logits."""
     pairs: Tensor | None
     """[P, 2] int64, row of the student and row of the teacher; None for row i with row i."""
     student_temperature: float | Tensor

@@ -1,4 +1,4 @@
-"""What was prepared for the tensors of an earlier call, found again when they are given again and have not moved."""
+"""A cache of preparations for lists of tensors, found again while the tensors stay at their addresses."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# What torch.compile guards its graphs with: types, dtypes, sizes and strides of many tensors, compared in one call.
+# The guards of torch.compile: types, dtypes, sizes and strides of many tensors, compared in one call.
 _GUARDS: Any = getattr(torch._C._dynamo.guards, "TensorGuards", None)
 
 Lists = Sequence[Sequence[Tensor] | None]
 
 
 def places(tensors: Sequence[Tensor]) -> list[Any]:
-    """Where tensors lie, to see whether they have moved."""
+    """The addresses of tensors, to detect moves."""
     return [*map(Tensor.data_ptr, tensors), *map(Tensor.stride, tensors), *map(Tensor.numel, tensors)]
 
 
@@ -31,12 +31,12 @@ class _Entry:
     def fits(self, tensors: list[Tensor]) -> bool:
         if self.alike is not None and self.alike(*tensors):
             return [*map(Tensor.data_ptr, tensors)] == self.addresses
-        # The guards also fail where a tensor is listed twice, or requires grad now: here each is looked at by itself.
+        # The guards also fail if a tensor is listed twice or now requires grad, so each tensor is compared by itself.
         return [*map(id, tensors)] == self.ids and places(tensors) == self.places
 
 
 class Seen:
-    """A memory of preparations, by how many tensors there are and which come first. They go when a tensor does."""
+    """Preparations by the number of tensors and the first ones. They are deleted with their tensors."""
 
     def __init__(self) -> None:
         self._entries: dict[tuple[Any, ...], _Entry] = {}
@@ -45,12 +45,12 @@ class Seen:
         return len(self._entries)
 
     def find(self, kind: str | None, lists: Lists) -> Any:
-        """What was kept for these lists if their tensors lie where they did, else None."""
+        """The preparation for these lists if their tensors have not moved, otherwise None."""
         entry = self._entries.get(_key(kind, lists))
         return entry.prepared if entry is not None and entry.fits(_joined(lists)) else None
 
     def keep(self, kind: str | None, lists: Lists, prepared: Any) -> None:
-        """Keep what was prepared, which may not refer to the tensors."""
+        """Store a preparation, which must not hold references to the tensors."""
         key = _key(kind, lists)
         self._entries[key] = _Entry(prepared, _joined(lists), lambda _: self._entries.pop(key, None))
 

@@ -34,7 +34,7 @@ class Work:
     std: tuple[float, ...]
     bicubic: bool
     radius: int
-    """Of the blur, in pixels."""
+    """Radius of the blur in pixels."""
 
 
 def _planes(work: Work) -> Tensor:
@@ -61,7 +61,7 @@ def _finish(work: Work, images: Tensor) -> None:
 
 @torch.no_grad()
 def _reference(work: Work) -> None:
-    """An operation after the other, on the whole batch."""
+    """One operation after the other, on the whole batch."""
     planes, drawn = _planes(work), work.drawn
     if drawn.unchanged():
         batched.normalise(planes, work.mean, work.std, out=work.out)
@@ -75,7 +75,7 @@ def _reference(work: Work) -> None:
 
 @torch.no_grad()
 def _cpu(work: Work) -> None:
-    """Crops in bytes, a picture after the other, and the rest for as many as the cache holds."""
+    """Crop image by image in uint8, and do the rest for as many images as fit into the cache."""
     drawn, (count, _, height, width) = work.drawn, work.out.shape
     if drawn.box is None or work.images[0].numel() < _TINY:
         return _reference(work)
@@ -125,15 +125,15 @@ def augment_views(
     Args:
         images: uint8, or float32 with white at 255: crops [B, H, W, C] of ``out_size``; or, with ``parameters.box``,
             whole images [B, H, W, C] of one size. Strides may be any: of [B, C, H, W] pass ``x.permute(0, 2, 3, 1)``.
-        parameters: what is done to each image.
+        parameters: parameters of the operations per image.
         out_size: side of the views, or their height and width, in pixels.
-        dtype: of the views; the kernels know ``torch.float32``, ``torch.bfloat16`` and ``torch.float16``.
-        mean, std: a number per channel of the views, of values from 0 to 1: subtracted, and divided by. Of images with
-            one band there may be more of them than one: the band is repeated.
-        index: integers [B] on the CPU; view i is of ``images[index[i]]``, of whole images [N, H, W, C].
+        dtype: dtype of the views; the kernels write ``torch.float32``, ``torch.bfloat16`` and ``torch.float16``.
+        mean, std: mean to subtract and standard deviation to divide by per channel, for values from 0 to 1. For images
+            with one band there may be several: the band is repeated.
+        index: integers [B] on the CPU; view i is made from ``images[index[i]]`` of whole images [N, H, W, C].
         interpolation: ``"bilinear"`` or ``"bicubic"``.
         blur_radius: taps of the blur on each side of a pixel, as torchvision's ``kernel_size`` is twice that and one.
-            None: three of the largest standard deviation.
+            None: three times the largest standard deviation.
         out: a tensor to write, [B, C, H, W] of ``dtype`` in channels-last order.
         backend: ``None``, ``"triton"``, ``"cpu"`` or ``"reference"``.
 
@@ -141,8 +141,8 @@ def augment_views(
         Views [B, C, H, W] in channels-last order.
 
     Raises:
-        ValueError, TypeError: a shape, dtype, device or number does not fit, or the backend cannot be had. Nothing is
-            written then.
+        ValueError, TypeError: a shape, dtype, device or number does not fit, or the backend is not available. Then
+            nothing is written.
     """
     check_strided(OP, "images", images)
     if images.ndim != 4 or 0 in images.shape[1:]:

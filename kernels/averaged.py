@@ -18,7 +18,7 @@ def _known_by(tensors: list[Tensor]) -> list[Any]:
 
 
 class _Average:
-    """What :func:`ema_avg_fn` returns."""
+    """The function that :func:`ema_avg_fn` returns."""
 
     def __init__(self, momentum: float | Tensor, backend: str | None) -> None:
         check_scalar("ema_avg_fn", "momentum", momentum, low=0, high=1)
@@ -29,7 +29,7 @@ class _Average:
     def __call__(self, averaged: Sequence[Tensor], current: Sequence[Tensor], num_averaged: object = None) -> None:
         if not all_plain([*averaged, *current]):
             return fused_ema_(averaged, current, self.momentum, backend=self.backend)
-        # AveragedModel passes new aliases of the same memory each time: a group is known by where it lies.
+        # AveragedModel passes new aliases of the same memory each time, so a group is identified by its addresses.
         tensors = [*averaged, *current]
         group = (len(averaged), *((averaged[0].device, averaged[0].dtype) if averaged else ()))
         known = self._prepared.get(group)
@@ -48,7 +48,7 @@ def ema_avg_fn(momentum: float | Tensor, *, backend: str | None = None) -> Calla
         averaged = AveragedModel(model, multi_avg_fn=ema_avg_fn(0.999))
 
     It differs from torch's ``get_ema_multi_avg_fn`` for integers, which take part with ``use_buffers=True``: they are
-    copied, not averaged and cut off.
+    copied, not averaged and truncated.
 
     Args:
         momentum: number from 0 to 1, or a 0-d tensor, whose value may change between updates and is not checked.

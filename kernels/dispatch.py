@@ -1,4 +1,4 @@
-"""Which backend an operation runs on, and the checks that all operations share."""
+"""The choice of backend for an operation, and checks that all operations share."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _found = importlib.util.find_spec("triton") is not None
 triton: Any = importlib.import_module("triton") if _found else None
 tl: Any = importlib.import_module("triton.language") if _found else None
 
-INTERPRETED = triton is not None and triton.knobs.runtime.interpret  # fixed from Triton's first import on
+INTERPRETED = triton is not None and triton.knobs.runtime.interpret  # fixed by the first import of Triton
 
 Implementations = Mapping[str, Callable[..., Any]]
 
@@ -43,7 +43,7 @@ def check_backend(op: str, backend: str | None) -> None:
 
 
 def choose(op: str, backend: str | None, implementations: Implementations, device: torch.device) -> Callable[..., Any]:
-    """Return the implementation of ``op`` that a backend name stands for on ``device``.
+    """Return the implementation of ``op`` for a backend name on ``device``.
 
     Raises:
         ValueError: the name is unknown, ``op`` has no such backend, or it cannot run here.
@@ -63,16 +63,16 @@ def choose(op: str, backend: str | None, implementations: Implementations, devic
 
 
 def has_tangent(tensor: Tensor) -> bool:
-    """Whether ``tensor`` carries a tangent of forward-mode AD, at the level that is current."""
+    """Whether ``tensor`` carries a tangent of forward-mode AD at the current level."""
     return forward_ad.unpack_dual(tensor).tangent is not None
 
 
 def choose_derivable(
     op: str, backend: str | None, implementations: Implementations, query: Tensor
 ) -> Callable[..., Any]:
-    """Like :func:`choose`, for an ``op`` whose fused backends know the first derivative by backward(), and no other.
+    """Like :func:`choose`, for an ``op`` whose fused backends provide only the first derivative, by backward().
 
-    Where torch.func or forward-mode AD ask for more, the choice by device is the reference.
+    Under torch.func or forward-mode AD, the default backend is the reference.
     """
     if not (torch._C._are_functorch_transforms_active() or has_tangent(query)):
         return choose(op, backend, implementations, query.device)
@@ -86,19 +86,18 @@ def choose_derivable(
 
 
 def check_once(op: str) -> None:
-    """Raise where the caller's code may run more or less often than it is written, so that changes go wrong."""
+    """Raise if the caller's code may run more or less often than once, which would break in-place updates."""
     if torch._C._are_functorch_transforms_active():
         raise RuntimeError(f"{op}: tensors are changed in place, which torch.func does not follow; call it outside")
-    if not torch.compiler.is_compiling():  # else the operator asks, compiled and run
+    if not torch.compiler.is_compiling():  # otherwise the operator checks, when compiled and when run
         check_not_recomputed(op)
 
 
 def check_not_recomputed(op: str) -> None:
-    """The part of :func:`check_once` that operators ask, and their fakes, which see what the compiler makes of them.
+    """The part of :func:`check_once` for operators and their fake versions, which the compiler calls.
 
-    A function under torch.utils.checkpoint is run again in a node of the backward pass; the same functions of other
-    libraries are seen then. Hooks on a parameter's gradient, which may step an optimizer, are in the node that
-    accumulates it.
+    A function under torch.utils.checkpoint, or the like in other libraries, runs again in a node of the backward pass;
+    this is detected. Hooks on a parameter's gradient, which may step an optimizer, run in the node that accumulates it.
     """
     node = torch._C._current_autograd_node()
     again = node is not None and node.name() != "torch::autograd::AccumulateGrad"
@@ -121,21 +120,21 @@ def compute_dtype(*tensors: Tensor | None) -> torch.dtype:
 
 def no_autocast(device: torch.device) -> contextlib.AbstractContextManager[None]:
     """Keep an enclosing autocast from lowering the precision that an operation promises."""
-    if device.type == "meta":  # where nothing is computed and torch knows no autocast
+    if device.type == "meta":  # nothing is computed there, and torch has no autocast for it
         return contextlib.nullcontext()
     return torch.autocast(device_type=device.type, enabled=False)
 
 
 def check_strided(op: str, name: str, tensor: Tensor, *, waiting: bool = False) -> None:
-    """Raise unless ``tensor`` is a tensor whose elements lie in memory as they are: not a sparse one, say.
+    """Raise unless ``tensor`` is a dense tensor, whose elements are in memory.
 
-    ``waiting`` also allows the result of a functional collective, for operators, which wait for it.
+    ``waiting`` also allows the result of a functional collective, for operators that wait for it.
     """
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{op}: {name} is a {type(tensor).__name__}; it must be a tensor")
     if tensor.layout != torch.strided:
         raise TypeError(f"{op}: {name} has layout {tensor.layout}; it must be a dense tensor")
-    if torch.compiler.is_compiling():  # which cannot trace the questions that follow
+    if torch.compiler.is_compiling():  # it cannot trace the following checks
         return
     if tensor.is_nested or tensor.is_quantized:
         raise TypeError(f"{op}: {name} is {'nested' if tensor.is_nested else 'quantized'}; it must be a dense tensor")
@@ -150,7 +149,7 @@ def check_strided(op: str, name: str, tensor: Tensor, *, waiting: bool = False) 
 
 
 def check_writable(op: str, name: str, tensor: Tensor) -> None:
-    """Raise if an element of ``tensor`` lies on another one in memory, so that they cannot both be written."""
+    """Raise if elements of ``tensor`` overlap in memory, so that they cannot all be written."""
     if tensor.numel() == 0:
         return
     reach = 1  # elements from the first to the last of the inner dimensions

@@ -1,6 +1,6 @@
-"""Optimizer steps over all parameters in one launch, with the teacher's average in the same pass.
+"""Optimizer steps over all parameters in one launch, with the teacher update in the same pass.
 
-These are the launches under fastrm.optim, which keeps the state and defines the rules.
+fastrm.optim, which keeps the state and defines the rules, uses these launches.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ if triton is not None:
     from ._optim_kernels import _adamw_kernel, _momentum_kernel, _norms_kernel
 
 ON_DEVICE = math.nan
-"""Stands for an option that the device holds: this very object equals itself in a list, and no number equals it."""
-MAX_SPANS = 128  # partial sums of a tensor, which every program of the update adds up again
+"""Marks an option that is on the device. In list comparisons, this object equals itself, and no number."""
+MAX_SPANS = 128  # partial sums per tensor, which every program of the update adds up
 
 Options = Sequence[Sequence["float | Tensor"]]
 
@@ -31,9 +31,9 @@ class Launch:
 
     Args:
         params: the parameters.
-        state: lists that go with them; of the parameters' dtype, but the step counts of AdamW are float32 scalars.
-        teacher, shadow: lists that go with them, or ``None``.
-        batches: for each parameter the row of options that it follows.
+        state: lists aligned with the parameters, of their dtype; AdamW's step counts are float32 scalars.
+        teacher, shadow: lists aligned with the parameters, or ``None``.
+        batches: row of options per parameter.
     """
 
     def __init__(
@@ -49,7 +49,7 @@ class Launch:
         partners = [x[0] if x else None for x in (teacher, shadow)]
         wide = compute_dtype(params[0], *partners)
         self.dtypes = [DTYPES[d] for d in (self.param, *(x.dtype if x is not None else None for x in partners), wide)]
-        # What is not dense is staged: it is read and written in a dense copy, in the layout that empty_like gives.
+        # Tensors that are not dense are staged in a dense copy, with the layout of empty_like.
         dense = [torch.empty_like(p, device="meta") for p in params]
         self.strides, self.layouts = [d.stride() for d in dense], [layout(d) for d in dense]
         self.odd = [
@@ -69,7 +69,7 @@ class Launch:
     def __call__(
         self, grads: list[Tensor], options: Options, grad_scale: Tensor | None, found_inf: Tensor | None
     ) -> None:
-        """Step. Nothing moves where ``found_inf`` is not 0; the host does not wait to see it."""
+        """Make a step. If ``found_inf`` is not 0, nothing changes; the host does not wait for its value."""
         if not len(self.chunks):
             return
         columns = [*self.columns]

@@ -1,4 +1,4 @@
-"""Which student tensor goes with which teacher tensor, and the checks that nothing is written before."""
+"""Matches student and teacher tensors, and checks them before anything is written."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from .sharding import is_fake
 
 Tensors = Iterable[Tensor] | nn.Module
 
-# Name parts that wrappers add: torch.compile, FullyShardedDataParallel, activation checkpointing and Fabric have their
-# own; that of DistributedDataParallel and others may be a network's own part too.
+# Name parts that wrappers add. Those of torch.compile, FullyShardedDataParallel, activation checkpointing and Fabric
+# are unique; that of DistributedDataParallel and others may also be a part of the network.
 _WRAPPERS = frozenset({"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_forward_module"})
 _OUTER = "module"
 
@@ -35,7 +35,7 @@ def _plain_names(op: str, argument: str, module: nn.Module, dropped: frozenset[s
 
 
 def _outermost(named: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Parameters by name, without the ``module.`` in front that all of them have."""
+    """Parameters by name, without a leading ``module.`` that all of them share."""
     start = f"{_OUTER}."
     while named and all(name.startswith(start) for name in named):
         named = {name[len(start) :]: parameter for name, parameter in named.items()}
@@ -43,7 +43,7 @@ def _outermost(named: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _match(op: str, teacher: nn.Module, student: nn.Module) -> tuple[list[Tensor], list[Tensor]]:
-    """Parameters of both, matched by name, without as little of the names as makes them the same."""
+    """Parameters of both, matched by name after removing as few wrapper names as necessary."""
     ours, theirs = (
         _outermost(_plain_names(op, name, module, _WRAPPERS))
         for name, module in (("teacher", teacher), ("student", student))
@@ -64,14 +64,14 @@ def _match(op: str, teacher: nn.Module, student: nn.Module) -> tuple[list[Tensor
 
 
 def listed(op: str, argument: str, tensors: Iterable[Any] | nn.Module) -> list[Any]:
-    """``tensors`` as a list; what is in it is for :func:`check` to see."""
+    """``tensors`` as a list, whose content :func:`check` checks."""
     if isinstance(tensors, (Tensor, nn.Module)) or not isinstance(tensors, Iterable):
         raise TypeError(f"{op}: {argument} is a {type(tensors).__name__}; it must be an iterable of tensors")
     return list(tensors)
 
 
 def _walked(module: nn.Module) -> tuple[list[object], list[Tensor]]:
-    """How a module is built, as far as the names of its parameters follow from it; and the parameters."""
+    """The structure of a module, from which its parameter names follow, and the parameters."""
     built: list[object] = []
     parameters: list[Tensor] = []
     modules, known = [module], {id(None)}
@@ -91,12 +91,12 @@ def _walked(module: nn.Module) -> tuple[list[object], list[Tensor]]:
     return built, parameters
 
 
-# By two modules, how they were built when they were matched, and where in their walks the pairs are.
+# Per pair of modules: their structure when they were matched, and the positions of the pairs in it.
 _MATCHES: dict[tuple[int, int], tuple[Any, ...]] = {}
 
 
 def _pair_modules(op: str, teacher: nn.Module, student: nn.Module) -> tuple[list[Tensor], list[Tensor]]:
-    """Parameters of both, index for index: from a walk through both if they are built as they were the last time."""
+    """Parameters of both, index by index, from a walk through both if their structure is unchanged."""
     if torch.compiler.is_compiling():
         return _match(op, teacher, student)
     key = id(teacher), id(student)
@@ -105,7 +105,7 @@ def _pair_modules(op: str, teacher: nn.Module, student: nn.Module) -> tuple[list
     if match is not None and match[0] == built and match[1] == as_built:
         return taken(ours, match[2]), taken(theirs, match[3])
     pairs = _match(op, teacher, student)
-    # A class of its own mind, such as FullyShardedDataParallel, may name other parameters than those that it has.
+    # Some classes, such as FullyShardedDataParallel, may name other parameters than those that they hold.
     usual = all(
         type(each).named_parameters is nn.Module.named_parameters
         and type(each).named_modules is nn.Module.named_modules
@@ -121,14 +121,14 @@ def _pair_modules(op: str, teacher: nn.Module, student: nn.Module) -> tuple[list
 
 
 def pair(op: str, teacher: Tensors, student: Tensors) -> tuple[list[Tensor], list[Tensor]]:
-    """Both as lists, index for index; modules are matched by parameter name."""
+    """Both as lists, index by index; modules are matched by parameter name."""
     if isinstance(teacher, nn.Module) and isinstance(student, nn.Module):
         return _pair_modules(op, teacher, student)
     return listed(op, "teacher", teacher), listed(op, "student", student)
 
 
 def _place(tensor: Tensor) -> tuple[object, ...]:
-    """The elements that ``tensor`` stands for: a state_dict lists a tied parameter as two tensors in one place."""
+    """The memory region of ``tensor``; a state_dict lists a tied parameter as two tensors with one region."""
     if is_fake(tensor) or tensor.numel() == 0:
         return (id(tensor),)
     return tensor.device, tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride()
@@ -163,7 +163,7 @@ def _check_pair(op: str, i: int, teacher: Tensor, student: Tensor, shadow: Tenso
 
 
 class _Strided:
-    """Where a tensor's elements lie, for NumPy, which reads no address of it: the memory may be a GPU's."""
+    """The memory layout of a tensor for NumPy, which never reads it, since it may be GPU memory."""
 
     def __init__(self, tensor: Tensor) -> None:
         size = tensor.element_size()
@@ -175,9 +175,9 @@ class _Strided:
 
 
 def _check_apart(op: str, kept: Sequence[int], lists: dict[str, Sequence[Tensor]]) -> None:
-    """Raise if a tensor that is written shares memory with another one, unless both are one partner's whole place.
+    """Raise if a written tensor shares memory with another one, unless both are the same region of one pair.
 
-    A teacher may be its own student, or its own shadow: that gives the same numbers in whichever order.
+    A teacher may be its own student or its own shadow, which gives the same numbers in any order.
     """
     spans = []
     for name, tensors in lists.items():
@@ -188,7 +188,7 @@ def _check_apart(op: str, kept: Sequence[int], lists: dict[str, Sequence[Tensor]
                 start = tensor.data_ptr()
                 spans.append((str(tensor.device), start, start + (last + 1) * tensor.element_size(), name, i))
     spans.sort()
-    earlier: list[tuple[str, int, int, str, int]] = []  # those that reach behind the start of the next
+    earlier: list[tuple[str, int, int, str, int]] = []  # regions that extend beyond the start of the next
     for span in spans:
         device, start, _, name, i = span
         earlier = [other for other in earlier if other[0] == device and other[2] > start]
@@ -229,5 +229,5 @@ def check(op: str, teacher: Sequence[Tensor], student: Sequence[Tensor], shadow:
 
 
 def taken(tensors: Sequence[Tensor], indices: Iterable[int]) -> list[Tensor]:
-    """The tensors at these places of a list."""
+    """The tensors at these indices of a list."""
     return [tensors[i] for i in indices]

@@ -1,4 +1,4 @@
-"""Decoded images that stay in memory: each is decoded once, by whichever process needs it first, and shared by all."""
+"""Keeps decoded images in memory, shared by all processes; each is decoded once, by the process that needs it first."""
 
 from __future__ import annotations
 
@@ -24,17 +24,17 @@ from fastrm.errors import UsageError
 from fastrm.machine.memory import capacity, size
 
 SHARE = 0.5
-"""Of the memory, for the images of all processes on a machine together."""
+"""Fraction of the memory for the images of all processes on a machine."""
 FEW = 0.03
-"""Of the memory, for a set that is kept unasked."""
+"""Fraction of the memory for a set that is kept by default."""
 _SAMPLED = 64
 _MARGIN = 1.1
-"""By which a set may be larger than its sample says."""
+"""Safety factor of the size estimate from a sample."""
 _ALIGNED = 8
 
 
 class Room(NamedTuple):
-    """What a set's images take in memory."""
+    """The memory that the images of a set take."""
 
     full: int
     """Bytes at full size."""
@@ -45,7 +45,7 @@ class Room(NamedTuple):
 
 
 def room_for(images: Images, views: Sequence[View], image_size: int) -> Room:
-    """Estimate what a set takes, from a sample that is spread evenly over it.
+    """Estimate the memory of a set from a sample that is spread evenly over it.
 
     Args:
         images: with their format.
@@ -66,14 +66,14 @@ def room_for(images: Images, views: Sequence[View], image_size: int) -> Room:
 
 
 def _values(images: Images, index: int) -> Values:
-    """What is kept of an image, [H, W, bands]."""
+    """The values of an image to keep, [H, W, bands]."""
     if images.format.rgb:
         return images.pixels(index).permute(1, 2, 0).numpy()
     return images.values(index)
 
 
 def keep(images: Images, views: Sequence[View], image_size: int, *, processes: int = 1) -> tuple[KeptImages, str]:
-    """Return the images as they are kept, and in words how much memory they will take.
+    """Return the images with a cache in memory, and a description of its size.
 
     Args:
         images: with their format.
@@ -81,7 +81,7 @@ def keep(images: Images, views: Sequence[View], image_size: int, *, processes: i
         processes: on this machine, each of which keeps all.
 
     Raises:
-        UsageError: they do not fit, even if they are shrunk.
+        UsageError: they do not fit, even when shrunk.
     """
     room, there = room_for(images, views, image_size), capacity(torch.device("cpu"))
     bound = int(SHARE * there / processes) if there is not None else room.full
@@ -101,14 +101,14 @@ def keep(images: Images, views: Sequence[View], image_size: int, *, processes: i
 
 
 def keep_few(images: EncodedImages, *, processes: int = 1) -> tuple[KeptImages, str] | None:
-    """The images as they are kept, and that in words, if they certainly take a small part of the memory at full size.
+    """Return the images with a cache, and a description, if they certainly take little memory at full size.
 
     Args:
         images: with their format.
         processes: on this machine, each of which keeps all.
 
     Returns:
-        None if they take more, or if their sizes are unknown, since they were not looked at before.
+        None if they take more, or if their sizes are unknown.
     """
     looks, there = images.looks, capacity(torch.device("cpu"))
     if looks is None or there is None:
@@ -128,12 +128,12 @@ def keep_few(images: EncodedImages, *, processes: int = 1) -> tuple[KeptImages, 
 class KeptImages(Images):
     """Images that are decoded once.
 
-    Loader processes that are forked share the memory; where they are started afresh it is shared through torch.
+    Forked loader processes share the memory; spawned ones share it through torch.
 
     Args:
-        images: what is decoded.
-        most: bytes that may be kept; further images are decoded each time.
-        side: to which the shorter side is shrunk, or None.
+        images: images to decode.
+        most: limit in bytes; further images are decoded each time.
+        side: side to which the shorter side is shrunk, or None.
     """
 
     def __init__(self, images: Images, most: int, side: int | None) -> None:

@@ -1,4 +1,4 @@
-"""Images that one process lists and looks through, for all: what it found is sent to the others, wherever they are."""
+"""Opens images in one process, and sends the results to the others."""
 
 from __future__ import annotations
 
@@ -28,32 +28,32 @@ from fastrm.machine.meeting import everyone, from_first, together
 
 
 class Opened(NamedTuple):
-    """Images, and what was found out about them."""
+    """Images, and information about them."""
 
     source: Source
     broken: dict[str, str]
-    """What is wrong with those that are left out, by name."""
+    """Images that are left out, by name, with the reason."""
     hashes: NDArray[np.int64]
-    """Of what tells each image that is trained on from others; none where nobody asks."""
+    """Hashes of the identities of the training images; empty if they are not needed."""
     batch: int | None = None
-    """Images an optimizer step of the run that goes on with them; None where none does."""
+    """Images per optimizer step of the run that continues; None if no run continues."""
 
 
 class _ByValue(pickle.Pickler):
-    """Sends what a table holds, and not where it lies."""
+    """Sends the content of a table instead of its path."""
 
     def reducer_override(self, obj: Any) -> Any:
         return obj.by_value() if isinstance(obj, Table) else NotImplemented
 
 
 def opened_once(open_it: Callable[[], Opened]) -> Opened:
-    """Open images in the first process, and let all have them; to be called in all processes.
+    """Open images in the first process, and share them with all. Call this in all processes.
 
-    What is known of files travels: the other processes list nothing, and look for a sample of the files. Arrays, tables
-    and objects of a script's are opened by each process, after the first one, which may have to download them.
+    Information about files is sent: the other processes list nothing, and check a sample of the files. Arrays, tables
+    and Python objects are opened by each process after the first one, which may have to download them.
 
     Raises:
-        UsageError: they cannot be opened, or a process finds others; it is raised in all.
+        UsageError: they cannot be opened, or a process finds other images; all processes raise it.
     """
     rank, size = world()
     if size == 1:
@@ -88,9 +88,9 @@ def _packed(found: Opened | None) -> bytes:
 
 
 def _check_files(source: Source) -> None:
-    """Hold the sizes of some files against those that the first process sees.
+    """Compare the sizes of some files with those in the first process.
 
-    A few that are missing are left out when they are read; with more, the processes see other folders.
+    A few missing files are left out when they are read; more mean that the processes see different folders.
     """
     assert isinstance(source.train, EncodedImages)
     files = source.train.stored_in()
@@ -113,7 +113,7 @@ def _check_files(source: Source) -> None:
 
 
 def _check_same(found: Opened) -> None:
-    """Hold what each process opened against what the first one did."""
+    """Compare the images of each process with those of the first one."""
     digest = blake2b(found.hashes.tobytes(), digest_size=16).hexdigest()
     first, *others = everyone((len(found.source.train), digest))
     for number, other in enumerate(others, start=1):

@@ -1,4 +1,4 @@
-"""How a set's pictures are taken: found out from the pictures, said, and the same each time."""
+"""Determines the pixel format of a set from its images, and reports it."""
 
 from __future__ import annotations
 
@@ -24,27 +24,27 @@ from fastrm.data.stored import pages as pages_in
 from fastrm.errors import UsageError
 
 _LOOKED_AT = 100
-"""Images, where there is no index that knows them all."""
+"""Number of images that are checked if there is no index."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class PixelOptions:
-    """What a user says of the pictures; None and ``"auto"`` are found out."""
+    """The user's choices for the pixel format; None and ``"auto"`` are detected."""
 
     channels: int | None = None
-    """Of the views."""
+    """Channels of the views."""
     value_range: tuple[float, float] | None = None
-    """What becomes 0 and what becomes 1, in all dtypes; of several in all but uint8."""
+    """Values that become 0 and 1, in all dtypes; with several dtypes, in all but uint8."""
     mean: tuple[float, ...] | None = None
-    """Subtracted per channel, after scaling to [0, 1]; one number serves for all channels."""
+    """Mean to subtract per channel after scaling to [0, 1], or one number for all channels."""
     std: tuple[float, ...] | None = None
-    """Divided by per channel; one number serves for all channels."""
+    """Standard deviation to divide by per channel, or one number for all channels."""
     pages: Literal["auto", "first", "bands", "images"] = "auto"
-    """What is read of files with several pages."""
+    """How files with several pages are read."""
 
     @classmethod
     def of(cls, settings: Any) -> PixelOptions:
-        """Those of the settings of a run, or of a command that has the same ones."""
+        """The options in the settings of a run, or of a command with the same settings."""
         channels, limits = settings.channels, settings.value_range
         return cls(
             channels=None if channels == "auto" else channels,
@@ -64,22 +64,23 @@ class _Kind(NamedTuple):
 
 
 def settled(source: Source, options: PixelOptions | None = None, *, workers: int = 1) -> Source:
-    """Return a source whose format is settled, with what there is to say of it; one that is settled stays.
+    """Return a source with a pixel format, and with a description of it; a source that has a format is returned as it
+    is.
 
-    - Channels are 3 for a set with any RGB, or of gray pictures of 8 bits only; otherwise the files' own bands.
-    - uint8 is 0 to 255. One other dtype gets the 0.1 and 99.9 percentiles of each band. Of several dtypes each gets
-      its own range: uint16 that of the bits that it uses, floats 0 to 1; and where values are beyond that, the
-      percentiles. Floats from 0 to 1 that a script gives have that range always.
+    - Channels are 3 for a set with any RGB image, or with 8-bit gray images only; otherwise the bands of the files.
+    - uint8 has the range 0 to 255. One other dtype gets the 0.1 and 99.9 percentiles of each band. With several dtypes,
+      each gets its own range: uint16 that of its bit depth, floats 0 to 1, and values beyond that their percentiles.
+      Floats from 0 to 1 in Python objects always keep that range.
     - Mean and standard deviation are ImageNet's for RGB of uint8, and measured otherwise.
 
     Args:
         source: the images.
-        options: what the user says.
+        options: choices of the user.
         workers: threads that decode.
 
     Raises:
-        UsageError: the pictures have several numbers of bands that no one number of channels holds, or a wish does
-            not fit them.
+        UsageError: the images have numbers of bands that do not fit one number of channels, or an option does not fit
+            them.
     """
     if source.format is not None:
         return source
