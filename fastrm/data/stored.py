@@ -82,10 +82,8 @@ def stored(content: bytes, page: int | Literal["all"] = 0) -> Values:
 
     Returns:
         Values [H, W, bands] of one of ``DTYPES``. Gray images have 1 band, coloured images 3, however they are stored;
-        others have their own number of bands. Transparency is dropped, and colour profiles are not applied.
-
-    Raises:
-        BrokenImage: the bytes are not an image, are damaged, or cannot be read without loss.
+        others have their own number of bands. Transparency is dropped, and colour profiles are not applied. Raises like
+        :func:`examined`.
     """
     if not content.startswith(_NPY) and page == "all" and (count := pages(content)) > 1:
         found = [stored(content, number) for number in range(count)]
@@ -156,8 +154,7 @@ def values_of(image: Image.Image) -> Values:
 
 
 def _picture(image: Image.Image, content: bytes, *, reduced: bool = False) -> NDArray[Any]:
-    """Values of the current page of an opened image; ``content`` serves images of which Pillow reads only upper
-    bits."""
+    """Values of the current page of an opened image; ``content`` is used if Pillow reads only the upper bits."""
     check_kind(image)
     wide, tiles = sixteen_bits(image), list(getattr(image, "tile", ()))
     gray = image.mode in ("1", "L", "LA", "La")
@@ -268,13 +265,10 @@ def _first(error: BaseException) -> BaseException:
 
 
 def _check_whole(page: Any, length: int) -> None:
-    """Refuse a page of a TIFF file of ``length`` bytes on which tifffile would hang, or which it would pad with
-    zeros."""
+    """Refuse a TIFF page of a file of ``length`` bytes on which tifffile would hang, or which it would pad."""
     pixels, most = math.prod(page.shape), Image.MAX_IMAGE_PIXELS
     if most is not None and page.imagelength * page.imagewidth > 2 * most:
-        raise BrokenImage(
-            f"it has {pixels:,} values, more than {2 * most:,} pixels, which only a damaged file would have"
-        )
+        raise BrokenImage(f"it has {pixels:,} values, more than {2 * most:,} pixels: the file must be damaged")
     if math.prod(page.chunked) != len(page.dataoffsets) or len(page.dataoffsets) != len(page.databytecounts):
         raise BrokenImage("it is damaged: parts of the picture are missing")
     if any(at + count > length or not count for at, count in zip(page.dataoffsets, page.databytecounts, strict=True)):
