@@ -74,13 +74,12 @@ def ours(inputs: Inputs) -> Call:
 def usual_loss(student: Tensor, its: Tensor, center: Tensor, views: int | None) -> Tensor:
     """Softmax, log-softmax and their product, for each pair of views."""
     targets = F.softmax((its - center) / OF_TEACHER, dim=-1)
-    logits = student / OF_STUDENT
     if views is None:
-        return -(targets * F.log_softmax(logits, dim=-1)).sum(dim=-1).mean()
+        return -(targets * F.log_softmax(student / OF_STUDENT, dim=-1)).sum(dim=-1).mean()
     terms = [
-        -(q * F.log_softmax(p, dim=-1)).sum(dim=-1).mean()
+        -(q * F.log_softmax(p / OF_STUDENT, dim=-1)).sum(dim=-1).mean()
         for u, q in enumerate(targets.chunk(2))
-        for v, p in enumerate(logits.chunk(views))
+        for v, p in enumerate(student.chunk(views))
         if u != v
     ]
     return torch.stack(terms).mean()

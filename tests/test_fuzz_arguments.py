@@ -11,7 +11,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from fastrm.kernels import EMA, FeatureQueue, enqueue_, fused_ema_, info_nce, residual_info_nce, residual_loss
+from fastrm.kernels import (
+    EMA,
+    FeatureQueue,
+    enqueue_,
+    fused_ema_,
+    info_nce,
+    prototype_cross_entropy,
+    residual_info_nce,
+    residual_loss,
+)
 
 
 def rows(*shape: int) -> Tensor:
@@ -41,6 +50,12 @@ OPERATIONS: dict[str, tuple[Callable[..., Any], Callable[[], dict[str, Any]]]] =
     "residual_info_nce": (
         residual_info_nce, lambda: contrast() | {"same_view_key": rows(3, 4), "pointer": torch.tensor(2),
                                                  "push": rows(2, 4), "residual_weight": 1.0, "contrastive_weight": 1.0},
+    ),
+    "prototype_cross_entropy": (
+        prototype_cross_entropy, lambda: {"student": rows(3, 4), "teacher": rows(2, 4), "prototypes": rows(6, 4),
+                                          "center": rows(6), "student_temperature": 0.1, "teacher_temperature": 0.04,
+                                          "pairs": torch.tensor([[0, 1], [2, 0]]), "teacher_prototypes": rows(6, 4),
+                                          "backend": None},
     ),
     "enqueue_": (
         enqueue_, lambda: {"queue": rows(6, 4), "pointer": torch.tensor(5), "keys": rows(2, 4), "skip": torch.zeros(1),
