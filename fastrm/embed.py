@@ -34,7 +34,7 @@ from fastrm.probes.embedding import about, embed, flattened, looked_up, plain
 from fastrm.probes.features import Setting
 from fastrm.probes.neighbours import directions
 from fastrm.settings import command_line
-from fastrm.settings.fields import Workers
+from fastrm.settings.inputs import Workers
 from fastrm.settings.kinds import Range, checked
 from fastrm.settings.of_run import OfRun
 from fastrm.terminal import shell

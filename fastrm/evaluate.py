@@ -33,7 +33,7 @@ from fastrm.probes.features import BATCH, Setting
 from fastrm.probes.scored import Scores, scored
 from fastrm.probes.scores import EVALUATION
 from fastrm.settings import command_line
-from fastrm.settings.fields import Workers
+from fastrm.settings.inputs import Workers
 from fastrm.settings.kinds import Range, checked
 from fastrm.settings.of_run import OfRun
 from fastrm.terminal import shell

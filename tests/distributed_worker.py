@@ -49,7 +49,7 @@ QUEUE, STEPS = 48, 4  # with 16 keys each they fill the queue, and begin it anew
 SMALL: dict[str, Any] = {
     "data": "digits", "arch": "test_resnet", "image_size": 32, "batch_size": 16, "epochs": 1, "workers": 0,
     "hidden_dim": 24, "output_dim": 12, "predictor_hidden_dim": 24, "queue_size": QUEUE, "warmup_epochs": 0.0,
-    "log_every": 1, "eval_every": 1, "eval_images": EVAL_IMAGES, "stem": "imagenet",
+    "log_every": 1, "eval_every": 1, "eval_images": EVAL_IMAGES, "stem": "imagenet", "prototypes": 32,
 }  # fmt: skip
 
 
@@ -99,7 +99,9 @@ def gradients(folder: Path) -> None:
     """Each process on its half of a batch, averaged by DDP, against one on the whole."""
     rank, size = world()
     results = {}
-    cases = [(m, "layernorm") for m in ("mocov3", "mocov2", "byol")] + [(m, "batchnorm") for m in ("mocov3", "byol")]
+    cases = [(m, "layernorm") for m in ("mocov3", "mocov2", "byol", "dino")] + [
+        (m, "batchnorm") for m in ("mocov3", "byol")
+    ]
     weight = torch.tensor(0.7, dtype=torch.float64)
     for method, norm in cases:
         torch.manual_seed(1)
@@ -109,12 +111,16 @@ def gradients(folder: Path) -> None:
             synchronise_norms(shared)
         network = replicate(shared, torch.device("cpu"))
         mine = views[:, 16 // size * rank : 16 // size * (rank + 1)]
-        output = network(mine[0], mine[1], weight)
+        small = torch.randn(1, 16, 3, 8, 8, dtype=torch.float64) if method == "dino" else views[:0]
+        more = list(small[:, 16 // size * rank : 16 // size * (rank + 1)])
+        output = network(mine[0], mine[1], weight, **({"more": more} if more else {}))
         output.loss.backward()
+        if method == "dino":
+            shared.push(output.keys)
         loss = gather_rows(output.loss.detach().reshape(1))[0].mean()
 
         alone = made(method, norm)
-        want = whole_batch(alone, views, weight)
+        want = whole_batch(alone, views, weight, list(small))
         worst = 0.0
         # Of the whole gradient: a bias in front of a normalisation has none but rounding.
         largest = max(float(q.grad.abs().max()) for q in alone.parameters() if q.grad is not None)
@@ -130,7 +136,7 @@ def gradients(folder: Path) -> None:
         (folder / "gradients.json").write_text(json.dumps(results))
 
 
-def whole_batch(method: Method[Any], views: Tensor, weight: Tensor) -> Tensor:
+def whole_batch(method: Method[Any], views: Tensor, weight: Tensor, more: list[Tensor]) -> Tensor:
     """Loss of one process without the others: what the group does is taken away."""
     alone = {"gather_rows": lambda rows: (rows, 0), "world": lambda: (0, 1)}
     alone["world"] = lambda: mock.Mock(size=1, rank=0)
@@ -138,8 +144,11 @@ def whole_batch(method: Method[Any], views: Tensor, weight: Tensor) -> Tensor:
         mock.patch.multiple("fastrm.methods.base", **alone),
         mock.patch("fastrm.methods.contrastive.gather_rows", alone["gather_rows"]),
     ):
-        output = method(views[0], views[1], weight)
+        output = method(views[0], views[1], weight, more=more)
     output.loss.backward()
+    if method.name == "dino":
+        with mock.patch("fastrm.methods.dino.mean", lambda values: values):
+            method.push(output.keys)
     return output.loss.detach()
 
 

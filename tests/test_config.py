@@ -137,5 +137,5 @@ def test_batch_must_divide() -> None:
 
 
 def test_unknown_method_has_no_defaults() -> None:
-    with pytest.raises(UsageError, match="mocov3, mocov2, byol, densecl"):
-        defaults(method="dino")
+    with pytest.raises(UsageError, match="mocov3, mocov2, byol, densecl, dino"):
+        defaults(method="swav")

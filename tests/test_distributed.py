@@ -29,7 +29,7 @@ from fastrm.settings.fields import RunConfig
 from tests.distributed_worker import EVAL_IMAGES, PARTS, QUEUE, STEPS, TRAINED, resumed, scores
 
 ROOT = Path(__file__).parent.parent
-METHODS = ["mocov3", "mocov2", "byol", "densecl"]
+METHODS = ["mocov3", "mocov2", "byol", "densecl", "dino"]
 
 
 def worker(*arguments: str, launcher: Sequence[str] = (), timeout: int = 300) -> subprocess.CompletedProcess[str]:
@@ -59,7 +59,7 @@ def test_loss_and_gradient_are_those_of_the_full_batch(done: Path) -> None:
     """Each method on a backbone with LayerNorm alone, and with BatchNorm over all processes; float64 and 1e-5."""
     results = json.loads((done / "gradients.json").read_text())
     # The plain backbone with every method; BatchNorm where it is synchronised.
-    assert set(results) == {*(f"{m} layernorm" for m in METHODS[:3]), "mocov3 batchnorm", "byol batchnorm"}
+    assert set(results) == {*(f"{m} layernorm" for m in (*METHODS[:3], "dino")), "mocov3 batchnorm", "byol batchnorm"}
     for name, (loss, gradient) in results.items():
         assert loss < 1e-5, name
         assert gradient < 1e-5, name

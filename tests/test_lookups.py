@@ -23,7 +23,7 @@ from fastrm.optim import build_optimizer
 from fastrm.run.step import Step
 from fastrm.settings.config import Config, MethodConfig, OptimConfig, build, defaults
 
-METHODS = "mocov3, mocov2, byol, densecl"
+METHODS = "mocov3, mocov2, byol, densecl, dino"
 TINY = build(data="digits", arch="test_resnet", image_size=32, hidden_dim=8, output_dim=4, predictor_hidden_dim=8)
 CPU = torch.device("cpu")
 
@@ -59,7 +59,7 @@ UNKNOWN: dict[str, tuple[Callable[[], Any], str]] = {
     "dtype": (lambda: loader(dtype=torch.uint8), "dtype torch.uint8 cannot hold views"),
     "recipe": (lambda: defaults(recipe="best"), "--recipe best is unknown; choose one of mocov3-r50-100ep"),
     "recipe of another kind": (lambda: defaults(recipe=["best"]), "--recipe"),  # type: ignore[arg-type]
-    "method of a network": (lambda: build_method(with_method(method="dino")), f"--method dino .* {METHODS}"),
+    "method of a network": (lambda: build_method(with_method(method="swav")), f"--method swav .* {METHODS}"),
     "place": (lambda: build_method(with_method(residual_at="head")), "--residual-at head .* output, projector"),
     "optimizer": (
         lambda: build_optimizer(build_method(TINY), replace(OptimConfig(), optimizer="adam")),  # type: ignore[arg-type]

@@ -170,7 +170,7 @@ def test_a_file_is_between_the_defaults_and_the_flags(tmp_path: Path, monkeypatc
         ("a.toml", "learning_rate = 1", "'learning_rate' is no setting; did you mean lr?"),
         ("a.toml", "[model]\narch = 3", "'model' is no setting"),
         ("a.toml", 'optimizer = "a\\nb"', "--optimizer a b is unknown; choose one of lars"),
-        ("a.toml", 'method = "dino"', "--method dino is unknown; choose one of mocov3"),
+        ("a.toml", 'method = "swav"', "--method swav is unknown; choose one of mocov3"),
         ("a.toml", 'recipe = "best"', "--recipe best is unknown; choose one of mocov3-r50-100ep"),
         ("a.toml", "lr", "it is no TOML"),
         ("a.toml", "epochs = 1979-05-27", "--epochs datetime.date(1979, 5, 27) is a date; it must be int"),

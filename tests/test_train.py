@@ -202,7 +202,7 @@ def poisoned_views(monkeypatch: pytest.MonkeyPatch, poisoned: Callable[[int], bo
     class Poisoned:
         def __init__(self, loader: Any) -> None:
             self.loader, self.number, self.broken, self.notes = loader, 0, loader.broken, loader.notes
-            self.views, self.channels = loader.views, loader.channels
+            self.sizes, self.channels = loader.sizes, loader.channels
 
         def __len__(self) -> int:
             return len(self.loader)

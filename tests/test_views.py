@@ -284,9 +284,9 @@ def test_an_augmentation_of_pythons_is_saved_and_compared(tmp_path: Path) -> Non
 
 def test_a_method_takes_its_number_of_views(small: Callable[..., Config], tmp_path: Path) -> None:
     with pytest.raises(
-        UsageError, match="--method mocov3 takes 2 views of an image; the augmentation gives 6"
+        UsageError, match="--method mocov3 takes 2 views or more of an image; the augmentation gives 1"
     ) as caught:
-        train.train(small(augmentation="2x32,4x16"))
+        train.train(small(augmentation="1x32"))
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "run").exists()
 

@@ -123,7 +123,7 @@ def make_loader(
     if isinstance(method, Augmentation) or (callable(method) and not isinstance(method, type)):
         recipe = method
     else:
-        recipe = augmentation_of(method, crop_min)
+        recipe = augmentation_of(method, crop_min, image_size=image_size)
     place = _device(device)
     check_value("loader", loader)
     source = settled(open_source(data, data_root), pixels, workers=workers)

@@ -22,7 +22,8 @@ from fastrm.data.sources import Images
 from fastrm.machine.memory import enough
 from fastrm.settings import command_line
 from fastrm.settings.config import check_limits, defaults
-from fastrm.settings.fields import Channels, CropMin, ImageSize, Numbers, Pages, Positive, Seed
+from fastrm.settings.fields import Seed
+from fastrm.settings.inputs import Channels, CropMin, ImageSize, Numbers, Pages, Positive
 from fastrm.settings.kinds import Range, checked
 from fastrm.terminal import shell
 

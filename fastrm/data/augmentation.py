@@ -9,7 +9,7 @@ from numbers import Real
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from fastrm.settings.fields import ImageSize
+from fastrm.settings.inputs import ImageSize
 from fastrm.settings.kinds import problem
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -97,6 +97,10 @@ class Augmentation:
             raise ValueError(
                 f"Augmentation: mean has {len(self.mean)} numbers and std {len(self.std)}; it must be one per channel"
             )
+
+    def sizes(self, image_size: int) -> tuple[tuple[int, int], ...]:
+        """Height and width of each view, in a run on images of this size."""
+        return tuple((view.side(image_size),) * 2 for view in self.views)
 
     @classmethod
     def read(cls, given: str | Path, *, base: Augmentation | None = None, image_size: int = 224) -> Augmentation:

@@ -43,7 +43,7 @@ class DaliLoader(Loader):
         **sampling: int,
     ) -> None:
         super().__init__(len(images), **sampling)
-        self._augmentation, self.views, self.channels = augmentation, len(augmentation.views), 3
+        self._augmentation, self.sizes, self.channels = augmentation, augmentation.sizes(image_size), 3
         self._mean, self._std = normalising(augmentation, images.format)
         self._images, self._device, self._dtype, self._size = images, device, dtype, image_size
         batch_size, threads = sampling["batch_size"], max(1, workers)

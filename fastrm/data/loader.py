@@ -68,14 +68,20 @@ class Loader(ABC):
     A batch depends only on the seed and its position (epoch, batch, rank), so ``seek`` leads to the same batch.
 
     Attributes:
+        sizes: height and width of each view.
         views: number of views per image.
         channels: number of channels C of the views.
         notes: messages for the user, one sentence each.
         broken: images that were left out while reading, by name, with the reason.
     """
 
-    views: int
+    sizes: tuple[tuple[int, int], ...]
     channels: int
+
+    @property
+    def views(self) -> int:
+        """How many there are of each image."""
+        return len(self.sizes)
 
     def __init__(self, length: int, *, batch_size: int, seed: int, rank: int, world_size: int) -> None:
         self._sampler = BatchSampler(length, batch_size, seed, rank, world_size)

@@ -50,7 +50,7 @@ class MemoryLoader(Loader):
         **sampling: int,
     ) -> None:
         super().__init__(len(images), **sampling)
-        self._augmentation, self.views = augmentation, len(augmentation.views)
+        self._augmentation, self.sizes = augmentation, augmentation.sizes(image_size)
         self._size, self._dtype = image_size, dtype
         self.channels = images.format.channels
         self._mean, self._std = normalising(augmentation, images.format)

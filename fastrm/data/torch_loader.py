@@ -128,11 +128,11 @@ class TorchLoader(Loader):
         if isinstance(augmentation, Augmentation):
             self._mean, self._std = normalising(augmentation, images.format)
             dataset = _Views(images, augmentation, image_size, self._sampler)
-            self.views = len(augmentation.views)
+            self.sizes = augmentation.sizes(image_size)
         else:
             check_travels(workers, augmentation)
             dataset = called = CalledViews(images, augmentation, self._sampler)
-            self.views, self.channels = len(called.kinds), called.channels
+            self.sizes, self.channels = tuple((kind.shape[1], kind.shape[2]) for kind in called.kinds), called.channels
         if isinstance(images, ItemImages):
             check_travels(workers, images)
         self._loader = DataLoader(

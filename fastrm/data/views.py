@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import fields, replace
+from itertools import cycle
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -18,6 +19,7 @@ from fastrm.settings.near import near
 GLOBAL: Mapping[str, Any] = {"crop_scale": (0.4, 1.0)}
 LOCAL: Mapping[str, Any] = {"crop_scale": (0.05, 0.4), "blur_probability": 0.5, "solarize_probability": 0.0}
 """Multi-crop as in DINO (arXiv 2104.14294, and the defaults of its code): large and small views."""
+_LOCAL_SIDE = 96 / 224
 
 _SHORT = re.compile(r"\s*\d{1,4}x\d{1,4}\s*(,\s*\d{1,4}x\d{1,4}\s*)*")
 _COUNT = Annotated[int, Range(at_least=1, at_most=64)]
@@ -26,7 +28,7 @@ _OF_ALL = ("mean", "std")
 
 
 def augmentation_of(
-    method: Any, crop_min: float, given: str | Path | None = None, image_size: int = 224
+    method: Any, crop_min: float, given: str | Path | None = None, image_size: int = 224, multiple: int = 2
 ) -> Augmentation:
     """The augmentation of a method, with what the user changes of it.
 
@@ -35,6 +37,7 @@ def augmentation_of(
         crop_min: smallest share of the area that a crop takes, in the method's own augmentation.
         given: what ``--augmentation`` takes: see :func:`read_augmentation`.
         image_size: of the run, in pixels.
+        multiple: what the side of the method's local views is a multiple of, such as the side of a ViT's patches.
 
     Raises:
         UsageError: the method is unknown, or what is given cannot be used.
@@ -46,10 +49,28 @@ def augmentation_of(
         )
     kind = methods().find(method)
     own: Augmentation = kind.augmentation(crop_min)
+    if local := kind.local_views(crop_min):
+        side = local_side(image_size, multiple)
+        own = replace(own, views=(*own.views, *(replace(view, size=side) for view in local)))
     if given is None:
         kind.check_views(len(own.views))
         return own
     return read_augmentation(given, own, image_size)
+
+
+def local_side(image_size: int, multiple: int) -> int:
+    """Side of local views: 96/224 of that of the others, as in DINO, rounded to a multiple.
+
+    Raises:
+        UsageError: that leaves no room below the others.
+    """
+    side = max(1, round(_LOCAL_SIDE * image_size / multiple)) * multiple
+    if side >= image_size:
+        raise UsageError(
+            f"--image-size {image_size} is too small for local views, whose side is a multiple of {multiple}; "
+            f"--augmentation 2x{image_size} makes none"
+        )
+    return side
 
 
 def read_augmentation(given: str | Path, base: Augmentation, image_size: int) -> Augmentation:
@@ -60,7 +81,8 @@ def read_augmentation(given: str | Path, base: Augmentation, image_size: int) ->
             of all views, those in a table ``[[view]]`` of ``count`` views (1 unless it says so); ``views =
             "2x224,8x96"`` stands for such tables. Or a run's ``config.json``: the views of that run.
         base: view n starts from its view n; where it has fewer, they begin again. Without tables there are as many.
-            Views of more than one size start besides from ``GLOBAL``, if they are of the largest, or ``LOCAL``.
+            Views of more than one size start besides from ``GLOBAL``, if they are of the largest, or ``LOCAL``. A base
+            that has views of several sizes itself says how each kind is made: large ones start from its large ones.
         image_size: of the run: the size of views that have none.
 
     Raises:
@@ -89,22 +111,32 @@ def _written(given: str | Path) -> Mapping[str, Any]:
 
 
 def _made(table: Mapping[str, Any], base: Augmentation, image_size: int) -> Augmentation:
-    groups = _groups(table, len(base.views))
+    groups = _groups(table, base.views)
     _check_names(table, (*_OF_A_VIEW, "views", "view", *_OF_ALL))
     common = {name: _pair(table[name]) for name in _OF_A_VIEW if name in table}
     _view(View(), common, "")
     each = [group for group in groups for _ in range(group.get("count", 1))]
     sides = [{**common, **group}.get("size") or image_size for group in each]
+    of_base = base.sizes(image_size)
+    pairs = list(zip(base.views, of_base, strict=True))
+    if len(set(of_base)) > 1:
+        large = cycle([view for view, size in pairs if size == max(of_base)])
+        small = cycle([view for view, size in pairs if size < max(of_base)])
+    else:
+        large = small = cycle(base.views)
     views = []
     for i, group in enumerate(each):
-        part = {} if len(set(sides)) == 1 else GLOBAL if sides[i] == max(sides) else LOCAL
-        own = {name: _pair(value) for name, value in group.items() if name != "count"}
-        views.append(_view(base.views[i % len(base.views)], {**part, **common, **own}, f"view {i + 1}: "))
+        part: Mapping[str, Any] = {}
+        if large is small and len(set(sides)) > 1:
+            part = GLOBAL if sides[i] == max(sides) else LOCAL
+        said = {name: _pair(value) for name, value in group.items() if name != "count"}
+        start = next(large if sides[i] == max(sides) else small)
+        views.append(_view(start, {**part, **common, **said}, f"view {i + 1}: "))
     normal = {name: _pair(table[name]) for name in _OF_ALL if name in table}
     return replace(base, views=tuple(views), **normal)
 
 
-def _groups(table: Mapping[str, Any], own: int) -> Sequence[Mapping[str, Any]]:
+def _groups(table: Mapping[str, Any], own: Sequence[View]) -> Sequence[Mapping[str, Any]]:
     """What is said of views that are made alike, and how many they are."""
     short, tables = table.get("views"), table.get("view")
     if short is not None and tables is not None:
@@ -115,7 +147,7 @@ def _groups(table: Mapping[str, Any], own: int) -> Sequence[Mapping[str, Any]]:
         parts = (part.split("x") for part in short.split(","))
         tables = [{"count": int(count), "size": int(size)} for count, size in parts]
     if tables is None:
-        return [{}] * own
+        return [{} if view.size is None else {"size": view.size} for view in own]
     if not isinstance(tables, list) or not tables or not all(isinstance(group, dict) for group in tables):
         raise UsageError("view must be tables: [[view]]")
     for i, group in enumerate(tables, start=1):

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Set
+import copy
+from collections.abc import Collection, Iterable, Iterator, Set
 from contextlib import contextmanager
 from typing import Any
 
@@ -20,18 +21,21 @@ from fastrm.methods.mocov3 import MoCoV3  # isort: skip (in the order of names()
 from fastrm.methods.mocov2 import MoCoV2  # isort: skip
 from fastrm.methods.byol import BYOL  # isort: skip
 from fastrm.methods.densecl import DenseCL  # isort: skip
+from fastrm.methods.dino import DINO  # isort: skip
+from fastrm.methods.multicrop import Size
 from fastrm.methods.protocol import LinearProtocol
 from fastrm.methods.registry import find, names, recipes, register
 from fastrm.methods.unused import counted, freeze_unused
-from fastrm.models import build_backbone, mlp, module_name
+from fastrm.models import Backbone, build_backbone, mlp, module_name
 from fastrm.models.layout import lay_out
-from fastrm.models.named import refusing
+from fastrm.models.named import leave_out_none, refusing
 from fastrm.models.starting import starting_weights
 from fastrm.models.synchronised import synchronise_norms
 from fastrm.settings.config import Config, ModelConfig, check_value
 
 __all__ = [
     "BYOL",
+    "DINO",
     "Contrastive",
     "DenseCL",
     "Encoder",
@@ -60,6 +64,7 @@ def build_method(
     channels: int = 3,
     arch: nn.Module | None = None,
     kind: type[Method[Any]] | None = None,
+    sizes: Collection[Size] = (),
 ) -> Method[Any]:
     """Build the untrained backbone, heads and queues that a run's settings describe, on a device and laid out for it.
 
@@ -75,6 +80,7 @@ def build_method(
         arch: a module that becomes the backbone in place of the network that the settings name; it is copied, as
             :func:`fastrm.models.build_backbone` says.
         kind: the method in place of the one that the settings name.
+        sizes: height and width of each view; none: those of the images.
 
     Raises:
         UsageError: there is no such backbone, or it does not go with the image size, the stem or the method, or a
@@ -85,12 +91,23 @@ def build_method(
     device = device or torch.device("cpu")
     size, name = config.input.image_size, config.model.arch if arch is None else module_name(arch)
     wanted = config.model.arch if arch is None else arch
-    backbone = build_backbone(wanted, image_size=size, stem=config.model.stem, channels=channels)
+    others = set(sizes) - {(size, size)}
+    backbone = build_backbone(
+        wanted,
+        image_size=size,
+        stem=config.model.stem,
+        channels=channels,
+        drop_path=config.model.drop_path if trained else 0.0,
+        other_sizes=bool(others),
+    )
+    _check_sizes(backbone, name, others)
     trainable = {name for name, p in backbone.net.named_parameters() if p.requires_grad}
     with refusing(name, f"cannot be prepared for --method {kind.name}"):
         kind.prepare(backbone, name)
     held = trainable - {name for name, p in backbone.net.named_parameters() if p.requires_grad}
     method: Method[Any] = kind(backbone, config.method, backend=backend).to(device)
+    if config.model.drop_path:
+        leave_out_none(method.teacher)
     method.queues.to(choose_queue_dtype(config.method.queue_dtype, device))
     layout = torch.contiguous_format
     if config.device.channels_last:
@@ -107,6 +124,14 @@ def build_method(
         if not method.queues:
             synchronise_norms(method)
     return method
+
+
+def _check_sizes(backbone: Backbone, arch: str, sizes: Iterable[Size]) -> None:
+    """Refuse views of sizes that the network does not take: one that was built for one size, as many transformers."""
+    for height, width in sizes:
+        trial = copy.deepcopy(backbone).eval()
+        with refusing(arch, f"cannot take views of {height}x{width} pixels"), torch.no_grad():
+            trial(torch.zeros(1, backbone.channels, height, width))
 
 
 def _start(method: Method[Any], config: ModelConfig, held: Set[str]) -> None:

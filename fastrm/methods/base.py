@@ -8,71 +8,34 @@ momentum (Pham et al., arXiv 2211.09861) from what is public of it, not the pape
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import inspect
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Generic, NamedTuple, TypeVar
+from dataclasses import replace
+from typing import Any, ClassVar, Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.profiler import record_function
 
-from fastrm.data.augmentation import Augmentation
+from fastrm.data.augmentation import Augmentation, View
 from fastrm.errors import UsageError
 from fastrm.kernels import FeatureQueue, residual_loss
 from fastrm.machine.distributed import gather_rows, shuffled, world
+from fastrm.methods.encoding import Encoder, Encoding, StepOutput
+from fastrm.methods.multicrop import Size, encoded, large, large_first
 from fastrm.methods.pair import TeacherPair
 from fastrm.methods.protocol import LinearProtocol
 from fastrm.methods.published import Recipe, alike
 from fastrm.models import Backbone
+from fastrm.optim.schedules import Rates
 from fastrm.settings.config import MethodConfig
 
-
-@dataclass(frozen=True)
-class Encoding:
-    """The outputs of a network for one view; the fields are the values of ``--residual-at``."""
-
-    backbone: Tensor
-    """Pooled features [B, C]."""
-    projector: Tensor
-    """Output of the projector [B, D]."""
-    output: Tensor
-    """Input of the method's loss [B, D], which is the output of the predictor, if the student has one."""
+__all__ = ["Encoder", "Encoding", "Method", "StepOutput", "unchanged_buffers"]
 
 
 E = TypeVar("E", bound=Encoding)
-
-
-class StepOutput(NamedTuple):
-    """The result of one micro-batch."""
-
-    loss: Tensor
-    """The loss to minimise, 0-d, with its graph."""
-    contrastive: Tensor
-    """The method's own loss with all its factors, 0-d, detached."""
-    residual: Tensor | None
-    """The residual term without its weight, 0-d, detached; None where it is neither trained nor measured."""
-    gap: Tensor | None
-    """1 - mean cosine between student and teacher output on the same view, 0-d, detached; None if not measured."""
-    keys: tuple[Tensor, ...]
-    """Keys for each queue, to be pushed after the optimizer's step."""
-    features: Tensor
-    """The student's backbone features of the first view, [B, C], detached, for hooks."""
-
-
-class Encoder(nn.Module):
-    """Backbone and projector: the part of the student that the teacher averages."""
-
-    def __init__(self, backbone: Backbone, projector: nn.Module) -> None:
-        super().__init__()
-        self.backbone = backbone
-        self.projector = projector
-
-    def forward(self, images: Tensor) -> Encoding:
-        """[B, C, H, W] images to an encoding whose output is the projection."""
-        pooled = self.backbone(images)
-        projection = self.projector(pooled)
-        return Encoding(pooled, projection, projection)
 
 
 class Method(nn.Module, Generic[E]):
@@ -81,7 +44,8 @@ class Method(nn.Module, Generic[E]):
     To make one of your own, write a subclass with an ``__init__`` that takes ``(backbone, config, *, backend)`` and
     builds the heads, and with :meth:`own_loss`; where that is InfoNCE, :class:`fastrm.methods.Contrastive` has it. Give
     it a name with :func:`fastrm.methods.register`. All else has a default that may be replaced: ``recipes``,
-    :meth:`defaults`, :meth:`augmentation`, ``linear_protocol``, :meth:`prepare`, :meth:`residual`, :meth:`keys_of`.
+    :meth:`defaults`, :meth:`augmentation`, :meth:`local_views`, ``linear_protocol``, :meth:`prepare`,
+    :meth:`residual`, :meth:`keys_of`.
 
     Attributes:
         student, teacher: networks of one layout; the trainer averages the student's parameters into the teacher
@@ -91,14 +55,14 @@ class Method(nn.Module, Generic[E]):
         pair: both, and the teacher's copy in low precision.
         predictor: the student's last head, without a counterpart in the teacher; or an identity.
         queues: rings of past keys, ``features`` [K, D] each; one per direction or kind of key, or none.
-        directions: 2 where the student sees both views, 1 where it sees only the first.
+        directions: 2 where the student sees all views, 1 where it sees all but the second, which is the teacher's.
         notes: what the person who runs it should know of how it was built, a sentence each.
     """
 
     name: ClassVar[str]
     """Name in settings and messages, which is the registered name, or else the name of the class."""
     views: ClassVar[int] = 2
-    """Views of an image that :meth:`forward` takes."""
+    """Views of an image that :meth:`forward` takes one by one; others are in its ``more``, if it takes that."""
     recipes: ClassVar[Mapping[str, Recipe]] = {}
     """Published settings, by the names that ``--recipe`` takes; each has values by the settings' names."""
     linear_protocol: ClassVar[LinearProtocol] = LinearProtocol()
@@ -122,10 +86,32 @@ class Method(nn.Module, Generic[E]):
         return alike(crop_min)
 
     @classmethod
+    def local_views(cls, crop_min: float) -> tuple[View, ...]:
+        """Small views besides those of :meth:`augmentation`, of 96/224 of their side: none."""
+        return ()
+
+    @classmethod
     def check_views(cls, count: int) -> None:
-        """Raise a UsageError unless an augmentation gives as many views of an image as the method takes."""
-        if count != cls.views:
-            raise UsageError(f"--method {cls.name} takes {cls.views} views of an image; the augmentation gives {count}")
+        """Raise a UsageError unless an augmentation gives as many views of an image as the method takes.
+
+        Those that a class has :attr:`views` for, or more where its :meth:`forward` takes ``more``.
+        """
+        further = "more" in inspect.signature(cls.forward).parameters
+        if count < cls.views or (count > cls.views and not further):
+            wanted = f"{cls.views} views" + " or more" * further
+            raise UsageError(f"--method {cls.name} takes {wanted} of an image; the augmentation gives {count}")
+
+    def check_sizes(self, sizes: Sequence[Size]) -> None:
+        """Raise a UsageError unless the method can be trained on views of these sizes."""
+        if len(sizes) <= self.views:
+            return
+        count, most = large(sizes), max(sizes, key=math.prod)
+        if count < 2 or (self.queues and self.directions == 2 and count > 2):
+            wanted = "two views" if self.queues and self.directions == 2 else "two views or more"
+            raise UsageError(
+                f"--method {self.name} takes {wanted} of the largest size, for the teacher; of the {len(sizes)} views "
+                f"that the augmentation gives {count} {'has' if count == 1 else 'have'} {most[0]}x{most[1]} pixels"
+            )
 
     def cautions(self, batch: int, images: int) -> Iterator[str]:
         """What may go wrong with so many images per micro-batch, over all processes, and in all; a sentence each."""
@@ -162,62 +148,90 @@ class Method(nn.Module, Generic[E]):
         self.notes: list[str] = []
 
     def own_loss(self, direction: int, student: E, key: E) -> Tensor:
-        """The method's own loss of one direction, 0-d, with all its factors; both directions are added.
+        """The method's own loss between two views, 0-d, with all its factors.
+
+        With two views both directions are added. With more, the loss is the mean over all pairs of a view of the
+        student and another, large view of the teacher, times the number of directions.
 
         Args:
-            direction: the view that the student saw, 0 or 1; also the number of its queue.
-            student: its encoding of that view.
-            key: the teacher's encoding of the other view, without a graph.
+            direction: 0 where the key is of the second large view, and 1 where it is of the first: of two views, the
+                one that the student saw; also the number of the key's queue.
+            student: its encoding of a view.
+            key: the teacher's encoding of another view, without a graph.
         """
         raise NotImplementedError(f"{type(self).__name__} has no own_loss, which a subclass of Method has to say")
 
-    def forward(self, first: Tensor, second: Tensor, residual_weight: Tensor, measure: bool = False) -> StepOutput:
+    def forward(
+        self,
+        first: Tensor,
+        second: Tensor,
+        residual_weight: Tensor,
+        measure: bool = False,
+        more: Sequence[Tensor] = (),
+    ) -> StepOutput:
         """Loss of a micro-batch.
 
         Args:
             first, second: two views of the same images, [B, C, H, W] each.
             residual_weight: 0-d tensor, the weight at this step of the warm-up; not used if the configured one is 0.
             measure: also give the residual and the gap where training does not need them.
+            more: further views, of any size. Then the student sees all views, and the teacher the large ones: those
+                with the most pixels, of which there are two or more.
         """
-        views = (first, second)
-        with record_function("student"):
-            students = [self.encode_student(view) for view in views[: self.directions]]
-        with torch.no_grad(), record_function("teacher"):
-            # By view. The teacher on the first is only for the residual term where the student sees no other.
-            teachers: list[E | None] = [None, self.encode_teacher(second)]
-            if self.directions == 2 or self.trains_residual:
-                teachers[0] = self.encode_teacher(first)
-            elif measure:
-                with unchanged_buffers(self.teacher):
-                    teachers[0] = self.encode_teacher(first)
-
+        students, teachers = self.encode((first, second, *more), measure)
         with record_function("loss"):
             return self.losses(students, teachers, residual_weight, measure)
 
+    def encode(self, views: Sequence[Tensor], measure: bool) -> tuple[list[E | None], list[E | None]]:
+        """What student and teacher say of each view, the large views first; None where one does not see a view.
+
+        With one direction the second large view is the teacher's, and the student sees the others. The teacher sees
+        these, where they are large, for the residual term only.
+        """
+        views, count = large_first(views)
+        places = range(len(views))
+        with record_function("student"):
+            ours = encoded(self.encode_student, views, [i for i in places if self.directions == 2 or i != 1])
+        with torch.no_grad(), record_function("teacher"):
+            keys = [1, 0, *range(2, count)] if self.directions == 2 else [1]
+            theirs = encoded(self.encode_teacher, views, keys)
+            same = [i for i in range(count) if i not in keys]
+            if same and self.trains_residual:
+                theirs |= encoded(self.encode_teacher, views, same)
+            elif same and measure:
+                with unchanged_buffers(self.teacher):
+                    theirs |= encoded(self.encode_teacher, views, same)
+        return [ours.get(i) for i in places], [theirs.get(i) for i in places]
+
     def losses(
-        self, students: Sequence[E], teachers: Sequence[E | None], residual_weight: Tensor, measure: bool
+        self, students: Sequence[E | None], teachers: Sequence[E | None], residual_weight: Tensor, measure: bool
     ) -> StepOutput:
-        """Loss of encodings by view, which :meth:`forward` makes and explains."""
+        """Loss of encodings by view, which :meth:`encode` makes and explains."""
         losses, contrastives, residuals, gaps = [], [], [], []
-        keys: list[Tensor] = []
-        for d, student in enumerate(students):
-            key, same = teachers[1 - d], teachers[d]
+        keys = [i for i, teacher in enumerate(teachers) if teacher is not None] if self.directions == 2 else [1]
+        pairs = [(v, k) for v, student in enumerate(students) if student is not None for k in keys if k != v]
+        share = self.directions / len(pairs)
+        same_views = sum(teachers[v] is not None for v, _ in pairs)
+        weight = residual_weight / (share * max(1, same_views))
+        for v, k in pairs:
+            student, key, same = students[v], teachers[k], teachers[v]
+            assert student is not None
             assert key is not None
-            loss, contrastive, residual = self.direction(d, student, key, same, residual_weight / self.directions)
+            loss, contrastive, residual = self.direction(1 - k if k < 2 else k, student, key, same, weight)
             losses.append(loss)
             contrastives.append(contrastive)
-            keys.extend(self.keys_of(key))
             if measure and same is not None:
                 with torch.no_grad():
                     residuals.append(self.residual(student, same) if residual is None else residual)
                     gaps.append(residual_loss(student.output, same.output, backend=self.backend) / 2)
+        queued = dict.fromkeys(k for _, k in pairs) if self.queues else ()
         return StepOutput(
-            loss=torch.stack(losses).sum(),
-            contrastive=torch.stack(contrastives).sum(),
+            loss=_scaled(torch.stack(losses).sum(), share),
+            contrastive=_scaled(torch.stack(contrastives).sum(), share),
             residual=torch.stack(residuals).mean() if residuals else None,
             gap=torch.stack(gaps).mean() if gaps else None,
-            keys=tuple(keys) if self.queues else (),
-            features=students[0].backbone.detach(),
+            keys=tuple(row for k in queued for row in self.keys_of(teachers[k])),  # type: ignore[arg-type]
+            features=students[0].backbone.detach(),  # type: ignore[union-attr]
         )
 
     def encode_student(self, view: Tensor) -> E:
@@ -233,14 +247,14 @@ class Method(nn.Module, Generic[E]):
     def direction(
         self, d: int, student: E, key: E, same: E | None, residual_weight: Tensor
     ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """(loss, own part, residual or None) of the student on view ``d`` against the teacher on the other view.
+        """(loss, own part, residual or None) of the student on a view against the teacher on another one.
 
-        ``same`` is the teacher on the view of the student, which only the residual term needs.
+        ``d`` is as in :meth:`own_loss`. ``same`` is the teacher on the view of the student, which only the residual
+        term needs; None where it does not see that.
         """
         own = self.own_loss(d, student, key)
-        if not self.trains_residual:
+        if same is None or not self.trains_residual:
             return own, own.detach(), None
-        assert same is not None
         residual = self.residual(student, same)
         return own + residual_weight * residual, own.detach(), residual.detach()
 
@@ -253,12 +267,23 @@ class Method(nn.Module, Generic[E]):
         """What the teacher's encoding leaves to the queues."""
         return (key.output,)
 
+    def set_rates(self, rates: Rates) -> None:
+        """Take over from the schedules what the method itself needs in the next step: nothing."""
+
+    def held(self) -> Iterable[nn.Parameter]:
+        """The parameters that do not move during ``--freeze-prototypes-epochs``: none."""
+        return ()
+
     def push(self, keys: tuple[Tensor, ...], *, skip: Tensor | None = None) -> None:
         """Put a step's keys into the queues: after the optimizer step, and not where ``skip``, so that a skipped step
         moves nothing."""
         for queue, rows in zip(self.queues, keys, strict=True):
             assert isinstance(queue, FeatureQueue)
             queue.enqueue_(gather_rows(rows)[0], skip=skip, backend=self.backend)
+
+
+def _scaled(value: Tensor, factor: float) -> Tensor:
+    return value if factor == 1 else factor * value
 
 
 @contextmanager

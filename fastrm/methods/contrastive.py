@@ -47,9 +47,8 @@ class Contrastive(Method[Encoding]):
         self, d: int, student: Encoding, key: Encoding, same: Encoding | None, residual_weight: Tensor
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         """As in :class:`Method`, with both terms in one operation where they are of the same output."""
-        if not self.trains_residual or self.residual_at != "output":
+        if same is None or not self.trains_residual or self.residual_at != "output":
             return super().direction(d, student, key, same, residual_weight)
-        assert same is not None
         keys, queue, offset = self._candidates(d, key)
         loss, contrastive, residual = residual_info_nce(
             student.output,

@@ -57,17 +57,17 @@ def verify(
         by all that the student gives, over the norm of the reference's. NaN where the reference's are not finite, and
         infinity where only the others are not.
     """
-    with torch.random.fork_rng(), torch.no_grad(), unchanged_buffers(method):
-        with torch.enable_grad():  # as in training, for which a compiled network has code of its own
-            students = [_leaves(method.encode_student(view)) for view in views[: method.directions]]
-        teachers = [method.encode_teacher(view) for view in views]
+    # With gradients as in training, for which a compiled network has code of its own.
+    with torch.random.fork_rng(), torch.enable_grad(), unchanged_buffers(method):
+        students, teachers = method.encode(views, False)
     device = views[0].device.type
     found: list[tuple[Tensor, Tensor]] = []
     for backend in (method.backend, "reference"):
-        leaves = [_leaves(student) for student in students]
+        leaves = [None if student is None else _leaves(student) for student in students]
         with _backend(method, backend), torch.enable_grad():
             loss = method.losses(leaves, teachers, residual_weight, False).loss
-            inputs = [getattr(leaf, f.name) for leaf in leaves for f in fields(leaf)]
+            inputs = [getattr(leaf, f.name) for leaf in leaves if leaf is not None for f in fields(leaf)]
+            inputs += [p for p in method.parameters() if p.requires_grad]  # such as prototypes, which no network uses
             with torch.autocast(device, enabled=False):  # backward is not under it
                 gradients = torch.autograd.grad(scaled(loss), inputs, allow_unused=True)
         flat = [in_double(g.flatten()) for g in gradients if g is not None]

@@ -7,12 +7,20 @@ from torch import nn
 
 from fastrm.errors import UsageError
 from fastrm.models.backbone import Backbone
-from fastrm.models.module import module_backbone, renew
+from fastrm.models.module import module_backbone, module_name, renew
 from fastrm.models.named import named_backbone
 from fastrm.settings.config import check_value
 
 
-def build_backbone(arch: str | nn.Module, *, image_size: int, stem: str = "auto", channels: int = 3) -> Backbone:
+def build_backbone(
+    arch: str | nn.Module,
+    *,
+    image_size: int,
+    stem: str = "auto",
+    channels: int = 3,
+    drop_path: float = 0.0,
+    other_sizes: bool = False,
+) -> Backbone:
     """Build a backbone: an untrained network of timm's, or a copy of a module.
 
     A module is copied, never changed, and keeps its weights. The copy is on the CPU and in float32. Its width is found
@@ -26,16 +34,25 @@ def build_backbone(arch: str | nn.Module, *, image_size: int, stem: str = "auto"
         image_size: side of the images in pixels; at 64 and below ``stem="auto"`` gives timm's ResNets a small stem.
         stem: ``"auto"``, ``"imagenet"`` or ``"small"`` (3×3 at stride 1, no max-pool; timm's ResNets only).
         channels: C of the images; what timm calls ``in_chans``.
+        drop_path: rate of stochastic depth at the last block, in training; what timm calls ``drop_path_rate``.
+        other_sizes: whether it is to take images of other sizes too. A network of timm's with a place for each patch,
+            such as a ViT, then resamples its positions as it computes.
 
     Raises:
-        UsageError: timm has no such model; the network cannot take this image size, stem or number of channels; or the
-            module cannot be copied, gives something else, or has nothing to train.
+        UsageError: timm has no such model; the network cannot take this image size, stem or number of channels, or
+            has no stochastic depth; or the module cannot be copied, gives something else, or has nothing to train.
     """
     check_value("stem", stem)
     if isinstance(arch, str):
-        return named_backbone(arch, image_size=image_size, stem=stem, channels=channels)
+        return named_backbone(
+            arch, image_size=image_size, stem=stem, channels=channels, drop_path=drop_path, other_sizes=other_sizes
+        )
     if not isinstance(arch, nn.Module):
         raise UsageError(f"arch={arch!r:.80} must be the name of a network of timm's, or a torch.nn.Module")
+    if drop_path:
+        raise UsageError(
+            f"--drop-path {drop_path:g} is for timm's networks by name; arch={module_name(arch)} is a module"
+        )
     return module_backbone(arch, image_size=image_size, stem=stem, channels=channels)
 
 

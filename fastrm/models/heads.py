@@ -8,15 +8,21 @@ from torch import nn
 
 
 def mlp(
-    dims: tuple[int, ...], *, bias: bool = True, hidden_norm: bool = False, last_norm: bool = False
+    dims: tuple[int, ...],
+    *,
+    bias: bool = True,
+    hidden_norm: bool = False,
+    last_norm: bool = False,
+    gelu: bool = False,
 ) -> nn.Sequential:
-    """Linear layers with ReLU between them.
+    """Linear layers with ReLU, or GELU, between them.
 
     Args:
         dims: widths from input to output.
         bias: whether the linear layers have one.
-        hidden_norm: BatchNorm before each ReLU.
+        hidden_norm: BatchNorm before each of these.
         last_norm: BatchNorm without scale and shift after the last layer (MoCo-v3).
+        gelu: GELU in place of ReLU.
     """
     layers: list[nn.Module] = []
     last = len(dims) - 2
@@ -25,7 +31,7 @@ def mlp(
         if i < last:
             if hidden_norm:
                 layers.append(nn.BatchNorm1d(width_out))
-            layers.append(nn.ReLU(inplace=True))
+            layers.append(nn.GELU() if gelu else nn.ReLU(inplace=True))
         elif last_norm:
             layers.append(nn.BatchNorm1d(width_out, affine=False))
     return nn.Sequential(*layers)

@@ -16,14 +16,19 @@ from fastrm.models.backbone import Backbone, channels_last
 from fastrm.models.layout import guard_thin_convolutions
 
 
-def named_backbone(arch: str, *, image_size: int, stem: str, channels: int) -> Backbone:
+def named_backbone(
+    arch: str, *, image_size: int, stem: str, channels: int, drop_path: float = 0.0, other_sizes: bool = False
+) -> Backbone:
     """Build an untrained backbone by timm's name of it: :func:`fastrm.models.build_backbone`."""
     import timm
 
     options = _options(arch, image_size, channels)
+    training: dict[str, Any] = {"drop_path_rate": drop_path} if drop_path else {}
+    if other_sizes and "img_size" in options:
+        training["dynamic_img_size"] = True
     images = f"--image-size {image_size}" + (f" and {channels} channels" if channels != 3 else "")
     with refusing(arch, f"cannot be built for {images}"):
-        net = timm.create_model(arch, pretrained=False, num_classes=0, **options)
+        net = timm.create_model(arch, pretrained=False, num_classes=0, **options, **training)
     if stem == "small" and not _is_resnet(net):
         raise UsageError(f"--stem small is for ResNets; --arch {arch} has no such stem")
     small = _is_resnet(net) and (stem == "small" or (stem == "auto" and image_size <= 64))
@@ -80,6 +85,15 @@ def refusing(arch: str, what: str) -> Iterator[None]:
         published = _published(arch)
         size = "" if published is None else f"; timm's own size for it is {published.input_size[-1]}"
         raise UsageError(f"--arch {arch} {what}: {first_line(error)}{size}") from None
+
+
+def leave_out_none(network: nn.Module) -> None:
+    """Undo stochastic depth that ``drop_path`` gave a network of timm's."""
+    from timm.layers import DropPath
+
+    for part in network.modules():
+        if isinstance(part, DropPath):
+            part.drop_prob = 0.0
 
 
 def _is_resnet(net: Any) -> bool:

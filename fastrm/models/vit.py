@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from typing import Any
 
 import torch
@@ -18,6 +19,16 @@ def is_vit(net: Any) -> bool:
     if not isinstance(blocks, nn.Sequential | nn.ModuleList) or not isinstance(getattr(net, "embed_dim", None), int):
         return False
     return hasattr(_embedding(net), "proj") and any(_has_attention(block) for block in blocks)
+
+
+def patch_size(arch: str | nn.Module) -> int | None:
+    """Side of the patches in pixels, of a module from its embedding and of a name of timm's from the name; or None."""
+    if isinstance(arch, str):
+        found = re.search(r"(?:patch|_p)(\d+)", arch)
+        return int(found[1]) if found else None
+    size = getattr(_embedding(arch), "patch_size", None)
+    size = size[0] if isinstance(size, tuple | list) and size else size
+    return size if isinstance(size, int) else None
 
 
 def prepare_moco_vit(net: Any, channels: int = 3) -> list[str]:

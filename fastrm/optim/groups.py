@@ -25,6 +25,8 @@ Groups = list[dict[str, Any]]
 
 LR_SCALE = "lr_scale"
 """Option of a parameter group: its factor of the learning rate; 1 if a group has none."""
+_DECAYS = "decays"
+"""Option of a parameter group: whether it follows a schedule of the weight decay, if there is one."""
 _CLASSIFIER = "fastrm: what is in no layer"
 
 
@@ -45,6 +47,8 @@ def build_optimizer(method: Method[Any], config: OptimConfig, *, backend: str | 
     decay = config.weight_decay
     spared = config.optimizer in ("adamw", "lamb")
     groups: Groups = _spared(params, decay) if spared else [{"params": params, "weight_decay": decay}]
+    if config.weight_decay_end is not None:
+        groups = [{**group, _DECAYS: not spared or group["params"][0].ndim > 1} for group in groups]
     if config.layer_decay < 1:
         groups = _layered(groups, _scales(method, config.layer_decay))
     if config.optimizer == "lamb":
@@ -66,6 +70,11 @@ def build_optimizer(method: Method[Any], config: OptimConfig, *, backend: str | 
 def scaled(lr: float, group: Mapping[str, Any]) -> float:
     """The learning rate of a group of parameters."""
     return lr * group.get(LR_SCALE, 1.0)
+
+
+def decayed(weight_decay: float | None, group: Mapping[str, Any]) -> Any:
+    """The weight decay of a group of parameters, given that of a schedule; None leaves it as it is."""
+    return weight_decay if weight_decay is not None and group.get(_DECAYS, False) else group["weight_decay"]
 
 
 def _layered(groups: Sequence[dict[str, Any]], scales: Mapping[nn.Parameter, float]) -> Groups:

@@ -1,4 +1,4 @@
-"""Schedules of the learning rate, teacher momentum and residual weight."""
+"""Schedules of the learning rate, weight decay, teacher momentum and temperature, and residual weight."""
 
 from __future__ import annotations
 
@@ -16,6 +16,12 @@ class Rates(NamedTuple):
     residual_weight: float
     teacher_momentum: float
     """Momentum of the teacher update at the end of the step."""
+    weight_decay: float | None = None
+    """None where it stays as it is."""
+    teacher_temperature: float = 1.0
+    """In methods with prototypes."""
+    holds: bool = False
+    """Whether prototypes stay as they are."""
 
 
 @dataclass(frozen=True)
@@ -65,16 +71,23 @@ class Schedule:
 
     def at(self, step: int) -> Rates:
         """The values of a step. The teacher momentum is that of the next step, whose update ends this one."""
-        return Rates(self.lr(step), self.residual_weight(step), self.teacher_momentum(step + 1))
+        return Rates(
+            self.lr(step),
+            self.residual_weight(step),
+            self.teacher_momentum(step + 1),
+            self.weight_decay(step),
+            self.teacher_temperature(step),
+            self._warmed(step, self.method.freeze_prototypes_epochs) < 1,
+        )
 
     def lr(self, step: int) -> float:
-        """Linear warm-up, then a half cosine to 0; peak ``--lr`` × batch / 256 (Goyal et al., arXiv 1706.02677)."""
-        optim = self.optim
+        """Linear warm-up, then a half cosine to ``--min-lr``; peak ``--lr`` × batch / 256 (arXiv 1706.02677)."""
+        optim, last = self.optim, self.optim.min_lr * 256 / self.batch_size
         warmup, step = optim.warmup_epochs * self.steps_per_epoch, step + self.shift
         if step < warmup:
             rate = optim.warmup_start_lr + (optim.lr - optim.warmup_start_lr) * step / warmup
         else:
-            rate = optim.lr * _half_cosine((step - warmup) / (self.span - warmup))
+            rate = last + (optim.lr - last) * _half_cosine((step - warmup) / (self.span - warmup))
         return rate * self.batch_size / 256
 
     def teacher_momentum(self, step: int) -> float:
@@ -83,14 +96,30 @@ class Schedule:
         MoCo-v3 and BYOL update the teacher before they compute a step's keys; the update after step t is that of
         step t + 1.
         """
-        start, end = self.method.teacher_momentum, self.method.teacher_momentum_end
-        return end - (end - start) * _half_cosine((step + self.shift) / self.span)
+        return self._cosine(self.method.teacher_momentum, self.method.teacher_momentum_end, step)
+
+    def weight_decay(self, step: int) -> float | None:
+        """A half cosine from ``--weight-decay`` to ``--weight-decay-end``; None where that is not given."""
+        end = self.optim.weight_decay_end
+        return None if end is None else self._cosine(self.optim.weight_decay, end, step)
+
+    def teacher_temperature(self, step: int) -> float:
+        """Linear from ``--teacher-temperature-start`` to ``--teacher-temperature`` over its warm-up."""
+        method = self.method
+        start, share = method.teacher_temperature_start, self._warmed(step, method.teacher_temperature_warmup_epochs)
+        return start + (method.teacher_temperature - start) * share
 
     def residual_weight(self, step: int) -> float:
         """Weight of the residual term, growing linearly over its warm-up."""
-        method = self.method
-        warmup = method.residual_warmup_epochs * self.steps_per_epoch
-        return method.residual_weight * (min(1.0, (step + self.shift) / warmup) if warmup else 1.0)
+        return self.method.residual_weight * self._warmed(step, self.method.residual_warmup_epochs)
+
+    def _warmed(self, step: int, epochs: float) -> float:
+        """The share of so many epochs that is over, at most 1; 1 if they are none."""
+        warmup = epochs * self.steps_per_epoch
+        return min(1.0, (step + self.shift) / warmup) if warmup else 1.0
+
+    def _cosine(self, start: float, end: float, step: int) -> float:
+        return end - (end - start) * _half_cosine((step + self.shift) / self.span)
 
 
 def _half_cosine(share: float) -> float:

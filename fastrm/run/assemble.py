@@ -5,9 +5,8 @@ Errors are found here, before anything is written.
 
 from __future__ import annotations
 
-import copy
 import math
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
@@ -31,7 +30,7 @@ from fastrm.machine.meeting import everyone
 from fastrm.machine.memory import enough
 from fastrm.methods import Method, build_method, find
 from fastrm.models import Backbone, untrained
-from fastrm.models.named import refusing
+from fastrm.models.vit import patch_size
 from fastrm.optim import Schedule, build_optimizer
 from fastrm.probes import OnlineLinear
 from fastrm.probes.features import Setting
@@ -119,7 +118,11 @@ def assemble(config: Config, objects: Objects, opened: ExitStack) -> Parts:
     kind = find(objects.method or config.method.method)
     given = config.input
     recipe = objects.augmentation or augmentation_of(
-        kind, crop_min=given.crop_min, given=given.augmentation, image_size=given.image_size
+        kind,
+        crop_min=given.crop_min,
+        given=given.augmentation,
+        image_size=given.image_size,
+        multiple=patch_size(objects.arch or config.model.arch) or 2,
     )
     if isinstance(recipe, Augmentation):
         kind.check_views(len(recipe.views))
@@ -151,7 +154,7 @@ def assemble(config: Config, objects: Objects, opened: ExitStack) -> Parts:
         world_size=world.size,
         epochs=min(config.optim.epochs, (config.optim.max_steps or math.inf) * batch / len(source.train)),
     )
-    kind.check_views(loader.views)
+    kind.check_views(len(loader.sizes))
     steps_per_epoch = len(loader) // accumulate
     if steps_per_epoch == 0:
         raise UsageError(f"--batch-size {batch} is more than the {len(source.train)} images")
@@ -165,23 +168,24 @@ def assemble(config: Config, objects: Objects, opened: ExitStack) -> Parts:
         channels=loader.channels,
         arch=objects.arch,
         kind=kind,
+        sizes=loader.sizes,
     )
+    method.check_sizes(loader.sizes)
     _check_channels(config, method.student.backbone, loader, source)
-    if isinstance(recipe, Augmentation):
-        others = {view.side(given.image_size) for view in recipe.views} - {given.image_size}
-        _check_sizes(method.student.backbone, config.model.arch, others)
     if precision in AUTOCAST:
         method.pair.keep_low_precision(AUTOCAST[precision])
     optimizer = build_optimizer(method, config.optim, backend=machine.backend)
     if machine.compiled:
         for part in (method.student, method.teacher, method.predictor):
-            part.compile()  # in place: the parameters keep their names
+            # In place: the parameters keep their names. Views of several sizes get code each, not one for any size.
+            part.compile(dynamic=False if len(set(loader.sizes)) > 1 else None)
     step = (GraphedStep if config.device.cuda_graph else Step)(
         method,
         optimizer,
         precision=precision,
         accumulate=accumulate,
         clip_norm=config.optim.clip_norm,
+        clip_each=config.optim.clip_each,
         layout=torch.channels_last if config.device.channels_last else torch.contiguous_format,
     )
     return Parts(
@@ -220,15 +224,6 @@ def _check_channels(config: Config, backbone: Backbone, loader: Loader, source: 
             raise UsageError(
                 f"--arch {config.model.arch} takes images of {backbone.channels} channels, and {what} have {channels}"
             )
-
-
-def _check_sizes(backbone: Backbone, arch: str, sizes: Collection[int]) -> None:
-    """Refuse view sizes that the network does not take; most ViTs are built for one size."""
-    if sizes:
-        trial, device = copy.deepcopy(backbone).eval(), next(backbone.parameters()).device
-        for side in sizes:
-            with refusing(arch, f"cannot take views of {side} pixels"), torch.no_grad():
-                trial(torch.zeros(1, backbone.channels, side, side, device=device))
 
 
 def _online(

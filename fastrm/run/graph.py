@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from fastrm.methods import StepOutput
-from fastrm.optim.groups import scaled
+from fastrm.optim.groups import decayed, scaled
+from fastrm.optim.schedules import Rates
 from fastrm.run.step import Step
 
 EAGER = 2
@@ -20,26 +21,33 @@ class GraphedStep(Step):
     """A :class:`fastrm.run.step.Step` that is captured once and replayed in one launch, with the same numbers.
 
     Values that change from step to step are in tensors at fixed addresses: the images, which are copied there, the
-    learning rate, the teacher's momentum and the residual weight. Steps with and without measuring are separate graphs.
-    The next step overwrites the returned tensors.
+    learning rate, the weight decay, the teacher's momentum and the residual weight. Steps with and without measuring
+    are separate graphs, and so are steps that hold what the method does not move in the first epochs. The next step
+    overwrites the returned tensors.
     """
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
         self.teacher_momentum = torch.zeros((), dtype=torch.float64, device=self.device)
-        self.rates = [torch.zeros_like(self.teacher_momentum) for _ in self.optimizer.param_groups]
+        groups = self.optimizer.param_groups
+        self.rates, self.decays = ([torch.zeros_like(self.teacher_momentum) for _ in groups] for _ in range(2))
         self.images: list[tuple[Tensor, ...]] = []
-        self.eager = {False: 0, True: 0}
+        self.eager, self.held = {False: 0, True: 0}, False
         self.captured: dict[bool, tuple[torch.cuda.CUDAGraph, list[StepOutput]]] = {}
         self.stream = torch.cuda.Stream(self.device)
 
-    def _set(self, lr: float, teacher_momentum: float) -> None:
-        for rate, group in zip(self.rates, self.optimizer.param_groups, strict=True):
-            group["lr"] = rate.fill_(scaled(lr, group))
-        self.optimizer.ema_momentum = self.teacher_momentum.fill_(teacher_momentum)
+    def _set(self, rates: Rates) -> None:
+        for rate, decay, group in zip(self.rates, self.decays, self.optimizer.param_groups, strict=True):
+            group["lr"] = rate.fill_(scaled(rates.lr, group))
+            if rates.weight_decay is not None:
+                group["weight_decay"] = decay.fill_(decayed(rates.weight_decay, group))
+        self.optimizer.ema_momentum = self.teacher_momentum.fill_(rates.teacher_momentum)
 
     def _run(self, batches: Iterable[tuple[Tensor, ...]], measure: bool) -> list[StepOutput]:
         given = list(batches)
+        if self.holds != self.held:
+            self.held, self.eager = self.holds, {False: 0, True: 0}
+            self.captured.clear()
         if not self.images:
             self.images = [tuple(map(self._like, views)) for views in given]
         for views, own in zip(given, self.images, strict=True):

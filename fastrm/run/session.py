@@ -149,8 +149,9 @@ def _say(parts: Parts, begun: Start, run: Run, ended: bool) -> None:
         lines.append(("notice", said.lengthened(run.schedule, start, run.config.optim.warmup_epochs)))
     lines.append(("settings", said.described(run.config, parts.machine)))
     lines.append(("folder", f"{run.out}" + (f", continued after step {start}" if start else "")))
-    if parts.augmentation is not None and run.config.input.augmentation is not None:
-        lines.append(("views", said.views(parts.augmentation, run.config.input.image_size)))
+    made = parts.augmentation
+    if made is not None and (run.config.input.augmentation is not None or len(made.views) > 2):
+        lines.append(("views", said.views(made, run.config.input.image_size)))
     lines += [("loader", note) for note in parts.loader.notes]
     lines += [("network", note) for note in parts.method.notes]
     scales = (group.get(LR_SCALE, 1.0) for group in parts.step.optimizer.param_groups)

@@ -17,7 +17,7 @@ from fastrm.methods import Method, StepOutput
 from fastrm.methods.base import unchanged_buffers
 from fastrm.methods.verify import verify
 from fastrm.optim import TeacherOptimizer
-from fastrm.optim.groups import scaled
+from fastrm.optim.groups import decayed, scaled
 from fastrm.optim.schedules import Rates
 from fastrm.settings.config import check_choice
 
@@ -58,6 +58,7 @@ class Step:
         precision: ``"bf16"``, ``"fp16"`` or ``"fp32"``.
         accumulate: micro-batches per step.
         clip_norm: largest norm of the whole gradient; None does not limit it.
+        clip_each: let it be the largest norm of each parameter's gradient instead.
         layout: memory format of the images.
     """
 
@@ -70,9 +71,13 @@ class Step:
         accumulate: int,
         clip_norm: float | None,
         layout: torch.memory_format,
+        clip_each: bool = False,
     ) -> None:
         self.method, self.optimizer = method, optimizer
-        self.accumulate, self.clip_norm, self.layout = accumulate, clip_norm, layout
+        self.accumulate, self.layout = accumulate, layout
+        self.clip_norm, self.clip_each = clip_norm, clip_each
+        self.holds = False
+        """Whether what the method holds in the first epochs gets no gradient."""
         self.params = [p for p in method.parameters() if p.requires_grad]
         self.device = self.params[0].device
         check_choice("precision", precision, ("fp32", *AUTOCAST))
@@ -94,7 +99,9 @@ class Step:
     ) -> list[Output]:
         """Make a step on ``accumulate`` micro-batches; ``measure`` adds values that training does not need."""
         self.residual_weight.fill_(rates.residual_weight)
-        self._set(rates.lr, rates.teacher_momentum)
+        self._set(rates)
+        self.method.set_rates(rates)
+        self.holds = rates.holds
         taken: list[Batch] = []
 
         def views() -> Iterator[tuple[Tensor, ...]]:
@@ -108,10 +115,11 @@ class Step:
             for found, batch in zip(outputs, taken, strict=True)
         ]
 
-    def _set(self, lr: float, teacher_momentum: float) -> None:
+    def _set(self, rates: Rates) -> None:
         for group in self.optimizer.param_groups:
-            group["lr"] = scaled(lr, group)
-        self.optimizer.ema_momentum = teacher_momentum
+            group["lr"] = scaled(rates.lr, group)
+            group["weight_decay"] = decayed(rates.weight_decay, group)
+        self.optimizer.ema_momentum = rates.teacher_momentum
 
     def _run(self, batches: Iterable[tuple[Tensor, ...]], measure: bool) -> list[StepOutput]:
         statistics = self.statistics.clone()
@@ -131,7 +139,9 @@ class Step:
     def _micro_batch(self, views: tuple[Tensor, ...], measure: bool) -> StepOutput:
         arranged = [view.contiguous(memory_format=self.layout) for view in views]
         with torch.autocast(self.device.type, self.autocast, enabled=self.autocast is not None):
-            output: StepOutput = self.network(*arranged, self.residual_weight, measure=measure)
+            count = self.method.views
+            further = {"more": arranged[count:]} if len(arranged) > count else {}
+            output: StepOutput = self.network(*arranged[:count], self.residual_weight, measure=measure, **further)
         # What is computed again would let BatchNorm's statistics follow the batch a second time.
         student = self.method.student
         recomputing = unchanged_buffers(student) if student.backbone.recomputes else contextlib.nullcontext()
@@ -144,10 +154,15 @@ class Step:
 
     def _move(self) -> Tensor:
         """Clip, and step if the gradient is finite; return 1 if it is not, otherwise 0."""
+        for held in self.method.held() if self.holds else ():
+            held.grad = None
         self.scaler.unscale_(self.optimizer)
         grads = [p.grad for p in self.params if p.grad is not None]
         norm = torch.nn.utils.get_total_norm(grads)
-        if self.clip_norm is not None:
+        if self.clip_norm is not None and self.clip_each:
+            norms = torch.stack(torch._foreach_norm(grads))
+            torch._foreach_mul_(grads, list((self.clip_norm / (norms + 1e-6)).clamp(max=1).unbind()))
+        elif self.clip_norm is not None:
             torch.nn.utils.clip_grads_with_norm_(self.params, self.clip_norm, norm)
         skip = (~norm.isfinite()).float()
         if self.scaler.is_enabled():

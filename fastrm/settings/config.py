@@ -153,6 +153,8 @@ def validate(config: Config) -> None:
         raise UsageError(
             f"--warmup-epochs {optim.warmup_epochs:g} must be less than --epochs {optim.epochs}, which includes it"
         )
+    if optim.min_lr > optim.lr:
+        raise UsageError(f"--min-lr {optim.min_lr:g} must not be above --lr {optim.lr:g}, which falls to it")
     if method.teacher_momentum > method.teacher_momentum_end:
         raise UsageError(
             f"--teacher-momentum {method.teacher_momentum} must not be above --teacher-momentum-end "

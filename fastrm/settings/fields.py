@@ -13,21 +13,15 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, get_type_hints
 
 from fastrm.errors import UsageError
+from fastrm.settings.inputs import InputConfig
 from fastrm.settings.kinds import Range
 from fastrm.settings.near import near
 
 ResidualPlace = Literal["output", "projector", "backbone"]
 
-Channels = Literal["auto"] | Annotated[int, Range(at_least=1, at_most=256)]
-CropMin = Annotated[float, Range(above=0, at_most=1)]
-ImageSize = Annotated[int, Range(at_least=8, at_most=4096)]
-Numbers = tuple[float, ...]
-Pages = Literal["auto", "first", "bands", "images"]
-Positive = tuple[Annotated[float, Range(above=0)], ...]
 Seed = Annotated[int, Range(at_least=0, at_most=2**63 - 1)]
 Share = Annotated[float, Range(at_least=0, at_most=1)]
 Width = Annotated[int, Range(at_least=1, at_most=2**16)]
-Workers = Annotated[int, Range(at_least=0, at_most=256)]
 
 
 def methods() -> Any:
@@ -35,61 +29,6 @@ def methods() -> Any:
     from fastrm import methods
 
     return methods
-
-
-@dataclass(frozen=True, kw_only=True)
-class InputConfig:
-    """The images and how they are read."""
-
-    data: str = ""
-    """Images to train on. A named set may be digits, fashion-mnist, cifar10, cifar100, stl10, photo-patches (of
-    scikit-image) or synthetic. A folder may be train/CLASS/… with optional val/CLASS/…, or CLASS/…, or images at any
-    depth without labels. WebDataset shards are a folder of tar files, or a quoted pattern such as
-    '/shards/train-{0000..0146}.tar'. A list of paths is @paths.txt. A table is a .csv, .tsv or .parquet file. An array
-    is a .npy, .h5 or .hdf5 file. A Hugging Face dataset is hf:PATH or hf:owner/name. Shards, tables or arrays at a URL
-    are copied to ~/.cache/fastrm once."""
-    image_column: str | None = None
-    """Column with the images in a table or a Hugging Face dataset, or their array in an HDF5 file.
-    If not given, the column of encoded images, or the one called image, path, file or the like."""
-    label_column: str | None = None
-    """Column or array with the labels, which may be numbers or text. If not given, label or class."""
-    data_root: Path | None = None
-    """Folder to read a named set from, or to download it to. If not given, ~/.cache/fastrm.
-    For fashion-mnist, a folder with the four IDX files, plain or gzip."""
-    image_size: ImageSize = 224
-    """Side of the square views, in pixels."""
-    crop_min: CropMin = 0.2
-    """Smallest fraction of the image area that a random crop covers."""
-    augmentation: str | None = None
-    """How views are made. If not given, as in the publication of the method.
-    Either the numbers and sizes of the views, such as 2x224,8x96, or a TOML file with changes to the method's
-    augmentation (docs/tutorial.md), or the config.json of a run, to use its views."""
-    batch_size: Annotated[int, Range(at_least=2)] | None = None
-    """Images per optimizer step over all processes. If not given, 256 per process."""
-    loader: Literal["auto", "dali", "torch", "memory"] = "auto"
-    """What reads and augments the images. memory keeps named sets on the device, and decodes other images once, shrunk
-    if memory does not suffice. dali uses a GPU, torch worker processes. auto is memory for named sets; for files, dali
-    on a GPU where it is installed, otherwise torch, which keeps the images of a set that takes at most 3 % of the
-    memory."""
-    scan: bool = True
-    """Before the run, find broken files in a folder, leave them out, and list them in skipped.txt. Without it,
-    unreadable files are left out when they are read, and DALI uses some damaged JPEGs that are otherwise left out."""
-    channels: Channels = "auto"
-    """Number of bands that the network gets.
-    auto is 3 if any image is RGB or all are 8-bit gray, otherwise the bands of the images."""
-    value_range: Numbers | None = None
-    """Pixel values that become black and white, such as 0,4095. If not given, 0 and 255 for uint8; for another dtype
-    the 0.1 and 99.9 percentiles of each band, measured once; for a mix of dtypes, a range for each."""
-    mean: Numbers | None = None
-    """Mean per channel, where black is 0 and white is 1. If not given, ImageNet's for 8-bit RGB, else measured."""
-    std: Positive | None = None
-    """Standard deviation per channel. If not given, ImageNet's for 8-bit RGB, else measured."""
-    pages: Pages = "auto"
-    """How TIFF and other files with several pages are read.
-    first reads the first page; bands reads all pages as the bands of one image; images reads each page as an image.
-    auto is bands if all files have the same number of gray pages of one size, otherwise first."""
-    workers: Workers | None = None
-    """Loader processes per training process, 0 for none. If not given, its share of the cores, at most 8."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,6 +44,9 @@ class ModelConfig:
     fastrm, timm, torchvision, MoCo, DINO, MAE and the like, timm:NAME, or hf:OWNER/NAME."""
     init_partial: bool = False
     """Load the tensors of --init-from that match, even if they are less than 95 % of the parameters."""
+    drop_path: Annotated[float, Range(at_least=0, at_most=0.9)] = 0.0
+    """Stochastic depth of the student, in networks of timm that have it. The probability of leaving out a block grows
+    linearly from 0 at the first block to this value at the last. The teacher leaves out none."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,7 +68,20 @@ class MethodConfig:
     teacher_momentum_end: Share = 1.0
     """Momentum of the teacher at the end of the run."""
     temperature: Annotated[float, Range(above=0)] = 1.0
-    """Temperature of the contrastive loss, in methods that have one."""
+    """Temperature of the contrastive loss, in methods that have one, and of the student in dino."""
+    teacher_temperature: Annotated[float, Range(above=0)] = 0.04
+    """Temperature of the teacher, in methods with prototypes."""
+    teacher_temperature_start: Annotated[float, Range(above=0)] = 0.04
+    """Temperature of the teacher at the start of its warm-up."""
+    teacher_temperature_warmup_epochs: Annotated[float, Range(at_least=0)] = 0.0
+    """Epochs over which the temperature of the teacher grows linearly."""
+    prototypes: Annotated[int, Range(at_least=2, at_most=2**20)] = 65536
+    """Number of prototypes, in methods that have them."""
+    norm_prototypes: bool = True
+    """Keep the norm of each prototype at 1. If off, the norms are trained, which helps a ViT-S and can make other
+    networks unstable."""
+    freeze_prototypes_epochs: Annotated[float, Range(at_least=0)] = 1.0
+    """Epochs at the start in which the prototypes are not trained."""
     queue_size: Annotated[int, Range(at_least=1, at_most=2**24)] = 65536
     """Number of keys kept as negatives, in methods with a queue."""
     queue_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
@@ -156,9 +111,13 @@ class OptimConfig:
     """Optimizer of the student. Except with sgd, tensors of one dimension or none get no weight decay; with lars, no
     scaling either. lamb is FusedLAMB of NVIDIA's apex, and needs it and a GPU."""
     lr: Annotated[float, Range(above=0)] = 0.6
-    """Peak learning rate for a batch of 256, scaled by batch size / 256. A cosine schedule reduces it to 0."""
+    """Peak learning rate for a batch of 256, scaled by batch size / 256. A cosine schedule reduces it to --min-lr."""
+    min_lr: Annotated[float, Range(at_least=0)] = 0.0
+    """Learning rate at the end of the run. It is not scaled by the batch size."""
     weight_decay: Annotated[float, Range(at_least=0)] = 1e-6
-    """Weight decay."""
+    """Weight decay, or its value at the start, if --weight-decay-end is given."""
+    weight_decay_end: Annotated[float, Range(at_least=0)] | None = None
+    """Weight decay at the end of the run, to which a cosine schedule leads. If not given, it is constant."""
     trust_coefficient: Annotated[float, Range(above=0)] = 0.001
     """For lars, the ratio of an update's norm to the norm of its weight, before the learning rate."""
     warmup_epochs: Annotated[float, Range(at_least=0)] = 10.0
@@ -173,6 +132,8 @@ class OptimConfig:
     Heads get the full learning rate. ViTs are usually fine-tuned with 0.65 to 0.75."""
     clip_norm: Annotated[float, Range(above=0)] | None = None
     """Largest norm of the whole gradient; larger gradients are scaled down to it. If not given, no limit."""
+    clip_each: bool = False
+    """Apply --clip-norm to the gradient of each parameter separately, as DINO's code does."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,7 +10,7 @@ from typing import Annotated
 from tyro.conf import Positional, arg
 
 from fastrm.errors import UsageError
-from fastrm.settings.fields import ImageSize
+from fastrm.settings.inputs import ImageSize
 
 
 @dataclass(frozen=True, kw_only=True)

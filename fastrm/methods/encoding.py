@@ -1,0 +1,54 @@
+"""What the networks say of a view, and what a micro-batch gives."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from torch import Tensor, nn
+
+from fastrm.models import Backbone
+
+
+@dataclass(frozen=True)
+class Encoding:
+    """The outputs of a network for one view; the fields are the values of ``--residual-at``."""
+
+    backbone: Tensor
+    """Pooled features [B, C]."""
+    projector: Tensor
+    """Output of the projector [B, D]."""
+    output: Tensor
+    """Input of the method's loss [B, D], which is the output of the predictor, if the student has one."""
+
+
+class StepOutput(NamedTuple):
+    """The result of one micro-batch."""
+
+    loss: Tensor
+    """The loss to minimise, 0-d, with its graph."""
+    contrastive: Tensor
+    """The method's own loss with all its factors, 0-d, detached."""
+    residual: Tensor | None
+    """The residual term without its weight, 0-d, detached; None where it is neither trained nor measured."""
+    gap: Tensor | None
+    """1 - mean cosine between student and teacher output on the same view, 0-d, detached; None if not measured."""
+    keys: tuple[Tensor, ...]
+    """Keys for each queue, to be pushed after the optimizer's step."""
+    features: Tensor
+    """The student's backbone features of the first view, [B, C], detached, for hooks."""
+
+
+class Encoder(nn.Module):
+    """Backbone and projector: the part of the student that the teacher averages."""
+
+    def __init__(self, backbone: Backbone, projector: nn.Module) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.projector = projector
+
+    def forward(self, images: Tensor) -> Encoding:
+        """[B, C, H, W] images to an encoding whose output is the projection."""
+        pooled = self.backbone(images)
+        projection = self.projector(pooled)
+        return Encoding(pooled, projection, projection)
