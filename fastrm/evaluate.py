@@ -32,6 +32,7 @@ from fastrm.probes import Estimate, gap, nearest, picture
 from fastrm.probes.features import BATCH, Setting
 from fastrm.probes.scored import Scores, scored
 from fastrm.probes.scores import EVALUATION
+from fastrm.probes.tables import rows
 from fastrm.settings import command_line
 from fastrm.settings.inputs import Workers
 from fastrm.settings.kinds import Range, checked
@@ -263,13 +264,9 @@ def _protocol(method: str) -> LinearProtocol:
 def _table(results: dict[str, Any]) -> str:
     lines = []
     for name, parts in results.items():
-        scores: Scores = parts.get("scores", {})
-        rows = list(dict.fromkeys(score for found in scores.values() for score in found))
-        if rows:
-            lines.append(f"{name + ', % right':26}" + "".join(f"{network:>15}" for network in scores))
-        for row in rows:
-            cells = (str(found[row]) if row in found else "-" for found in scores.values())
-            lines.append(f"{row:26}" + "".join(f"{cell:>15}" for cell in cells))
+        if scores := parts.get("scores"):
+            for title, *cells in rows(_plain(scores), f"{name}, % right"):
+                lines.append(f"{title:26}" + "".join(f"{cell:>15}" for cell in cells))
         if parts["left_out"]:
             lines.append(f"{name}: {parts['left_out']} files that cannot be read are left out")
         if "gap" in parts:

@@ -113,7 +113,7 @@ def test_kneighbours_quick_linear_and_gap_count_what_was_seen(folder: Path) -> N
     method = build_method(build(data="digits", arch="test_resnet", image_size=32, method="mocov2", queue_size=8))
     apart = gap(method, test, HERE._replace(image_size=32))
     # Wilson's interval says how many there were.
-    assert scores["knn20"] == Estimate.of_share(round(18 * scores["knn20"].value), 18)
+    assert scores["knn20"] == Estimate.of(np.arange(18) < round(18 * scores["knn20"].value))
     assert set(scores) == {"knn10", "knn20", "knn100", "knn200", "linear_quick"}
     assert all(abs(found.value) < 1e-6 for found in apart.values())
 
@@ -128,7 +128,7 @@ def test_no_picture_is_scored_under_the_label_of_a_lost_one(folder: Path) -> Non
 
     with pytest.warns(UserWarning, match="left out"):
         found = accuracies(features(Colour(), test, HERE), [by_colour])
-    assert found["right"] == Estimate.of_share(18, 18)
+    assert found["right"] == Estimate.of(np.ones(18, dtype=bool))
 
 
 def test_training_a_classifier_takes_the_label_of_the_picture_that_was_read(
@@ -183,8 +183,8 @@ def test_a_run_and_its_evaluation_say_what_was_lost_after_the_scan(
     assert "left out   1 broken files; the first is" in capsys.readouterr().out
     assert json.loads((tmp_path / "run" / "evaluation.json").read_text())["sets"]["pictures"]["left_out"] == 2
     scores = found["pictures"]["scores"]["student"]
-    assert scores["knn20"] == Estimate.of_share(round(18 * scores["knn20"].value), 18)
-    assert scores["semi_0.5"] == Estimate.of_share(round(18 * scores["semi_0.5"].value), 18)
+    assert scores["knn20"] == Estimate.of(np.arange(18) < round(18 * scores["knn20"].value))
+    assert scores["semi_0.5"] == Estimate.of(np.arange(18) < round(18 * scores["semi_0.5"].value))
 
 
 def noise(width: int, height: int) -> Image.Image:

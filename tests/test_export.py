@@ -131,8 +131,12 @@ def test_round_trips(arch: str, kind: str, name: str, which: str, runs: dict[str
 def test_a_card_has_the_scores(runs: dict[str, Path], tmp_path: Path) -> None:
     out = write(runs["test_resnet"], "safetensors", "teacher", tmp_path / "it.safetensors")
     found = json.loads((runs["test_resnet"] / "evaluation.json").read_text())["sets"]["digits"]["scores"]
-    row = [100 * found[network]["linear_quick"]["value"] for network in ("teacher", "random")]
-    assert f"| digits | linear_quick | {row[0]:.2f} | {row[1]:.2f} |" in out.with_name(f"{out.name}.md").read_text()
+    card = out.with_name(f"{out.name}.md").read_text()
+    assert "| digits, % right | linear_quick |" in card
+    for title, network in {"teacher": "teacher", "student": "student", "untrained network": "random"}.items():
+        score = found[network]["linear_quick"]
+        low, high = score["interval"]
+        assert f"| {title} | {100 * score['value']:.2f} ±{50 * (high - low):.2f} |" in card
 
 
 @pytest.mark.usefixtures("few_digits")

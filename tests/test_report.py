@@ -92,14 +92,14 @@ def test_wrong_use_is_one_line_and_writes_nothing(
     before = sorted(tmp_path.rglob("*"))
     for arguments, says in (
         ([], "name a run folder"),
-        (["nowhere"], "nowhere is no run folder"),
-        (["--checkpoint", "nowhere"], "nowhere is no run folder"),
+        (["nowhere"], "nowhere is not a run folder"),
+        (["--checkpoint", "nowhere"], "nowhere is not a run folder"),
         (["good", "--checkpoint", "good"], "are both given"),
         (["empty"], "empty is not a run folder: it has no metrics.jsonl"),
         (["foreign"], "holds other lines"),
         (["nothing"], "recorded nothing yet"),
         (["broken"], "cannot be read as a run"),
-        (["good", "nowhere"], "nowhere is no run folder"),
+        (["good", "nowhere"], "nowhere is not a run folder"),
         (["good", "--out", "file"], "--out file cannot be written"),
         (["good", "--colour", "red"], "--colour"),
     ):

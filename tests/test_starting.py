@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import numpy as np
 import pytest
 import safetensors.torch
 import timm
@@ -18,7 +19,7 @@ from timm.optim import param_groups_layer_decay
 from torch import Tensor, nn
 
 import fastrm
-from fastrm import evaluate, export, train
+from fastrm import evaluate, export, report, train
 from fastrm.data.formats import RGB
 from fastrm.data.loader import Batch
 from fastrm.errors import UsageError
@@ -189,7 +190,8 @@ def test_a_run_scores_what_it_starts_from_and_says_where_it_falls_below(
 
     def scores(networks: dict[str, nn.Module], student: float) -> dict[str, dict[str, Estimate]]:
         values = dict.fromkeys(networks, 0.25) | {"student": student}
-        return {name: {k: Estimate(value, 0, 1) for k in ("knn20", "knn200")} for name, value in values.items()}
+        right = {name: np.arange(20) < round(20 * value) for name, value in values.items()}
+        return {name: {k: Estimate.of(right[name]) for k in ("knn20", "knn200")} for name in right}
 
     options = {"init_from": Path("it.pth"), "eval_every": 1, "epochs": 3, "batch_size": 64, "out": tmp_path / "run"}
     train.train(small(**options, max_steps=2))
@@ -201,12 +203,32 @@ def test_a_run_scores_what_it_starts_from_and_says_where_it_falls_below(
     assert {record["knn_start"] for record in records if "knn_start" in record} == {0.7}
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert (summary["knn_start"], summary["knn_student"]) == (0.7, 0.5)
+    # Four of the twenty images are right at the start and not at the end: which ones is known across the cut.
+    above = Estimate.of(np.arange(20) < 10).above(Estimate.of(np.arange(20) < 14))
+    assert above is not None
+    assert summary["knn_above_start"]["student"] == above.json()
+    assert summary["knn_intervals"].keys() == {"student", "teacher", "start", "untrained", "pixels"}
+    assert "start weights 70.0 %" in said
+    assert "student -20.0 points from the start weights" in said
 
     monkeypatch.undo()
     monkeypatch.chdir("/")
     evaluate.main([str(tmp_path / "run"), "--linear-quick", "--eval-images", "60", "--workers", "0"])
     table = capsys.readouterr().out
-    assert "start" in table.splitlines()[-2]
+    titles = [line[:26].strip() for line in table.splitlines()]
+    found = json.loads((tmp_path / "run" / "evaluation.json").read_text())["sets"]["digits"]["scores"]
+    networks = ["untrained network", "raw pixels", "start weights", "student", "teacher"]
+    assert titles[-7:] == [*networks, "student above the start", "teacher above the start"]
+    score = {name: parts["linear_quick"] for name, parts in found.items()}
+    assert "above_start" not in score["start"]
+    difference = score["student"]["value"] - score["start"]["value"]
+    assert score["student"]["above_start"]["value"] == pytest.approx(difference)
+    report.main([str(tmp_path / "run")])
+    page = (tmp_path / "run" / "report" / "index.html").read_text()
+    assert all(page.count(f"<td>{title}</td>") == 2 for title in titles[-7:])  # the evaluation's, and the run's own
+    export.main([str(tmp_path / "run"), "--format", "safetensors", "--out", str(tmp_path / "it.safetensors")])
+    card = (tmp_path / "it.safetensors.md").read_text()
+    assert all(f"| {title} | " in card for title in titles[-7:])
     (tmp_path / "it.pth").unlink()
     evaluate.main([str(tmp_path / "run"), "--linear-quick", "--eval-images", "60", "--workers", "0"])
     assert "are not scored: --init-from" in capsys.readouterr().out
@@ -343,7 +365,7 @@ def test_weights_of_others_are_scored_exported_and_loaded(
         evaluate.main([*words, *options])
         said = capsys.readouterr().out
         assert "network    90 of 90 tensors" in said
-        assert {"weights", "random", "pixels"} <= set(said.split())
+        assert {"weights", "untrained", "pixels"} <= set(said.split())
         assert json.loads(Path("evaluation.json").read_text())["sets"]["digits"]["scores"]["weights"]["knn20"]
     named = read_pretrained(Path("timm:test_resnet.r160_in1k")).pixels
     assert named.mean == timm.models.get_pretrained_cfg("test_resnet.r160_in1k").mean != RGB.mean

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 from fastrm import own
 from fastrm.data.formats import PixelFormat
-from fastrm.errors import UsageError
 from fastrm.exports.base import About
-from fastrm.files import read_json, without_key
+from fastrm.files import without_key
 from fastrm.pretrained import Pretrained
-from fastrm.probes.scores import EVALUATION
+from fastrm.probes.tables import evaluated, rows
 from fastrm.version import __version__
 
 
@@ -40,7 +38,7 @@ def model_card(trained: Pretrained, kind: str, about: About, dim: int, loading: 
         "",
         *_images(trained.pixels, size),
         *_trained_how(trained),
-        *_scored(trained, about["which"]),
+        *_scored(trained),
     ]
     return "\n".join(lines) + "\n"
 
@@ -83,19 +81,11 @@ def _trained_how(trained: Pretrained) -> list[str]:
     return ["", f"## Training, {trained.step} steps", "", "| setting | value |", "|---|---|", *rows]
 
 
-def _scored(trained: Pretrained, which: str) -> list[str]:
-    """Rows of the run's ``evaluation.json``, if there is one."""
-    path = trained.folder / EVALUATION
-    try:
-        sets: dict[str, Any] = read_json(path)["sets"] if path.is_file() else {}
-        rows = [
-            f"| {name} | {score} | {100 * found['value']:.2f} | {100 * random[score]['value']:.2f} |"
-            for name, parts in sets.items()
-            for random in [parts.get("scores", {}).get("random", {})]
-            for score, found in parts.get("scores", {}).get(which, {}).items()
-            if score in random
-        ]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        raise UsageError(f"{path} is not an evaluation that fastrm wrote; move it away") from None
-    head = ["", "## Scores", "", "| images | score | % right | untrained network |", "|---|---|--:|--:|"]
-    return [*head, *rows] if rows else []
+def _scored(trained: Pretrained) -> list[str]:
+    """The tables of the run's ``evaluation.json``, if there is one."""
+    lines = []
+    for images, scores in evaluated(trained.folder).items():
+        head, *body = rows(scores, f"{images}, % right")
+        lines += ["", *(f"| {' | '.join(row)} |" for row in (head, ["---", *["--:"] * (len(head) - 1)], *body))]
+    note = "With 95 % intervals by the bootstrap over test images, paired where two networks are compared."
+    return ["", "## Scores", "", note, *lines] if lines else []

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import nn
 
 from fastrm.data import Source
@@ -12,7 +13,7 @@ from fastrm.hooks.base import Hook
 from fastrm.machine.meeting import together
 from fastrm.machine.memory import enough
 from fastrm.models import Backbone
-from fastrm.probes import OnlineLinear, Pixels, frozen_scores
+from fastrm.probes import Estimate, OnlineLinear, Pixels, frozen_scores
 from fastrm.probes.features import BATCH, Setting
 
 if TYPE_CHECKING:
@@ -45,26 +46,32 @@ class KNN(Hook):
     ) -> None:
         self._source, self._setting, self._every = source, setting, every
         self._online, self._untrained = online, untrained
-        self._start: float | None = None
+        self._start: Estimate | None = None
         """kNN accuracy of the weights that the run started from."""
         self._below = 0
         """Evaluations in a row in which the student was worse."""
 
     def state_dict(self) -> dict[str, Any]:
         """What the run started from, and how it compares."""
-        return {"start": self._start, "below": self._below}
+        start = self._start
+        right = None if start is None or start.right is None else torch.from_numpy(start.right)
+        return {"start": None if start is None else start.value, "right": right, "below": self._below}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on with a run's."""
-        self._start, self._below = state["start"], state["below"]
+        self._below, right = state["below"], state.get("right")
+        if right is not None:
+            self._start = Estimate.of(right.numpy())
+        elif (start := state["start"]) is not None:  # of a checkpoint that does not say which images were right
+            self._start = Estimate(start, start, start)
 
     def on_start(self, run: Run) -> None:
         """Score the weights that the run starts from, or what the run before was cut off at."""
         if run.step == 0 and run.config.model.init_from is not None:
-            scores = self._watched(run, {}, "Nothing was trained; the same command with --eval-every 0 does without")
-            self._start = scores["knn_student"]
-            run.log({"knn_start": self._start})
-            run.say(f"start      kNN accuracy {self._start:.1%}: of the weights, before the first step")
+            _, found = self._watched(run, {}, "Nothing was trained; the same command with --eval-every 0 does without")
+            self._start = found["student"]
+            run.log({"knn_start": self._start.value})
+            run.say(f"start      kNN accuracy {self._start.value:.1%}: of the weights, before the first step")
         elif run.step and not run.scored:
             self.on_step(run, run.step)
 
@@ -77,11 +84,23 @@ class KNN(Hook):
             return
         run.save(wait=True)
         hint = "The steps are saved; the same command with --eval-every 0 continues"
-        scores = self._watched(run, self._beside() if end else {}, hint)
+        scores, found = self._watched(run, self._beside() if end else {}, hint)
         if self._start is not None:
-            self._compare(run, self._start, scores["knn_student"])
-            scores |= {"knn_start": self._start} if end else {}
+            self._compare(run, self._start.value, scores["knn_student"])
+        if end:
+            scores |= {} if self._start is None else {"knn_start": self._start.value}
+            run.remember(self._intervals(found))
         run.evaluated(scores)
+
+    def _intervals(self, found: Mapping[str, Estimate]) -> dict[str, Any]:
+        """What the summary says of k = 20 besides: intervals, and how far the networks are above the start."""
+        start = self._start
+        every = {**found, **({} if start is None or start.right is None else {"start": start})}
+        values: dict[str, Any] = {"knn_intervals": {name: [each.low, each.high] for name, each in every.items()}}
+        if start is not None:
+            above = {name: found[name].above(start) for name in ("student", "teacher")}
+            values["knn_above_start"] = {name: each.json() for name, each in above.items() if each is not None}
+        return values
 
     def _compare(self, run: Run, start: float, now: float) -> None:
         self._below = self._below + 1 if now < start else 0
@@ -92,15 +111,17 @@ class KNN(Hook):
                 "what they know"
             )
 
-    def _watched(self, run: Run, beside: Mapping[str, nn.Module], hint: str) -> dict[str, float]:
+    def _watched(
+        self, run: Run, beside: Mapping[str, nn.Module], hint: str
+    ) -> tuple[dict[str, float], dict[str, Estimate]]:
         """Scores, or in every process the same word on why there are none."""
         with together(), enough(self._setting.device, lambda: self._asked(run), hint):
             return self._scores(run, beside)
 
-    def _scores(self, run: Run, beside: Mapping[str, nn.Module]) -> dict[str, float]:
+    def _scores(self, run: Run, beside: Mapping[str, nn.Module]) -> tuple[dict[str, float], dict[str, Estimate]]:
         """kNN accuracy of both backbones for k = 20 and 200, and of the classifier that is trained along.
 
-        Of the networks ``beside`` for k = 20.
+        Of the networks ``beside`` for k = 20, which follows by network.
         """
         networks: dict[str, nn.Module] = {"student": run.student, "teacher": run.teacher, **beside}
         others = {} if self._online is None else {"student": [self._online]}
@@ -112,7 +133,7 @@ class KNN(Hook):
                 scores[f"knn200_{name}"] = estimates["knn200"].value
             if name in others:
                 scores[f"linear_{name}"] = estimates["online"].value
-        return scores
+        return scores, {name: estimates["knn20"] for name, estimates in found.items()}
 
     def _beside(self) -> dict[str, nn.Module]:
         """What has learned nothing."""

@@ -69,7 +69,7 @@ def frozen_scores(
             widths = {each: width_of(network, source.test, setting) for each, network in group.items()}
             for number, (views, indices) in enumerate(rounds(source.test, setting)):
                 for each, network in group.items():
-                    tallies[each].add(pooled(network, views, widths[each]), labels[indices])
+                    tallies[each].add(pooled(network, views, widths[each]), labels[indices], indices)
                 task.advance(of_round(source.test, number))
             scores |= {each: tally.estimates(shared=True) for each, tally in tallies.items()}
     return scores

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 from torch import nn
 
@@ -32,7 +33,7 @@ def scored(
     protocol: LinearProtocol | None,
     semi: float | None,
 ) -> Scores:
-    """Scores of networks and, where these need no training, of the raw pixels.
+    """Scores of networks and, where these need no training, of the raw pixels; compared with the network ``start``.
 
     To be called in all processes, with the same networks.
 
@@ -51,6 +52,11 @@ def scored(
     for further in everyone(_trained(own, source, setting, protocol=protocol, semi=semi)):
         for name, found in further.items():
             scores[name] |= found
+    start = scores.pop("start", {})
+    for found in scores.values():
+        for score in found.keys() & start.keys():
+            found[score] = replace(found[score], above_start=found[score].above(start[score]))
+    scores["start"] = start
     return {name: found for name, found in scores.items() if found}
 
 

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, NamedTuple
+from dataclasses import dataclass, field
+from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
-from fastrm.machine.meeting import total
+from fastrm.machine.meeting import everyone
 
 Classifier = Callable[[Tensor], Mapping[str, Tensor]]
 """Features [B, C] to predicted classes, int64 [B], by the name of the score."""
@@ -18,22 +21,31 @@ EVALUATION = "evaluation.json"
 """What holds a run's scores, beside its checkpoint."""
 
 _Z = 1.959964  # of 95 %, two-sided
+_RESAMPLES = 10_000
 
 
-class Estimate(NamedTuple):
+@dataclass(frozen=True)
+class Estimate:
     """A number and its 95 % interval over the choice of test images."""
 
     value: float
     low: float
     high: float
+    right: NDArray[np.bool_] | None = field(default=None, compare=False, repr=False)
+    """Of an accuracy, which test images were predicted right, in the order of those that can be read."""
+    above_start: Estimate | None = field(default=None, compare=False, repr=False)
+    """By how much it is more than that of the weights that a run started from."""
 
     @classmethod
-    def of_share(cls, count: float, total: int) -> Estimate:
-        """A share from 0 to 1, with Wilson's score interval (E. B. Wilson, J. Am. Stat. Assoc. 22, 1927)."""
-        share, z2 = count / total, _Z**2
-        middle = (share + z2 / (2 * total)) / (1 + z2 / total)
-        half = _Z / (1 + z2 / total) * math.sqrt(share * (1 - share) / total + z2 / (4 * total**2))
-        return cls(share, max(0.0, middle - half), min(1.0, middle + half))
+    def of(cls, right: NDArray[np.bool_]) -> Estimate:
+        """An accuracy, from which test images were predicted right, with the percentile bootstrap's interval.
+
+        To draw the images again with replacement is to draw the number of right ones from a binomial distribution. The
+        interval has no width where all or none are right.
+        """
+        total = len(right)
+        share = int(right.sum()) / total
+        return cls(share, *_percentiles(_random().binomial(total, share, _RESAMPLES) / total), right)
 
     @classmethod
     def of_mean(cls, total: float, squares: float, count: int) -> Estimate:
@@ -43,18 +55,42 @@ class Estimate(NamedTuple):
         half = _Z * math.sqrt(variance / count)
         return cls(mean, mean - half, mean + half)
 
+    def above(self, other: Estimate) -> Estimate | None:
+        """The difference of two accuracies on the same test images, with the interval of the paired bootstrap.
+
+        To draw the pairs again is to draw from a multinomial distribution how many images only the one, only the other,
+        and both or none have right. None where it is not known which images were right.
+        """
+        if self.right is None or other.right is None or len(self.right) != len(other.right):
+            return None
+        total = len(self.right)
+        more, less = (int((a & ~b).sum()) for a, b in ((self.right, other.right), (other.right, self.right)))
+        drawn = _random().multinomial(total, np.array([more, less, total - more - less]) / total, _RESAMPLES)
+        return Estimate((more - less) / total, *_percentiles((drawn[:, 0] - drawn[:, 1]) / total))
+
     def json(self) -> dict[str, Any]:
         """As it is written down."""
-        return {"value": self.value, "interval": [self.low, self.high]}
+        found: dict[str, Any] = {"value": self.value, "interval": [self.low, self.high]}
+        return found | ({} if self.above_start is None else {"above_start": self.above_start.json()})
 
     def __str__(self) -> str:
         """In percent, with half of the interval's width."""
         return f"{100 * self.value:.2f} ±{50 * (self.high - self.low):.2f}"
 
 
+def _random() -> np.random.Generator:
+    """The same draws for every number, so that the same images give the same interval."""
+    return np.random.default_rng(0)
+
+
+def _percentiles(values: NDArray[np.float64]) -> tuple[float, float]:
+    low, high = np.percentile(values, [2.5, 97.5])
+    return float(low), float(high)
+
+
 @torch.no_grad()
 def accuracies(batches: Iterable[tuple[Tensor, Tensor]], classifiers: Sequence[Classifier]) -> dict[str, Estimate]:
-    """Accuracy of several classifiers in one pass over the features; memory is constant in the number of images.
+    """Accuracy of several classifiers in one pass over the features; an image and classifier take a byte of memory.
 
     Args:
         batches: features [B, C] and labels int64 [B], on the same device.
@@ -74,21 +110,31 @@ class Tally:
     """
 
     def __init__(self, classifiers: Sequence[Classifier]) -> None:
-        self._classifiers, self._count = classifiers, 0
-        self._right: dict[str, Tensor] = {}
+        self._classifiers = classifiers
+        self._right: dict[str, list[Tensor]] = {}
+        self._indices: list[int] = []
+        self._count = 0
 
     @torch.no_grad()
-    def add(self, features: Tensor, truth: Tensor) -> None:
-        """Try them on features [B, C] of labels int64 [B], on the same device."""
+    def add(self, features: Tensor, truth: Tensor, indices: Sequence[int] | None = None) -> None:
+        """Try them on features [B, C] of labels int64 [B], on the same device.
+
+        Args:
+            features, truth: of the images.
+            indices: which of the test images they are; None: those that follow.
+        """
+        self._indices += range(self._count, self._count + len(truth)) if indices is None else indices
         self._count += len(truth)
         for classifier in self._classifiers:
             for name, predicted in classifier(features).items():
-                self._right[name] = self._right.get(name, 0) + (predicted == truth).sum()
+                self._right.setdefault(name, []).append(predicted == truth)
 
     def estimates(self, *, shared: bool = False) -> dict[str, Estimate]:
         """Accuracy by score; with ``shared`` of what all processes tried, each of them as often."""
         if not self._right:
             return {}
-        counts = torch.stack([*self._right.values(), torch.full_like(next(iter(self._right.values())), self._count)])
-        *right, count = (total(counts) if shared else counts).tolist()
-        return {name: Estimate.of_share(found, count) for name, found in zip(self._right, right, strict=True)}
+        own = torch.stack([torch.cat(parts) for parts in self._right.values()]).cpu().numpy()
+        found = everyone((self._indices, own)) if shared else [(self._indices, own)]
+        order = np.argsort(np.concatenate([np.array(indices, dtype=np.int64) for indices, _ in found]))
+        rows = np.concatenate([rows for _, rows in found], axis=1)[:, order]
+        return {name: Estimate.of(right) for name, right in zip(self._right, rows, strict=True)}

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from fastrm import own
 from fastrm.files import write_text, writing
+from fastrm.probes.tables import rows
 from fastrm.reports.plots import COLOURS, PLOTS, Plot, draw
 from fastrm.reports.runs import Run, differing, label
 from fastrm.version import __version__
@@ -87,6 +88,25 @@ def _table(runs: Sequence[Run]) -> str:
     return f"<table><thead><tr>{header}</tr></thead><tbody>{''.join(rows)}</tbody></table>"
 
 
+def _scores(runs: Sequence[Run]) -> str:
+    """What was trained beside what was not, in a table per run and set of images."""
+    found = []
+    for run in runs:
+        for images, scores in run.scores.items():
+            head, *body = rows(scores, "% right")
+            lines = "".join(f"<tr>{_cells('td', row)}</tr>" for row in body)
+            found.append(
+                f"<h3>{html.escape(run.name)}, {html.escape(images)}</h3><div class='wide'><table>"
+                f"<thead><tr>{_cells('th', head)}</tr></thead><tbody>{lines}</tbody></table></div>"
+            )
+    note = "<p>With 95 % intervals by the bootstrap over test images, paired where two networks are compared.</p>"
+    return f"<h2>Scores</h2>{note}{''.join(found)}" if found else ""
+
+
+def _cells(kind: str, row: Sequence[str]) -> str:
+    return "".join(f"<{kind}>{html.escape(cell)}</{kind}>" for cell in row)
+
+
 _STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 75rem; margin: 2rem auto; padding: 0 1rem; color: #1a1a1a; }
 .wide { overflow-x: auto; }
@@ -132,7 +152,8 @@ def page(runs: Sequence[Run], figures: Sequence[tuple[Plot, Sequence[Figure]]]) 
         "<meta name='viewport' content='width=device-width, initial-scale=1'><link rel='icon' href='data:,'>"
         f"<title>{title}</title><style>{_STYLE}</style></head><body><h1>{title}</h1>"
         f"<script>{get_plotlyjs()}</script>"
-        f"<div class='wide'>{_table(runs)}</div>{''.join([*drawn, *pictures, *settings])}</body></html>\n"
+        f"<div class='wide'>{_table(runs)}</div>{_scores(runs)}"
+        f"{''.join([*drawn, *pictures, *settings])}</body></html>\n"
     )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,8 +13,10 @@ from fastrm import own
 from fastrm.data.sheets import FORMATS
 from fastrm.errors import UsageError
 from fastrm.files import read_json
+from fastrm.probes.tables import Scored, evaluated
 from fastrm.settings.config import DeviceConfig, InputConfig, MethodConfig, ModelConfig, OptimConfig
 
+_ALIKE = {"untrained": "random"}  # what a run and an evaluation call the same
 _MINOR = frozenset({"data_root", "scan", "workers"})
 _SHOWN = [
     field.name
@@ -33,6 +35,8 @@ class Run(NamedTuple):
     records: list[dict[str, Any]]
     """Logged steps and evaluations, in order."""
     complete: bool
+    scores: Mapping[str, Scored]
+    """By set of images."""
     sheets: tuple[Path, ...] = ()
     """Contact sheets in the folder: pictures of views and of nearest neighbours."""
 
@@ -69,9 +73,22 @@ def read_run(folder: Path) -> Run:
         raise UsageError(f"{folder / own.METRICS} holds other lines than a run records")
     if not any("loss" in record for record in records):
         raise UsageError(f"{folder} has recorded nothing yet")
-    complete = _complete(folder, records[-1].get("step", 0))
+    complete, scores = _complete(folder, records[-1].get("step", 0)), {**_of_run(folder), **evaluated(folder)}
     sheets = [path for path in sorted(folder.iterdir()) if path.suffix.lower() in FORMATS and own.sheet(path)]
-    return Run(folder.resolve().name, settings, records, complete, tuple(sheets))
+    return Run(folder.resolve().name, settings, records, complete, scores, tuple(sheets))
+
+
+def _of_run(folder: Path) -> dict[str, Any]:
+    """The scores that a complete run ended with."""
+    summary = read_json(folder / "summary.json") if (folder / "summary.json").is_file() else {}
+    intervals, above = summary.get("knn_intervals", {}), summary.get("knn_above_start", {})
+    found = {}
+    for name, interval in intervals.items():
+        score = {"value": summary[f"knn_{name}"], "interval": interval}
+        if name in above:
+            score["above_start"] = above[name]
+        found[_ALIKE.get(name, name)] = {"kNN, k = 20": score}
+    return {"at the end of the run": found} if found else {}
 
 
 def _complete(folder: Path, step: int) -> bool:

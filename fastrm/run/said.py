@@ -18,7 +18,13 @@ from fastrm.models.weights import BACKBONE
 from fastrm.optim import Schedule
 from fastrm.settings.config import Config, defaults
 
-_SCORED = {"student": "student", "teacher": "teacher", "untrained": "untrained", "pixels": "raw pixels"}
+_SCORED = {
+    "student": "student",
+    "teacher": "teacher",
+    "start": "start weights",
+    "untrained": "untrained",
+    "pixels": "raw pixels",
+}
 
 
 def asked(config: Config, world: World) -> str:
@@ -124,6 +130,9 @@ def ended(summary: Mapping[str, Any], out: Path, *, named: bool) -> Iterator[str
     ]
     if scores:
         yield f"kNN        {', '.join(scores)}"
+    for name, above in summary.get("knn_above_start", {}).items():
+        low, high = (100 * end for end in above["interval"])
+        yield f"           {name} {100 * above['value']:+.1f} points from the start weights ({low:+.1f} to {high:+.1f})"
     yield f"weights    {out / BACKBONE}"
     if needs_module(summary["arch"]):
         yield f'next       fastrm.load("{out}", arch={summary["arch"]}(…)), from Python'
