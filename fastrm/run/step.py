@@ -101,7 +101,7 @@ class Step:
         self.residual_weight.fill_(rates.residual_weight)
         self._set(rates)
         self.method.set_rates(rates)
-        self.holds = rates.holds
+        self.holds = rates.holds and any(True for _ in self.method.held())
         taken: list[Batch] = []
 
         def views() -> Iterator[tuple[Tensor, ...]]:
