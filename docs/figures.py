@@ -33,7 +33,7 @@ BESIDE: Sequence[tuple[str, str]] = (
     ("settings", "every setting,\nits range, flags"),
     ("machine", "devices, memory,\nprocesses, signals"),
     ("terminal", "progress, errors\nin one line"),
-    ("files, own", "whole files, and\nwhose they are"),
+    ("files, own, evaluated", "whole files, whose\nthey are, scores"),
     ("packages", "those that only\nsome uses need"),
 )
 

@@ -21,6 +21,7 @@ from fastrm.data.scan import scan, unreadable
 from fastrm.data.sent import Opened, opened_once
 from fastrm.data.settling import formatted
 from fastrm.errors import UsageError
+from fastrm.evaluated import EVALUATION, rows
 from fastrm.files import read_json, write_json, writing
 from fastrm.machine.device import choose_device
 from fastrm.machine.distributed import on_this_machine, own_device, processes, started_first, world
@@ -31,8 +32,6 @@ from fastrm.pretrained import Pretrained, open_pretrained
 from fastrm.probes import Estimate, gap, nearest, picture
 from fastrm.probes.features import BATCH, Setting
 from fastrm.probes.scored import Scores, scored
-from fastrm.probes.scores import EVALUATION
-from fastrm.probes.tables import rows
 from fastrm.settings import command_line
 from fastrm.settings.inputs import Workers
 from fastrm.settings.kinds import Range, checked

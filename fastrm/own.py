@@ -167,6 +167,8 @@ def pages(path: Path) -> bool:
     return path.is_dir() and (not (path / "index.html").exists() or page(path / "index.html"))
 
 
+SHEET_FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG"}
+"""Formats of contact sheets by file ending: those that can hold the comment by which fastrm knows them again."""
 SHEET = b"contact sheet of fastrm"
 """What such a picture says of itself, in a comment."""
 

@@ -152,8 +152,10 @@ def test_evaluate_scores_student_and_teacher(
     capsys.readouterr()
     evaluate.main(["--checkpoint", str(tmp_path / "run"), "--knn", "--gap", "--workers", "0"])
     shown = capsys.readouterr().out
-    (row,) = (line.split() for line in shown.splitlines() if line.startswith("knn20 "))
-    assert row[1::2][:2] == [f"{100 * summary[f'knn_{name}']:.2f}" for name in ("student", "teacher")]
+    table = {line.split()[0]: line.split() for line in shown.splitlines() if "±" in line or "knn20" in line}
+    column = next(row for row in table.values() if "knn20" in row).index("knn20") - 3  # behind "digits, % right"
+    for name in ("student", "teacher"):
+        assert table[name][1 + 2 * column] == f"{100 * summary[f'knn_{name}']:.2f}"
     for place in ("output", "projector", "backbone", "layer4"):
         assert f"gap at {place}" in shown
     found = json.loads((tmp_path / "run" / "evaluation.json").read_text())["sets"]["digits"]

@@ -35,7 +35,26 @@ R18_MOCOV2 = {
     "teacher_momentum": 0.99, "teacher_momentum_end": 0.999, "symmetric": True,
 }  # fmt: skip
 R18_MOCOV3 = {"method": "mocov3", "lr": 0.3, "weight_decay": 1e-6, "temperature": 0.2, "predictor_hidden_dim": 4096}
+# The defaults of main_dino.py, and what the README of its repository changes for 300 epochs and for ResNet-50.
+DINO = {
+    "method": "dino", "batch_size": 512, "epochs": 100, "warmup_epochs": 10, "min_lr": 1e-6, "clip_norm": 3.0,
+    "teacher_momentum": 0.996, "temperature": 0.1, "teacher_temperature": 0.04, "prototypes": 65536,
+    "freeze_prototypes_epochs": 1, "output_dim": 256, "hidden_dim": 2048,
+}  # fmt: skip
+VIT_DINO = {
+    **DINO, "arch": "vit_small_patch16_224", "optimizer": "adamw", "lr": 5e-4, "weight_decay": 0.04,
+    "weight_decay_end": 0.4, "drop_path": 0.1, "crop_min": 0.4,
+}  # fmt: skip
 PUBLISHED: dict[str, dict[str, Any]] = {
+    "dino-vits16-100ep": {**VIT_DINO, "norm_prototypes": True, "teacher_temperature_warmup_epochs": 0},
+    "dino-vits16-300ep": {
+        **VIT_DINO, "epochs": 300, "batch_size": 1024, "norm_prototypes": False, "teacher_temperature": 0.07,
+        "teacher_temperature_warmup_epochs": 30,
+    },
+    "dino-r50-100ep": {
+        **DINO, "arch": "resnet50", "optimizer": "sgd", "lr": 0.03, "weight_decay": 1e-4, "crop_min": 0.14,
+        "drop_path": 0,
+    },
     "mocov3-r50-100ep": {**R50_MOCOV3, "epochs": 100, "lr": 0.6, "weight_decay": 1e-6, "teacher_momentum": 0.99},
     "mocov3-r50-300ep": {**R50_MOCOV3, "epochs": 300, "lr": 0.3, "weight_decay": 1e-6, "teacher_momentum": 0.99},
     "mocov3-r50-1000ep": {**R50_MOCOV3, "epochs": 1000, "lr": 0.3, "weight_decay": 1.5e-6, "teacher_momentum": 0.996},

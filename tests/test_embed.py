@@ -142,7 +142,7 @@ def test_neighbours_and_the_map_are_drawn_without_labels(folder: Path, tmp_path:
         ({"out": "f.txt"}, "must end in .npy or .parquet"),
         ({"out": "no/f.npy"}, "no folder no"),
         ({"out": "f.parquet", "patches": True}, "--patches is written to arrays only"),
-        ({"queries": ("x.png",)}, "belong together"),
+        ({"queries": ("x.png",)}, "must be given together"),
         ({"map": "m.png", "patches": True}, "one row per image"),
         ({"part": "test", "data": "bare"}, "has one part"),
     ],

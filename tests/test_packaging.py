@@ -146,7 +146,7 @@ def test_kernels_import_nothing_of_the_trainer() -> None:
 
 
 FLOW = (
-    *("errors", "packages", "version", "checkout", "kernels", "machine.memory", "files", "own"),
+    *("errors", "packages", "version", "checkout", "kernels", "machine.memory", "files", "own", "evaluated"),
     *("settings", "machine", "terminal"),
     *("data", "models", "optim", "methods"),
     *("probes", "hooks", "run", "pretrained", "exports", "reports"),

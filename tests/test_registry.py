@@ -190,7 +190,7 @@ def test_what_a_method_does_not_say_is_said() -> None:
     class ThreeViews(MoCoV2):
         views = 3
 
-    with pytest.raises(UsageError, match="--method ThreeViews takes 3 views of an image; the augmentation gives 2"):
+    with pytest.raises(UsageError, match=r"--method ThreeViews takes 3 views or more of an image; .* gives 2"):
         make_loader("digits", method=ThreeViews, image_size=16, batch_size=4, device="cpu", workers=0, seed=1)
 
 

@@ -379,12 +379,6 @@ def test_the_sheet_takes_the_crops_of_the_method(tmp_path: Path) -> None:
     assert own != other
 
 
-def test_a_network_of_one_size_takes_views_of_that_size_only(small: Callable[..., Config], tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="--arch test_vit3 cannot take views of 48 pixels: "):
-        train.train(small(arch="test_vit3", method="mocov2", augmentation="1x32,1x48", stem="auto"))
-    assert not (tmp_path / "run").exists()
-
-
 def test_the_start_says_how_many_views_there_are(run: Any, capsys: pytest.CaptureFixture[str]) -> None:
     run(None, 1)
     assert "views " not in capsys.readouterr().out

@@ -13,11 +13,9 @@ from PIL.PngImagePlugin import PngInfo
 
 from fastrm.errors import UsageError
 from fastrm.files import as_utf8, write_whole, writing
-from fastrm.own import SHEET, require, sheet
+from fastrm.own import SHEET, SHEET_FORMATS, require, sheet
 from fastrm.settings.config import check_path
 
-FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG"}
-"""By ending: those that can say what they are, so that they are neither trained on nor taken for a photograph."""
 GREEN = (0, 158, 115)
 SIDE = 128
 """Pixels that the longer side of a picture has at least, so that a person sees what is in it."""
@@ -116,8 +114,10 @@ def _shortened(name: str, room: float, font: ImageFont.FreeTypeFont | ImageFont.
 
 def check(flag: str, out: Path) -> None:
     """Raise a UsageError if a picture could not be written there, or would take the place of one of the user's."""
-    if out.suffix.lower() not in FORMATS:
-        raise UsageError(f"{flag} {out} cannot be written: it must end in {', '.join(FORMATS)}; give views.png, say")
+    if out.suffix.lower() not in SHEET_FORMATS:
+        raise UsageError(
+            f"{flag} {out} cannot be written: it must end in {', '.join(SHEET_FORMATS)}; give views.png, say"
+        )
     check_path(flag.removeprefix("--"), out)
     if not os.access(out.parent, os.W_OK):
         raise UsageError(
@@ -135,6 +135,6 @@ def save(flag: str, out: Path, picture: Image.Image) -> None:
     check(flag, out)
     mark = PngInfo()
     mark.add_text("Comment", SHEET.decode())
-    kind = FORMATS[out.suffix.lower()]
+    kind = SHEET_FORMATS[out.suffix.lower()]
     with writing(out, flag):
         write_whole(out, lambda partial: picture.save(partial, format=kind, pnginfo=mark, comment=SHEET))

@@ -6,10 +6,10 @@ from pathlib import Path
 
 from fastrm import own
 from fastrm.data.formats import PixelFormat
+from fastrm.evaluated import evaluated, rows
 from fastrm.exports.base import About
 from fastrm.files import without_key
 from fastrm.pretrained import Pretrained
-from fastrm.probes.tables import evaluated, rows
 from fastrm.version import __version__
 
 

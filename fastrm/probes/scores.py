@@ -17,8 +17,6 @@ from fastrm.machine.meeting import everyone
 Classifier = Callable[[Tensor], Mapping[str, Tensor]]
 """Features [B, C] to predicted classes, int64 [B], by the name of the score."""
 
-EVALUATION = "evaluation.json"
-"""What holds a run's scores, beside its checkpoint."""
 
 _Z = 1.959964  # of 95 %, two-sided
 _RESAMPLES = 10_000

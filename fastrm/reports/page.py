@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fastrm import own
+from fastrm.evaluated import rows
 from fastrm.files import write_text, writing
-from fastrm.probes.tables import rows
 from fastrm.reports.plots import COLOURS, PLOTS, Plot, draw
 from fastrm.reports.runs import Run, differing, label
 from fastrm.version import __version__

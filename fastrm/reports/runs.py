@@ -10,10 +10,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from fastrm import own
-from fastrm.data.sheets import FORMATS
 from fastrm.errors import UsageError
+from fastrm.evaluated import Scored, evaluated
 from fastrm.files import read_json
-from fastrm.probes.tables import Scored, evaluated
 from fastrm.settings.config import DeviceConfig, InputConfig, MethodConfig, ModelConfig, OptimConfig
 
 _ALIKE = {"untrained": "random"}  # what a run and an evaluation call the same
@@ -74,7 +73,7 @@ def read_run(folder: Path) -> Run:
     if not any("loss" in record for record in records):
         raise UsageError(f"{folder} has recorded nothing yet")
     complete, scores = _complete(folder, records[-1].get("step", 0)), {**_of_run(folder), **evaluated(folder)}
-    sheets = [path for path in sorted(folder.iterdir()) if path.suffix.lower() in FORMATS and own.sheet(path)]
+    sheets = [path for path in sorted(folder.iterdir()) if path.suffix.lower() in own.SHEET_FORMATS and own.sheet(path)]
     return Run(folder.resolve().name, settings, records, complete, scores, tuple(sheets))
 
 

@@ -58,6 +58,13 @@ class Results:
         return read_json(self.out / SUMMARY)
 
 
+def intervals(out: Path, step: int) -> dict[str, Any]:
+    """What the summary of a run of ``step`` steps contains beside its metrics; empty if there is none."""
+    names = ("knn_intervals", "knn_above_start")
+    summary = read_json(out / SUMMARY) if complete(out, step) else {}
+    return {name: summary[name] for name in names if name in summary}
+
+
 def complete(out: Path, step: int) -> bool:
     """Whether a run folder has the results of a run of ``step`` steps."""
     path = out / SUMMARY

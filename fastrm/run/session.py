@@ -19,7 +19,7 @@ from fastrm.optim.groups import LR_SCALE
 from fastrm.run import checkpoint, folder, said
 from fastrm.run.assemble import Parts, built_in
 from fastrm.run.faults import again, faults
-from fastrm.run.results import SUMMARY, Results, complete
+from fastrm.run.results import SUMMARY, Results, complete, intervals
 from fastrm.run.resume import Start, origin, resume
 from fastrm.run.run import Run
 from fastrm.run.saver import Saver
@@ -115,7 +115,7 @@ def begin(parts: Parts, theirs: Iterable[Any], opened: ExitStack) -> Session:
         scored="knn_student" in known,
     )
     if ended:
-        run.remember(known)
+        run.remember({**known, **intervals(origin(wish, out), start)})
     session = Session(
         run=run,
         hooks=hooks,

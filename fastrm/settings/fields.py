@@ -57,7 +57,7 @@ class MethodConfig:
     """Momentum method to train with."""
     residual_weight: Annotated[float, Range(at_least=0)] = 0.1
     """Weight of the residual term between student and teacher on the same view; 0 is the plain method.
-    The default cost no method accuracy in docs/study.md; 1 helped mocov2 there, and not the others."""
+    The default cost no method accuracy in docs/study.md; 1 helped MoCo-v2 there, and not the others."""
     residual_at: ResidualPlace = "output"
     """Where the residual term is computed.
     output is what the method's loss uses; projector and backbone are the outputs of these parts."""
@@ -68,7 +68,7 @@ class MethodConfig:
     teacher_momentum_end: Share = 1.0
     """Momentum of the teacher at the end of the run."""
     temperature: Annotated[float, Range(above=0)] = 1.0
-    """Temperature of the contrastive loss, in methods that have one, and of the student in dino."""
+    """Temperature of the contrastive loss, in methods that have one, and of the student in DINO."""
     teacher_temperature: Annotated[float, Range(above=0)] = 0.04
     """Temperature of the teacher, in methods with prototypes."""
     teacher_temperature_start: Annotated[float, Range(above=0)] = 0.04

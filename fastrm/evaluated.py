@@ -1,4 +1,4 @@
-"""Scores in a table: what was trained beside what was not, and beside the weights that it started from."""
+"""The scores of a run in its ``evaluation.json``, and in tables beside what was not trained and the start weights."""
 
 from __future__ import annotations
 
@@ -8,8 +8,9 @@ from typing import Any
 
 from fastrm.errors import UsageError
 from fastrm.files import read_json
-from fastrm.probes.scores import EVALUATION
 
+EVALUATION = "evaluation.json"
+"""File in the run folder."""
 Scored = Mapping[str, Mapping[str, Mapping[str, Any]]]
 """By network and score: ``value``, ``interval``, and ``above_start`` where the run started from weights."""
 
