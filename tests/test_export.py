@@ -126,6 +126,8 @@ def test_round_trips(arch: str, kind: str, name: str, which: str, runs: dict[str
     card = (out / "README.md" if out.is_dir() else out.with_name(f"{out.name}.md")).read_text()
     assert f"# {arch}, {which} of mocov3" in card
     assert "| lr | 0.6 |" in card
+    assert "has the weight 0.1." in card
+    assert "## Licence\n\nThe weights are yours" in card
 
 
 def test_a_card_has_the_scores(runs: dict[str, Path], tmp_path: Path) -> None:

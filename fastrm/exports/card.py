@@ -39,6 +39,7 @@ def model_card(trained: Pretrained, kind: str, about: About, dim: int, loading: 
         *_images(trained.pixels, size),
         *_trained_how(trained),
         *_scored(trained),
+        *_licence(trained),
     ]
     return "\n".join(lines) + "\n"
 
@@ -78,7 +79,9 @@ def _trained_how(trained: Pretrained) -> list[str]:
         *("teacher_momentum_end", "temperature", "optimizer", "lr", "weight_decay", "batch_size", "epochs", "seed"),
     ]
     rows = [f"| {name} | {flat[name]} |" for name in names if flat.get(name) is not None]
-    return ["", f"## Training, {trained.step} steps", "", "| setting | value |", "|---|---|", *rows]
+    weight = flat.get("residual_weight") or 0
+    term = f"The residual term, 2 - 2 cos between student and teacher on the same view, has the weight {weight:g}."
+    return ["", f"## Training, {trained.step} steps", "", "| setting | value |", "|---|---|", *rows, "", term]
 
 
 def _scored(trained: Pretrained) -> list[str]:
@@ -89,3 +92,21 @@ def _scored(trained: Pretrained) -> list[str]:
         lines += ["", *(f"| {' | '.join(row)} |" for row in (head, ["---", *["--:"] * (len(head) - 1)], *body))]
     note = "With 95 % intervals by the bootstrap over test images, paired where two networks are compared."
     return ["", "## Scores", "", note, *lines] if lines else []
+
+
+def _licence(trained: Pretrained) -> list[str]:
+    """Whose the weights are."""
+    if trained.settings is None:
+        found = f": {trained.license}" if trained.license else ""
+        return ["", "## Licence", "", f"That of the weights that this file was made from applies{found}."]
+    lines = [
+        "The weights are yours: fastrm's licence does not cover them. Name the licence under which you share them."
+    ]
+    if start := trained.settings.get("init_from"):
+        lines.append(f"They started from {_named(str(start))}, whose licence may apply to them.")
+    return ["", "## Licence", "", *lines]
+
+
+def _named(start: str) -> str:
+    """Start weights by name, without the folder that they lie in."""
+    return start if start.startswith(("timm:", "hf:")) else Path(start).name
