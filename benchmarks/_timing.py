@@ -6,14 +6,16 @@ import math
 import random
 import statistics
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
+Inputs = TypeVar("Inputs")
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 COPY = "plain copy"
 """Name of the row that is no contender: a copy of as many bytes."""
@@ -167,6 +169,30 @@ def compare(
         )
         for name, these in times.items()
     ]
+
+
+def available(
+    rivals: Mapping[str, Callable[[Inputs], Callable[[], Tensor]]], inputs: Inputs, note: Callable[[str], None]
+) -> Iterator[tuple[str, Callable[[], Tensor], Tensor]]:
+    """By name, the call of each rival whose package is here, and the loss that it gave; the others are noted."""
+    for name, make in rivals.items():
+        try:
+            call = make(inputs)
+            loss = call()
+        except ImportError as error:
+            note(f"{name} left out: {error}")
+        else:
+            yield name, call, loss
+
+
+def table_with_memory(case: str, rows: Iterable[Row], memory: Mapping[str, float], title: str = "extra MiB") -> str:
+    """The rows as Markdown, with memory in place of bytes; a row without memory has none."""
+    lines = [f"| {case} | ms | times the first | GPU µs | {title} |", "|---|--:|--:|--:|--:|"]
+    lines += [
+        f"| {r.name} | {r.ms:.2f} | {r.times_the_first:.2f} | {r.gpu_us:.1f} | {memory.get(r.name, math.nan):.1f} |"
+        for r in rows
+    ]
+    return "\n".join(lines)
 
 
 def table(rows: Iterable[Row]) -> str:

@@ -6,7 +6,6 @@ pytest benchmarks/bench_contrastive.py --benchmark-only
 from __future__ import annotations
 
 import importlib
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -15,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks._timing import DEVICE, compare, extra_memory, gpu_us, repeated
+from benchmarks._timing import DEVICE, available, compare, extra_memory, gpu_us, repeated, table_with_memory
 from fastrm.kernels import FeatureQueue, enqueue_, residual_info_nce
 
 T = 0.2
@@ -147,13 +146,7 @@ def test_loss(n: int, size: int | None, dim: int, enter: Any, note: Any) -> None
     assert want is not None
     contenders: dict[str, Callable[[], object]] = {"fastrm residual_info_nce": mine}
     memory = {"fastrm residual_info_nce": extra_memory(mine)}
-    for name, make in RIVALS.items():
-        try:
-            call = make(inputs)
-            loss = call()
-        except ImportError as error:
-            note(f"{name} left out: {error}")
-            continue
+    for name, call, loss in available(RIVALS, inputs, note):
         # On a GPU the rivals' logits are bf16, up to 1 / T = 5 and so off by up to 5 * 2^-9 = 0.01: the gradients by a
         # hundredth, and once more for the rounding of the rows.
         close = {"rtol": 2e-2, "atol": 2e-2 * float(want.abs().max())} if GPU else {"rtol": 1e-4, "atol": 1e-7}
@@ -164,11 +157,7 @@ def test_loss(n: int, size: int | None, dim: int, enter: Any, note: Any) -> None
     contenders["the two products alone"] = products(inputs)
     case = f"contrastive loss, N {n}, {'in batch' if size is None else f'K {size}'}, D {dim}"
     rows = {row.name: row for row in compare(case, contenders, 0, rounds=9) if row.name in contenders}
-    lines = [f"| {case} | ms | times the first | GPU µs | extra MiB |", "|---|--:|--:|--:|--:|"]
-    for name, row in rows.items():
-        numbers = f"{row.ms:.2f} | {row.times_the_first:.2f} | {row.gpu_us:.1f} | {memory.get(name, math.nan):.1f}"
-        lines.append(f"| {name} | {numbers} |")
-    note("\n".join(lines))
+    note(table_with_memory(case, rows.values(), memory))
     figures = {name: {**row.figures, "extra_mib": memory.get(name)} for name, row in rows.items()}
     enter(case, {name: row.seconds for name, row in rows.items()}, figures)
     if GPU:

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks._timing import DEVICE, compare, extra_memory, repeated
+from benchmarks._timing import DEVICE, available, compare, extra_memory, repeated, table_with_memory
 from fastrm.kernels import prototype_cross_entropy
 
 OF_STUDENT, OF_TEACHER = 0.1, 0.04
@@ -125,13 +125,7 @@ def test_loss(n: int, views: int | None, size: int, dim: int, enter: Any, note: 
     mine = ours(inputs)
     want_loss, want = mine(), (inputs.student.grad, inputs.own.grad)
     contenders: dict[str, Callable[[], object]] = {"fastrm prototype_cross_entropy": mine}
-    for name, make in RIVALS.items():
-        try:
-            call = make(inputs)
-            loss = call()
-        except ImportError as error:
-            note(f"{name} left out: {error}")
-            continue
+    for name, call, loss in available(RIVALS, inputs, note):
         # lightly sums the four million products of a pair of views in float32, which costs it three digits.
         torch.testing.assert_close(loss, want_loss, rtol=1e-2 if GPU else 5e-3, atol=0)
         for got, right in zip((inputs.student.grad, inputs.own.grad), want, strict=True):
@@ -143,11 +137,7 @@ def test_loss(n: int, views: int | None, size: int, dim: int, enter: Any, note: 
     memory = {name: extra_memory(call) - gradients_mib(inputs) for name, call in contenders.items()}
     case = f"loss over prototypes, N {n}, {'row with row' if views is None else f'{views} views'}, K {size}, D {dim}"
     rows = {row.name: row for row in compare(case, contenders, 0, rounds=5) if row.name in contenders}
-    lines = [f"| {case} | ms | times the first | GPU µs | MiB beside the gradients |", "|---|--:|--:|--:|--:|"]
-    for name, row in rows.items():
-        numbers = f"{row.ms:.1f} | {row.times_the_first:.2f} | {row.gpu_us:.1f} | {memory[name]:.1f}"
-        lines.append(f"| {name} | {numbers} |")
-    note("\n".join(lines))
+    note(table_with_memory(case, rows.values(), memory, "MiB beside the gradients"))
     figures = {name: {**row.figures, "extra_mib": memory[name]} for name, row in rows.items()}
     enter(case, {name: row.seconds for name, row in rows.items()}, figures)
     if not GPU:

@@ -179,12 +179,6 @@ def sheet(path: Path) -> bool:
         return SHEET in file.read(512)
 
 
-def plot(path: Path) -> bool:
-    """A PNG of the report. Those of old ones do not say it, but lie beside the page."""
-    page_there = (path.parent / "index.html").is_file() and page(path.parent / "index.html")
-    return f"Software\0{MARK} ".encode() in head(path) or page_there
-
-
 def card(path: Path) -> bool:
     """A model card."""
     start = head(path).decode("utf-8", "replace")

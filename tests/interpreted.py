@@ -47,6 +47,17 @@ def device_of(backend: str) -> torch.device:
     return DEVICE
 
 
+class Launches:
+    """A kernel that counts how often it is launched."""
+
+    def __init__(self, kernel: Any, counts: list[str], name: str) -> None:
+        self.kernel, self.counts, self.name = kernel, counts, name
+
+    def __getitem__(self, grid: Any) -> Any:
+        self.counts.append(self.name)
+        return self.kernel[grid]
+
+
 often_and_slow = pytest.mark.parametrize("cases", ["not slow", pytest.param("slow", marks=pytest.mark.slow)])
 
 

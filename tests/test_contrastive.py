@@ -19,7 +19,16 @@ from fastrm.kernels import FeatureQueue, _blocked, _fused, _sweep, _wide, info_n
 from fastrm.kernels._scoring import Scoring
 from fastrm.kernels.dispatch import triton
 from tests import oracle
-from tests.interpreted import BACKENDS, INTERPRETED, SLOW_TRITON, TRITON, device_of, often_and_slow, run_triton_cases
+from tests.interpreted import (
+    BACKENDS,
+    INTERPRETED,
+    SLOW_TRITON,
+    TRITON,
+    Launches,
+    device_of,
+    often_and_slow,
+    run_triton_cases,
+)
 
 F16, BF16, F32, F64 = torch.float16, torch.bfloat16, torch.float32, torch.float64
 FUSED = ["cpu", TRITON]
@@ -463,17 +472,6 @@ def test_the_operators_pass_opcheck(backend: str, gradient: bool, reduction: str
     torch.library.opcheck(_fused._losses_and_push, (*arguments, torch.tensor(18, device=device), key))
     in_batch = (query, key, None, None, [0.2, 0.0, 1.0], [None] * 3, 0, reduction, gradient, backend)
     torch.library.opcheck(_fused._losses, in_batch)
-
-
-class Launches:
-    """A kernel that counts how often it is launched."""
-
-    def __init__(self, kernel: Any, counts: list[str], name: str) -> None:
-        self.kernel, self.counts, self.name = kernel, counts, name
-
-    def __getitem__(self, grid: Any) -> Any:
-        self.counts.append(self.name)
-        return self.kernel[grid]
 
 
 @pytest.mark.parametrize("backend", [TRITON])

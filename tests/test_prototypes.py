@@ -24,6 +24,7 @@ from tests.interpreted import (
     INTERPRETED,
     SLOW_TRITON,
     TRITON,
+    Launches,
     device_of,
     often_and_slow,
     run_triton_cases,
@@ -348,17 +349,6 @@ def test_autocast_and_strides(backend: str) -> None:
     slopes = torch.autograd.grad(loss, [strided["student"], strided["prototypes"]])
     for mine, right in zip((loss, *slopes, mean), want, strict=True):
         torch.testing.assert_close(mine, right, rtol=1e-5, atol=1e-6)
-
-
-class Launches:
-    """A kernel that counts how often it is launched."""
-
-    def __init__(self, kernel: Any, counts: list[str], name: str) -> None:
-        self.kernel, self.counts, self.name = kernel, counts, name
-
-    def __getitem__(self, grid: Any) -> Any:
-        self.counts.append(self.name)
-        return self.kernel[grid]
 
 
 @pytest.mark.parametrize("backend", [TRITON])
