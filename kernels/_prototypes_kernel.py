@@ -43,6 +43,36 @@ if triton is not None:
             values = load_rows(values_ptr, index, n, D, BLOCK_D, EDGE, UPCAST)
         return tl.dot(chances.to(values.dtype), values, acc=push, input_precision=PRECISION)
 
+    @triton.jit
+    def _add_side(
+        push,
+        prototypes,
+        shift,
+        rows_ptr,
+        values_ptr,
+        shares_ptr,
+        logsums_ptr,
+        n,
+        D: tl.constexpr,
+        BLOCK_D: tl.constexpr,
+        BLOCK_N: tl.constexpr,
+        BOOST: tl.constexpr,
+        PRECISION: tl.constexpr,
+        UPCAST: tl.constexpr,
+    ):
+        """What all rows of one side add: whole tiles without masks, and the last one with."""
+        for tile in range(0, n // BLOCK_N):
+            push = _add_rows(
+                tile, push, prototypes, shift, rows_ptr, values_ptr, shares_ptr, logsums_ptr, n,
+                D, BLOCK_D, BLOCK_N, False, BOOST, PRECISION, UPCAST,
+            )  # fmt: skip
+        for tile in tl.range(n // BLOCK_N, tl.cdiv(n, BLOCK_N), num_stages=1):
+            push = _add_rows(
+                tile, push, prototypes, shift, rows_ptr, values_ptr, shares_ptr, logsums_ptr, n,
+                D, BLOCK_D, BLOCK_N, True, BOOST, PRECISION, UPCAST,
+            )  # fmt: skip
+        return push
+
     @triton.jit(do_not_specialize=["n", "m"])
     def push_prototypes_kernel(
         student_ptr,  # [n, D] unit rows times LOG2E over the temperature, in the dtype of the products
@@ -72,32 +102,20 @@ if triton is not None:
         at = tl.program_id(0) * BLOCK_K + tl.arange(0, BLOCK_K)
         prototypes = load_rows(prototypes_ptr, at, size, D, BLOCK_D, True, UPCAST)
         push = tl.zeros([BLOCK_K, BLOCK_D], tl.float32)
-        for tile in range(0, n // BLOCK_N):
-            push = _add_rows(
-                tile, push, prototypes, None, student_ptr, None, shares_ptr, student_logsums_ptr, n,
-                D, BLOCK_D, BLOCK_N, False, BOOST, PRECISION, UPCAST,
-            )  # fmt: skip
-        for tile in tl.range(n // BLOCK_N, tl.cdiv(n, BLOCK_N), num_stages=1):
-            push = _add_rows(
-                tile, push, prototypes, None, student_ptr, None, shares_ptr, student_logsums_ptr, n,
-                D, BLOCK_D, BLOCK_N, True, BOOST, PRECISION, UPCAST,
-            )  # fmt: skip
+        push = _add_side(
+            push, prototypes, None, student_ptr, None, shares_ptr, student_logsums_ptr, n,
+            D, BLOCK_D, BLOCK_N, BOOST, PRECISION, UPCAST,
+        )  # fmt: skip
         push *= -number(temperature) / LOG2E
         if its_prototypes_ptr is not None:
             prototypes = load_rows(its_prototypes_ptr, at, size, D, BLOCK_D, True, UPCAST)
         shift = None
         if shift_ptr is not None:
             shift = tl.load(shift_ptr + at, mask=at < size, other=0.0)
-        for tile in range(0, m // BLOCK_N):
-            push = _add_rows(
-                tile, push, prototypes, shift, teacher_ptr, values_ptr, None, teacher_logsums_ptr, m,
-                D, BLOCK_D, BLOCK_N, False, BOOST, PRECISION, UPCAST,
-            )  # fmt: skip
-        for tile in tl.range(m // BLOCK_N, tl.cdiv(m, BLOCK_N), num_stages=1):
-            push = _add_rows(
-                tile, push, prototypes, shift, teacher_ptr, values_ptr, None, teacher_logsums_ptr, m,
-                D, BLOCK_D, BLOCK_N, True, BOOST, PRECISION, UPCAST,
-            )  # fmt: skip
+        push = _add_side(
+            push, prototypes, shift, teacher_ptr, values_ptr, None, teacher_logsums_ptr, m,
+            D, BLOCK_D, BLOCK_N, BOOST, PRECISION, UPCAST,
+        )  # fmt: skip
         d = tl.arange(0, BLOCK_D)
         gradient_ptrs = gradient_ptr + at[:, None].to(tl.int64) * D + d[None, :]
         push *= -tl.load(factor_ptr)
