@@ -380,4 +380,7 @@ def test_weights_of_others_are_scored_exported_and_loaded(
     with pytest.raises(UsageError, match=r"--checkpoint timm:resnet18.nope cannot be had: Invalid pretrained tag"):
         fastrm.load("timm:resnet18.nope")
     export.main(["moco.pth", "--arch", "test_resnet", "--format", "safetensors", "--out", "it.safetensors"])
+    card = Path("it.safetensors.md").read_text()
+    assert "# test_resnet\n\nWritten by fastrm" in card  # not trained by it
+    assert "## Licence\n\nThat of the weights that this file was made from applies" in card
     assert torch.equal(fastrm.load("it.safetensors").net.conv1[0].weight, net.conv1[0].weight)

@@ -23,14 +23,15 @@ def model_card(trained: Pretrained, kind: str, about: About, dim: int, loading: 
         dim: width of the features.
         loading: how Python loads it.
     """
-    size, arch = about["image_size"], about["arch"]
+    size, arch, method = about["image_size"], about["arch"], about["method"]  # no method: weights of others
     front = f"---\nlibrary_name: {kind}\ngenerator: {own.MARK} {__version__}\n"
     front += f"tags: [image-feature-extraction, self-supervised, {arch}]\n---\n"
     lines = [
         front,
-        f"# {arch}, {about['which']} of {about['method']} with residual momentum",
+        f"# {arch}" + (f", {about['which']} of {method} with residual momentum" if method else ""),
         "",
-        f"Pre-trained without labels by fastrm {about['fastrm']}. Images in, {dim} pooled features out.",
+        f"{'Pre-trained without labels' if method else 'Written'} by fastrm {about['fastrm']}. "
+        f"Images in, {dim} pooled features out.",
         "",
         "```python",
         loading,
