@@ -20,7 +20,7 @@ from torch import nn
 
 from fastrm import own
 from fastrm.data import open_source, sheets
-from fastrm.data.scan import scan
+from fastrm.data.scan import counted, scan
 from fastrm.data.settling import formatted
 from fastrm.data.sources import Images
 from fastrm.errors import UsageError
@@ -36,7 +36,7 @@ from fastrm.probes.neighbours import directions
 from fastrm.settings import command_line
 from fastrm.settings.inputs import Workers
 from fastrm.settings.kinds import Range, checked
-from fastrm.settings.of_run import OfRun
+from fastrm.settings.of_run import OfRunAndImages
 from fastrm.terminal import shell
 from fastrm.version import __version__
 
@@ -46,21 +46,13 @@ _AT_ONCE = 2**16  # rows of a table that are written at a time
 
 
 @dataclass(frozen=True, kw_only=True)
-class EmbedConfig(OfRun):
+class EmbedConfig(OfRunAndImages):
     """Write features of images, a row per image, and beside them what each row is of."""
 
     out: Path
     """Array file NAME.npy, or table NAME.parquet.
     NAME.jsonl beside it has the name and label of each row, and NAME.json describes the features.
     The same command continues where it was interrupted."""
-    data: str | None = None
-    """Images, as for fastrm.train. If not given, those of the run."""
-    data_root: Path | None = None
-    """Folder of a named set. If not given, that of the run."""
-    image_column: str | None = None
-    """As for fastrm.train."""
-    label_column: str | None = None
-    """As for fastrm.train."""
     part: Literal["train", "test"] = "train"
     """Part of a set that has two."""
     which: Literal["student", "teacher"] = "student"
@@ -172,22 +164,14 @@ def _earlier(out: Path) -> dict[str, Any] | None:
 
 def _images(options: EmbedConfig, trained: Pretrained) -> Images:
     """The images, without those that are broken, which are said."""
-    then = {} if options.data else trained.settings or {}
-    data = options.data or trained.about.get("data", "")
-    if not data:
-        raise UsageError("--data is missing; give the images")
-    root = options.data_root or then.get("data_root")
-    image, label = (getattr(options, name) or then.get(name) for name in ("image_column", "label_column"))
-    opened = open_source(data, root, image_column=image, label_column=label)
-    source, broken = scan(opened, workers=options.workers)
+    source, broken = scan(trained.images(options), workers=options.workers)
     source = formatted(source, trained.pixels)
     images = source.train if options.part == "train" else source.test
     if images is None:
         raise UsageError(f"--part test: {source.name} has one part")
     print(f"data       {source.about}")
     if broken:
-        first, why = next(iter(broken.items()))
-        print(f"left out   {len(broken)} broken files; the first is {first} ({why})")
+        print(f"left out   {counted(broken)}")
     return images
 
 

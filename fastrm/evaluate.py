@@ -16,8 +16,8 @@ import torch
 from torch import nn
 
 from fastrm import own
-from fastrm.data import Source, open_source, sheets
-from fastrm.data.scan import scan, unreadable
+from fastrm.data import Source, sheets
+from fastrm.data.scan import counted, scan, unreadable
 from fastrm.data.sent import Opened, opened_once
 from fastrm.data.settling import formatted
 from fastrm.errors import UsageError
@@ -35,24 +35,16 @@ from fastrm.probes.scored import Scores, scored
 from fastrm.settings import command_line
 from fastrm.settings.inputs import Workers
 from fastrm.settings.kinds import Range, checked
-from fastrm.settings.of_run import OfRun
+from fastrm.settings.of_run import OfRunAndImages
 from fastrm.terminal import shell
 from fastrm.version import __version__
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvaluateConfig(OfRun):
+class EvaluateConfig(OfRunAndImages):
     """Score the student and the teacher of a run side by side, beside an untrained network, the weights that the run
     started from, and the raw pixels."""
 
-    data: str | None = None
-    """Images to score on, as for fastrm.train. If not given, those of the run."""
-    data_root: Path | None = None
-    """Folder of a named set. If not given, that of the run."""
-    image_column: str | None = None
-    """As for fastrm.train. If neither this nor --data is given, as in the run."""
-    label_column: str | None = None
-    """As for fastrm.train. If neither this nor --data is given, as in the run."""
     eval_images: Annotated[int, Range(at_least=1)] | None = None
     """Largest number of images to build classifiers from, and to test them on;
     of larger sets, this many are drawn at random, the same ones each time. If not given, all images."""
@@ -128,31 +120,25 @@ def _evaluate(options: EvaluateConfig, device: torch.device, arch: nn.Module | N
     out = options.out or trained.folder / EVALUATION
     _earlier(out)  # so that what is in the way is found at once
     setting = Setting(trained.image_size, device, options.workers)
-    root = options.data_root or _run_root(trained)
-    wanted = options.data or trained.about.get("data", "")
-    if not wanted:
-        raise UsageError("--data is missing; give the images to score on")
-    then = {} if options.data else trained.settings or {}
-    columns = [getattr(options, name) or then.get(name) for name in ("image_column", "label_column")]
     scoring = options.knn or options.linear or options.linear_quick or options.semi is not None
 
-    def opened(data: str, columns: Sequence[str | None], labelled: bool) -> Opened:
-        source = open_source(data, root, image_column=columns[0], label_column=columns[1])
+    def opened(wanted: EvaluateConfig, labelled: bool) -> Opened:
+        source = trained.images(wanted)
         if labelled and (source.bank is None or source.test is None):
             raise UsageError(f"{source.name} has no labels, which everything but --gap needs")
         source, broken = scan(source, workers=options.workers * on_this_machine())
         return Opened(_taken(formatted(source, trained.pixels), options), broken, np.empty(0, dtype=np.int64))
 
-    found = [opened_once(lambda: opened(wanted, columns, scoring or options.neighbours is not None))]
+    found = [opened_once(lambda: opened(options, scoring or options.neighbours is not None))]
     if options.transfer is not None:
-        further = options.transfer
-        found.append(opened_once(lambda: opened(further, (None, None), True)))
+        further = replace(options, data=options.transfer, image_column=None, label_column=None)
+        found.append(opened_once(lambda: opened(further, True)))
     scanned = [(each.source, each.broken) for each in found]
     sources = [source for source, _ in scanned]
     for source, broken in scanned if world().rank == 0 else []:
         print(f"data       {source.about}")
         if broken:
-            print(f"left out   {_left_out(broken)}")
+            print(f"left out   {counted(broken)}")
 
     results: dict[str, Any] = {}
     if scoring:
@@ -189,11 +175,6 @@ def _taken(source: Source, options: EvaluateConfig) -> Source:
     return source if options.eval_images is None else source.limited(options.eval_images)
 
 
-def _run_root(trained: Pretrained) -> Path | None:
-    found = (trained.settings or {}).get("data_root")
-    return None if found is None else Path(found)
-
-
 def _check(options: EvaluateConfig) -> None:
     asked = (options.knn, options.linear, options.linear_quick, options.semi is not None, options.gap, options.transfer)
     if not any(asked) and options.neighbours is None:
@@ -218,11 +199,6 @@ def _merge(into: dict[str, Any], new: Mapping[str, Any]) -> None:
             _merge(into[name], value)
         else:
             into[name] = value
-
-
-def _left_out(broken: Mapping[str, str]) -> str:
-    first, why = next(iter(broken.items()))
-    return f"{len(broken)} broken files; the first is {first} ({why})"
 
 
 def _plain(results: Any) -> Any:

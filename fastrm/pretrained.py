@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fastrm import own
+from fastrm.data import Source, open_source
 from fastrm.data.formats import RGB, PixelFormat
 from fastrm.errors import UsageError
 from fastrm.files import at_home
@@ -23,6 +24,7 @@ from fastrm.models.starting import on_a_hub, starting_weights
 from fastrm.models.weights import backbone_of, metadata, pixels_of, read_backbone
 from fastrm.run import checkpoint
 from fastrm.settings.config import check_choice, check_path, check_value, from_flat
+from fastrm.settings.of_run import OfRunAndImages
 
 NETWORKS = ("student", "teacher")
 WEIGHTS = "weights"
@@ -100,6 +102,26 @@ class Pretrained:
             return None, str(error)
         backbone.net.load_state_dict(state, strict=False)
         return backbone, ""
+
+    def images(self, options: OfRunAndImages) -> Source:
+        """Open the images that ``options`` name, or those of the run.
+
+        Columns that are not given are those of the run only if the images are its own.
+
+        Raises:
+            UsageError: no images are named, or they cannot be opened.
+        """
+        run = self.settings or {}
+        columns = {} if options.data else run
+        data = options.data or self.about.get("data", "")
+        if not data:
+            raise UsageError("--data is missing; give the images")
+        return open_source(
+            data,
+            options.data_root or run.get("data_root"),
+            image_column=options.image_column or columns.get("image_column"),
+            label_column=options.label_column or columns.get("label_column"),
+        )
 
     def method(self, device: torch.device) -> Method[Any]:
         """Student and teacher with their heads, on a device.

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,8 +14,11 @@ from torch import Tensor, nn
 
 import fastrm
 from fastrm import evaluate, export, train
+from fastrm.embed import EmbedConfig
 from fastrm.errors import UsageError
+from fastrm.evaluate import EvaluateConfig
 from fastrm.models import Backbone
+from fastrm.pretrained import Pretrained
 from fastrm.run import checkpoint
 from fastrm.settings.config import Config
 from tests.conftest import run_of_one_step
@@ -101,3 +106,29 @@ def test_a_run_of_a_method_that_is_not_there_any_more(run: Path, tmp_path: Path)
     assert "student of of-my-own" in card.read_text()
     with pytest.raises(UsageError, match="--method of-my-own is unknown"):
         evaluate.evaluate(evaluate.EvaluateConfig(checkpoint=own, gap=True, workers=0, device="cpu"))
+
+
+@pytest.mark.parametrize(
+    ("asked", "opened"),
+    [
+        ({}, ("photos.csv", "/sets", "path", "kind")),
+        ({"label_column": "species"}, ("photos.csv", "/sets", "path", "species")),
+        ({"data": "other.csv"}, ("other.csv", "/sets", None, None)),
+        ({"data": "other.csv", "image_column": "file"}, ("other.csv", "/sets", "file", None)),
+        ({"data_root": Path("/mine")}, ("photos.csv", Path("/mine"), "path", "kind")),
+    ],
+)
+def test_images_that_are_not_given_are_those_of_the_run(
+    asked: dict[str, Any], opened: tuple[Any, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And its columns are used for them alone."""
+    settings = {"data": "photos.csv", "data_root": "/sets", "image_column": "path", "label_column": "kind"}
+    trained = Pretrained(path=Path(), networks={}, about={"data": "photos.csv"}, arch="x", settings=settings)
+    monkeypatch.setattr(
+        "fastrm.pretrained.open_source",
+        lambda data, root, *, image_column, label_column: (data, root, image_column, label_column),
+    )
+    for options in (EvaluateConfig(**asked), EmbedConfig(out=Path("f.npy"), **asked)):
+        assert trained.images(options) == opened
+    with pytest.raises(UsageError, match="--data is missing"):
+        replace(trained, about={}, settings=None).images(EvaluateConfig())

@@ -215,6 +215,12 @@ def readable(images: Images, index: int, read: Callable[[int], T], faults: dict[
     raise UsageError(f"--data: {len(found)} {images.NOUN} in a row cannot be read; the first is {first} ({why})")
 
 
+def counted(broken: Mapping[str, str]) -> str:
+    """The number of broken files and the first of them, in words."""
+    first, why = next(iter(broken.items()))
+    return f"{len(broken)} broken files; the first is {first} ({why})"
+
+
 def unreadable(source: Source) -> dict[str, str]:
     """Images of a source that could not be read since the scan, in this process, with the reason."""
     every = (images for images in (source.train, source.bank, source.test) if images is not None)

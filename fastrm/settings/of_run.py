@@ -36,6 +36,20 @@ class OfRun:
         return given([] if self.run is None else [self.run], self.checkpoint)[0]
 
 
+@dataclass(frozen=True, kw_only=True)
+class OfRunAndImages(OfRun):
+    """The trained networks, and images for them."""
+
+    data: str | None = None
+    """Images, as for fastrm.train. If not given, those of the run."""
+    data_root: Path | None = None
+    """Folder of a named set. If not given, that of the run."""
+    image_column: str | None = None
+    """As for fastrm.train. If neither this nor --data is given, as in the run."""
+    label_column: str | None = None
+    """As for fastrm.train. If neither this nor --data is given, as in the run."""
+
+
 def given(runs: Sequence[Path], checkpoint: Path | None) -> list[Path]:
     """The positional paths, or the one of ``--checkpoint``.
 
