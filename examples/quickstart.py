@@ -43,7 +43,7 @@ def main() -> None:
     model = fastrm.load(options.out)
     images = torch.rand(4, 3, 32, 32)
     with torch.no_grad():
-        features, feature_map = model(images), model.forward_features(images)
+        features, feature_map = model(images), model.feature_map(images)
     print(f"features {tuple(features.shape)}, map {tuple(feature_map.shape)}")
 
 

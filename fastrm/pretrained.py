@@ -242,8 +242,9 @@ def load(
         image_size: side of the images in pixels, of weights of others; None: what timm publishes.
 
     Returns:
-        A module on the CPU, in evaluation mode. ``model(images)`` gives features [B, D] for normalised images
-        [B, C, H, W], and ``model.forward_features(images)`` the map [B, D, h, w], or what the network has in its place.
+        A module on the CPU, in evaluation mode. For normalised images [B, C, H, W], ``model(images)`` gives pooled
+        features [B, D], and ``model.feature_map(images)`` a feature per position, [B, D, h, w]; of a ViT these are its
+        patch tokens. ``model.forward_features(images)`` gives the last layer's output as timm does.
 
     Raises:
         UsageError: there is nothing to load, it does not hold that network, or it is of a module that ``arch`` is not.

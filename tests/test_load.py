@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import timm
 import torch
 from torch import Tensor, nn
 
@@ -17,7 +18,8 @@ from fastrm import evaluate, export, train
 from fastrm.embed import EmbedConfig
 from fastrm.errors import UsageError
 from fastrm.evaluate import EvaluateConfig
-from fastrm.models import Backbone
+from fastrm.models import Backbone, build_backbone, module_name
+from fastrm.models.weights import metadata, write_backbone
 from fastrm.pretrained import Pretrained
 from fastrm.run import checkpoint
 from fastrm.settings.config import Config
@@ -132,3 +134,46 @@ def test_images_that_are_not_given_are_those_of_the_run(
         assert trained.images(options) == opened
     with pytest.raises(UsageError, match="--data is missing"):
         replace(trained, about={}, settings=None).images(EvaluateConfig())
+
+
+def own() -> nn.Sequential:
+    return nn.Sequential(nn.Conv2d(3, 6, 3, 2), nn.ReLU(), nn.Conv2d(6, 8, 3, 2))
+
+
+# The pooled features and the map of timm's network, or of one's own, by what its family does.
+OUTPUTS: dict[str, Callable[[Any, Tensor], tuple[Tensor, Tensor]]] = {
+    "test_resnet": lambda net, x: (net.forward_features(x).mean((2, 3)), net.forward_features(x)),
+    "test_convnext": lambda net, x: (net(x), net.stages(net.stem(x))),
+    "test_vit": lambda net, x: (net(x), net.forward_features(x)[:, 1:].transpose(1, 2).unflatten(2, (6, 6))),
+    "own": lambda net, x: (net(x).mean((2, 3)), net(x)),
+}
+
+
+@pytest.mark.parametrize("arch", OUTPUTS)
+def test_pooled_and_dense_outputs(arch: str, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    sized = {"img_size": 96} if arch == "test_vit" else {}
+    net = own() if arch == "own" else timm.create_model(arch, num_classes=0, **sized)
+    for part in net.modules():
+        if isinstance(part, nn.LayerNorm):  # without weights it would not show that it was applied twice
+            nn.init.normal_(part.weight)
+    made = build_backbone(net if arch == "own" else arch, image_size=96)
+    made.net.load_state_dict(net.state_dict())
+    known = {"arch": module_name(net) if arch == "own" else arch, "stem": "auto", "image_size": 96, "method": ""}
+    write_backbone(tmp_path / "it.safetensors", made, metadata({**known, "data": ""}, "student"))
+    model = fastrm.load(tmp_path / "it.safetensors", arch=own() if arch == "own" else None)
+    images = torch.randn(2, 3, 96, 96)
+    with torch.no_grad():
+        pooled, features = OUTPUTS[arch](net.eval(), images)
+        torch.testing.assert_close(model(images), pooled)
+        torch.testing.assert_close(model.feature_map(images), features)
+
+
+def test_a_network_without_a_map_says_so(tmp_path: Path) -> None:
+    images = torch.randn(1, 3, 32, 32)
+    module = nn.Sequential(*own(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    with pytest.raises(UsageError, match=r"Sequential gives no map \[B, D, h, w\]"):
+        build_backbone(module, image_size=32).feature_map(images)
+    hiera = timm.models.hiera.Hiera(img_size=(32, 32), embed_dim=8, num_heads=1, stages=(1, 1, 1, 1), num_classes=0)
+    with pytest.raises(UsageError, match="Hiera gives no map"):
+        build_backbone(hiera, image_size=32).feature_map(images)

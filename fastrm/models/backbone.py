@@ -56,6 +56,26 @@ class Backbone(nn.Module):
         """
         return self._mapped(self.net.forward_features(images))
 
+    def feature_map(self, images: Tensor) -> Tensor:
+        """[B, C, H, W] images to features per position, [B, D, h, w].
+
+        For a transformer these are the patch tokens of its last layer, normalised as there, at their places; its class
+        token and register tokens are left out.
+
+        Raises:
+            UsageError: the network has no such map.
+        """
+        if self.map_dim is not None:
+            found: Tensor = self.forward_features(images)
+            return found
+        try:
+            (found,) = self.net.forward_intermediates(
+                images, indices=1, norm=True, output_fmt="NCHW", intermediates_only=True
+            )
+        except (AttributeError, AssertionError):  # timm's networks that cannot do this
+            raise UsageError(f"{type(self.net).__name__} gives no map [B, D, h, w]") from None
+        return found
+
     def encode(self, images: Tensor) -> tuple[Tensor, Any]:
         """What ``forward`` and ``forward_features`` give, in one pass."""
         features = self.net.forward_features(images)

@@ -65,12 +65,13 @@ def about(backbone: Backbone, images: Images, setting: Setting, *, patches: bool
 
 
 def _seen(backbone: Backbone, views: Tensor, patches: bool) -> Tensor:
+    """Features [B, D], or with ``patches`` [B, h, w, D], of a batch of images."""
     if not patches:
         return backbone(views).float()
-    found = backbone.forward_features(views)
-    if backbone.map_dim is None:
-        raise UsageError(f"--patches: {type(backbone.net).__name__} has no map [B, D, h, w]; leave it out")
-    return found.float().permute(0, 2, 3, 1)
+    try:
+        return backbone.feature_map(views).float().permute(0, 2, 3, 1)
+    except UsageError as error:
+        raise UsageError(f"--patches: {error}; leave it out") from None
 
 
 def embed(
