@@ -1,13 +1,14 @@
 """``augment_views`` in Triton: at most two launches for small views, and three for large ones.
 
-A region of up to 64 x 64 pixels lies in the registers of a program, where all that is drawn is done with it, in the
-image's own order. Views of up to 64 pixels are one region, and contrast takes their mean there; a launch makes those
-that are not blurred, another those that are. Larger ones are cut in tiles. There a launch before sums the gray of each
-tile of the images whose contrast is changed, as it is before that. What is blurred comes from regions that reach over
-their tiles by the radius, so that nothing in between is written. A blur is the product with a band matrix on each side.
+Each program loads a region of at most 64 x 64 pixels into its registers and applies all operations there, in the order
+that was drawn for the image. One launch makes the views without blur, and another the views with blur. A view of up to
+64 pixels is one region, so the program itself computes the mean that contrast needs. Larger views are cut into tiles.
+For those whose contrast changes, a first launch sums the gray of each tile, with the colour changes that precede the
+contrast. A blurred tile is computed from a region that extends beyond the tile by the blur radius, so no intermediate
+image is written. The blur multiplies the region by a band matrix on each side.
 
-The table of what was drawn is sorted, so that each launch has its rows side by side: not blurred and as they are, not
-blurred and changed, blurred and changed, blurred and as they are.
+The rows of the parameter table are sorted, so that each launch reads consecutive rows: no blur and no colour change, no
+blur and colour changes, blur and colour changes, blur and no colour change.
 """
 
 from __future__ import annotations
@@ -31,38 +32,38 @@ if TYPE_CHECKING:
 if triton is not None:
     from ._augment_kernel import gray_kernel, view_kernel
 
-_REGION = 64  # side, in pixels; of a larger one the values would not fit in the registers
-_TILE = 32  # of what is not blurred, which needs no more than it writes
-_LEAST = 16  # side of a tile of what is blurred
+_REGION = 64  # side in pixels; the values of a larger region would not fit in the registers
+_TILE = 32  # side of a tile without blur, which reads only the pixels that it writes
+_LEAST = 16  # smallest side of a tile with blur
 
 
 class Plan(NamedTuple):
-    """How views are cut in regions."""
+    """How views are cut into regions; sides are in pixels."""
 
     height: int
     width: int
     sums: bool
-    """Whether the gray of an image is summed by a launch of its own."""
+    """Whether a separate launch sums the gray of an image."""
     plain: int
-    """Side of the regions of what is not blurred, which are its tiles."""
+    """Side of a region without blur, which is also its tile."""
     region: int
-    """Of what is blurred."""
+    """Side of a region with blur."""
     tile: int
-    """Of what is blurred."""
+    """Side of the tile that such a region writes."""
 
     def gray(self) -> dict[str, int]:
-        """Compile-time arguments of the sum."""
+        """Compile-time arguments of ``gray_kernel``."""
         return {**self._cut(self.plain), "R": self.plain}
 
     def view(self, blur: bool) -> dict[str, int]:
-        """Compile-time arguments of the views."""
+        """Compile-time arguments of ``view_kernel``."""
         sums = self._cut(self.plain)["TILES"]
         side, tile = (self.region, self.tile) if blur else (self.plain, self.plain)
         sides = {"R": side, "T": tile, "GRAY_TILES": sums, "SUMS": 1 << (sums - 1).bit_length()}
         return {**self._cut(tile), **sides, "BLUR": blur}
 
     def warps(self, blur: bool) -> int:
-        """Of a program, for so many pixels that no register is spilt."""
+        """Warps per program, enough that no register is spilled."""
         side = self.region if blur else self.plain
         return 8 if side > _TILE else 4 if side == _TILE else 1
 
@@ -72,7 +73,7 @@ class Plan(NamedTuple):
 
 
 def plan(height: int, width: int, bands: int, radius: int) -> Plan:
-    """Cut views of this size, with a blur of this radius."""
+    """Cut views of ``height`` x ``width`` pixels and ``bands`` bands, with a blur of ``radius`` pixels."""
     whole = max(height, width) <= _REGION
     region = max(_LEAST, 1 << (max(height, width) - 1).bit_length()) if whole else _REGION
     tile = region if whole else (_REGION - 2 * radius) // 8 * 8
@@ -80,15 +81,15 @@ def plan(height: int, width: int, bands: int, radius: int) -> Plan:
 
 
 def _table(drawn: Drawn, index: Tensor | None, bands: int) -> tuple[NDArray[np.int32], list[int]]:
-    """The table [B, COLUMNS], and how many of its rows are of the first kind, of the first two, and of three.
+    """The sorted table [B, COLUMNS], and the ends of its first three kinds of rows; the fourth ends at B.
 
-    In NumPy, whose calls take a fraction of the time that those of torch do for so few numbers.
+    Computed in NumPy, whose calls are much faster than torch's for so few numbers.
     """
     columns = {name: value.detach().numpy() for name, value in vars(drawn).items() if value is not None}
     jitter, order = columns.pop("jitter"), columns["order"]
     kind = np.where(columns["sigma"] > 0, 3 - jitter.astype(np.int8), jitter)
     rows = kind.argsort(kind="stable")
-    if bands != 3:  # there is no saturation and no hue
+    if bands != 3:  # saturation and hue need RGB
         order = order[order < 2].reshape(-1, 2)
     columns |= {
         "image": np.arange(len(rows)) if index is None else index.numpy(),
@@ -105,15 +106,15 @@ def _table(drawn: Drawn, index: Tensor | None, bands: int) -> tuple[NDArray[np.i
     return table, np.bincount(kind, minlength=4).cumsum()[:3].tolist()
 
 
-@lru_cache(maxsize=32)  # made once: a tensor of the host's numbers makes the host wait for a GPU
+@lru_cache(maxsize=32)  # because uploading host values makes the host wait for the GPU
 def _numbers(mean: tuple[float, ...], std: tuple[float, ...], device: torch.device) -> Tensor:
-    """What bytes are multiplied by, and what is added: [2, C]."""
+    """The factors and the summands [2, C] that normalise values from 0 to 255."""
     pairs = [(1 / (255 * s), -m / s) for m, s in zip(mean, std, strict=True)]
     return torch.tensor(pairs, dtype=torch.float32).T.contiguous().to(device)
 
 
 def launch(work: Work) -> bool:
-    """Make the views, unless a blur is too wide; whether they were made."""
+    """Make the views and return True, or return False if the blur is too wide for the kernels."""
     images, drawn = work.images, work.drawn
     count, channels, height, width = work.out.shape
     bands, device = images.shape[3], images.device

@@ -28,8 +28,8 @@ if triton is not None:
     def gray_kernel(
         images_ptr,
         table_ptr,
-        sums_ptr,  # [rows of the table, TILES]: gray of a tile, of an image before its contrast is changed
-        first,  # row of the table
+        sums_ptr,  # [rows of the table, TILES]: sum of the gray of each tile, before the contrast is changed
+        first,  # first row of the table
         image_stride,
         row_stride,
         column_stride,
@@ -70,7 +70,7 @@ if triton is not None:
 
     @triton.jit
     def _split(x, R: tl.constexpr):
-        """[R, R] in eight [R, R / 8]: of each eight columns the first ones, the second ones and so on."""
+        """Split [R, R] into eight [R, R / 8]; part i has columns i, i + 8, i + 16, …"""
         even, odd = tl.split(tl.reshape(x, [R, R // 8, 2, 2, 2]))
         x0, x2 = tl.split(even)
         x1, x3 = tl.split(odd)
@@ -82,7 +82,7 @@ if triton is not None:
 
     @triton.jit
     def _store(ptr, x0, x1, x2, x3, x4, x5, x6, x7, mask, R: tl.constexpr):
-        """Store eight [R, R / 8] side by side."""
+        """Store eight [R, R / 8] as eight adjacent values per pointer."""
         even = tl.join(tl.join(x0, x4), tl.join(x2, x6))
         odd = tl.join(tl.join(x1, x5), tl.join(x3, x7))
         tl.store(ptr + tl.arange(0, 8)[None, None, :], tl.reshape(tl.join(even, odd), [R, R // 8, 8]), mask=mask)
@@ -91,9 +91,9 @@ if triton is not None:
     def view_kernel(
         images_ptr,
         table_ptr,
-        sums_ptr,  # of gray_kernel; None: a region is a whole image
+        sums_ptr,  # as in gray_kernel; None if a region is a whole image
         out_ptr,  # [B, OUT_H, OUT_W, CHANNELS]
-        numbers_ptr,  # [2, CHANNELS]: normalised is x * a + b
+        numbers_ptr,  # [2, CHANNELS]: a and b of the normalisation x * a + b
         first,
         radius,  # of the blur
         image_stride,
@@ -106,8 +106,8 @@ if triton is not None:
         OUT_W: tl.constexpr,
         BOXES: tl.constexpr,
         BICUBIC: tl.constexpr,
-        GRAY_TILES: tl.constexpr,  # sums of an image
-        SUMS: tl.constexpr,  # the power of two above
+        GRAY_TILES: tl.constexpr,  # sums per image
+        SUMS: tl.constexpr,  # GRAY_TILES, rounded up to a power of two
         BLUR: tl.constexpr,
         TILES_X: tl.constexpr,
         TILES: tl.constexpr,
@@ -152,7 +152,7 @@ if triton is not None:
             green = finished(green, rows, columns, row_ptr, scale, shift, BLUR).to(dtype)
             scale, shift = tl.load(numbers_ptr + 2), tl.load(numbers_ptr + 5)
             blue = finished(blue, rows, columns, row_ptr, scale, shift, BLUR).to(dtype)
-            # Eight pixels of a thread are 24 values side by side: three stores of eight.
+            # The eight pixels of a thread are 24 adjacent values, written in three stores of eight.
             r0, r1, r2, r3, r4, r5, r6, r7 = _split(red, R)
             g0, g1, g2, g3, g4, g5, g6, g7 = _split(green, R)
             b0, b1, b2, b3, b4, b5, b6, b7 = _split(blue, R)

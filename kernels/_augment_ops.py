@@ -1,4 +1,4 @@
-"""What the kernels of ``augment_views`` do with a square region of one image: a tensor [R, R] for each band."""
+"""The operations of the ``augment_views`` kernels on a square region of one image: one tensor [R, R] per band."""
 
 # mypy: disallow-untyped-defs=False
 from __future__ import annotations
@@ -10,8 +10,9 @@ COLUMN = {
     "image": 0, "view": 1, "box": 2, "flip": 6, "steps": 7, "before": 8, "order": 9, "gray": 13, "solarize": 14,
     "sigma": 15, "factors": 16,
 }  # fmt: skip
-"""Of the table, a row of int32 for each view; the last two hold float32. ``steps`` are those of colour, and ``before``
-those before the contrast."""
+"""First column of each field in the table, which has one int32 row per view; ``sigma`` and ``factors`` hold float32
+bits.
+``steps`` is the number of colour changes, and ``before`` the number of those before the contrast."""
 COLUMNS = 20
 
 if triton is not None:
@@ -33,7 +34,7 @@ if triton is not None:
 
     @triton.jit
     def _weight(distance, BICUBIC: tl.constexpr):
-        """Of a source pixel at this distance, in units of the filter's width."""
+        """Weight of a source pixel at this distance, in units of the filter's width."""
         x = tl.abs(distance)
         if BICUBIC:  # Keys' filter with a = -1/2
             near, far = (1.5 * x - 2.5) * x * x + 1, ((-0.5 * x + 2.5) * x - 4) * x + 2
@@ -44,7 +45,7 @@ if triton is not None:
 
     @triton.jit
     def _tap(first, i, centre, width, length, BICUBIC: tl.constexpr):
-        """Source pixel ``first + i`` of a crop of this length, and its weight for each output pixel."""
+        """Source pixel ``first + i`` of a crop of ``length`` pixels, and its weight for each output pixel."""
         at = first + i
         weight = _weight((at + 0.5 - centre) / width, BICUBIC)
         weight = tl.where((at >= 0) & (at < length), weight, 0.0)
@@ -52,7 +53,7 @@ if triton is not None:
 
     @triton.jit
     def pixels(
-        image_ptr,  # of the band
+        image_ptr,  # first pixel of the band
         row_ptr,
         y,
         x,
@@ -68,7 +69,7 @@ if triton is not None:
         y, x = tl.minimum(tl.maximum(y, 0), OUT_H - 1), tl.minimum(tl.maximum(x, 0), OUT_W - 1)
         x = tl.where(tl.load(row_ptr + FLIP) != 0, OUT_W - 1 - x, x)
         if BOXES:
-            # As many source pixels as the filter reaches, which widens as the picture shrinks.
+            # Loop over the source pixels within the filter, which widens as the image shrinks.
             height, width = tl.load(row_ptr + BOX + 2), tl.load(row_ptr + BOX + 3)
             scale_y, scale_x = height.to(tl.float32) / OUT_H, width.to(tl.float32) / OUT_W
             wide_y, wide_x = tl.maximum(scale_y, 1.0), tl.maximum(scale_x, 1.0)
@@ -92,7 +93,7 @@ if triton is not None:
                     ptrs = image_ptr + at_y[:, None] * row_stride + at_x[None, :] * column_stride
                     line += weight_x[None, :] * tl.load(ptrs).to(tl.float32)
                 plane += weight_y[:, None] * line
-            plane = _bounded(plane / (total_y[:, None] * total_x[None, :]), 255.0)  # a bicubic overshoots
+            plane = _bounded(plane / (total_y[:, None] * total_x[None, :]), 255.0)  # the bicubic filter overshoots
         else:
             ptrs = image_ptr + y[:, None] * row_stride + x[None, :] * column_stride
             plane = tl.load(ptrs).to(tl.float32)
@@ -113,7 +114,7 @@ if triton is not None:
         BICUBIC: tl.constexpr,
         R: tl.constexpr,
     ):
-        """The same of three bands."""
+        """The same as :func:`pixels`, for three bands."""
         red = pixels(image_ptr, row_ptr, y, x, row_stride, column_stride, OUT_H, OUT_W, BOXES, BICUBIC, R)
         green = pixels(
             image_ptr + band_stride, row_ptr, y, x, row_stride, column_stride, OUT_H, OUT_W, BOXES, BICUBIC, R
@@ -125,14 +126,15 @@ if triton is not None:
 
     @triton.jit
     def _turned(low, chroma, hue, place):
-        """A channel at a place of the colour circle: see ``batched.hue_``."""
+        """The value of a channel whose position on the colour circle is ``place``; see ``batched.hue_``."""
         return low + chroma * _bounded(tl.abs(tl.abs(hue - place) - 3) - 1, 1.0)
 
     @triton.jit
     def colours(red, green, blue, row_ptr, steps, mean, inside, area, WHOLE: tl.constexpr):
-        """The first ``steps`` of the four changes of an RGB image, in its order.
+        """Apply the first ``steps`` of the four colour changes to an RGB image, in the image's order.
 
-        ``mean`` is the gray that contrast is about; of a WHOLE image it is taken here, of the pixels ``inside``.
+        ``mean`` is the mean gray, which contrast keeps. For a WHOLE image it is computed here, over the pixels
+        ``inside``.
         """
         for step in range(steps):
             kind = tl.load(row_ptr + ORDER + step)
@@ -169,7 +171,7 @@ if triton is not None:
 
     @triton.jit
     def shades(plane, row_ptr, steps, mean, inside, area, WHOLE: tl.constexpr):
-        """The same of a band of an image that has another number of them: brightness and contrast."""
+        """The same for one band of an image that is not RGB: brightness and contrast only."""
         for step in range(steps):
             kind = tl.load(row_ptr + ORDER + step)
             factor = real(row_ptr + FACTORS + kind)
@@ -185,15 +187,15 @@ if triton is not None:
 
     @triton.jit
     def _tapped(distance, scale, radius):
-        """A Gaussian, not normalised."""
+        """A Gaussian, not normalised, which is 0 beyond ``radius``."""
         share = distance * scale
         return tl.where(tl.abs(distance) <= radius, tl.exp2(-share * share), 0.0)
 
     @triton.jit
     def gaussian_band(to, of, start, size, sigma, radius, R: tl.constexpr):
-        """Weights [R, R] of pixels ``of``, from ``start`` on, in the blurred ones at ``to``.
+        """Band matrix [R, R]: the weight of each input pixel ``of`` in each blurred pixel ``to``.
 
-        Beyond the edges of the view, which has ``size`` pixels, it is reflected.
+        ``start`` is the first input pixel. The view has ``size`` pixels and is reflected at its edges.
         """
         scale = 0.8493218 / sigma  # exp(-(distance / sigma)^2 / 2) as a power of 2
         to, of = to[:, None], of[None, :]

@@ -1,4 +1,4 @@
-"""What follows the sweep, row by row: the losses, their gradient, and the sums over the rows. Triton functions only."""
+"""Triton functions for the launch after the sweep: the loss and gradient of each row, and the sums over the rows."""
 
 # mypy: disallow-untyped-defs=False
 from __future__ import annotations
@@ -27,7 +27,7 @@ if triton is not None:
 
     @triton.jit
     def _all_logsums(rows, live, logsums_ptr, n, splits, BLOCK_S: tl.constexpr):
-        """Those of all splits, [BLOCK_S, rows]."""
+        """The logsums of all splits for these rows, [BLOCK_S, rows]."""
         every = tl.arange(0, BLOCK_S)[:, None]
         logsums_ptrs = logsums_ptr + every.to(tl.int64) * n + rows[None, :]
         return tl.load(logsums_ptrs, mask=(every < splits) & live[None, :], other=float("-inf"))
@@ -37,14 +37,14 @@ if triton is not None:
         pull, rows, live, top, total, averages_ptr, logsums_ptr, n, splits,
         D: tl.constexpr, BLOCK_D: tl.constexpr, CHUNK: tl.constexpr,
     ):  # fmt: skip
-        """Add what the splits found, by their share in the total of exp2(logsum - top)."""
+        """Add the averages of the splits to ``pull``, weighted by exp2(logsum - top) / total."""
         d = tl.arange(0, BLOCK_D)
         for first in range(0, splits, CHUNK):
             some = first + tl.arange(0, CHUNK)[:, None]
             mask = (some < splits) & live[None, :]
             at = some.to(tl.int64) * n + rows[None, :]
-            found = tl.load(logsums_ptr + at, mask=mask, other=float("-inf"))
-            chances = tl.exp2(found - top[None, :]) / total[None, :]
+            logsums = tl.load(logsums_ptr + at, mask=mask, other=float("-inf"))
+            chances = tl.exp2(logsums - top[None, :]) / total[None, :]
             averages_ptrs = averages_ptr + at[:, :, None] * D + d[None, None, :]
             averages = tl.load(averages_ptrs, mask=mask[:, :, None] & (d < D)[None, None, :], other=0.0)
             pull += tl.sum(chances[:, :, None] * averages.to(tl.float32), axis=0)
@@ -52,7 +52,7 @@ if triton is not None:
 
     @triton.jit(do_not_specialize=["n", "splits"])
     def gather_kernel(
-        averages_ptr,  # see finish_rows; None: only the logarithms are put together
+        averages_ptr,  # see finish_rows; None to combine the logsums only
         logsums_ptr,
         average_ptr,  # [n, D]
         logsum_ptr,  # [n]
@@ -64,7 +64,7 @@ if triton is not None:
         BLOCK_S: tl.constexpr,
         CHUNK: tl.constexpr,
     ):
-        """What the splits found, put together."""
+        """Combine the averages and logsums of all splits."""
         rows = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
         live = rows < n
         logsums = _all_logsums(rows, live, logsums_ptr, n, splits, BLOCK_S)
@@ -102,7 +102,7 @@ if triton is not None:
         CHUNK: tl.constexpr,
         GRADIENT: tl.constexpr,
     ):
-        """Put together what the splits found, add positive and residual term; the two losses of each row."""
+        """Combine the splits, the positive and the residual term: store the gradient, return both losses per row."""
         live = rows < n
         d = tl.arange(0, BLOCK_D)
         query, inverse = load_unit(query_ptr, rows, live, D, BLOCK_D)
@@ -142,7 +142,7 @@ if triton is not None:
         gradient_ptr,
         losses_ptr,  # [n], or [3]: weighted sum, contrastive, residual
         sums_ptr,  # [2, programs], or None for a loss per row
-        tickets_ptr,  # [0] counts the programs that are done, [1] is the pointer before the push
+        tickets_ptr,  # [0] counts finished programs, [1] is the pointer before the push
         queue_ptr,  # None: no push
         pointer_ptr,
         push_ptr,
@@ -163,11 +163,11 @@ if triton is not None:
         PUSH_R: tl.constexpr,
         GRADIENT: tl.constexpr,
     ):
-        """The last launch: programs that finish BLOCK_R rows each, then ones that push PUSH_R keys."""
+        """The last launch: the first programs finish BLOCK_R rows each, the others push PUSH_R keys each."""
         program = tl.program_id(0)
         groups = tl.cdiv(n, BLOCK_R)
         if program < groups:
-            # By other names: a variable may not change its type inside a branch.
+            # New names, because a variable may not change its type inside a branch.
             of_residual, of_contrastive = number(residual_weight), number(contrastive_weight)
             rows = program * BLOCK_R + tl.arange(0, BLOCK_R)
             contrastive, residual = finish_rows(
@@ -182,7 +182,7 @@ if triton is not None:
                 tl.store(sums_ptr + program, tl.sum(contrastive))
                 tl.store(sums_ptr + groups + program, tl.sum(residual))
                 tl.debug_barrier()
-                # The last program to come here sees what all have stored, and adds it up in their order.
+                # The last program to arrive sees all partial sums, and adds them in a fixed order.
                 if tl.atomic_add(tickets_ptr, 1, sem="acq_rel") == groups - 1:
                     c_sum = _total(sums_ptr, groups) * scale
                     r_sum = _total(sums_ptr + groups, groups) * scale

@@ -97,7 +97,7 @@ class _WithGradient(torch.autograd.Function):
         if torch.is_grad_enabled():
             raise RuntimeError(
                 "info_nce, residual_loss, residual_info_nce: the fused backends have no second derivative, which "
-                "create_graph=True asks for; pass backend='reference'"
+                "create_graph=True needs; pass backend='reference'"
             )
         (gradient,) = ctx.saved_tensors
         return (gradient * upstream.unsqueeze(-1)).to(ctx.dtype), None, None

@@ -1,7 +1,8 @@
 """The device code of kernels/optim.py.
 
-A table row: parameter, gradient, state …, teacher, shadow; then the row of options, the first span, how many spans.
-Options are float64, so that a coefficient such as 1 - momentum is rounded once.
+A table row holds the addresses of the parameter, gradient, state …, teacher and shadow, then the row of its options,
+its first span, and its number of spans. Options are float64, so that a coefficient such as 1 - momentum is rounded
+once.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ if triton is not None:
     @triton.jit
     def _norms_kernel(
         table_ptr,
-        spans_ptr,  # like chunks, but as long as it takes to have at most MAX_SPANS of a tensor
+        spans_ptr,  # like chunks, but long enough that a tensor has at most MAX_SPANS
         options_ptr,
         grad_scale_ptr,
         partials_ptr,  # [programs, 2]: sums of squares of the parameter and of its update
@@ -119,10 +120,10 @@ if triton is not None:
     def _momentum_kernel(
         table_ptr,
         chunks_ptr,
-        options_ptr,  # a row: lr, momentum, decay, 1 - dampening or LARS's trust coefficient, nesterov, ema momentum
+        options_ptr,  # per row: lr, momentum, decay, 1 - dampening or LARS's trust coefficient, nesterov, ema momentum
         grad_scale_ptr,
         found_inf_ptr,
-        partials_ptr,  # LARS: of _norms_kernel
+        partials_ptr,  # from _norms_kernel for LARS, otherwise None
         PARAM: tl.constexpr,
         TEACHER: tl.constexpr,
         SHADOW: tl.constexpr,
@@ -151,8 +152,9 @@ if triton is not None:
     def _bias_correction(beta, step, COMPUTE: tl.constexpr):
         """1 - beta ** step.
 
-        In float32 as it stands it would lose a third of its digits at the first steps, and float64 for every thread
-        costs more than the memory on most GPUs. So it is -expm1(step * log1p(beta - 1)), by their series.
+        Evaluated directly in float32, it would lose a third of its digits at the first steps; in float64, every
+        thread would spend more time on it than on memory on most GPUs. So this evaluates the series of
+        -expm1(step * log1p(beta - 1)).
         """
         if tl.float64 == COMPUTE:
             correction = 1 - tl.exp2(step.to(tl.float64) * tl.log2(beta))
@@ -210,10 +212,10 @@ if triton is not None:
     def _adamw_kernel(
         table_ptr,
         chunks_ptr,
-        options_ptr,  # a row: lr, beta 1, beta 2, eps, decay, ema momentum
+        options_ptr,  # per row: lr, beta 1, beta 2, eps, decay, ema momentum
         grad_scale_ptr,
         found_inf_ptr,
-        finished_ptr,  # int32: programs of this launch that are done
+        finished_ptr,  # int32: finished programs of this launch
         tensors,
         PARAM: tl.constexpr,
         TEACHER: tl.constexpr,
@@ -229,7 +231,7 @@ if triton is not None:
             _adamw_chunk(row_ptr, start, None, options_ptr, grad_scale_ptr, PARAM, TEACHER, SHADOW, COMPUTE, BLOCK)
         else:
             _adamw_chunk(row_ptr, start, stop, options_ptr, grad_scale_ptr, PARAM, TEACHER, SHADOW, COMPUTE, BLOCK)
-        # All programs have read the step counts once the last one is done: that one counts the step.
+        # When the last program finishes, all have read the step counts; it then increments them.
         tl.debug_barrier()
         if tl.atomic_add(finished_ptr, 1) == tl.num_programs(0) - 1:
             tl.store(finished_ptr, 0)

@@ -1,7 +1,8 @@
-"""The loss over prototypes as operators of torch.library, which torch.compile takes as they are.
+"""The loss over prototypes as operators of torch.library, which torch.compile does not trace into.
 
-One operator is the forward pass and one the backward pass, which reads what the first one left: no more than some
-numbers per row, so that the gradient to the prototypes, as large as they are, exists once and not before it is wanted.
+One operator computes the forward pass and one the backward pass. The forward pass keeps only a few numbers per row, and
+the backward pass computes the gradient to the prototypes from them. That gradient is as large as the prototypes, so it
+is not stored between the passes.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from . import _prototypes_blocked as blocked
 from . import _prototypes_swept as swept
-from ._prototypes_blocked import Found
+from ._prototypes_blocked import ForwardResult
 from ._scoring import Assignment
 from .dispatch import compute_dtype
 
@@ -22,7 +23,7 @@ BACKENDS = {
     "triton": (swept.swept_loss, swept.swept_gradients),
 }
 
-# `numbers` are both temperatures; a tensor stands in for the number beside it.
+# `numbers` are the two temperatures; a tensor replaces the number at its index.
 _ARGUMENTS = (
     "Tensor student, Tensor teacher, Tensor prototypes, Tensor? teacher_prototypes, Tensor? center, Tensor? pairs, "
     "float[] numbers, Tensor?[] tensors"
@@ -41,24 +42,24 @@ def _flat(assignment: Assignment) -> tuple[Any, ...]:
     return *assignment[:6], numbers, [number if isinstance(number, Tensor) else None for number in both]
 
 
-def _loss(*flat: Any) -> Found:
+def _loss(*flat: Any) -> ForwardResult:
     *arguments, to_student, backend = flat
     return BACKENDS[backend][0](_assignment(*arguments), to_student)
 
 
-def _loss_shapes(*flat: Any) -> Found:
+def _loss_shapes(*flat: Any) -> ForwardResult:
     *arguments, to_student, backend = flat
     assignment = _assignment(*arguments)
     student, dtype = assignment.student, compute_dtype(*assignment.tensors)
     sizes = (), len(assignment.prototypes), len(student), len(assignment.teacher)
     pull = student.shape if to_student and backend == "triton" else (0,)
-    return Found(*(student.new_empty(size, dtype=dtype) for size in (*sizes, pull)))
+    return ForwardResult(*(student.new_empty(size, dtype=dtype) for size in (*sizes, pull)))
 
 
 def _gradients(*flat: Any) -> tuple[Tensor, Tensor]:
     *arguments, found, upstream, to_student, to_prototypes, backend = flat
-    # The loss and the mean are of no use here.
-    kept = Found(upstream, upstream, *found)
+    # The loss and the mean are not used here.
+    kept = ForwardResult(upstream, upstream, *found)
     return BACKENDS[backend][1](_assignment(*arguments), kept, upstream, to_student, to_prototypes)
 
 
@@ -88,7 +89,7 @@ _gradients_operator.register_fake(_gradient_shapes)
 
 
 class _WithGradients(torch.autograd.Function):
-    """The loss as it is, whose gradients to the student's rows and to the prototypes an operator computes."""
+    """Returns the loss unchanged; the backward pass calls the operator for the gradients."""
 
     @staticmethod
     def forward(ctx: Any, student: Tensor, prototypes: Tensor, loss: Tensor, *rest: Any) -> Tensor:
@@ -97,14 +98,14 @@ class _WithGradients(torch.autograd.Function):
         ctx.save_for_backward(
             student, teacher, prototypes, teacher_prototypes, center, pairs, first, second, *found
         )  # fmt: skip
-        return loss.data  # no view, which could not be changed in place: loss /= 2
+        return loss.data  # not a view, which would forbid in-place changes such as loss /= 2
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
         if torch.is_grad_enabled():
             raise RuntimeError(
-                "prototype_cross_entropy: the fused backends have no second derivative, which create_graph=True asks "
-                "for; pass backend='reference'"
+                "prototype_cross_entropy: the fused backends have no second derivative, which create_graph=True needs; "
+                "pass backend='reference'"
             )
         *rows, first, second, logsums, its_logsums, pull = ctx.saved_tensors
         wanted = ctx.needs_input_grad[:2]
@@ -116,11 +117,11 @@ class _WithGradients(torch.autograd.Function):
 
 
 def differentiable(backend: str, assignment: Assignment) -> tuple[Tensor, Tensor]:
-    """The loss with its graph, and the mean [K] of the teacher's logits; ``backend`` is of ``BACKENDS``."""
+    """The loss with its graph, and the mean [K] of the teacher's logits; ``backend`` is a key of ``BACKENDS``."""
     student, prototypes, center = assignment.student, assignment.prototypes, assignment.center
     gradient = torch.is_grad_enabled() and (student.requires_grad or prototypes.requires_grad)
     if gradient and center is not None:
-        center = center.clone()  # which may move on before the backward pass reads it
+        center = center.clone()  # because the caller may update it before the backward pass reads it
     detached = assignment._replace(student=student.detach(), prototypes=prototypes.detach(), center=center)
     rows, (numbers, tensors) = detached[1:6], _flat(detached)[6:]
     loss, mean, *found = _loss_operator(*_flat(detached), gradient and student.requires_grad, backend)

@@ -1,14 +1,14 @@
-"""The loss over prototypes and its gradients in plain PyTorch, block by block over the prototypes: the CPU's path.
+"""The loss over prototypes and its gradients in plain PyTorch, block by block over the prototypes; the CPU backend.
 
-For any device, dtype and width. With the logits a = s·w / τ of the student and b = (t·v - c) / τ' of the teacher, for P
-pairs of rows i of the student and rows j of the teacher,
+It takes any device, dtype and width. With the logits a = s·w / τ of the student and b = (t·v - c) / τ' of the teacher,
+for P pairs of rows i of the student and rows j of the teacher,
 
     P loss = Σ_i count_i log Σ_k exp(a_ik) - Σ_j Σ_k softmax(b)_jk (Σ_i of j a_ik)
     P dloss/da_ik = count_i softmax(a)_ik - Σ_j of i softmax(b)_jk
 
-One sweep finds the loss and the logarithms of the sums; by these the other one, in the backward pass, has the softmax
-of a block at once. Both compute the logits: six matrix products, where four are made of logits that are kept. What
-serves many rows is computed once.
+The forward pass computes the loss and the logarithms of the sums. With these, the backward pass gets the softmax of a
+block without another pass. Both passes compute the logits, so there are six matrix products; keeping the logits would
+need four. Terms shared by several rows are computed once.
 """
 
 from __future__ import annotations
@@ -24,26 +24,27 @@ from ._scoring import Assignment
 from .dispatch import compute_dtype, no_autocast
 from .reference import unit
 
-ELEMENTS, NARROWEST = 1 << 18, 128  # of a block of logits, and its columns: 1 MiB in float32 for up to 2,048 rows
-DEVICE_ELEMENTS = 1 << 24  # of another device, for what its kernels do not know
+# Elements of a block of logits, and its least number of columns: 1 MiB in float32 for up to 2,048 rows.
+ELEMENTS, NARROWEST = 1 << 18, 128
+DEVICE_ELEMENTS = 1 << 24  # the same on other devices, for inputs that their kernels do not take
 
 
-class Found(NamedTuple):
-    """What the forward pass finds, and leaves for the backward pass."""
+class ForwardResult(NamedTuple):
+    """The loss, the mean of the teacher's logits, and the values that the backward pass needs."""
 
     loss: Tensor
     teacher_mean: Tensor
     """[K]"""
     student_logsums: Tensor
-    """[N] or, of no use, [0]: logarithms of the sums of a row's exponentials."""
+    """[N], the logarithm of the sum of each row's exponentials, or [0] where it is not needed."""
     teacher_logsums: Tensor
-    """[M] or [0]"""
+    """[M] or [0], likewise."""
     pull: Tensor
     """[N, D] gradient to the student's rows, or [0] where the backward pass computes it."""
 
 
 class Bags(NamedTuple):
-    """For each row of one side its partners on the other side, as an embedding bag takes them."""
+    """For each row of one side, its partners on the other side, as arguments of ``embedding_bag``."""
 
     partners: Tensor
     """[P]"""
@@ -57,7 +58,7 @@ class Bags(NamedTuple):
 
 
 def bags(assignment: Assignment) -> tuple[Bags, Bags] | tuple[None, None]:
-    """The bags of the student's rows and those of the teacher's, or None where row i goes with row i."""
+    """The bags of the student's rows and of the teacher's rows, or None where row i is paired with row i."""
     pairs = assignment.pairs
     if pairs is None:
         return None, None
@@ -71,20 +72,20 @@ def bags(assignment: Assignment) -> tuple[Bags, Bags] | tuple[None, None]:
 
 
 def count_pairs(assignment: Assignment) -> int:
-    """How many terms the loss is the mean of; 0 also where there is nothing to assign rows to."""
+    """The number of terms that the loss averages; 0 if there are no prototypes."""
     count = len(assignment.student if assignment.pairs is None else assignment.pairs)
     return count if len(assignment.prototypes) else 0
 
 
 def temperatures(assignment: Assignment, dtype: torch.dtype) -> tuple[float | Tensor, float | Tensor]:
-    """Of the student and of the teacher."""
+    """The temperatures of student and teacher; tensors in ``dtype``."""
     both = assignment.student_temperature, assignment.teacher_temperature
     of_student, of_teacher = (number.to(dtype) if isinstance(number, Tensor) else number for number in both)
     return of_student, of_teacher
 
 
 class _Block(NamedTuple):
-    """Some of the prototypes, and their logits, which may be written."""
+    """Some of the prototypes and their logits, which the caller may overwrite."""
 
     at: slice
     own: Tensor
@@ -94,7 +95,7 @@ class _Block(NamedTuple):
 
 
 def _blocks(assignment: Assignment, student: Tensor, teacher: Tensor) -> Iterator[_Block]:
-    """The logits of unit rows, block by block."""
+    """Yield the logits of unit rows, block by block."""
     _, _, prototypes, teacher_prototypes, center, _ = assignment[:6]
     dtype, size, device = student.dtype, len(prototypes), student.device
     of_student, of_teacher = temperatures(assignment, dtype)
@@ -117,13 +118,13 @@ def _blocks(assignment: Assignment, student: Tensor, teacher: Tensor) -> Iterato
 
 
 def mean_logits(teacher: Tensor, its: Tensor) -> Tensor:
-    """The mean [K] over unit rows of the teacher of their logits for prototypes [K, D]."""
+    """The mean logits [K] of the teacher's unit rows [M, D] for its prototypes ``its`` [K, D]."""
     return its @ (teacher.sum(dim=0) / max(len(teacher), 1))
 
 
 @torch.no_grad()
-def blocked_loss(assignment: Assignment, to_student: bool) -> Found:
-    """The loss; ``to_student`` is for other backends, which need to know it now."""
+def blocked_loss(assignment: Assignment, to_student: bool) -> ForwardResult:
+    """Compute the loss. ``to_student`` is not used; other backends compute the student's gradient here."""
     with no_autocast(assignment.student.device):
         dtype = compute_dtype(*assignment.tensors)
         student, teacher = unit(assignment.student.to(dtype)), unit(assignment.teacher.to(dtype))
@@ -131,7 +132,7 @@ def blocked_loss(assignment: Assignment, to_student: bool) -> Found:
         mean = student.new_empty(len(assignment.prototypes))
         tops = [x.new_full((len(x), 1), torch.finfo(dtype).min) for x in (student, teacher)]
         totals = [torch.zeros_like(top) for top in tops]
-        common = torch.zeros_like(tops[1])  # sum of exp(teacher's logit - top) * its students' logit
+        common = torch.zeros_like(tops[1])  # sum of exp(teacher's logit - top) * logits of its students
         for block in _blocks(assignment, student, teacher):
             mean[block.at] = mean_logits(teacher, block.its)
             logits = block.student if of_teacher is None else of_teacher.sums(block.student)
@@ -143,11 +144,12 @@ def blocked_loss(assignment: Assignment, to_student: bool) -> Found:
         if count:
             scored = mine if of_student is None else mine * of_student.counts.squeeze(1)
             loss = (scored.sum() - (common / totals[1]).sum()) / count
-        return Found(loss, mean, mine, its, student.new_empty(0))
+        return ForwardResult(loss, mean, mine, its, student.new_empty(0))
 
 
 def _add(logits: Tensor, top: Tensor, total: Tensor) -> Tensor:
-    """Make exp(logit - top) of a block of logits, move the running maximum and sum on; what a sum so far shrinks by."""
+    """Replace logits by exp(logit - top), and update ``top`` and ``total``; return the factor that rescales older
+    sums."""
     above = torch.maximum(top, logits.amax(dim=1, keepdim=True))
     shrink = (top - above).exp_()
     logits.sub_(above).exp_()
@@ -158,9 +160,9 @@ def _add(logits: Tensor, top: Tensor, total: Tensor) -> Tensor:
 
 @torch.no_grad()
 def blocked_gradients(
-    assignment: Assignment, found: Found, upstream: Tensor, to_student: bool, to_prototypes: bool
+    assignment: Assignment, forward: ForwardResult, upstream: Tensor, to_student: bool, to_prototypes: bool
 ) -> tuple[Tensor, Tensor]:
-    """Gradients to the student's rows and to the prototypes, in their dtypes, each empty if it is not asked for."""
+    """Gradients to the student's rows and to the prototypes, in their dtypes; each is empty unless requested."""
     with no_autocast(assignment.student.device):
         dtype = compute_dtype(*assignment.tensors)
         rows, prototypes = assignment.student.to(dtype), assignment.prototypes
@@ -173,7 +175,7 @@ def blocked_gradients(
         scale = upstream.to(dtype) / count / temperatures(assignment, dtype)[0]
         weighted = student * scale
         of_student, _ = bags(assignment)
-        of_logsums = found.student_logsums.unsqueeze(1), found.teacher_logsums.unsqueeze(1)
+        of_logsums = forward.student_logsums.unsqueeze(1), forward.teacher_logsums.unsqueeze(1)
         for at, own, _, mine, its in _blocks(assignment, student, teacher):
             mine.sub_(of_logsums[0]).exp_()
             its.sub_(of_logsums[1]).exp_()
@@ -191,7 +193,7 @@ def blocked_gradients(
 
 
 def through_unit(rows: Tensor, pull: Tensor) -> Tensor:
-    """Gradient to ``rows`` from that to the unit rows; 0 for a zero row."""
+    """Convert ``pull``, the gradient to the unit rows, to the gradient to ``rows``; 0 for a zero row."""
     squared = rows.square().sum(dim=1, keepdim=True)
     inverse = torch.where(squared > 0, squared.rsqrt(), 0)
     u = rows * inverse

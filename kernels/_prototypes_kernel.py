@@ -1,4 +1,4 @@
-"""The gradient to the prototypes, a Triton kernel; see ``_prototypes_swept``."""
+"""The Triton kernel for the gradient to the prototypes; see ``_prototypes_swept``."""
 
 # mypy: disallow-untyped-defs=False
 from __future__ import annotations
@@ -14,16 +14,16 @@ if triton is not None:
         tile,
         push,
         prototypes,
-        shift,  # [BLOCK_K], taken from the logits, or None
-        rows_ptr,  # [n, D], whose products with the prototypes are logits in units of log 2
-        values_ptr,  # [n, D], what is added by probability, or None for the rows themselves
-        shares_ptr,  # [n], by which the probabilities are multiplied, or None for 1
+        shift,  # [BLOCK_K], subtracted from the logits, or None
+        rows_ptr,  # [n, D]; their products with the prototypes are logits in units of log 2
+        values_ptr,  # [n, D], the vectors to add, weighted by probability, or None for the rows themselves
+        shares_ptr,  # [n], factors of the probabilities, or None for 1
         logsums_ptr,  # [n], in units of log 2
         n,
         D: tl.constexpr,
         BLOCK_D: tl.constexpr,
         BLOCK_N: tl.constexpr,
-        EDGE: tl.constexpr,  # the tile may reach over the last row
+        EDGE: tl.constexpr,  # the tile may extend beyond the last row
         BOOST: tl.constexpr,
         PRECISION: tl.constexpr,
         UPCAST: tl.constexpr,
@@ -60,7 +60,7 @@ if triton is not None:
         PRECISION: tl.constexpr,
         UPCAST: tl.constexpr,
     ):
-        """What all rows of one side add: whole tiles without masks, and the last one with."""
+        """Add all rows of one side: full tiles without masks, and the last tile with masks."""
         for tile in range(0, n // BLOCK_N):
             push = _add_rows(
                 tile, push, prototypes, shift, rows_ptr, values_ptr, shares_ptr, logsums_ptr, n,
@@ -79,14 +79,14 @@ if triton is not None:
         shares_ptr,
         student_logsums_ptr,
         teacher_ptr,  # [m, D] likewise
-        values_ptr,  # [m, D], sum of the unit student rows that a row of the teacher serves
+        values_ptr,  # [m, D], for each row of the teacher the sum of the unit student rows that it is paired with
         teacher_logsums_ptr,
         prototypes_ptr,
-        its_prototypes_ptr,  # the teacher's, or None
-        shift_ptr,  # [size] of the teacher's logits, or None
+        its_prototypes_ptr,  # the teacher's prototypes, or None
+        shift_ptr,  # [size], subtracted from the teacher's logits, or None
         gradient_ptr,  # [size, D], written
-        factor_ptr,  # 0-d, of the whole gradient
-        temperature,  # of the student
+        factor_ptr,  # 0-d, the factor of the whole gradient
+        temperature,  # the student's
         n,
         m,
         size,
@@ -94,11 +94,11 @@ if triton is not None:
         BLOCK_D: tl.constexpr,
         BLOCK_K: tl.constexpr,
         BLOCK_N: tl.constexpr,
-        BOOST: tl.constexpr,  # log2 of what probabilities are multiplied by, so that float16 holds small ones
+        BOOST: tl.constexpr,  # log2 of a factor of the probabilities, so that float16 represents small ones
         PRECISION: tl.constexpr,
         UPCAST: tl.constexpr,  # multiply in float32: the interpreter's bfloat16 product is wrong
     ):
-        """A program holds a tile of prototypes, and both sides' rows pass by: the student's less the teacher's."""
+        """The gradient to one tile of prototypes per program: the sum over the student's rows less the teacher's."""
         at = tl.program_id(0) * BLOCK_K + tl.arange(0, BLOCK_K)
         prototypes = load_rows(prototypes_ptr, at, size, D, BLOCK_D, True, UPCAST)
         push = tl.zeros([BLOCK_K, BLOCK_D], tl.float32)

@@ -1,15 +1,14 @@
-"""The loss over prototypes and its gradients on a GPU: one sweep of ``_sweep_kernel`` per side, and one sweep back.
+"""The loss over prototypes and its gradients on a GPU: one ``sweep_kernel`` per side, and one backward kernel.
 
-With a unit row s of the student, t of the teacher, prototypes w of the student, and what the teacher expects of them,
-e(t) = Σ_k softmax((t·v - c) / τ')_k w_k,
+With a unit row s of the student, a unit row t of the teacher, prototypes w of the student, and the mean of w under the
+teacher's probabilities, e(t) = Σ_k softmax((t·v - c) / τ')_k w_k,
 
     P loss = Σ_i count_i log Σ_k exp(s_i·w_k / τ) - Σ_j (Σ_i of j s_i)·e(t_j) / τ
     P dloss/ds_i = (count_i Σ_k softmax(s_i·w / τ)_k w_k - Σ_j of i e(t_j)) / τ
 
-The sweep finds both averages of w by probability together with the logarithms of the sums, so that the loss and the
-gradient to the student's rows come out of the forward pass, and pairs cost nothing but sums of [N, D] rows. In the
-backward pass a program holds some prototypes, and the rows of both sides pass by. All sums have a fixed order, so the
-bits are the same each time.
+The sweeps compute both averages of w by probability and the logarithms of the sums. So the forward pass yields the loss
+and the gradient to the student's rows, and pairs only add sums of [N, D] rows. In the backward pass, each program keeps
+some prototypes and loops over the rows of both sides. All sums have a fixed order, so the bits are the same each time.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ from torch import Tensor
 
 from . import _prototypes_blocked as blocked
 from . import _sweep
-from ._prototypes_blocked import Found
+from ._prototypes_blocked import ForwardResult
 from ._push import block_d
 from ._scoring import Assignment
 from ._wide import multiplied
@@ -40,12 +39,12 @@ CONVERTED = 1 << 23  # elements of the prototypes that are converted at a time
 
 
 class Tiles(NamedTuple):
-    """How the sweep back is cut."""
+    """Tile sizes of the backward kernel."""
 
     block_k: int
-    """Prototypes of a program."""
+    """Prototypes per program."""
     block_n: int
-    """Rows that pass by at a time."""
+    """Rows per step of its loop."""
     warps: int
     stages: int
 
@@ -59,8 +58,8 @@ TILES = {
 }
 
 
-def _taken(assignment: Assignment) -> bool:
-    """Whether the kernels do it; for the rest the blocks of ``_prototypes_blocked`` serve."""
+def _supported(assignment: Assignment) -> bool:
+    """Whether the kernels take these inputs; ``_prototypes_blocked`` takes the others."""
     dim, size = assignment.student.shape[1], len(assignment.prototypes)
     if compute_dtype(*assignment.tensors) == torch.float64 or not (0 < dim <= WIDEST and size > 0):
         return False
@@ -74,27 +73,27 @@ def _product_dtype(assignment: Assignment) -> torch.dtype:
 
 
 def gathering(dim: int, parts: int) -> dict[str, int]:
-    """How the launch that puts the parts together is cut, its compile-time arguments."""
+    """Compile-time arguments of ``gather_kernel`` for rows of ``dim`` and this many splits."""
     cut = _sweep.finishing(dim, parts)
     return cut | {"CHUNK": min(cut["CHUNK"], 4), "num_warps": 8}
 
 
 class _Prepared(NamedTuple):
-    """What both passes read."""
+    """Inputs of both passes, normalised and converted."""
 
     own: Tensor
     its: Tensor | None
     dtype: torch.dtype
     kind: str
     temperatures: tuple[float | Tensor, float | Tensor]
-    """Each a number, or a tensor on the device."""
+    """The student's and the teacher's, each a number or a tensor on the device."""
     shift: Tensor | None
     student: Tensor
     """[N, D] unit rows in float32."""
     of_student: blocked.Bags | None
     of_teacher: blocked.Bags | None
     values: Tensor
-    """[M, D], for each row of the teacher the sum of the student's unit rows that it serves."""
+    """[M, D], for each row of the teacher the sum of the student's unit rows that it is paired with."""
 
 
 def _prepare(assignment: Assignment) -> _Prepared:
@@ -122,12 +121,12 @@ def _prepare(assignment: Assignment) -> _Prepared:
     )
 
 
-def _swept(rows: Tensor, found: _Prepared, teacher: bool, averaged: bool) -> tuple[Tensor, Tensor]:
-    """Of each row: log of the sum of exp(logit), and the student's prototypes averaged by probability, [rows, D]."""
-    (n, dim), size, device = rows.shape, len(found.own), rows.device
-    two = teacher and found.its is not None
+def _swept(rows: Tensor, prepared: _Prepared, teacher: bool, averaged: bool) -> tuple[Tensor, Tensor]:
+    """Per row the log of the sum of exp(logit), and the mean [rows, D] of the student's prototypes by probability."""
+    (n, dim), size, device = rows.shape, len(prepared.own), rows.device
+    two = teacher and prepared.its is not None
     slots, major = _sweep.capacity(device)
-    work = _sweep.plan(n, size, dim, found.kind, slots, major, two and averaged)
+    work = _sweep.plan(n, size, dim, prepared.kind, slots, major, two and averaged)
     assert work is not None
     gather = gathering(dim, work.bank_splits)
 
@@ -140,14 +139,14 @@ def _swept(rows: Tensor, found: _Prepared, teacher: bool, averaged: bool) -> tup
     with guard(device):
         sweep_kernel[(work.query_blocks * work.bank_splits,)](
             query_ptr=_sweep.readable(rows).contiguous(),
-            bank_ptr=found.its if two else found.own,
-            values_ptr=found.own if two and averaged else None,
-            shift_ptr=found.shift if teacher else None,
+            bank_ptr=prepared.its if two else prepared.own,
+            values_ptr=prepared.own if two and averaged else None,
+            shift_ptr=prepared.shift if teacher else None,
             averages_ptr=averages,
             logsums_ptr=logsums,
             tickets_ptr=None,
             pointer_ptr=None,
-            temperature=found.temperatures[teacher],
+            temperature=prepared.temperatures[teacher],
             n=n,
             size=size,
             key_offset=0,
@@ -158,8 +157,8 @@ def _swept(rows: Tensor, found: _Prepared, teacher: bool, averaged: bool) -> tup
             BLOCK_K=work.block_k,
             IN_BATCH=False,
             GRADIENT=averaged,
-            PRECISION="tf32" if found.kind == "half" else found.kind,
-            UPCAST=INTERPRETED and found.dtype == torch.bfloat16,
+            PRECISION="tf32" if prepared.kind == "half" else prepared.kind,
+            UPCAST=INTERPRETED and prepared.dtype == torch.bfloat16,
             num_warps=work.warps,
             num_stages=work.stages,
         )
@@ -170,72 +169,72 @@ def _swept(rows: Tensor, found: _Prepared, teacher: bool, averaged: bool) -> tup
 
 
 @torch.no_grad()
-def swept_loss(assignment: Assignment, to_student: bool) -> Found:
-    """The loss, and the gradient to the student's rows if it is asked for."""
-    if not _taken(assignment):
+def swept_loss(assignment: Assignment, to_student: bool) -> ForwardResult:
+    """The loss, and the gradient to the student's rows if ``to_student``."""
+    if not _supported(assignment):
         blocks = blocked.blocked_loss(assignment, to_student)
         exact = assignment._replace(student=assignment.student.to(blocks.loss.dtype))
         pull, _ = blocked.blocked_gradients(exact, blocks, torch.ones_like(blocks.loss), to_student, False)
         return blocks._replace(pull=pull)
     with no_autocast(assignment.student.device):
-        found = _prepare(assignment)
-        student, count = found.student, blocked.count_pairs(assignment)
-        its = found.own if found.its is None else found.its
+        prepared = _prepare(assignment)
+        student, count = prepared.student, blocked.count_pairs(assignment)
+        its = prepared.own if prepared.its is None else prepared.its
         teacher, rows = unit(assignment.teacher.float()), max(CONVERTED // its.shape[1], 1)
         mean = torch.cat([blocked.mean_logits(teacher, part.float()) for part in its.split(rows)])
         if count == 0:
             sizes = (), len(student), len(teacher), student.shape if to_student else (0,)
             loss, mine, of_its, pull = (student.new_zeros(size) for size in sizes)
-            return Found(loss, mean, mine, of_its, pull)
-        logsum, average = _swept(assignment.student, found, False, to_student)
-        its_logsum, expected = _swept(assignment.teacher, found, True, True)
-        of_student, temperature = found.of_student, found.temperatures[0]
+            return ForwardResult(loss, mean, mine, of_its, pull)
+        logsum, average = _swept(assignment.student, prepared, False, to_student)
+        its_logsum, expected = _swept(assignment.teacher, prepared, True, True)
+        of_student, temperature = prepared.of_student, prepared.temperatures[0]
         scored = logsum if of_student is None else logsum * of_student.counts.squeeze(1)
-        loss = (scored.sum() - (found.values * expected).sum() / temperature) / count
+        loss = (scored.sum() - (prepared.values * expected).sum() / temperature) / count
         if not to_student:
-            return Found(loss, mean, logsum, its_logsum, student.new_empty(0))
+            return ForwardResult(loss, mean, logsum, its_logsum, student.new_empty(0))
         if of_student is None:
             pull = average - expected
         else:
             pull = average * of_student.counts - of_student.sums(expected)
         pull = blocked.through_unit(assignment.student.float(), pull / temperature / count)
-        return Found(loss, mean, logsum, its_logsum, pull)
+        return ForwardResult(loss, mean, logsum, its_logsum, pull)
 
 
 @torch.no_grad()
 def swept_gradients(
-    assignment: Assignment, found: Found, upstream: Tensor, to_student: bool, to_prototypes: bool
+    assignment: Assignment, forward: ForwardResult, upstream: Tensor, to_student: bool, to_prototypes: bool
 ) -> tuple[Tensor, Tensor]:
-    """Gradients to the student's rows and to the prototypes, in their dtypes, each empty if it is not asked for."""
+    """Gradients to the student's rows and to the prototypes, in their dtypes; each is empty unless requested."""
     student, prototypes, count = assignment.student, assignment.prototypes, blocked.count_pairs(assignment)
-    pull = (found.pull * upstream).to(student.dtype) if to_student else student.new_empty(0)
-    if not (_taken(assignment) and to_prototypes and count):
-        return pull, blocked.blocked_gradients(assignment, found, upstream, False, to_prototypes)[1]
+    pull = (forward.pull * upstream).to(student.dtype) if to_student else student.new_empty(0)
+    if not (_supported(assignment) and to_prototypes and count):
+        return pull, blocked.blocked_gradients(assignment, forward, upstream, False, to_prototypes)[1]
     with no_autocast(student.device):
-        its = _prepare(assignment)
-        (size, dim), tiles = prototypes.shape, TILES[its.kind][max(64, block_d(prototypes.shape[1]))]
-        own, other = (LOG2E / temperature for temperature in its.temperatures)
-        counts, values, factor = None, its.values, upstream.float() / its.temperatures[0] / count
-        if its.of_student is not None:  # no share is above 1, and none of what float16 holds is lost
-            counts = its.of_student.counts.squeeze(1).float()
+        prepared = _prepare(assignment)
+        (size, dim), tiles = prototypes.shape, TILES[prepared.kind][max(64, block_d(prototypes.shape[1]))]
+        own, other = (LOG2E / temperature for temperature in prepared.temperatures)
+        counts, values, factor = None, prepared.values, upstream.float() / prepared.temperatures[0] / count
+        if prepared.of_student is not None:  # scaled to at most 1, so that float16 does not overflow
+            counts = prepared.of_student.counts.squeeze(1).float()
             most = counts.max()
             counts, values, factor = counts / most, values / most, factor * most
-        boost = 10 if its.dtype == torch.float16 else 0
+        boost = 10 if prepared.dtype == torch.float16 else 0
         push = torch.empty(size, dim, dtype=_sweep.readable(prototypes[:0]).dtype, device=student.device)
         with guard(student.device):
             push_prototypes_kernel[(triton.cdiv(size, tiles.block_k),)](
-                (its.student * own).to(its.dtype),
+                (prepared.student * own).to(prepared.dtype),
                 counts,
-                found.student_logsums * LOG2E,
-                (unit(assignment.teacher.float()) * other).to(its.dtype),
-                values.to(its.dtype),
-                found.teacher_logsums * LOG2E,
-                its.own,
-                its.its,
-                its.shift,
+                forward.student_logsums * LOG2E,
+                (unit(assignment.teacher.float()) * other).to(prepared.dtype),
+                values.to(prepared.dtype),
+                forward.teacher_logsums * LOG2E,
+                prepared.own,
+                prepared.its,
+                prepared.shift,
                 push,
                 factor * 2.0**-boost,
-                its.temperatures[0],
+                prepared.temperatures[0],
                 len(student),
                 len(assignment.teacher),
                 size,
@@ -244,8 +243,8 @@ def swept_gradients(
                 tiles.block_k,
                 tiles.block_n,
                 boost,
-                "tf32" if its.kind == "half" else its.kind,
-                INTERPRETED and its.dtype == torch.bfloat16,
+                "tf32" if prepared.kind == "half" else prepared.kind,
+                INTERPRETED and prepared.dtype == torch.bfloat16,
                 num_warps=tiles.warps,
                 num_stages=tiles.stages,
             )

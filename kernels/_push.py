@@ -1,4 +1,4 @@
-"""Unit rows, and the ring they are written into, as Triton kernels. All matrices are contiguous."""
+"""Triton kernels that normalise rows and write them into a ring. All matrices are contiguous."""
 
 # mypy: disallow-untyped-defs=False
 from __future__ import annotations
@@ -12,7 +12,7 @@ from .multi_tensor import guard
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 WIDEST = 8192  # columns of a row that one program holds
-TILE = 4096  # elements that a program holds of rows it reads and writes
+TILE = 4096  # elements of a tile of rows in a program that reads and writes them
 
 if triton is not None:
 
@@ -49,9 +49,9 @@ if triton is not None:
     def push_kernel(
         queue_ptr,
         keys_ptr,
-        start_ptr,  # a copy of the pointer, which some programs still read when it has moved; None stands for 0
+        start_ptr,  # a copy of the pointer, because some programs read it after the pointer has advanced; None for 0
         pointer_ptr,
-        skip_ptr,  # nothing is pushed where this is not 0, or None
+        skip_ptr,  # if not None and not 0, nothing is pushed
         count,
         size,
         D: tl.constexpr,
@@ -114,7 +114,7 @@ def launch_push(
 
 
 def enqueue_(queue: Tensor, pointer: Tensor, keys: Tensor, skip: Tensor | None = None) -> None:
-    """Write the unit keys into the ring and advance the pointer: a copy of the pointer, and one launch."""
+    """Write the unit keys into the ring and advance the pointer, by a copy of the pointer and one launch."""
     if not (fits(queue, keys) and queue.is_contiguous()):
         reference.enqueue_(queue, pointer, keys, skip)
     elif len(keys):

@@ -47,17 +47,17 @@ class Assignment(NamedTuple):
     teacher: Tensor
     """[M, D]"""
     prototypes: Tensor
-    """[K, D] of the student."""
+    """[K, D], the student's."""
     teacher_prototypes: Tensor | None
-    """[K, D]; None for those of the student."""
+    """[K, D]; None if the teacher uses the student's."""
     center: Tensor | None
     """[K], subtracted from the teacher's logits."""
     pairs: Tensor | None
-    """[P, 2] int64, row of the student and row of the teacher; None for row i with row i."""
+    """[P, 2] int64, each a row of the student and a row of the teacher; None pairs row i with row i."""
     student_temperature: float | Tensor
     teacher_temperature: float | Tensor
 
     @property
     def tensors(self) -> tuple[Tensor | None, ...]:
-        """All floating tensors but the temperatures."""
+        """All floating tensors except the temperatures."""
         return self[:5]

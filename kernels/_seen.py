@@ -1,4 +1,4 @@
-"""A cache of preparations for lists of tensors, found again while the tensors stay at their addresses."""
+"""A cache of values prepared for lists of tensors, valid while the tensors stay at their addresses."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class _Entry:
 
 
 class Seen:
-    """Preparations by the number of tensors and the first ones. They are deleted with their tensors."""
+    """Prepared values, by the number of tensors and the first tensors; they are deleted with their tensors."""
 
     def __init__(self) -> None:
         self._entries: dict[tuple[Any, ...], _Entry] = {}
@@ -45,12 +45,12 @@ class Seen:
         return len(self._entries)
 
     def find(self, kind: str | None, lists: Lists) -> Any:
-        """The preparation for these lists if their tensors have not moved, otherwise None."""
+        """The value prepared for these lists if their tensors have not moved, otherwise None."""
         entry = self._entries.get(_key(kind, lists))
         return entry.prepared if entry is not None and entry.fits(_joined(lists)) else None
 
     def keep(self, kind: str | None, lists: Lists, prepared: Any) -> None:
-        """Store a preparation, which must not hold references to the tensors."""
+        """Store a prepared value, which must not hold references to the tensors."""
         key = _key(kind, lists)
         self._entries[key] = _Entry(prepared, _joined(lists), lambda _: self._entries.pop(key, None))
 

@@ -1,9 +1,9 @@
 """The one-sweep contrastive kernel: InfoNCE, its gradient, the residual term and the push in two or three launches.
 
 For unit queries q, bank rows c and logits s = q·c/τ, a program accumulates tile by tile, as in flash attention, the
-running maximum m, the sum Σ exp(s − m), and Σ exp(s − m) c. The keys carry no gradient, so the gradient needs no more:
-with the positive p among the candidates, dL/dq = (average of the candidates by probability − p) / τ, and then through
-the normalisation. The kernels keep logits in units of log 2.
+running maximum m, the sum Σ exp(s − m), and Σ exp(s − m) c. The keys carry no gradient, so the gradient needs no more
+sums: with the positive p among the candidates, dL/dq = (average of the candidates by probability − p) / τ, followed by
+the derivative of the normalisation. The kernels keep logits in units of log 2.
 
 The bank is split among programs, so that few queries also fill a GPU. A last launch combines their results and pushes;
 the sweep has read the whole queue by then. In-batch keys are normalised first, in a separate launch. All sums have a
@@ -35,21 +35,21 @@ _TILES = {
     "tf32": {64: (64, 64, 4, 2), 128: (64, 32, 4, 2), 256: (32, 32, 4, 2), 512: (16, 16, 8, 2)},
     "tf32x3": {64: (32, 32, 4, 2), 128: (32, 32, 8, 2), 256: (16, 16, 8, 2)},
 }
-# Where the rows that are averaged are others than those that are multiplied, and have tiles of their own.
+# The same if the averaged rows differ from the multiplied rows, so that each has its own tiles.
 _TILES_OF_TWO = {
     "half": {64: (64, 64, 4, 2), 128: (64, 64, 4, 2), 256: (64, 32, 8, 2), 512: (32, 16, 8, 2)},
     "tf32": {64: (64, 32, 4, 2), 128: (64, 32, 8, 2), 256: (32, 16, 4, 2), 512: (16, 16, 8, 1)},
     "tf32x3": {64: (32, 32, 4, 2), 128: (32, 16, 8, 2), 256: (16, 16, 8, 2)},
 }
-# For many queries on sm_90 and sm_100, which have the shared memory; those of four warps run two at a time. Measured on
-# an H200: docs/benchmarks.md.
+# For many queries on sm_90 and sm_100, which have more shared memory; two programs of four warps fit on a
+# multiprocessor. Measured on an H200: docs/benchmarks.md.
 _WIDE_TILES = {128: (64, 128, 4, 2), 256: (128, 64, 8, 3)}
 
 
 def product_kind(dtype: torch.dtype) -> str:
     """How rows of ``dtype`` are multiplied. Float32 follows ``torch.set_float32_matmul_precision``.
 
-    "highest" takes three TF32 products for one, which is right to about 1e-6, like float32 itself.
+    "highest" computes each product as three TF32 products, with an error of about 1e-6, like float32 itself.
     """
     if _wide.multiplied(dtype) != torch.float32:
         return "half"
@@ -88,7 +88,7 @@ def plan(n: int, size: int, dim: int, kind: str, slots: int, major: int, two: bo
         kind: kind of product.
         slots: multiprocessors of the device.
         major: major version of the compute capability.
-        two: whether other rows are averaged than those that are multiplied.
+        two: whether the averaged rows differ from the multiplied rows.
 
     Returns:
         The plan, or None if rows of ``dim`` are too wide for the registers.
@@ -104,7 +104,7 @@ def plan(n: int, size: int, dim: int, kind: str, slots: int, major: int, two: bo
         slots *= 8 // warps
 
     def time(bank_splits: int) -> int:
-        """Rounds of programs times their length: their tiles, plus one for start and end."""
+        """Rounds of programs times the length of a program: its tiles, plus one for its start and end."""
         return -(-query_blocks * bank_splits // slots) * (-(-tiles // bank_splits) + 1)
 
     tiles_per_split = -(-tiles // min(range(1, max(2, min(tiles, max(slots // query_blocks, 4)) + 1)), key=time))
@@ -115,7 +115,7 @@ def plan(n: int, size: int, dim: int, kind: str, slots: int, major: int, two: bo
 def capacity(device: torch.device) -> tuple[int, int]:
     """Multiprocessors, and the major version of the compute capability."""
     if INTERPRETED:
-        return 4, 0  # more than one, so that banks are also split there
+        return 4, 0  # more than one, so that the interpreter also splits banks
     properties = torch.cuda.get_device_properties(device)
     return properties.multi_processor_count, properties.major
 
@@ -126,7 +126,7 @@ def readable(x: Tensor) -> Tensor:
 
 
 def launched(number: float | Tensor, name: str, device: torch.device) -> float | Tensor:
-    """A number on the host as a number; one on the device, where it is read so that the host does not wait for it."""
+    """A host number as a float; a tensor on the device unchanged, so that the host does not wait for its value."""
     if isinstance(number, Tensor) and number.device == device:
         return number
     return host_value("the loss", name, number)
@@ -146,12 +146,12 @@ def swept_losses(scoring: Scoring, gradient: bool) -> tuple[Tensor, Tensor]:
     key, same, push = (None if x is None else readable(x) for x in (key, same, push))
     bank = key if queue is None else queue
     size = 0 if bank is None else len(bank)
-    # Other queues are converted part by part, and pushed into separately.
-    known = queue is None or (queue.dtype in DTYPES and queue.is_contiguous())
+    # Other queues are converted part by part, and a separate launch pushes into them.
+    direct = queue is None or (queue.dtype in DTYPES and queue.is_contiguous())
     kind = "half" if bank is None else product_kind(bank.dtype)
     slots, major = capacity(device)
-    work = plan(n, size, dim, kind, slots, major) if known and bank is not None else None
-    wide = _wide.plan(n, size, dim, kind, slots, gradient, not known) if work is None and bank is not None else None
+    work = plan(n, size, dim, kind, slots, major) if direct and bank is not None else None
+    wide = _wide.plan(n, size, dim, kind, slots, gradient, not direct) if work is None and bank is not None else None
     bank_splits = work.bank_splits if work is not None else wide.bank_splits if wide is not None else 1
     finish = finishing(dim, bank_splits)
     groups = triton.cdiv(n, finish["BLOCK_R"])
@@ -184,7 +184,7 @@ def swept_losses(scoring: Scoring, gradient: bool) -> tuple[Tensor, Tensor]:
         "BLOCK_D": block_d(dim),
         "GRADIENT": gradient,
     }
-    pushed = 0 if pointer is None or push is None or not known else len(push)
+    pushed = 0 if pointer is None or push is None or not direct else len(push)
     with guard(device):
         if key is None or bank is None:
             tickets.zero_()  # otherwise the sweep does this

@@ -11,7 +11,7 @@ if triton is not None:
 
     @triton.jit
     def load_rows(x_ptr, rows, size, D: tl.constexpr, BLOCK_D: tl.constexpr, EDGE: tl.constexpr, UPCAST: tl.constexpr):
-        """Rows of a matrix as they are, but 0 behind its last row, where the tile may reach over the EDGE."""
+        """Rows of a matrix; 0 beyond its last row, if the tile may extend beyond the EDGE."""
         d = tl.arange(0, BLOCK_D)
         x_ptrs = x_ptr + rows[:, None].to(tl.int64) * D + d[None, :]
         if EDGE:
@@ -32,14 +32,14 @@ if triton is not None:
         total,
         average,
         bank_ptr,
-        values_ptr,  # rows to average in place of the bank's, of its dtype, or None
-        shift_ptr,  # [size], taken from the logits in units of log 2, or None
+        values_ptr,  # rows to average instead of the bank's rows, of the same dtype, or None
+        shift_ptr,  # [size], subtracted from the logits, in units of log 2, or None
         size,
         positives,  # column of each row's positive, which is left out
         D: tl.constexpr,
         BLOCK_D: tl.constexpr,
         BLOCK_K: tl.constexpr,
-        EDGE: tl.constexpr,  # the tile may reach over the end of the bank, or hold positives
+        EDGE: tl.constexpr,  # the tile may extend beyond the bank, or hold positives
         GRADIENT: tl.constexpr,
         PRECISION: tl.constexpr,
         UPCAST: tl.constexpr,
@@ -68,9 +68,9 @@ if triton is not None:
         bank_ptr,
         values_ptr,  # see _add_tile
         shift_ptr,
-        averages_ptr,  # [splits, n, D], and [splits, n]: see finish_rows
-        logsums_ptr,
-        tickets_ptr,  # see finish_kernel; None: what follows needs none
+        averages_ptr,  # [splits, n, D]; see finish_rows
+        logsums_ptr,  # [splits, n]
+        tickets_ptr,  # see finish_kernel; None if the next launch needs none
         pointer_ptr,  # None if nothing will be pushed
         temperature,
         n,

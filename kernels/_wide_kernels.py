@@ -78,14 +78,14 @@ if triton is not None:
         bank_ptr,
         tops_ptr,
         totals_ptr,
-        averages_ptr,  # [splits, every, D] in the bank's dtype, [splits, every]: see finish_rows
-        logsums_ptr,
+        averages_ptr,  # [splits, every, D] in the bank's dtype; see finish_rows
+        logsums_ptr,  # [splits, every]
         n,
         columns,
         width,
         tiles,
         tiles_per_split,
-        every,  # number of all queries; n of them are here
+        every,  # number of all queries, of which this launch takes n
         D: tl.constexpr,
         BLOCK_N: tl.constexpr,
         BLOCK_K: tl.constexpr,  # of score_kernel's tiles

@@ -1,4 +1,4 @@
-"""The augmentation of a view in few launches: crop, flip, colours, grayscale, blur, solarize, normalise."""
+"""The augmentation of views in few launches: crop, flip, colour changes, grayscale, blur, solarize, normalise."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from . import _augment, batched
 from .dispatch import check_no_grad, check_strided, choose, no_autocast
 from .view_parameters import OP, Drawn, ViewParameters, completed
 
-_TINY = 2**11  # values of a picture below which a call for each costs more than the wasted arithmetic of all together
+_TINY = 2**11  # images with fewer values are cropped together: a call per image would take longer
 _INPUTS = (torch.uint8, torch.float32)
 _OUTPUTS = (torch.float32, torch.bfloat16, torch.float16)
 """Dtypes that the kernels write."""
@@ -21,12 +21,12 @@ _OUTPUTS = (torch.float32, torch.bfloat16, torch.float16)
 
 @dataclass(frozen=True)
 class Work:
-    """A checked call."""
+    """The checked arguments of a call."""
 
     images: Tensor
     """[N, H, W, C]."""
     index: Tensor | None
-    """[B] rows of the images, on the CPU; None: in their order."""
+    """[B] indices of images, on the CPU; None for all in order."""
     drawn: Drawn
     out: Tensor
     """[B, C, H, W], channels last."""
@@ -38,7 +38,7 @@ class Work:
 
 
 def _planes(work: Work) -> Tensor:
-    """The images of the batch, [B, C, H, W]."""
+    """The images of the batch [B, C, H, W]."""
     planes = work.images.permute(0, 3, 1, 2)
     if work.index is None:
         return planes
@@ -46,7 +46,7 @@ def _planes(work: Work) -> Tensor:
 
 
 def _flipped(planes: Tensor, flip: Tensor) -> Tensor:
-    """float32 [B, C, H, W] of our own, in the order of a contiguous tensor."""
+    """A contiguous float32 copy [B, C, H, W], with the chosen images flipped."""
     images = planes.to(torch.float32, memory_format=torch.contiguous_format, copy=True)
     if flip.any():
         at = flip.nonzero()[:, 0].to(images.device)
@@ -61,7 +61,7 @@ def _finish(work: Work, images: Tensor) -> None:
 
 @torch.no_grad()
 def _reference(work: Work) -> None:
-    """One operation after the other, on the whole batch."""
+    """Apply one operation after the other to the whole batch."""
     planes, drawn = _planes(work), work.drawn
     if drawn.unchanged():
         batched.normalise(planes, work.mean, work.std, out=work.out)
@@ -75,7 +75,7 @@ def _reference(work: Work) -> None:
 
 @torch.no_grad()
 def _cpu(work: Work) -> None:
-    """Crop image by image in uint8, and do the rest for as many images as fit into the cache."""
+    """Crop each image in uint8, then process as many images at a time as fit into the cache."""
     drawn, (count, _, height, width) = work.drawn, work.out.shape
     if drawn.box is None or work.images[0].numel() < _TINY:
         return _reference(work)
@@ -110,30 +110,31 @@ def augment_views(
     out: Tensor | None = None,
     backend: str | None = None,
 ) -> Tensor:
-    """Make a view of each image: crop, flip, colour changes in its own order, grayscale, blur, solarize, normalise.
+    """Make a view of each image: crop, flip, colour changes in any order, grayscale, blur, solarize, normalise.
 
-    Each operation is what torchvision's v2 functional transform of that name does (``resized_crop`` with antialiasing,
+    Each operation equals torchvision's v2 functional transform of that name (``resized_crop`` with antialiasing,
     ``adjust_brightness``, ``adjust_contrast``, ``adjust_saturation``, ``adjust_hue``, ``rgb_to_grayscale``,
     ``gaussian_blur``, ``solarize`` at 128, ``normalize``), computed in float32 without rounding to bytes in between.
-    Images of other than three bands get no saturation, hue and grayscale; their contrast is about the bands' mean.
+    Images without exactly three bands get no saturation, hue and grayscale; their contrast uses the mean of the bands.
 
-    On a GPU it takes at most two launches for views of up to 64 pixels and three for larger ones, reads the images once
-    (twice where contrast needs the mean of a larger one), writes the views once, and gives the same bits each time. One
-    table of parameters is uploaded, and the host does not wait. A blur is a product in fp16 there, which is right to
-    a fifth of a step of 255; one with a radius over 24 pixels, of a larger view, is left to the reference.
+    On a GPU, at most two launches make views of up to 64 pixels, and three make larger ones. Images are read once
+    (twice for the contrast of larger views), views are written once, and the bits are the same each time. One table of
+    parameters is uploaded, and the host does not wait. The blur is computed in fp16, with an error of at most 0.2 on
+    the scale from 0 to 255. Views over 64 pixels with a blur radius over 24 pixels are left to the reference.
 
     Args:
         images: uint8, or float32 with white at 255: crops [B, H, W, C] of ``out_size``; or, with ``parameters.box``,
-            whole images [B, H, W, C] of one size. Strides may be any: of [B, C, H, W] pass ``x.permute(0, 2, 3, 1)``.
+            whole images [B, H, W, C] of one size. Any strides are allowed: for [B, C, H, W], pass ``x.permute(0, 2, 3,
+            1)``.
         parameters: parameters of the operations per image.
         out_size: side of the views, or their height and width, in pixels.
         dtype: dtype of the views; the kernels write ``torch.float32``, ``torch.bfloat16`` and ``torch.float16``.
-        mean, std: mean to subtract and standard deviation to divide by per channel, for values from 0 to 1. For images
-            with one band there may be several: the band is repeated.
-        index: integers [B] on the CPU; view i is made from ``images[index[i]]`` of whole images [N, H, W, C].
+        mean, std: mean to subtract and standard deviation to divide by per channel, for values from 0 to 1. Several
+            channels are allowed for images with one band, which is then repeated.
+        index: int64 [B] on the CPU; view i is made from ``images[index[i]]``, of whole images [N, H, W, C].
         interpolation: ``"bilinear"`` or ``"bicubic"``.
-        blur_radius: taps of the blur on each side of a pixel, as torchvision's ``kernel_size`` is twice that and one.
-            None: three times the largest standard deviation.
+        blur_radius: taps of the blur on each side of a pixel; torchvision's ``kernel_size`` is ``2 * blur_radius + 1``.
+            None for three times the largest standard deviation.
         out: a tensor to write, [B, C, H, W] of ``dtype`` in channels-last order.
         backend: ``None``, ``"triton"``, ``"cpu"`` or ``"reference"``.
 

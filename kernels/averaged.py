@@ -34,12 +34,12 @@ class _Average:
         group = (len(averaged), *((averaged[0].device, averaged[0].dtype) if averaged else ()))
         known = self._prepared.get(group)
         if known is None or known[0] != _known_by(tensors):
-            made = EMA(averaged, current, backend=self.backend)  # first, since it says what no tensor with a place is
+            made = EMA(averaged, current, backend=self.backend)  # first, for its error on tensors without memory
             known = self._prepared[group] = _known_by(tensors), made
         known[1].update_(self.momentum)
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_prepared": {}}  # a copy of the model is made without a second copy of its weights
+        return self.__dict__ | {"_prepared": {}}  # so that copying the model does not copy its weights twice
 
 
 def ema_avg_fn(momentum: float | Tensor, *, backend: str | None = None) -> Callable[..., None]:
@@ -47,7 +47,7 @@ def ema_avg_fn(momentum: float | Tensor, *, backend: str | None = None) -> Calla
 
         averaged = AveragedModel(model, multi_avg_fn=ema_avg_fn(0.999))
 
-    It differs from torch's ``get_ema_multi_avg_fn`` for integers, which take part with ``use_buffers=True``: they are
+    It differs from torch's ``get_ema_multi_avg_fn`` for integer buffers, which ``use_buffers=True`` includes: they are
     copied, not averaged and truncated.
 
     Args:

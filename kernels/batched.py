@@ -1,7 +1,7 @@
-"""The operations of a view on a batch at once, on any device; defined by torchvision's v2 functional transforms.
+"""The operations of ``augment_views`` on whole batches, on any device; defined by torchvision's v2 transforms.
 
-Images are float32 [B, C, H, W], in which 0 and 255 are black and white. Saturation, hue and grayscale need RGB, and
-leave pictures of other bands as they are; a gray picture may stay at C = 1 all the way.
+Images are float32 [B, C, H, W] with 0 for black and 255 for white. Saturation, hue and grayscale need RGB and are
+skipped for other numbers of bands. Grayscale images may keep C = 1 until they are normalised.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from torch.nn import functional
 from .view_parameters import Drawn
 
 LUMA = (0.2989, 0.587, 0.114)
-"""Shares of red, green and blue in gray, as in ITU-R BT.601."""
+"""Weights of red, green and blue in gray (ITU-R BT.601)."""
 
-_CACHED = 2**20  # values of a chunk on a CPU: fewer spend the time on calls, more leave the cache
-_LARGE = 2**17  # values of an image that is changed alone: to copy it to others and back takes longer than calls
-_ALL = 2**31  # on a GPU
-_BAND = 56
-_FEW = 16
+_CACHED = 2**20  # values per chunk on a CPU: smaller chunks add call overhead, larger ones leave the cache
+_LARGE = 2**17  # images with more values are changed one by one: gathering them costs more than separate calls
+_ALL = 2**31  # images per chunk on a GPU
+_BAND = 56  # rows or columns per block of the blur
+_FEW = 16  # rows of a product below which a CPU's sums depend on the batch size
 
 
 class Step(NamedTuple):
@@ -31,13 +31,13 @@ class Step(NamedTuple):
 
     change_: Callable[[Tensor, Tensor], object]
     chosen: list[bool]
-    """[B]; a list: to ask tensors, a few images at a time, takes longer than to change a small view."""
+    """Whether to change each image, [B]; a list, because indexing tensors is slow compared with a small view."""
     parameter: Tensor
-    """[B, ...], on the device of the images."""
+    """[B, ...], on the device of the images; the second argument of ``change_``."""
 
 
 def recolour_(images: Tensor, drawn: Drawn, *, blur_radius: int) -> Tensor:
-    """Carry out in place, on [B, C, H, W], all that follows the crop and the flip, only where it was drawn."""
+    """Apply the operations after crop and flip to [B, C, H, W] in place, to each image only those that were drawn."""
     planned = steps(drawn, images.shape[1], blur_radius, images.device)
     count = at_a_time(images[0].numel(), images.device)
     for start in range(0, len(images), count):
@@ -46,14 +46,14 @@ def recolour_(images: Tensor, drawn: Drawn, *, blur_radius: int) -> Tensor:
 
 
 def at_a_time(values: int, device: torch.device) -> int:
-    """How many images of so many values: on a CPU a few, so that they stay in its cache between the operations."""
+    """Images per chunk, for images of ``values`` values; on a CPU a chunk stays in the cache between operations."""
     if device.type != "cpu":
         return _ALL
     return 1 if values > _LARGE else max(1, _CACHED // values)
 
 
 def steps(drawn: Drawn, channels: int, radius: int, device: torch.device) -> list[Step]:
-    """What :func:`recolour_` does, in its order."""
+    """The steps of :func:`recolour_` for a batch, in order."""
     factors = drawn.factors.to(device, non_blocking=True)
     kernel = gaussian(drawn.sigma.to(device, non_blocking=True), radius)
     planned = jitter(drawn.jitter, factors, drawn.order, channels)
@@ -65,7 +65,7 @@ def steps(drawn: Drawn, channels: int, radius: int, device: torch.device) -> lis
 
 
 def carry_out_(planned: Iterable[Step], images: Tensor, start: int = 0) -> None:
-    """Change images [N, C, S, S] in place, which are those from ``start`` on of the batch that was planned for."""
+    """Apply the steps to images [N, C, H, W] in place; they are images ``start`` to ``start + N`` of the batch."""
     count = len(images)
     some = slice(start, start + count)
     for change_, chosen, parameter in planned:
@@ -80,38 +80,38 @@ def carry_out_(planned: Iterable[Step], images: Tensor, start: int = 0) -> None:
 
 
 def crop(picture: Tensor, box: Sequence[int], flip: bool, size: int | Sequence[int], interpolation: str) -> Tensor:
-    """Crop, resize with antialiasing, and flip one picture, in its own dtype, on the CPU.
+    """Crop, resize with antialiasing, and flip one image, in its own dtype, on the CPU.
 
     Args:
         picture: uint8 or float32 [C, H, W].
-        box: top, left, height, width.
-        flip: left to right.
+        box: top, left, height and width in pixels.
+        flip: whether to flip horizontally.
         size: S, or height and width.
         interpolation: ``"bilinear"`` or ``"bicubic"``.
 
     Returns:
-        [1, C, S, S].
+        [1, C, H, W] of ``size``.
     """
     top, left, height, width = box
     part = picture[None, :, top : top + height, left : left + width]
-    if part.dtype == torch.uint8 and part.stride(1) == 1:  # as decoders give them: torch would undo their order first
+    if part.dtype == torch.uint8 and part.stride(1) == 1:  # decoders' order, which torch would otherwise copy away
         part = part.contiguous(memory_format=torch.channels_last)
     resized = functional.interpolate(part, sides(size), mode=interpolation, antialias=True)
     return resized.flip(-1) if flip else resized
 
 
 def crop_resize(pixels: Tensor, box: Tensor, flip: Tensor, size: int | Sequence[int], *, bicubic: bool) -> Tensor:
-    """Crop, resize with antialiasing, and flip on a GPU: each image between a weight matrix for rows and for columns.
+    """Crop, resize with antialiasing, and flip a batch, by one product with a weight matrix per side of each image.
 
     Args:
         pixels: uint8 [B, C, H, W].
-        box: int64 [B, 4]: top, left, height, width.
-        flip: bool [B].
+        box: int64 [B, 4]: top, left, height and width in pixels.
+        flip: bool [B], whether to flip horizontally.
         size: S, or height and width.
-        bicubic: or bilinear.
+        bicubic: bicubic filter if true, otherwise bilinear.
 
     Returns:
-        float32 [B, C, S, S] from 0 to 255.
+        float32 [B, C, H, W] of ``size``, from 0 to 255.
     """
     box = box.to(pixels.device, non_blocking=True)
     flip = flip.to(pixels.device, non_blocking=True)
@@ -120,11 +120,11 @@ def crop_resize(pixels: Tensor, box: Tensor, flip: Tensor, size: int | Sequence[
     columns = _resize_weights(box[:, 1], box[:, 3], pixels.shape[-1], width, bicubic)
     columns = torch.where(flip[:, None, None], columns.flip(1), columns)
     out = rows[:, None] @ pixels.float() @ columns[:, None].transpose(-1, -2)
-    return out.clamp_(0, 255)  # a bicubic overshoots
+    return out.clamp_(0, 255)  # the bicubic filter overshoots
 
 
 def _resize_weights(start: Tensor, length: Tensor, source: int, size: int, bicubic: bool) -> Tensor:
-    """Weights [B, size, source] of each source pixel in each output pixel; the filter widens as the picture shrinks."""
+    """Weights [B, size, source] of source pixels in output pixels; the filter widens as the image shrinks."""
     scale = length[:, None, None] / size
     width = scale.clamp(min=1)
     at = torch.arange(source, device=start.device) - start[:, None, None]  # from the crop's edge
@@ -140,13 +140,13 @@ def _resize_weights(start: Tensor, length: Tensor, source: int, size: int, bicub
 
 
 def jitter(chosen: Tensor, factors: Tensor, order: Tensor, channels: int) -> list[Step]:
-    """The changes of brightness, contrast, saturation and hue of the chosen images, each in its own order.
+    """The steps that change brightness, contrast, saturation and hue of the chosen images, each in its own order.
 
     Args:
         chosen: bool [B].
         factors: float32 [B, 4], on the device of the images.
         order: int64 [B, 4].
-        channels: of the images; the last two changes need RGB.
+        channels: bands of the images; the last two changes need RGB.
     """
     changes = (brightness_, contrast_, saturation_, hue_) if channels == 3 else (brightness_, contrast_)
     return [
@@ -157,24 +157,24 @@ def jitter(chosen: Tensor, factors: Tensor, order: Tensor, channels: int) -> lis
 
 
 def brightness_(images: Tensor, factor: Tensor) -> None:
-    """Multiply [B, C, H, W] by ``factor`` [B]."""
+    """Multiply [B, C, H, W] by ``factor`` [B], in place."""
     images.mul_(factor.view(-1, 1, 1, 1)).clamp_(0, 255)
 
 
 def contrast_(images: Tensor, factor: Tensor) -> None:
-    """Scale the distance of [B, C, H, W] from the picture's mean gray by ``factor`` [B]."""
+    """Multiply the difference of [B, C, H, W] from the image's mean gray by ``factor`` [B], in place."""
     factor = factor.view(-1, 1, 1, 1)
     mean = luma(images.mean(dim=(2, 3), keepdim=True))
     images.mul_(factor).add_(mean * (1 - factor)).clamp_(0, 255)
 
 
 def saturation_(images: Tensor, factor: Tensor) -> None:
-    """Scale the distance of [B, 3, H, W] from the pixel's gray by ``factor`` [B]; 0 makes them gray."""
+    """Multiply the difference of [B, 3, H, W] from the pixel's gray by ``factor`` [B], in place; 0 gives grayscale."""
     images.lerp_(luma(images), (1 - factor).view(-1, 1, 1, 1)).clamp_(0, 255)
 
 
 def luma(images: Tensor) -> Tensor:
-    """Gray [B, 1, H, W] of [B, C, H, W]: of RGB as in ITU-R BT.601, of other bands the mean."""
+    """Gray [B, 1, H, W] of [B, C, H, W]: for RGB as in ITU-R BT.601, otherwise the mean of the bands."""
     if images.shape[1] != 3:
         return images.mean(dim=1, keepdim=True)
     red, green, blue = images.split(1, dim=1)
@@ -182,11 +182,12 @@ def luma(images: Tensor) -> Tensor:
 
 
 def hue_(images: Tensor, shift: Tensor) -> None:
-    """Turn the hue of [B, 3, H, W] by shares [B], up to a third, of the colour circle: HSV's hue, the rest the same.
+    """Shift the hue (of HSV) of [B, 3, H, W] by ``shift`` [B] turns of the colour circle, at most 1/3, in place.
 
     On a circle of circumference 6 with red at 0, green at 2 and blue at -2, a channel is ``low + chroma *
-    clamp(2 - distance from its place, 0, 1)``. Solved for the hue, that is ``1 + (green + blue - red - low) / chroma``
-    towards green or towards blue: no case distinctions, which cost most of the time of HSV on a CPU.
+    clamp(2 - distance from its position, 0, 1)``. Solved for the hue, this is ``1 + (green + blue - red - low) /
+    chroma``, positive towards green and negative towards blue. This form has no case distinctions, on which the usual
+    conversion to HSV spends most of its time on a CPU.
     """
     red, green, blue = images.unbind(1)
     low = torch.minimum(torch.minimum(red, green), blue)
@@ -194,7 +195,7 @@ def hue_(images: Tensor, shift: Tensor) -> None:
     turned = (green + blue).sub_(red).sub_(low).div_(chroma.clamp(min=1e-5)).add_(1)
     turned = torch.copysign(turned, green - blue).add_(6 * shift.view(-1, 1, 1))
     for channel, place in ((red, 0), (green, 2), (blue, -2)):
-        # | |difference| - 3 | is 3 - distance up to a difference of 6, and more than 2, of which 1 is used, up to 7.
+        # | |difference| - 3 | equals 3 - distance for differences up to 6; up to 7 it exceeds 2, which clamps to 1 too.
         share = (turned - place).abs_().sub_(3).abs_().sub_(1).clamp_(0, 1)
         torch.addcmul(low, chroma, share, out=channel)
 
@@ -202,18 +203,18 @@ def hue_(images: Tensor, shift: Tensor) -> None:
 def gaussian(sigma: Tensor, radius: int) -> Tensor:
     """Kernels [B, 2 * radius + 1] of Gaussians of ``sigma`` [B] pixels."""
     at = torch.arange(-radius, radius + 1, device=sigma.device) / sigma[:, None]
-    # Nothing of it is seen beyond six sigmas, where it becomes denormal: twenty times slower to multiply on a CPU.
+    # Beyond six sigmas the weights have no effect, and denormal numbers are twenty times slower on a CPU.
     kernel = (-0.5 * at**2).exp() * (at.abs() <= 6)
     return kernel / kernel.sum(dim=1, keepdim=True)
 
 
 def blur_(images: Tensor, kernel: Tensor) -> None:
-    """Convolve rows and columns of [B, C, H, W], reflected at the edges, with ``kernel`` [B, 2 * radius + 1].
+    """Convolve rows and columns of [B, C, H, W], reflected at the edges, with ``kernel`` [B, 2 * radius + 1], in place.
 
     The radius must be below H and W.
     """
-    # Matrix products with the band that holds the kernel, a block of rows or columns at a time: faster on a CPU than a
-    # depthwise convolution, and the zeros outside the band are few.
+    # Blocks of rows or columns are multiplied by a band matrix of the kernel. This is faster on a CPU than a depthwise
+    # convolution; with small blocks, few products are with the zeros outside the band.
     count, channels, height, width = images.shape
     radius = kernel.shape[1] // 2
     padded = functional.pad(images, (0, 0, radius, radius), mode="reflect").flatten(0, 1)
@@ -229,7 +230,7 @@ def blur_(images: Tensor, kernel: Tensor) -> None:
 
 
 def _band(kernel: Tensor, size: int) -> Tensor:
-    """Matrices of a block of rows, in each of which the kernel is one place further to the right."""
+    """Band matrices [B, block, block + taps - 1]: each row has the kernel one column further to the right."""
     count, taps = kernel.shape
     block = min(size, _BAND)
     wide = block + taps - 1
@@ -239,14 +240,14 @@ def _band(kernel: Tensor, size: int) -> Tensor:
 
 
 def _blocks(size: int) -> list[tuple[int, int]]:
-    """Where each block starts, and how long it is."""
+    """Start and length of each block."""
     return [(start, min(_BAND, size - start)) for start in range(0, size, _BAND)]
 
 
 def _product(left: Tensor, right: Tensor, n: int, count: int) -> Tensor:
-    """Matrix products of ``n`` rows or columns, which are the same however many images, ``count``, there are.
+    """Batched matrix products of ``n`` rows or columns, with the same bits for any number ``count`` of images.
 
-    Of few rows a CPU sums in another order where there are several images.
+    A CPU sums products of few rows in another order if there are several images; those are computed per image.
     """
     if n >= _FEW or left.device.type != "cpu":
         return torch.bmm(left, right)
@@ -255,24 +256,25 @@ def _product(left: Tensor, right: Tensor, n: int, count: int) -> Tensor:
 
 
 def solarize_(images: Tensor) -> None:
-    """Invert what rounds to 128 of 255 or more: of a value and its inverse that is the smaller one."""
+    """Invert values that round to 128 or more, in place; this is the minimum of a value and its inverse."""
     torch.minimum(images, 255 - images, out=images)
 
 
 def normalise(images: Tensor, mean: tuple[float, ...], std: tuple[float, ...], *, out: Tensor) -> Tensor:
-    """Write ``(images / 255 - mean) / std`` of [B, 1 or C, H, W] into ``out`` [B, C, H, W], in its dtype and order."""
+    """Write ``(images / 255 - mean) / std`` of [B, 1 or C, H, W] into ``out`` [B, C, H, W] of any dtype and strides."""
     work = out if out.dtype == torch.float32 else torch.empty_like(out, dtype=torch.float32)
     height, width = images.shape[2:]
     mean_, std_ = _spread(mean, height, width, out.device), _spread(std, height, width, out.device)
     count = at_a_time(work[0].numel(), work.device)
     for source, part in zip(images.split(count), work.split(count), strict=True):
-        part.copy_(source).sub_(mean_).div_(std_)  # converted first: of two dtypes it is not vectorised on a CPU
+        part.copy_(source).sub_(mean_).div_(std_)  # converted first: mixed dtypes are not vectorised on a CPU
     return work if work is out else out.copy_(work)
 
 
-@lru_cache(maxsize=32)  # made once: a tensor of the host's numbers makes the host wait for a GPU
+@lru_cache(maxsize=32)  # because uploading host values makes the host wait for the GPU
 def _spread(values: tuple[float, ...], height: int, width: int, device: torch.device) -> Tensor:
-    """255 times a number per channel, for each value [1, C, H, W]: a number per channel would be loops of C."""
+    """255 times a number per channel, expanded to [1, C, H, W]: broadcasting would run inner loops of only C
+    elements."""
     channels = torch.tensor([255 * value for value in values], device=device).view(1, -1, 1, 1)
     return channels.expand(-1, -1, height, width).contiguous(memory_format=torch.channels_last)
 
@@ -280,11 +282,11 @@ def _spread(values: tuple[float, ...], height: int, width: int, device: torch.de
 def empty_views(
     count: int, size: int | Sequence[int], dtype: torch.dtype, device: torch.device, *, channels: int = 3
 ) -> Tensor:
-    """[B, C, S, S], or [B, C, H, W] of a size (H, W), in channels-last order, not yet filled."""
+    """An uninitialised tensor [B, C, H, W] in channels-last order; ``size`` is H = W, or (H, W)."""
     shape = (count, channels, *sides(size))
     return torch.empty(shape, dtype=dtype, device=device, memory_format=torch.channels_last)
 
 
 def sides(size: int | Sequence[int]) -> tuple[int, int]:
-    """Height and width of a size, which is that of a square or both."""
+    """Height and width of ``size``: the side of a square, or (height, width)."""
     return (size, size) if isinstance(size, int) else (size[0], size[1])

@@ -210,7 +210,7 @@ def residual_info_nce(
         check_once(op)
     if push is not None:
         if pointer is None:
-            raise ValueError(f"{op}: push is given without the pointer that says where it goes")
+            raise ValueError(f"{op}: push is given without a pointer to the row to write")
         check_rows(op, "push", push, dim=query.shape[1], device=query.device)
     scoring = Scoring(
         query,

@@ -18,9 +18,9 @@ from torch.utils import checkpoint
 BACKENDS = ("triton", "cpu", "reference")
 
 # The one place that imports Triton: without it (macOS, Windows) everything else still works.
-_found = importlib.util.find_spec("triton") is not None
-triton: Any = importlib.import_module("triton") if _found else None
-tl: Any = importlib.import_module("triton.language") if _found else None
+_installed = importlib.util.find_spec("triton") is not None
+triton: Any = importlib.import_module("triton") if _installed else None
+tl: Any = importlib.import_module("triton.language") if _installed else None
 
 INTERPRETED = triton is not None and triton.knobs.runtime.interpret  # fixed by the first import of Triton
 
@@ -88,7 +88,7 @@ def choose_derivable(
 def check_once(op: str) -> None:
     """Raise if the caller's code may run more or less often than once, which would break in-place updates."""
     if torch._C._are_functorch_transforms_active():
-        raise RuntimeError(f"{op}: tensors are changed in place, which torch.func does not follow; call it outside")
+        raise RuntimeError(f"{op}: tensors are changed in place, which torch.func does not support; call it outside")
     if not torch.compiler.is_compiling():  # otherwise the operator checks, when compiled and when run
         check_not_recomputed(op)
 
@@ -96,8 +96,9 @@ def check_once(op: str) -> None:
 def check_not_recomputed(op: str) -> None:
     """The part of :func:`check_once` for operators and their fake versions, which the compiler calls.
 
-    A function under torch.utils.checkpoint, or the like in other libraries, runs again in a node of the backward pass;
-    this is detected. Hooks on a parameter's gradient, which may step an optimizer, run in the node that accumulates it.
+    A function under torch.utils.checkpoint, or a similar function of another library, runs again in a node of the
+    backward pass; this is detected. Hooks on a parameter's gradient, which may step an optimizer, run in the node that
+    accumulates it.
     """
     node = torch._C._current_autograd_node()
     again = node is not None and node.name() != "torch::autograd::AccumulateGrad"
@@ -183,7 +184,7 @@ def check_no_grad(op: str, name: str, tensor: Tensor) -> None:
     if tensor.requires_grad:
         raise ValueError(f"{op}: {name} requires grad, but {op} gives it none; pass {name}.detach()")
     if has_tangent(tensor):
-        raise ValueError(f"{op}: {name} has a tangent, but {op} derives by its first argument only")
+        raise ValueError(f"{op}: {name} has a tangent, but {op} is differentiable in its first argument only")
 
 
 def check_scalar(
@@ -216,7 +217,7 @@ def check_scalar(
 
 
 def check_number(op: str, name: str, value: float | Tensor, device: torch.device, **limits: Any) -> None:
-    """Like :func:`check_scalar`, for a number of a loss: a tensor is on ``device`` or on the CPU without gradient."""
+    """Like :func:`check_scalar`, for a loss: a tensor must be on ``device`` or the CPU, and not require grad."""
     check_scalar(op, name, value, **limits)
     if isinstance(value, Tensor):
         check_no_grad(op, name, value)

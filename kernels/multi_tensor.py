@@ -94,8 +94,8 @@ def host_value(op: str, name: str, number: float | Tensor) -> float:
     """
     if isinstance(number, Tensor) and capturing():
         raise ValueError(
-            f"{op}: {name} is a tensor on {number.device}, which the CUDA graph that is being captured cannot read at "
-            "its replays; it must be a tensor on the device of the others, or a number, which stays as it is"
+            f"{op}: {name} is a tensor on {number.device}, which the CUDA graph being captured cannot read when "
+            "it is replayed; pass a tensor on the device of the others, or a number, which is then fixed"
         )
     return float(number)
 
@@ -117,7 +117,7 @@ class Mirror:
         self._of_graphs: list[Tensor] = []
 
     def update(self, columns: list[Any]) -> Tensor:
-        """A device tensor [rows, columns], holding ``columns`` (lists of numbers, as long at every call)."""
+        """A device tensor [rows, columns] of ``columns``, which are lists of numbers, as long at every call."""
         if capturing():
             if columns != self._columns:
                 return self._captured(self._host(columns))
@@ -132,7 +132,7 @@ class Mirror:
                 self._read_by_graph = False
             if self.device.type == "cuda":
                 if self._spare is None:
-                    self._spare = host.pin_memory()  # for a capture, during which there may be no pinned memory
+                    self._spare = host.pin_memory()  # for a capture, during which pinning may fail
                 host = host.pin_memory()
             self.tensor.copy_(host, non_blocking=True)
             self._columns = columns
@@ -160,7 +160,7 @@ if triton is not None:
         OPERANDS: tl.constexpr,
         COLUMNS: tl.constexpr,
     ):
-        """This program's row of the table, its first element, its end, and whether all addresses are 16-byte ones."""
+        """The program's row of the table, first element and end, and whether all addresses are 16-byte aligned."""
         chunk_ptr = chunks_ptr + tl.program_id(0).to(tl.int64) * 3
         row_ptr = table_ptr + tl.load(chunk_ptr) * COLUMNS
         bits = tl.load(row_ptr)
@@ -170,7 +170,7 @@ if triton is not None:
 
     @triton.jit
     def operand(row_ptr, column, start, mask, DTYPE: tl.constexpr):
-        """Pointer to element ``start`` of a row's operand; without a mask it is known to be at a 16-byte address."""
+        """Pointer to element ``start`` of a row's operand, which is 16-byte aligned if there is no mask."""
         ptr = tl.load(row_ptr + column).to(tl.pointer_type(DTYPE)) + start
         return tl.multiple_of(ptr, 16) if mask is None else ptr
 

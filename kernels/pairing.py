@@ -64,7 +64,7 @@ def _match(op: str, teacher: nn.Module, student: nn.Module) -> tuple[list[Tensor
 
 
 def listed(op: str, argument: str, tensors: Iterable[Any] | nn.Module) -> list[Any]:
-    """``tensors`` as a list, whose content :func:`check` checks."""
+    """``tensors`` as a list; :func:`check` checks its content."""
     if isinstance(tensors, (Tensor, nn.Module)) or not isinstance(tensors, Iterable):
         raise TypeError(f"{op}: {argument} is a {type(tensors).__name__}; it must be an iterable of tensors")
     return list(tensors)
@@ -105,7 +105,7 @@ def _pair_modules(op: str, teacher: nn.Module, student: nn.Module) -> tuple[list
     if match is not None and match[0] == built and match[1] == as_built:
         return taken(ours, match[2]), taken(theirs, match[3])
     pairs = _match(op, teacher, student)
-    # Some classes, such as FullyShardedDataParallel, may name other parameters than those that they hold.
+    # Some classes, such as FullyShardedDataParallel, may list other parameters than they hold.
     usual = all(
         type(each).named_parameters is nn.Module.named_parameters
         and type(each).named_modules is nn.Module.named_modules

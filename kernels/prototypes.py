@@ -26,7 +26,7 @@ def _check_center(center: Tensor, prototypes: Tensor) -> None:
     check_strided(_OP, "center", center, waiting=True)
     if center.shape != prototypes.shape[:1]:
         raise ValueError(
-            f"{_OP}: center has shape {tuple(center.shape)}; it must be [{prototypes.shape[0]}], a number per prototype"
+            f"{_OP}: center has shape {tuple(center.shape)}; it must be [{prototypes.shape[0]}], one per prototype"
         )
     if not center.is_floating_point():
         raise TypeError(f"{_OP}: center is {center.dtype}; it must be a floating dtype")
@@ -40,8 +40,8 @@ def _check_pairs(pairs: Tensor | None, student: Tensor, teacher: Tensor) -> None
     if pairs is None:
         if n != m:
             raise ValueError(
-                f"{_OP}: student has {n} rows and teacher {m}; without pairs, row i of the one goes with row i of the "
-                "other, so they must have as many"
+                f"{_OP}: student has {n} rows and teacher {m}; without pairs, row i of one is paired with row i of "
+                "the other, so they must have as many rows"
             )
         return
     check_strided(_OP, "pairs", pairs)
@@ -51,7 +51,7 @@ def _check_pairs(pairs: Tensor | None, student: Tensor, teacher: Tensor) -> None
         raise ValueError(f"{_OP}: pairs has shape {tuple(pairs.shape)}; it must be [P, 2]")
     if pairs.device != student.device:
         raise ValueError(f"{_OP}: pairs is on {pairs.device}; it must be on {student.device} like student")
-    # Elsewhere to look at the values would make the host wait, or there are none yet.
+    # On a device, reading the values would make the host wait; a compiler has no values yet.
     if type(pairs) is Tensor and pairs.device.type == "cpu" and len(pairs) and not torch.compiler.is_compiling():
         low, high = pairs.amin(dim=0).tolist(), pairs.amax(dim=0).tolist()
         if min(low) < 0 or high[0] >= n or high[1] >= m:
@@ -73,26 +73,26 @@ def prototype_cross_entropy(
     teacher_prototypes: Tensor | None = None,
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """DINO's loss over K prototypes (Caron et al., arXiv 2104.14294), without logits of N×K in memory.
+    """DINO's loss over K prototypes (Caron et al., arXiv 2104.14294), without storing the N×K logits.
 
     With unit rows s and t, and prototypes w used as stored, the student's log-probabilities are
     log_softmax(s·w / student_temperature), and the teacher's probabilities are
-    softmax((t·v - center) / teacher_temperature), v being ``teacher_prototypes``. The loss is the mean of their
+    softmax((t·v - center) / teacher_temperature), where v are ``teacher_prototypes``. The loss is the mean of their
     cross-entropy over the rows, or over the pairs. Gradient flows to ``student`` and ``prototypes``. A zero row has
-    the logits 0 and a zero gradient.
+    logits 0 and a zero gradient.
 
     Args:
         student: [N, D] outputs of the student's bottleneck; normalised inside.
-        teacher: [M, D] outputs of the teacher's; normalised inside.
+        teacher: [M, D] outputs of the teacher's bottleneck; normalised inside.
         prototypes: [K, D], the weight of the student's last layer.
-        center: [K], which is taken from the teacher's logits, or ``None``.
+        center: [K], subtracted from the teacher's logits, or ``None``.
         student_temperature: number above 0 or 0-d tensor.
-        teacher_temperature: number above 0 or 0-d tensor, such as one that is warmed up.
-        pairs: int64 [P, 2], each a row of ``student`` and a row of ``teacher``, in any order, so that a teacher's row
-            serves many of the student's; ``None`` for row i with row i. Rows in no pair count in ``teacher_mean`` only.
-            On a GPU the values are not checked.
-        teacher_prototypes: [K, D], the weight of the teacher's last layer; ``None`` for ``prototypes``, which get no
-            gradient from the teacher's side.
+        teacher_temperature: number above 0 or 0-d tensor, for example one that a schedule updates.
+        pairs: int64 [P, 2], each a row of ``student`` and a row of ``teacher``, in any order; a row may be in several
+            pairs. ``None`` pairs row i with row i. Rows without a pair count in ``teacher_mean`` only. On a GPU the
+            values are not checked.
+        teacher_prototypes: [K, D], the weight of the teacher's last layer; ``None`` for ``prototypes``, which then get
+            no gradient through the teacher's logits.
         backend: ``None``, ``"triton"``, ``"cpu"`` or ``"reference"``.
 
     Returns:
@@ -102,8 +102,8 @@ def prototype_cross_entropy(
         processes.
 
     Raises:
-        ValueError, TypeError: shapes, dtypes or devices do not fit, what gets no gradient requires grad, pairs name
-            rows that are not there, or the backend cannot be had.
+        ValueError, TypeError: shapes, dtypes or devices do not fit, an argument without a gradient requires grad, pairs
+            contain invalid rows, or the backend is not available.
     """
     check_rows(_OP, "student", student)
     dim, device = student.shape[1], student.device

@@ -33,7 +33,7 @@ def _enqueue_fake(queue: Tensor, pointer: Tensor, keys: Tensor, skip: Tensor | N
 
 @torch.library.custom_op("fastrm::as_scored", mutates_args=())
 def as_scored(queue: Tensor) -> Tensor:
-    """A copy of the queue for a backward pass: an operator, because a copy of the compiler's may be made too late."""
+    """A copy of the queue for the backward pass; an operator, because the compiler may delay an ordinary copy."""
     check_not_recomputed("residual_info_nce")
     return queue.clone()
 
@@ -49,7 +49,7 @@ def _on_cpu(queue: Tensor, pointer: Tensor, keys: Tensor, skip: Tensor | None) -
     if skip is not None and skip.item() != 0:
         return
     size, start, count = queue.shape[0], int(pointer.item()), keys.shape[0]
-    kept = keys[max(count - size, 0) :]  # of more keys than rows only the last ones would survive
+    kept = keys[max(count - size, 0) :]  # of more keys than rows, only the last are kept
     new = reference.unit(kept.to(compute_dtype(queue, kept)))
     first = (start + count - kept.shape[0]) % size
     to_end = size - first

@@ -88,7 +88,7 @@ def residual_info_nce(scoring: Scoring) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def prototype_cross_entropy(assignment: Assignment) -> tuple[Tensor, Tensor]:
-    """Cross-entropy of the student's assignment to the prototypes under the teacher's; the teacher's mean logits."""
+    """Cross-entropy of the student's assignment under the teacher's, and the teacher's mean logits [K]."""
     student, teacher, prototypes, teacher_prototypes, center, pairs = assignment[:6]
     with no_autocast(student.device):
         dtype = compute_dtype(*assignment.tensors)
@@ -105,9 +105,9 @@ def prototype_cross_entropy(assignment: Assignment) -> tuple[Tensor, Tensor]:
 
 @torch.no_grad()
 def enqueue_(queue: Tensor, pointer: Tensor, keys: Tensor, skip: Tensor | None = None) -> None:
-    """Write the unit keys into the ring's rows pointer, pointer + 1, … and advance the pointer; not where ``skip``."""
+    """Write the unit keys into the ring's rows pointer, pointer + 1, … and advance the pointer, unless ``skip``."""
     size, count = queue.shape[0], keys.shape[0]
-    kept = keys[max(count - size, 0) :]  # of more keys than rows only the last ones would survive
+    kept = keys[max(count - size, 0) :]  # of more keys than rows, only the last are kept
     first = pointer + (count - kept.shape[0])
     rows = (first + torch.arange(kept.shape[0], device=queue.device)) % size
     new, end = unit(kept.to(compute_dtype(queue, kept))).to(queue.dtype), (pointer + count) % size

@@ -35,7 +35,7 @@ def all_plain(tensors: Iterable[Any]) -> bool:
 
 def local(tensor: Any) -> Any:
     """The local part of a DTensor; any other tensor unchanged."""
-    # Not to_local(), which gives another object at each call: what is prepared is known by the identity of its tensors.
+    # Not to_local(), which returns a new object at each call: prepared values are cached by the identity of tensors.
     return tensor._local_tensor if is_sharded(tensor) else tensor
 
 

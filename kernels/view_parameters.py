@@ -23,7 +23,7 @@ _KINDS = {
 
 @dataclass(frozen=True, kw_only=True)
 class ViewParameters:
-    """What :func:`augment_views` does to each of B images, in the order of the fields. None switches an operation off.
+    """The operations of :func:`augment_views` on each of B images, in the order of the fields; None skips an operation.
 
     All tensors are on the CPU, so that the images of each operation are known without synchronising with the device.
     """
@@ -33,12 +33,12 @@ class ViewParameters:
     flip: Tensor | None = None
     """Whether to flip the crop horizontally, bool [B]."""
     jitter: Tensor | None = None
-    """Whether to make the four colour changes, bool [B]; None means for all images if ``factors`` are given."""
+    """Whether to apply the four colour changes, bool [B]; None means to all images if ``factors`` are given."""
     factors: Tensor | None = None
     """Factors of brightness, contrast and saturation, each at least 0, and the shift of the hue as a fraction of the
     colour circle, at most a third; float32 [B, 4]."""
     order: Tensor | None = None
-    """Columns of ``factors`` in the order of execution, integers [B, 4]; None means their own order."""
+    """Columns of ``factors`` in the order of execution, integers [B, 4]; None means 0, 1, 2, 3."""
     gray: Tensor | None = None
     """Whether to convert to grayscale, bool [B]."""
     sigma: Tensor | None = None
@@ -54,7 +54,7 @@ class ViewParameters:
 
 @dataclass(frozen=True, kw_only=True)
 class Drawn(ViewParameters):
-    """Parameters of which only the crop may be missing."""
+    """View parameters with all fields set, except that ``box`` may be None."""
 
     flip: Tensor
     jitter: Tensor
@@ -74,7 +74,7 @@ def completed(given: ViewParameters, count: int) -> Drawn:
     """Check the parameters of ``count`` images, and fill in those that are None.
 
     Raises:
-        TypeError, ValueError: a field is wrong; the message says what it is and what it must be.
+        TypeError, ValueError: a field is wrong; the message names it, its value and what is allowed.
     """
     if not isinstance(given, ViewParameters):
         raise TypeError(f"{OP}: parameters is a {type(given).__name__}; it must be a ViewParameters")
@@ -115,8 +115,6 @@ def _check(name: str, value: Tensor, kind: str, count: int) -> None:
     if kind == "numbers":
         low, high = (np.array(limits[name]) for limits in (_LEAST, _MOST))
         if not ((array >= low - 1e-6) & (array <= high + 1e-6)).all():
-            raise ValueError(
-                f"{OP}: {name} has a number that is not from {_LEAST[name]} to {_MOST[name]}, which are its limits"
-            )
+            raise ValueError(f"{OP}: {name} has a number outside its limits, {_LEAST[name]} to {_MOST[name]}")
     if name == "order" and not (np.sort(array, axis=1) == np.arange(4)).all():
-        raise ValueError(f"{OP}: order must have each of 0, 1, 2 and 3 once in a row")
+        raise ValueError(f"{OP}: each row of order must have each of 0, 1, 2 and 3 once")

@@ -394,10 +394,13 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"parameters": None}, "parameters is a NoneType"),
     ({"parameters": {"flip": torch.zeros(2)}}, "flip is torch.float32; it must be bool"),
     ({"parameters": {"sigma": torch.zeros(3)}}, r"sigma has shape \(3,\); it must be \[2\]"),
-    ({"parameters": {"sigma": torch.tensor([0.0, float("nan")])}}, "sigma has a number that is not from"),
-    ({"parameters": {"factors": torch.tensor([[1, 1, -1, 0.0]] * 2)}}, "factors has a number that is not from"),
-    ({"parameters": {"factors": torch.tensor([[1, 1, 1, 0.5]] * 2)}}, "factors has a number that is not from"),
-    ({"parameters": {"order": torch.tensor([[0, 1, 2, 2]] * 2)}}, "order must have each of 0, 1, 2 and 3"),
+    ({"parameters": {"sigma": torch.tensor([0.0, float("nan")])}}, "sigma has a number outside its limits"),
+    ({"parameters": {"factors": torch.tensor([[1, 1, -1, 0.0]] * 2)}}, "factors has a number outside its limits"),
+    ({"parameters": {"factors": torch.tensor([[1, 1, 1, 0.5]] * 2)}}, "factors has a number outside its limits"),
+    (
+        {"parameters": {"order": torch.tensor([[0, 1, 2, 2]] * 2)}},
+        "each row of order must have each of 0, 1, 2 and 3 once",
+    ),
     ({"parameters": {"box": torch.tensor([[0, 0, 8, 9]] * 2)}}, r"box has \[0, 0, 8, 9\] .* not within 8x8"),
 ]
 
