@@ -261,7 +261,7 @@ def test_a_list_as_windows_writes_it(root: Path) -> None:
         assert list(source.train.identities()) == list(wanted.identities())
         assert source.train.labels is not None
         assert source.train.labels.tolist() == LABELS
-        assert "passed over: 1 comments" in source.about
+        assert "skipped: 1 comments" in source.about
 
 
 def test_what_follows_a_comma_is_a_label_unless_it_ends_like_an_image(root: Path) -> None:
@@ -275,7 +275,7 @@ def test_what_follows_a_comma_is_a_label_unless_it_ends_like_an_image(root: Path
     assert source.bank.labels is not None
     assert source.train.labels is None
     assert "2 of them have a label; 2 classes" in source.about
-    assert "passed over: 2 repeated paths" in source.about
+    assert "skipped: 2 repeated paths" in source.about
 
 
 def test_labels_that_are_missing_and_paths_that_are_repeated(root: Path) -> None:
@@ -291,7 +291,7 @@ def test_labels_that_are_missing_and_paths_that_are_repeated(root: Path) -> None
     assert source.bank.labels is not None
     assert len(source.bank) + len(source.test) == COUNT - 3  # of the seventh two labels are said
     assert "33 of them have a label" in source.about
-    assert "passed over: 2 repeated paths, 1 rows without a path" in source.about
+    assert "skipped: 2 repeated paths, 1 rows without a path" in source.about
 
 
 @pytest.mark.parametrize(
@@ -315,7 +315,7 @@ def test_labels_are_numbers_or_text(given: list[str], labels: list[int], root: P
 def test_labels_that_are_no_classes_are_not_used_unless_they_are_asked_for(root: Path) -> None:
     data = str(csv(root / "scores.csv", "path,label", *(f"files/{i}.png,{i / 7}" for i in range(9))))
     assert "labels are not used, since they hold" in open_source(data).about
-    with pytest.raises(UsageError, match=r"which is no class: labels are whole numbers or text"):
+    with pytest.raises(UsageError, match=r"which is not a class: labels are whole numbers or text"):
         open_source(data, label_column="label")
     nested = str(parquet(root / "nested.parquet", path=names(), label=[[1, 2]] * COUNT))
     assert "labels are not used, since they are of type list" in open_source(nested).about
@@ -327,7 +327,7 @@ def test_parts_of_a_table(root: Path) -> None:
     source = open_source(str(data))
     assert source.test is not None
     assert (len(source.train), len(source.test)) == (20, 9)
-    assert "passed over: 4 rows of test, 3 rows of no part" in source.about
+    assert "skipped: 4 rows of test, 3 rows of no part" in source.about
     np.testing.assert_array_equal(source.test.values(2), ARRAY[22])
     for folder, name in (("beside", "train.csv"), ("beside", "*.csv")):
         rows = [f"../files/{i}.png,{CLASSES[i % 3]}" for i in range(30)]
@@ -339,7 +339,7 @@ def test_parts_of_a_table(root: Path) -> None:
         assert source.test.labels is not None
         assert source.test.labels.tolist() == [i % 3 for i in range(20, 30)]
     csv(root / "beside" / "val.csv", "file,class", "../files/1.png,cow")
-    with pytest.raises(UsageError, match=r"have classes that those to train on have not: cow"):
+    with pytest.raises(UsageError, match=r"have classes that the training images lack: cow"):
         open_source(str(root / "beside" / "train.csv"))
 
 
@@ -361,14 +361,14 @@ def test_splits_of_a_dataset(root: Path, tmp_path: Path, monkeypatch: pytest.Mon
     source = open_source(f"hf:{tmp_path / 'dict'}")
     assert source.test is not None
     assert (len(source.train), len(source.test)) == (20, 5)
-    assert "passed over: 2 rows of extra" in source.about
+    assert "skipped: 2 rows of extra" in source.about
     with pytest.raises(UsageError, match=r"is a Hugging Face dataset; give hf:"):
         open_source(tmp_path / "dict")
     held["test"] = part(slice(20, 25), [-1] * COUNT)
     monkeypatch.setattr(datasets, "load_dataset", lambda name, configuration: datasets.DatasetDict(held))
     source = open_source("hf:owner/name:all")
     assert source.name == "name"
-    assert "those for validation have no labels: kNN is tried on a tenth" in source.about
+    assert "the validation images have no labels: kNN is tested on a tenth" in source.about
     assert open_source("hf:owner/name", label_column="text").train.labels is not None
     with pytest.raises(UsageError, match="has no such column; its columns are img, label, text"):
         open_source("hf:owner/name", image_column="photo")
@@ -405,7 +405,7 @@ def test_empty_cells_are_passed_over(root: Path) -> None:
     cells[3] = cells[11] = None
     source = open_source(str(parquet(root / "empty.parquet", image=cells, label=texts())))
     assert len(source.train) == COUNT - 2
-    assert "passed over: 2 rows without an image" in source.about
+    assert "skipped: 2 rows without an image" in source.about
     assert source.train.name(3).endswith("row 4")
 
 

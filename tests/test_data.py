@@ -66,7 +66,7 @@ def test_a_validation_class_that_training_lacks_is_refused(pictures: Path, tmp_p
         for name in names:
             (tmp_path / part / name).mkdir(parents=True)
             Image.new("RGB", (9, 9)).save(tmp_path / part / name / "x.png")
-    with pytest.raises(UsageError, match="classes that the training images have not: c"):
+    with pytest.raises(UsageError, match="classes that the training images lack: c"):
         open_source(str(tmp_path))
 
 

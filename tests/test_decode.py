@@ -110,17 +110,20 @@ REFUSED = {
     "double": (tiff(scaled(1, "f8")), "if it is whole, convert it to 8 bits"),
     "PFM": (b"Pf\n48 32\n-1.0\n" + scaled(1, "<f4")[::-1].tobytes(), "floating-point"),
     "PFM in colour": (b"PF\n48 32\n-1.0\n" + colour(scaled(1, "<f4")).tobytes(), "cannot identify"),
-    "int32": (tiff(scaled(1e6, "i4")), "32 bits or with a sign"),
-    "uint32": (tiff(scaled(4e9, "u4")), "32 bits or with a sign"),
-    "int16": (tiff(scaled(30_000, "i2")), "32 bits or with a sign"),
-    "int8": (tiff(scaled(127, "i1")), "with a sign"),
+    "int32": (tiff(scaled(1e6, "i4")), "32-bit or signed integers"),
+    "uint32": (tiff(scaled(4e9, "u4")), "32-bit or signed integers"),
+    "int16": (tiff(scaled(30_000, "i2")), "32-bit or signed integers"),
+    "int8": (tiff(scaled(127, "i1")), "signed integers"),
     "10 bits": (tiff(scaled(1023, "u2")), "use 10 of 16 bits"),
     "12 bits": (tiff(scaled(4095, "u2")), "use 12 of 16 bits"),
     "14 bits": (tiff(scaled(16383, "u2")), "use 14 of 16 bits"),
     "12 bits in the other byte order": (tiff(scaled(4095, ">u2")), "use 12 of 16 bits"),
     "12 bits in colour": (tiff(colour(scaled(4095, "u2"))), "use 12 of 16 bits"),
-    "16 bits in planes": (tiff(colour(scaled(65535, "u2")), planar=True), "one after the other in 16 bits"),
-    "16 bits, white is 0": (tiff(scaled(65535, "u2"), white_is_zero=True), "of which 0 is white"),
+    "16 bits in planes": (
+        tiff(colour(scaled(65535, "u2")), planar=True),
+        "16-bit channels are stored one after the other",
+    ),
+    "16 bits, white is 0": (tiff(scaled(65535, "u2"), white_is_zero=True), "16 bits, and 0 is white"),
     "PNG of 12 bits": (png(scaled(4095, "u2")[..., None], 0), "use 12 of 16 bits"),
     "PNG of 12 bits in colour": (png(colour(scaled(4095, "u2")), 2), "use 12 of 16 bits"),
     "PNG of 12 bits and transparency": (png(with_alpha(colour(scaled(4095, "u2"))), 6), "use 12 of 16 bits"),
@@ -318,7 +321,7 @@ def test_what_the_scan_found_is_kept_as_long_as_files_and_rules_are_the_same(
     assert {Path(name).name: why for name, why in broken.items()} == {
         "00.png": "cannot identify image file", "05.png": "Input/output error",
     }  # fmt: skip
-    said = "1 files hold several pages, of which the first is read"
+    said = "1 files have several pages, of which only the first is read"
     assert said in settled(found).about
     assert len(looked) == 20
     # The disk is well again: that file alone is looked at anew.

@@ -133,7 +133,7 @@ def test_a_dataset_of_ones_own(pictures: Path, run: Callable[..., str], tmp_path
     (tmp_path / "labels.csv").write_text("\n".join(["file,label", *rows]))
     small = ["--arch", "test_resnet", "--image-size", "32", "--batch-size", "48", "--epochs", "1"]
     shown = run("own_dataset.py", "labels.csv", *small, "--out", "run")
-    assert "96 items of Table; 10 classes; kNN is tried on a tenth" in shown
+    assert "96 items of Table; 10 classes; kNN is tested on a tenth" in shown
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert summary["step"] == 2
     assert 0 <= summary["knn_student"] <= 1

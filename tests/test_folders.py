@@ -54,7 +54,7 @@ def test_a_cycle_of_links_gives_each_image_once(tmp_path: Path) -> None:
         (tmp_path / "data" / link).symlink_to(target, target_is_directory=True)
     names, labels, about = read(tmp_path / "data")
     assert (names, labels) == (["a/0.png", "b/1.png"], [0, 1])
-    assert about.endswith("passed over: 5 links to folders that are in it already")
+    assert about.endswith("skipped: 5 links to folders listed already")
 
 
 def test_links_to_class_folders_elsewhere_are_followed(tmp_path: Path) -> None:
@@ -64,7 +64,7 @@ def test_links_to_class_folders_elsewhere_are_followed(tmp_path: Path) -> None:
         (tmp_path / "data" / link).symlink_to(tmp_path / "else" / target, target_is_directory=True)
     names, labels, about = read(tmp_path / "data")
     assert (names, labels) == (["a/1.png", "a/deep/2.png", "b/0.png"], [0, 0, 1])
-    assert "1 links to folders that are in it already" in about
+    assert "1 links to folders listed already" in about
 
 
 def test_links_that_lead_nowhere_and_files_that_are_none(tmp_path: Path) -> None:
@@ -75,7 +75,7 @@ def test_links_that_lead_nowhere_and_files_that_are_none(tmp_path: Path) -> None
     os.mkfifo(tmp_path / "b" / "pipe.png")
     source = open_source(str(tmp_path))
     assert len(source.train) == 22
-    assert "passed over: 2 links that lead nowhere, 1 special files" in source.about
+    assert "skipped: 2 broken links, 1 special files" in source.about
 
 
 @pytest.mark.parametrize("error", [PermissionError(13, "Permission denied"), FileNotFoundError(2, "No such file")])
@@ -121,12 +121,12 @@ def test_classes_of_files_that_are_not_read_are_named(tmp_path: Path) -> None:
     )
     names, labels, about = read(tmp_path)
     assert (names, labels) == (["a/0.png", "b/1.png"], [0, 1])
-    assert "2 folders hold no image that is read here (birds: 2 .heic, none: 1 hidden)" in about
-    assert about.endswith("passed over: 4 of the system, 3 hidden, 2 .heic, 1 .txt")
+    assert "2 folders hold no image in a supported format (birds: 2 .heic, none: 1 hidden)" in about
+    assert about.endswith("skipped: 4 system files, 3 hidden, 2 .heic, 1 .txt")
 
 
 def test_a_folder_of_other_files_says_which(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match=r"holds no image; passed over: 2 \.heic, 1 without an ending; looked below"):
+    with pytest.raises(UsageError, match=r"holds no image; skipped: 2 \.heic, 1 without an ending; looked below"):
         open_source(fill(tmp_path, "a/0.heic", "b/0.heic", "c/README"))
 
 
@@ -150,7 +150,7 @@ def test_runs_and_contact_sheets_are_no_data(
     assert isinstance(source.train, FileImages)
     assert [str(path) for path in source.train.paths] == ["a/0.png", "b/1.png", "c/2.png"]
     said = "3 contact sheets of fastrm, 2 runs of fastrm, 1 .html, 1 .json, 1 Python environments, 1 reports of fastrm"
-    assert f"passed over: {said}" in source.about
+    assert f"skipped: {said}" in source.about
     assert "data       3 images in ." in capsys.readouterr().out
 
 
@@ -185,11 +185,14 @@ def test_other_parts_are_said(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("held", "said"),
     [
-        (["val/0.png", "val/1.png"], "2 of 2 images in val/ are in no class folder: kNN is tried on a tenth of those"),
-        (["val/images/0.png", "val/a.txt"], "1 images in val/ are not in class folders, but in images/: kNN is tried"),
+        (
+            ["val/0.png", "val/1.png"],
+            "2 of 2 images in val/ are in no class folder: kNN is tested on a tenth of the training",
+        ),
+        (["val/images/0.png", "val/a.txt"], "1 images in val/ are not in class folders, but in images/: kNN is tested"),
         (["val/a/0.png", "val/1.png"], "1 of 2 images in val/ are in no class folder: kNN"),
-        (["val/a/0.heic"], "val/ holds no image; passed over: 1 .heic: kNN is tried on a tenth"),
-        ([], "there is no val folder: kNN is tried on a tenth of those trained on"),
+        (["val/a/0.heic"], "val/ holds no image; skipped: 1 .heic: kNN is tested on a tenth"),
+        ([], "there is no val folder: kNN is tested on a tenth of the training images"),
     ],
 )
 def test_a_validation_folder_that_cannot_be_used_is_said(held: list[str], said: str, tmp_path: Path) -> None:
@@ -210,20 +213,20 @@ def test_validation_with_one_of_the_classes(tmp_path: Path) -> None:
     assert "2 for validation in" in source.about
     assert "without 2 of the classes (a, c)" in source.about
     fill(tmp_path, "val/C/4.png")
-    with pytest.raises(UsageError, match=r"classes that the training images have not: C \(case counts\)"):
+    with pytest.raises(UsageError, match=r"classes that the training images lack: C \(case counts\)"):
         open_source(str(tmp_path))
 
 
 def test_an_unlabelled_train_folder_beside_a_labelled_val(tmp_path: Path) -> None:
     source = open_source(fill(tmp_path, "train/0.png", "train/1.png", "val/a/2.png", "val/b/3.png"))
     assert source.test is None
-    assert "val/ is not used, since the images to train on have no labels; without labels" in source.about
+    assert "val/ is not used, since the training images have no labels; without labels" in source.about
 
 
 def test_a_class_called_train(tmp_path: Path) -> None:
     names, labels, about = read(Path(fill(tmp_path, "bus/0.png", "plane/1.png", "train/2.png")))
     assert (names, labels) == (["bus/0.png", "plane/1.png", "train/2.png"], [0, 1, 2])
-    assert "train/ is taken for a class, as the folders beside it are" in about
+    assert "train/ is used as a class, like the folders beside it" in about
     fill(tmp_path, "bus/deep/0.png")
     with pytest.raises(UsageError, match=r"train/ may be the training set, or a class beside bus/; give .*train"):
         open_source(str(tmp_path))
@@ -250,20 +253,20 @@ def test_what_can_be_taken_in_two_ways_is_refused(names: list[str], message: str
 def test_a_class_called_test_is_said(tmp_path: Path) -> None:
     _, labels, about = read(Path(fill(tmp_path, "cat/0.png", "dog/1.png", "test/2.png")))
     assert labels == [0, 1, 2]
-    assert "test/ is taken for a class" in about
+    assert "test/ is used as a class" in about
 
 
 def test_images_beside_the_class_folders_are_said(tmp_path: Path) -> None:
     _, labels, about = read(Path(fill(tmp_path, "a/0.png", "b/1.png", "c.png")))
     assert labels is None
-    assert about == f"3 images in {tmp_path}; 1 of them beside its folders (first c.png); without labels"
+    assert about == f"3 images in {tmp_path}; 1 of them not in its subfolders (first c.png); without labels"
 
 
 def test_labels_are_in_the_order_of_the_numbers(tmp_path: Path) -> None:
     names, labels, about = read(Path(fill(tmp_path, "10/a.png", "9/b.png", "9/c.PNG", "x/d.png", "X/e.png")))
     assert names == ["10/a.png", "9/b.png", "9/c.PNG", "X/e.png", "x/d.png"]
     assert labels == [1, 0, 0, 2, 3]
-    assert "the classes X and x differ in case alone" in about
+    assert "the classes X and x differ only in case" in about
 
 
 def test_a_folder_with_the_name_of_a_set_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -276,9 +279,11 @@ def test_a_folder_with_the_name_of_a_set_is_said(tmp_path: Path, monkeypatch: py
 def test_parts_further_down(tmp_path: Path) -> None:
     """As ILSVRC is unpacked."""
     fill(tmp_path, "Data/CLS-LOC/train/a/0.png", "Data/CLS-LOC/val/1.png", "Annotations/0.xml")
-    with pytest.raises(UsageError, match=r"for validation in .*/Data/CLS-LOC; give that"):
+    with pytest.raises(UsageError, match=r"holds training and validation images in .*/Data/CLS-LOC; give that folder"):
         open_source(str(tmp_path))
-    assert "CLS-LOC holds images for validation, which are trained on too" in read(Path(fill(tmp_path, "b/0.png")))[2]
+    assert (
+        "CLS-LOC holds validation images, which are used for training too" in read(Path(fill(tmp_path, "b/0.png")))[2]
+    )
 
 
 # Shards in folders
@@ -290,17 +295,17 @@ def test_a_folder_of_shards(tmp_path: Path) -> None:
         with tarfile.open(tmp_path / name, "w") as tar:
             tar.add(tmp_path / "pictures" / "0.jpg", "0.jpg")
     beside = open_source(str(tmp_path))
-    assert beside.about.startswith(
-        f"2 images in {tmp_path}; without labels; passed over: 2 .tar (give them as '*.tar')"
-    )
+    assert beside.about.startswith(f"2 images in {tmp_path}; without labels; skipped: 2 .tar (give them as '*.tar')")
     shutil.rmtree(tmp_path / "pictures")
     source = open_source(str(tmp_path))
     assert [source.train.name(index) for index in (0, 1)] == [str(tmp_path / f"{shard}.tar/0.jpg") for shard in (9, 10)]
-    assert source.about == "2 images in 2 shards; without labels; passed over: 1 .json, 1 .parquet"
+    assert source.about == "2 images in 2 shards; without labels; skipped: 1 .json, 1 .parquet"
     (tmp_path / "10.tar").rename(tmp_path / "val-10.tar")
-    with pytest.raises(UsageError, match=r"and by their names others, such as val-10.tar; give"):
+    with pytest.raises(UsageError, match=r"and by its name a validation shard, val-10.tar; give"):
         open_source(str(tmp_path))
     (tmp_path / "train").mkdir()
     (tmp_path / "9.tar").rename(tmp_path / "train" / "9.tar")
-    with pytest.raises(UsageError, match=r"holds no image, and tar files in .*; give those to train on, as in '.*tar'"):
+    with pytest.raises(
+        UsageError, match=r"holds no image, but tar files in .*; give the training files, as in '.*tar'"
+    ):
         open_source(str(tmp_path))

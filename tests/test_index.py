@@ -116,7 +116,7 @@ def test_without_a_folder_for_validation_the_second_start_says_the_same(data: Pa
     first, second = (told(scan(open_source(str(data / "train")), workers=1)[0]) for _ in range(2))
     assert work.since() == (1, 30)
     assert first == second
-    assert "there is no val folder: kNN is tried on a tenth" in str(first)
+    assert "there is no val folder: kNN is tested on a tenth" in str(first)
 
 
 def test_identities_are_hashed_as_in_old_checkpoints(data: Path) -> None:
@@ -279,7 +279,7 @@ def test_a_file_that_was_changed_in_place_is_found_when_it_is_read(
 def test_what_leads_nowhere_and_runs_are_watched(data: Path, work: Listed, tmp_path: Path) -> None:
     (data / "train" / "c").symlink_to(tmp_path / "later")
     long_ago(data)
-    assert "1 links that lead nowhere" in open_source(str(data)).about
+    assert "1 broken links" in open_source(str(data)).about
     open_source(str(data))
     assert work.since() == (1, 0)
     fill(tmp_path, "later/0.png")

@@ -252,7 +252,7 @@ def test_a_folder_through_torchvision_is_labelled_and_scored(pictures: Path, siz
     assert source.bank is not None
     assert files.bank is not None
     assert (len(source.train), len(source.bank)) == (len(files.train), len(files.bank)) == (96, 87)
-    assert "10 classes; kNN is tried on a tenth" in source.about
+    assert "10 classes; kNN is tested on a tenth" in source.about
     both = [settled(s) for s in (source, files)]
     scores = [frozen_scores({"it": Pixels()}, s, Setting(16, CPU, 0), knn=True)["it"] for s in both]
     assert scores[0]["knn10"].value > 0.4  # by chance .1
@@ -282,7 +282,7 @@ def test_labels_are_taken_without_the_images_where_they_agree() -> None:
         TensorDataset(PICTURES, LABELS),
     ):
         assert "4 classes" in open_source(data_).about
-    assert "asked of each item" in open_source(Pairs()).about
+    assert "read from each item" in open_source(Pairs()).about
     assert open_source(TensorDataset(PICTURES, LABELS - 1)).bank is None
     assert open_source(TensorDataset(PICTURES, LABELS.float())).bank is None
 
@@ -462,7 +462,7 @@ def test_missing_files_in_a_list_are_said(tmp_path: Path) -> None:
 
 
 def test_what_a_run_on_an_object_notes_of_its_data_cannot_be_opened() -> None:
-    with pytest.raises(UsageError, match="--data <FakeData> stands for what a script gave as an object"):
+    with pytest.raises(UsageError, match="--data <FakeData> names an object that a script passed"):
         open_source("<FakeData>")
 
 
@@ -542,7 +542,9 @@ def test_which_loader_takes_what() -> None:
             assert type(loader(data, method=method, loader=kind)).__name__ == "TorchLoader"
         with pytest.raises(UsageError, match=r"--loader dali .*; for .* give torch or auto"):
             loader(data, method=method, loader="dali")
-    with pytest.raises(UsageError, match=r"an item of FakeData is another one each time; for .* give torch or auto"):
+    with pytest.raises(
+        UsageError, match=r"the items of FakeData change when they are read again; for .* give torch or auto"
+    ):
         loader(FakeData(40, (3, 30, 36), transform=v2.RandomCrop(20)), loader="memory")
 
 

@@ -360,10 +360,10 @@ def test_pages_are_bands_or_images_and_this_is_said(dtype: str, tmp_path: Path) 
     source = settled(open_source(tmp_path / "set"))
     assert source.format is not None
     assert (source.format.channels, source.format.pages) == (3, "bands")
-    assert "the pages of a file are the bands of one picture" in source.about
+    assert "the pages of a file are the bands of one image" in source.about
     np.testing.assert_array_equal(source.train.values(1), np.stack(ones, axis=-1))
     first = settled(open_source(tmp_path / "set"), PixelOptions(pages="first"))
-    assert "hold several pages, of which the first is read" in first.about
+    assert "have several pages, of which only the first is read" in first.about
     np.testing.assert_array_equal(first.train.values(1)[..., 0], ones[0])
     split = settled(open_source(tmp_path / "set"), PixelOptions(pages="images"))
     assert "each page is an image: 12 in 4 files" in split.about

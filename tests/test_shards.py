@@ -62,7 +62,7 @@ def test_a_sample_as_img2dataset_and_segmentation_sets_write_it(tmp_path: Path) 
     source = open_source(pack(tmp_path / "a.tar", [*members, ("._0000.jpg", b"x"), ("Readme", b"")]))
     assert names(source) == ["0000.jpg", "0001.jpg", "0002.jpg"]
     assert labels(source) == [7, 7, 7]
-    assert source.about.endswith("passed over: 3 .json, 3 .seg.png, 3 .txt, 1 hidden, 1 without an ending")
+    assert source.about.endswith("skipped: 3 .json, 3 .seg.png, 3 .txt, 1 hidden, 1 without an ending")
 
 
 def test_keys_are_paths_and_endings_have_no_case(tmp_path: Path) -> None:
@@ -84,7 +84,7 @@ def test_keys_are_paths_and_endings_have_no_case(tmp_path: Path) -> None:
         ([*samples("0"), ("0.CLS", b"1")], "0.cls and 0.CLS are two labels of one key"),
         ([*samples("0"), ("1.jpg", b""), ("1.cls", b"cat")], "the label in 1.cls is b'cat'; it must be a whole"),
         ([("1.jpg", picture()), ("1.cls", b"1" + b" " * 40)], "the label in 1.cls"),
-        ([("a.txt", b""), ("b.mp4", b"")], "holds no image; passed over: 1 .mp4, 1 .txt; looked for what Pillow reads"),
+        ([("a.txt", b""), ("b.mp4", b"")], "holds no image; skipped: 1 .mp4, 1 .txt; looked for what Pillow reads"),
     ],
 )
 def test_what_is_not_one_image_and_one_label_is_named(
@@ -100,7 +100,7 @@ def test_labels_that_are_missing_are_counted(tmp_path: Path) -> None:
     assert source.train.labels is source.test is None
     assert source.about == (
         "3 images in 1 shards; 1 of them have no .cls (first 2.jpg), so no label is used; without labels; "
-        "passed over: 1 .cls without an image, 1 .fine.cls"
+        "skipped: 1 .cls without an image, 1 .fine.cls"
     )
 
 
@@ -114,7 +114,7 @@ def test_links_in_a_shard(tmp_path: Path) -> None:
     assert labels(source) == [0, 0]
     assert isinstance(source.train, ShardImages)
     assert source.train.content(1) == source.train.content(0) == picture()
-    assert "passed over: 1 links, 1 links that lead nowhere, 1 special files" in source.about
+    assert "skipped: 1 links, 1 broken links, 1 special files" in source.about
 
 
 def test_a_sparse_member_is_named(tmp_path: Path) -> None:
@@ -179,7 +179,9 @@ def test_patterns(tmp_path: Path) -> None:
         with pytest.raises(UsageError, match=message):
             open_source(pattern if pattern.startswith("pipe:") else str(tmp_path / pattern))
     pack(tmp_path / "train-val-0.tar", samples("a"))
-    with pytest.raises(UsageError, match=r"others, such as train-val-0.tar; give those to train on, as in '.*\*.tar'"):
+    with pytest.raises(
+        UsageError, match=r"a validation shard, train-val-0.tar; give the training shards, as in '.*\*.tar'"
+    ):
         open_source(str(tmp_path / "train-*.tar"))
 
 
@@ -275,7 +277,7 @@ def test_the_second_start_says_the_same_without_reading_the_shards(packed: Path,
     assert first[3] == (
         f"5 images in 3 shards; 1 of them have no .cls (first a/2.jpg), so no label is used; 1 shards hold no image "
         f"(first {packed}/1.tar); 1 shards have no end mark and may be cut off (first {packed}/2.tar); without labels; "
-        "passed over: 1 .cls without an image, 1 .json, 1 .txt"
+        "skipped: 1 .cls without an image, 1 .json, 1 .txt"
     )
     want = []
     for shard, name, shade in (("0", "a/0", 0), ("0", "a/1", 1), ("0", "a/2", 2), ("2", "0", 0), ("2", "\udcff", 1)):
@@ -326,7 +328,9 @@ def test_a_shard_that_changes_while_it_is_used_is_said(packed: Path, work: Work)
     assert work.since()[0] == ["0.tar", "1.tar", "2.tar"]
     pack(packed / "2.tar", samples("0", "another"))
     size = (packed / "2.tar").stat().st_size
-    with pytest.warns(UserWarning, match=rf"2.tar has {size:,} bytes, and had .*; the next start finds them") as said:
+    with pytest.warns(
+        UserWarning, match=rf"2.tar has {size:,} bytes, and had .*; the next start indexes it again"
+    ) as said:
         read = [images.content(index) for index in (3, 4, 0)]
     assert len(said) == 1 < len(read)
     assert names(open_source(str(packed)))[3:] == ["0.jpg", "another.jpg"]
@@ -339,7 +343,7 @@ def test_nothing_is_kept_of_shards_with_an_error(packed: Path, cache: Path) -> N
     for _ in range(2):
         with pytest.raises(UsageError, match=r"3.tar cannot be used: 0.jpg is in it twice"):
             open_source(str(packed))
-    with pytest.raises(UsageError, match=r"holds no image; passed over: 1 .cls without an image, 1 .txt"):
+    with pytest.raises(UsageError, match=r"holds no image; skipped: 1 .cls without an image, 1 .txt"):
         open_source(str(packed / "1.tar"))
     assert not cache.exists()
     open_source(str(packed / "{0,2}.tar"), keep=False)

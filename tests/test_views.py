@@ -132,9 +132,9 @@ def test_views_of_several_sizes_are_dinos_multi_crop(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "says"),
     [
-        ("crop_scael = [0.1, 1]", "'crop_scael' is nothing that views have; did you mean crop_scale?"),
+        ("crop_scael = [0.1, 1]", "'crop_scael' is unknown; did you mean crop_scale?"),
         ("[[view]]\n[[view]]\nblur_prob = 1", r"\[\[view\]\] 2: 'blur_prob' .*did you mean blur_probability?"),
-        ("xyzzy = 1", "'xyzzy' is nothing that views have; there are crop_scale, crop_ratio, "),
+        ("xyzzy = 1", "'xyzzy' is unknown; there are crop_scale, crop_ratio, "),
         ("hue = 0.5", "toml: hue is 0.5; it must be a number from 0 to a third"),
         ("[[view]]\ncount = 2\n[[view]]\nhue = '1'", "view 3: hue is '1'; it must be a number from 0 to a third"),
         ("crop_scale = [1, 0.5]", r"crop_scale is \(1, 0.5\); it must be 2 numbers above 0 up to 1, the lower one"),

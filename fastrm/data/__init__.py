@@ -175,7 +175,7 @@ def make_loader(
 
 
 def _kind(loader: str, images: Images, recipe: Augmentation | Augment, device: torch.device) -> str:
-    """Which loader it will be."""
+    """The kind of loader that ``make_loader`` builds."""
     held, files = isinstance(images, ArrayImages), isinstance(images, EncodedImages)
     called = not isinstance(recipe, Augmentation)
     if loader == "auto":
@@ -188,8 +188,8 @@ def _kind(loader: str, images: Images, recipe: Augmentation | Augment, device: t
         raise UsageError("--loader dali has the built-in augmentations only; for a callable give torch or auto")
     if loader == "memory" and isinstance(images, ItemImages) and not images.items.fixed():
         raise UsageError(
-            f"--loader memory keeps images, and an item of {images.items.name} is another one each time; for such a "
-            "Dataset give torch or auto"
+            f"--loader memory keeps images, but the items of {images.items.name} change when they are read again; "
+            "for such a Dataset give torch or auto"
         )
     if loader == "dali" and not files:
         other = "a named set give memory, torch or auto" if held else "a Dataset give torch or auto"
@@ -202,13 +202,13 @@ def _kind(loader: str, images: Images, recipe: Augmentation | Augment, device: t
 
 
 def _decoded_there(images: Images, device: torch.device) -> bool:
-    """Whether it is a GPU that DALI decodes these images on, unless another loader is asked for."""
+    """Whether DALI decodes these images on this GPU by default."""
     files = isinstance(images, EncodedImages) and images.format.rgb
     return files and device.type == "cuda" and decodes_on(device)
 
 
 def _held_whole(images: Images, device: torch.device) -> bool:
-    """Whether the device is to hold all images as one array, and to make all views."""
+    """Whether to keep all images on the device as one array, and make all views there."""
     if isinstance(images, ArrayImages):
         return images.format.bytes
     return device.type == "cuda" and isinstance(images, EncodedImages) and of_one_size(images)

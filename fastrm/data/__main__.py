@@ -1,4 +1,4 @@
-"""Draw a contact sheet of what the network sees: a row for each image, the picture and beside it its views.
+"""Draw a contact sheet of the network's input: one row per image, with the image and its views.
 
 python -m fastrm.data --data digits --image-size 32 --out views.png
 """
@@ -30,7 +30,7 @@ from fastrm.terminal import shell
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """Draw some images, and the views of each."""
+    """Draw some images with their views."""
 
     data: str
     """Images, as for fastrm.train, such as a folder, the name of a set, a list, a table or shards."""
@@ -45,7 +45,7 @@ class Options:
     method: str = field(default_factory=lambda: defaults().method.method)
     """Method whose augmentation is drawn."""
     augmentation: str | None = None
-    """Changes to it, as for fastrm.train, such as 2x224,8x96, a TOML file, or the config.json of a run."""
+    """Changes to that augmentation, as for fastrm.train, such as 2x224,8x96, a TOML file, or a run's config.json."""
     crop_min: CropMin | None = None
     """Smallest fraction of the image area that a random crop covers. If not given, that of the method."""
     image_size: ImageSize = 224
@@ -72,7 +72,7 @@ def contact_sheet(options: Options) -> None:
     """Write the sheet.
 
     Raises:
-        UsageError: the data cannot be opened, or the picture cannot be written.
+        UsageError: the data cannot be opened, or the sheet cannot be written.
     """
     options = checked(options)
     sheets.check("--out", options.out)
@@ -112,7 +112,7 @@ def contact_sheet(options: Options) -> None:
 
 
 def shown(views: Tensor, mean: Sequence[float], std: Sequence[float]) -> Iterator[Image.Image]:
-    """Pictures of views [B, C, H, W] that were normalised: of their first three bands, or of one."""
+    """Images of normalised views [B, C, H, W], from their first three bands, or from one."""
     by, to = (torch.tensor(values).view(1, -1, 1, 1) for values in (std, mean))
     bands = (views * by + to)[:, : 3 if len(mean) >= 3 else 1]
     pixels = bands.clamp(0, 1).mul(255).round().byte().permute(0, 2, 3, 1).squeeze(-1)
@@ -120,7 +120,7 @@ def shown(views: Tensor, mean: Sequence[float], std: Sequence[float]) -> Iterato
 
 
 def _bands(channels: int) -> str:
-    """What is shown of views of so many channels, where it is not all."""
+    """Which channels are drawn, if not all are."""
     if channels in (1, 3):
         return ""
     return f"; of {channels} bands " + (
@@ -135,7 +135,7 @@ def _size(views: Tensor) -> str:
 
 
 def _label(images: Images, index: int) -> str:
-    """What an image is labelled with, where that is known without asking a Dataset for all of its items."""
+    """The label of an image, if it is known without reading all items of a Dataset."""
     labels = None if isinstance(images, ItemImages) else images.labels
     return "" if labels is None else f", label {labels[index]}"
 

@@ -178,7 +178,7 @@ class DaliDecoder:
         for start in range(0, count, self._most):
             some = {name: given[start : start + self._most] for name, given in inputs.items()}
             parts = [output.as_tensor() for output in self._pipeline.run(**some)]
-            with torch.cuda.stream(self._stream):  # not behind the step that is being trained
+            with torch.cuda.stream(self._stream):  # so that it does not wait for the training step
                 whole = whole or [
                     torch.empty((count, *part.shape()[1:]), dtype=torch.uint8, device=self._device) for part in parts
                 ]
@@ -214,7 +214,7 @@ def _met(error: Exception) -> str:
 
 
 def pipeline(outputs: Callable[[Any, dict[str, Any]], Any], batch_size: int, device: torch.device, threads: int) -> Any:
-    """Files in, out what ``outputs`` makes of them and of how to decode; one definition for GPU and CPU."""
+    """A pipeline from files to the result of ``outputs``, which gets the files and the decoder's arguments."""
     from nvidia.dali import fn, pipeline_def, types
 
     gpu = device.type == "cuda"
@@ -223,7 +223,7 @@ def pipeline(outputs: Callable[[Any, dict[str, Any]], Any], batch_size: int, dev
         batch_size=batch_size,
         num_threads=threads,
         device_id=(device.index or 0) if gpu else None,
-        prefetch_queue_depth=1,  # batches ahead are this module's business: inputs are given with each run
+        prefetch_queue_depth=1,  # this module prefetches itself, because each run gets its inputs
     )
     def decoding() -> Any:
         decoder = {"device": "mixed", "hw_decoder_load": HARDWARE} if gpu else {"device": "cpu"}

@@ -1,8 +1,8 @@
-"""Images in files through NVIDIA DALI: decoding and the crops there, on the GPU or the CPU.
+"""Loads images in files with NVIDIA DALI, which decodes and crops on the GPU or the CPU.
 
-What follows the crop is :func:`fastrm.kernels.augment_views` on the same device, so that colours are torchvision's:
-DALI turns a hue in YIQ, not in HSV. Order and parameters come from :mod:`fastrm.data.draws`, which makes ``seek``
-exact.
+:func:`fastrm.kernels.augment_views` makes the rest of the view on the same device, so that colour changes equal
+torchvision's (DALI shifts the hue in YIQ, not in HSV). Order and parameters come from :mod:`fastrm.data.draws`, which
+makes ``seek`` exact.
 """
 
 from __future__ import annotations
@@ -26,8 +26,9 @@ from fastrm.kernels import augment_views
 class DaliLoader(Loader):
     """Views of images in files; while one batch is in use, the next is decoded and cropped, and a third is read.
 
-    ``regions`` decodes the boxes alone; otherwise the picture is decoded once and the boxes are taken from it. Once is
-    faster on two CPU cores and JPEGs of 500x375: 463 to 501 images per second against 443 to 466. No GPU was timed.
+    With ``regions``, only the crops are decoded; otherwise each image is decoded once and then cropped. Decoding once
+    is faster on two CPU cores for JPEGs of 500x375 pixels: 463 to 501 images per second against 443 to 466. No GPU was
+    timed.
     """
 
     def __init__(
@@ -72,7 +73,7 @@ class DaliLoader(Loader):
         return Files(indices, inputs, drawn)
 
     def _recoloured(self, crops: Tensor, draws: Draws, view: View) -> Tensor:
-        """Carry out what follows the crop."""
+        """Apply the operations that follow the crop."""
         side = view.side(self._size)
         return augment_views(
             crops,
@@ -88,7 +89,7 @@ class DaliLoader(Loader):
 def _crops(
     file: Any, decoder: dict[str, Any], *, augmentation: Augmentation, image_size: int, regions: bool
 ) -> tuple[Any, ...]:
-    """In a pipeline: from files and boxes to a crop for each view, uint8 [B, S, S, 3]."""
+    """In a pipeline: decode files and crop each view, uint8 [B, S, S, 3]."""
     from nvidia.dali import fn, types
 
     filters = {"bilinear": types.INTERP_LINEAR, "bicubic": types.INTERP_CUBIC}

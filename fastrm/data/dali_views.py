@@ -1,4 +1,4 @@
-"""What an evaluation sees of images in files, decoded, resized and cropped by NVIDIA DALI."""
+"""Evaluation views of images in files, decoded, resized and cropped by NVIDIA DALI."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ from fastrm.data.encoded import EncodedImages
 from fastrm.data.eval_view import seen_of
 
 Views = tuple[list[int], Tensor | None, dict[int, str]]
-"""Indices and views of a batch's images, and what is wrong with those that are left out."""
-_MOST = 32  # pictures that are held decoded at a time, of which 24 million pixels take 2.3 GB
+"""Indices and views of a batch, and the reasons for the images that are left out, by index."""
+_MOST = 32  # decoded images in memory; at 24 million pixels each, they take 2.3 GB
 
 
 class DaliViews:
-    """Batches of images, of one view each, on a device; an image that cannot be read is left out.
+    """Batches of one view per image on a device; unreadable images are left out.
 
-    Differs from :func:`fastrm.data.eval_view.eval_view` by rounding: there what is resized along one side is rounded
-    before it is along the other, and decoders differ by a step or two.
+    Values differ from :func:`fastrm.data.eval_view.eval_view` by rounding: that function rounds between resizing along
+    the two sides, and decoders differ by 1 or 2 of 255.
     """
 
     def __init__(
@@ -50,7 +50,7 @@ class DaliViews:
             yield files.indices, views, {index: unreadable[index] for index in files.about if index in unreadable}
 
     def _read(self, wanted: list[int], encode: Encode) -> Files[list[int]]:
-        """Read the files of a batch, and find which part of each is seen."""
+        """Read the files of a batch, and compute the visible part of each."""
 
         def read(index: int) -> Encoded | None:
             if index not in self._images.unreadable:
@@ -67,10 +67,10 @@ class DaliViews:
 
 
 def _seen(file: Any, decoder: dict[str, Any], *, image_size: int) -> Any:
-    """In a pipeline: from files and boxes to views, uint8 [B, S, S, 3]."""
+    """In a pipeline: decode files, and resize their visible parts to uint8 [B, S, S, 3]."""
     from nvidia.dali import fn, types
 
-    # Colours between those that a JPEG holds are found as Pillow finds them.
+    # Upsample the colours of JPEGs as Pillow does.
     picture = decode_whole(file, decoder, jpeg_fancy_upsampling=True)
     box = fn.external_source(name="box", dtype=types.FLOAT, ndim=1)
     return fn.resize(

@@ -1,6 +1,6 @@
-"""A file's bytes as a picture: 8 bits per channel, RGB, upright; or in one line why they cannot be read as one.
+"""Decodes the bytes of a file to an upright RGB image of 8 bits per channel, or reports in one line why it cannot.
 
-:mod:`fastrm.data.stored` reads the same files with every value that is stored in them.
+:mod:`fastrm.data.stored` decodes the same files to the stored values.
 """
 
 from __future__ import annotations
@@ -27,33 +27,34 @@ _UPRIGHT = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-"""What turns a picture upright, by its EXIF orientation."""
-# How a file ends that was not cut off: some decoders make up the rest, others stop without naming the file.
+"""Transposition that turns an image upright, by EXIF orientation."""
+# Last bytes of complete files. Of truncated files, some decoders invent the rest, and others fail without naming the
+# file.
 _ENDS = {"JPEG": b"\xff\xd9", "PNG": b"IEND\xaeB`\x82"}
-# 16-bit values below this use at most 14 of their bits: cameras and scanners store 10, 12 or 14 bits so. At the full
-# range these pictures are all but black, with few levels left in 8 bits.
+# Cameras and scanners store 10, 12 or 14 bits in 16; all such values are below this. Scaled by the full 16-bit range,
+# these images would be almost black, with few levels left in 8 bits.
 _FULL_RANGE = 2**14
 _CONVERT = "convert it to 8 bits per channel"
 
 
 NOT_DECODED = frozenset({"BUFR", "EPS", "GRIB", "HDF5", "IPTC", "MPEG", "WMF"})
-"""What Pillow opens and does not decode by itself, or what holds no picture made of pixels."""
+"""Formats that Pillow opens but does not decode by itself, or that hold no raster image."""
 
 
 class BrokenImage(ValueError):
-    """Bytes that cannot be read rightly as a picture; the message is one line that says why."""
+    """Bytes that cannot be read correctly as an image; the message says why in one line."""
 
 
 class UnknownLayout(BrokenImage):
-    """Bytes of a layout that Pillow does not know."""
+    """Bytes in a layout that Pillow does not support."""
 
 
 BROKEN = (OSError, BrokenImage)
-"""What is raised for a file that cannot be read, and for bytes that cannot be decoded."""
+"""Exceptions for files that cannot be read and bytes that cannot be decoded."""
 
 
 def reason(error: Exception) -> str:
-    """What an error says, in one line and without addresses of objects; its kind where it says nothing."""
+    """The message of an error in one line, without object addresses; its type if it has no message."""
     text = re.sub(r"\s*<[^<>]* at 0x[0-9a-fA-F]+>", "", getattr(error, "strerror", None) or str(error))
     text = " ".join(text.split())[:200]
     kind = type(error)
@@ -64,25 +65,25 @@ def reason(error: Exception) -> str:
 
 
 class Header(NamedTuple):
-    """What is known of a picture before it is decoded."""
+    """The properties of an image that are known before it is decoded."""
 
     size: tuple[int, int]
     """Height and width, upright."""
     plain: str | None
-    """``"JPEG"`` or ``"PNG"`` where any decoder shows it as :func:`decode` does."""
+    """``"JPEG"`` or ``"PNG"`` if any decoder gives the same image as :func:`decode`, otherwise None."""
 
 
 def decode(content: bytes) -> Image.Image:
-    """Read a picture as RGB of 8 bits per channel, upright as its EXIF orientation says.
+    """Decode an image to RGB of 8 bits per channel, turned upright by its EXIF orientation.
 
-    16-bit values are scaled by their full range. Transparency is dropped, colour profiles are not applied, and of
-    several pictures in a file the first is read.
+    16-bit values are scaled by their full range. Transparency is dropped, colour profiles are not applied, and only
+    the first image of a file is read.
 
     Args:
-        content: the file's bytes.
+        content: bytes of the file.
 
     Raises:
-        BrokenImage: the bytes are no picture, a damaged one, or one whose values have no known black and white.
+        BrokenImage: the bytes are not an image or a damaged one, or the values of black and white are unknown.
     """
     with opened(content) as image:
         _check_values(image)
@@ -94,11 +95,11 @@ def decode(content: bytes) -> Image.Image:
 
 
 def inspect(content: bytes) -> Header:
-    """Read a picture's header; raises as :func:`decode`."""
+    """Read the header of an image; raises like :func:`decode`."""
     with opened(content) as image:
         _check_values(image)
         width, height = image.size
-        if image.format == "TIFF":  # newer releases of Pillow give the upright size, older ones the stored one
+        if image.format == "TIFF":  # new releases of Pillow return the upright size, old ones the stored size
             width, height = image.tag_v2[256], image.tag_v2[257]  # type: ignore[attr-defined]
         wide = sixteen_bits(image)
         if image.format == "PNG":
@@ -117,7 +118,7 @@ def inspect(content: bytes) -> Header:
 
 @contextmanager
 def opened(content: bytes) -> Iterator[Image.Image]:
-    """Open a picture, and raise whatever its decoder raises as a BrokenImage."""
+    """Open an image; errors of its decoder are raised as BrokenImage."""
     if not content:
         raise BrokenImage("the file is empty")
     with told():
@@ -134,74 +135,74 @@ def opened(content: bytes) -> Iterator[Image.Image]:
 
 @contextmanager
 def told() -> Iterator[None]:
-    """Raise whatever is raised while an image is read as a BrokenImage that says it in one line."""
+    """Raise errors in this context as BrokenImage with a message of one line."""
     try:
         yield
     except BrokenImage:
         raise
-    except Exception as error:  # damaged bytes lead decoders to errors of every kind
-        if exhausted(error):  # a machine that is short of memory says nothing about the image
+    except Exception as error:  # decoders raise errors of any type for damaged bytes
+        if exhausted(error):  # a lack of memory is not the fault of the image
             raise
         raise BrokenImage(reason(error)) from None
 
 
 def check_kind(image: Image.Image) -> None:
-    """Refuse what Pillow opens and is not made of pixels."""
+    """Raise BrokenImage for formats that are not raster images."""
     if image.format in NOT_DECODED:
-        raise BrokenImage(f"it is {image.format}, not a picture made of pixels")
+        raise BrokenImage(f"it is {image.format}, which is not a raster image")
 
 
 def _check_values(image: Image.Image) -> None:
-    """Refuse an opened picture whose values have no known black and white, as far as its header tells."""
+    """Raise BrokenImage if the header of an opened image shows that the values of black and white are unknown."""
     if (problem := _unknown_values(image)) is not None:
         raise BrokenImage(problem)
 
 
 def _unknown_values(image: Image.Image) -> str | None:
-    """Why the values of an opened picture cannot be read as 8 bits, as far as its header tells."""
+    """Why the values of an opened image cannot be converted to 8 bits, judged by its header; None if they can."""
     tags = getattr(image, "tag_v2", {})  # of a TIFF
     if image.mode == "F":
-        return f"its values are floating-point numbers, whose black and white are not known; {_CONVERT}"
-    # Netpbm says which value is white, and Pillow scales to 16 bits; PNG knows no more than these.
+        return f"its values are floating-point numbers, and the values of black and white are unknown; {_CONVERT}"
+    # Netpbm files state the value of white, and Pillow scales by it to 16 bits; PNG has at most 16 bits.
     if image.mode == "I" and image.format not in ("PPM", "PNG"):
-        return f"its values are integers of 32 bits or with a sign, whose black and white are not known; {_CONVERT}"
+        return f"its values are 32-bit or signed integers, and the values of black and white are unknown; {_CONVERT}"
     if 2 in tags.get(339, ()):
-        return f"its values are integers with a sign, whose black and white are not known; {_CONVERT}"
+        return f"its values are signed integers, and the values of black and white are unknown; {_CONVERT}"
     if tags.get(284) == 2 and max(tags.get(258, (1,))) > 8:
-        return f"its channels lie one after the other in 16 bits, which Pillow does not read; {_CONVERT}"
+        return f"its 16-bit channels are stored one after the other, which Pillow does not read; {_CONVERT}"
     if image.mode.startswith("I;16") and tags.get(262) == 0:
-        return f"its values are 16 bits of which 0 is white; {_CONVERT}"
+        return f"its values have 16 bits, and 0 is white; {_CONVERT}"
     return None
 
 
 def sixteen_bits(image: Image.Image) -> bool:
-    """Whether an opened picture has 12 or 16 bits per channel, of which Pillow may give the upper 8.
+    """Whether an opened image has 12 or 16 bits per channel, of which Pillow may return the upper 8.
 
-    A Netpbm file with another largest value than 65,535 says what is white, and Pillow scales by it.
+    Netpbm files with another maximum than 65,535 do not count: Pillow scales them by it.
     """
     layouts = (str(tile[3]) for tile in getattr(image, "tile", ()))
     return image.mode.startswith("I;16") or any(re.search(r";1[26]|65535", layout) for layout in layouts)
 
 
 def orientation(image: Image.Image) -> int:
-    """From 1 to 8; 1, which is upright, where the EXIF block is damaged: the pixels are sound nevertheless."""
+    """The EXIF orientation from 1 to 8; 1 (upright) if the EXIF block is damaged, since the pixels are still valid."""
     try:
         value = image.getexif().get(_ORIENTATION, 1)
     except MemoryError:
         raise
-    except Exception:  # Pillow raises errors of every kind
+    except Exception:  # Pillow raises errors of any type
         return 1
     return value if isinstance(value, int) and value in _UPRIGHT else 1
 
 
 def colours(image: Image.Image, *, wide: bool) -> Image.Image:
-    """RGB of 8 bits per channel of an opened picture; ``wide``: it has 16, of which Pillow gives the upper 8."""
+    """Convert an opened image to 8-bit RGB; ``wide``: it has 16 bits, of which Pillow may return the upper 8."""
     if image.mode.startswith("I"):  # 16 bits; a plain conversion would clip everything above 255
         values = np.asarray(image)
         if wide:
             check_depth(int(values.max()))
         return Image.fromarray((values >> 8).astype(np.uint8)).convert("RGB")
-    if wide:  # of which the upper 8 bits were read
+    if wide:  # only the upper 8 bits are known
         ranges = zip(np.reshape(image.getextrema(), (-1, 2)).tolist(), image.getbands(), strict=True)
         upper = max(top for (_, top), band in ranges if band != "A")
         check_depth(256 * upper + 255 if upper else 0)
@@ -212,7 +213,7 @@ def colours(image: Image.Image, *, wide: bool) -> Image.Image:
 
 
 def check_drawn(values: NDArray[np.uint8]) -> None:
-    """Refuse values [H, W, bands] with transparency as the last band, if there is nothing but that."""
+    """Raise BrokenImage if all content of the values [H, W, bands] is in the last band, the transparency."""
     flat = values.reshape(-1, values.shape[-1])
     least, most = flat.min(axis=0), flat.max(axis=0)
     if (least[:-1] == most[:-1]).all() and least[-1] < most[-1]:
@@ -220,7 +221,7 @@ def check_drawn(values: NDArray[np.uint8]) -> None:
 
 
 def check_depth(top: int) -> None:
-    """Refuse 16-bit values of which the largest says that they do not have the full range."""
+    """Raise BrokenImage if ``top``, the largest 16-bit value, shows that the values do not use the full range."""
     if 0 < top < _FULL_RANGE:
         bits = top.bit_length()
-        raise BrokenImage(f"its values use {bits} of 16 bits, so that white is not known; {_CONVERT}")
+        raise BrokenImage(f"its values use {bits} of 16 bits, so the value of white is unknown; {_CONVERT}")

@@ -24,11 +24,10 @@ _View = tuple[int, Tensor | str]
 
 
 class EvalLoader:
-    """Batches of images in order, of one view each; an image that cannot be read is left out, with a warning.
+    """Batches of one view per image, in order; unreadable images are left out with a warning.
 
-    Of several processes each gets every so many batches, which are the same however many processes there are.
-
-    ``dali`` is where DALI decodes the images, which are files of RGB; without it, ``workers`` processes decode.
+    Process ``rank`` gets every ``world_size``-th batch; the batches do not depend on the number of processes. ``dali``
+    is the device on which DALI decodes files of RGB images; if it is None, ``workers`` processes decode.
 
     Attributes:
         broken: images that were left out here, by name, with the reason.
@@ -49,18 +48,18 @@ class EvalLoader:
         self._images = images
         if isinstance(images, ItemImages):
             check_travels(workers, images)
-        dealt = _Dealt(len(images), batch_size, rank, world_size)
+        batches = _RankBatches(len(images), batch_size, rank, world_size)
         self._loader: DaliViews | DataLoader[_View]
         if dali is not None:
             assert isinstance(images, EncodedImages)
-            self._loader = DaliViews(images, dealt, image_size=image_size, device=dali, threads=max(1, workers))
+            self._loader = DaliViews(images, batches, image_size=image_size, device=dali, threads=max(1, workers))
             return
         # A separate generator, so that an evaluation does not change the random numbers of the run.
         self._loader = DataLoader(
             _EvalImages(images, image_size),
-            batch_sampler=dealt,
+            batch_sampler=batches,
             num_workers=workers,
-            collate_fn=_together,
+            collate_fn=_collated,
             generator=torch.Generator(),
             worker_init_fn=leave_to_the_trainer,
         )
@@ -76,13 +75,13 @@ class EvalLoader:
             UsageError: more than a tenth of the images cannot be read.
         """
         for indices, views, faults in self._loader:
-            self._images.unreadable.update(faults)  # later passes skip them too: all score the same images
+            self._images.unreadable.update(faults)  # later passes skip them too, so that all use the same images
             report(self.broken, self._images, faults)
             if views is not None:
                 yield Batch((views,), indices)
 
 
-class _Dealt(Sampler[list[int]]):
+class _RankBatches(Sampler[list[int]]):
     """Samples every ``world_size``-th batch of indices, in order."""
 
     def __init__(self, length: int, batch_size: int, rank: int, world_size: int) -> None:
@@ -113,7 +112,7 @@ class _EvalImages(Dataset[_View]):
             return index, reason(error)
 
 
-def _together(batch: list[_View]) -> Views:
+def _collated(batch: list[_View]) -> Views:
     seen = {index: view for index, view in batch if isinstance(view, Tensor)}
     faults = {index: why for index, why in batch if isinstance(why, str)}
     return list(seen), torch.stack(list(seen.values())) if seen else None, faults

@@ -69,6 +69,6 @@ def _centre(picture: Image.Image, size: int) -> Image.Image:
     width, height = picture.size
     if max(width, height) <= _LONG * min(width, height):
         return functional.center_crop(functional.resize(picture, [_short(size)], antialias=True), [size])
-    # The same pixels, without those around them: 256 times the length of a picture that is one pixel wide.
+    # Only the visible pixels: the whole image, if it is one pixel wide, would be 256 times as long.
     top, left, bottom, right = seen_of(height, width, size)
     return picture.resize((size, size), Image.Resampling.BILINEAR, box=(left, top, right, bottom))

@@ -62,14 +62,14 @@ class _Plan:
     """The training folder, and optionally the validation folder."""
     labels: dict[Folder, int] | None
     about: str
-    """Description of them, with a NUL character in place of the path of the folder."""
+    """Description of the images, with a NUL character in place of the data folder."""
     passed: Counter[str]
     why: str = "there is no val folder"
-    """Why there is nothing for validation."""
+    """Why there are no validation images."""
 
     @property
     def said(self) -> dict[str, Any]:
-        """What is kept of it besides the images."""
+        """The texts and counts to cache with the index."""
         return {name: getattr(self, name) for name in ("about", "passed", "why")}
 
 
@@ -90,7 +90,7 @@ def _plan(root: Folder) -> _Plan:
     if layout.validation is None:
         return plan
     if labels is None:
-        plan.about += f"; {layout.validation.name}/ is not used, since the images to train on have no labels"
+        plan.about += f"; {layout.validation.name}/ is not used, since the training images have no labels"
         return plan
     tested, problem = _validation(layout.validation, classes)
     if tested is None:
@@ -106,7 +106,7 @@ def _plan(root: Folder) -> _Plan:
 
 
 def _source(table: Table, path: Path) -> Source:
-    """The data set in a folder, by its index."""
+    """Build the data set of a folder from its index."""
     about, name = _said(table.about["about"], path), path.resolve().name or "data"
     passed: Counter[str] = Counter(table.about["passed"])
     train, *tested = (images(table, str(path), part) for part in range(len(table.about["parts"])))
@@ -116,7 +116,7 @@ def _source(table: Table, path: Path) -> Source:
 
 
 def _said(text: str, path: Path) -> str:
-    """What was said of a folder, of which now this is the path."""
+    """Replace the NUL characters in a cached text by the current path of the data folder."""
     before = {"\0": str(path), "\0" + os.sep: within(str(path), "")}
     return re.sub(f"\0(?:{re.escape(os.sep)})?", lambda found: before[found[0]], text)
 
@@ -128,7 +128,7 @@ class _Layout(NamedTuple):
 
 
 def _part(folder: Folder) -> str:
-    """The name of a part of a data set, without what is often added: ``train`` of ``Train_2017``."""
+    """The name of a folder without common suffixes, such as ``train`` for ``Train_2017``."""
     name = folder.name.casefold()
     while (shorter := _SUFFIX.sub("", name)) != name and shorter:
         name = shorter
@@ -136,7 +136,7 @@ def _part(folder: Folder) -> str:
 
 
 def _layout(root: Folder) -> _Layout:
-    """Which folder is trained on, and which is for validation."""
+    """Find the training folder and the validation folder by name."""
     train = [folder for folder in root.folders if _part(folder) in TRAIN]
     aside = sorted(
         (folder for folder in root.folders if _part(folder) in VALIDATION),
@@ -166,10 +166,10 @@ def _layout(root: Folder) -> _Layout:
 
 
 def _parts_below(root: Folder) -> list[str]:
-    """Say that folders deeper down hold images for validation, which are trained on with the others.
+    """Messages about validation images in deeper folders, which are used for training like all others.
 
     Raises:
-        UsageError: one of them holds all the images.
+        UsageError: one such folder holds all the images.
     """
 
     def has(folder: Folder, names: Sequence[str]) -> bool:
@@ -178,13 +178,13 @@ def _parts_below(root: Folder) -> list[str]:
     found = [folder for folder in root if folder is not root and has(folder, TRAIN) and has(folder, VALIDATION)]
     if len(found) == 1 and found[0].total == root.total:
         raise UsageError(
-            f"--data {root.path} holds images to train on and for validation in {found[0].path}; give that"
+            f"--data {root.path} holds training and validation images in {found[0].path}; give that folder"
         )
-    return [f"{folder.shown} holds images for validation, which are trained on too" for folder in found[:3]]
+    return [f"{folder.shown} holds validation images, which are used for training too" for folder in found[:3]]
 
 
 def _taken_for_classes(folders: Sequence[Folder]) -> list[str]:
-    return [f"{folder.name}/ is taken for a class, as the folders beside it are" for folder in folders]
+    return [f"{folder.name}/ is used as a class, like the folders beside it" for folder in folders]
 
 
 def _tops(folder: Folder) -> list[Folder]:
@@ -192,7 +192,7 @@ def _tops(folder: Folder) -> list[Folder]:
 
 
 def _check_classes(tops: Sequence[Folder], at: Path) -> None:
-    """Raise a UsageError if folders are pictures and what belongs to them, rather than classes."""
+    """Raise a UsageError if the folders look like images and their targets, such as masks, instead of classes."""
     pictures = [top for top in tops if top.name.casefold() in _PICTURES]
     targets = [top for top in tops if top.name.casefold() in _TARGETS]
     if pictures and targets:
@@ -203,28 +203,28 @@ def _check_classes(tops: Sequence[Folder], at: Path) -> None:
 
 
 def _labelled(folder: Folder) -> tuple[dict[Folder, int] | None, list[str], list[str]]:
-    """(labels, classes, notes): labelled by subfolders if two or more of them hold all the images."""
+    """(labels, classes, notes): the classes are the subfolders, if at least two of them hold all the images."""
     tops, notes = sorted(_tops(folder), key=lambda top: natural(top.name)), []
     _check_classes(tops, folder.path)
     if len(tops) < 2 or folder.names:
         if tops and folder.names:
-            notes.append(f"{folder.count:,} of them beside its folders (first {folder.first})")
+            notes.append(f"{folder.count:,} of them not in its subfolders (first {folder.first})")
         return None, [], notes
     if empty := [inner for inner in folder.folders if not inner.holds_images]:
         names = ", ".join(
-            f"{inner.name}{passed_over(inner.all_passed()).replace('; passed over:', ':')}" for inner in empty[:3]
+            f"{inner.name}{passed_over(inner.all_passed()).replace('; skipped:', ':')}" for inner in empty[:3]
         )
-        notes.append(f"{len(empty)} folders hold no image that is read here ({names})")
+        notes.append(f"{len(empty)} folders hold no image in a supported format ({names})")
     classes = [top.name for top in tops]
     for name, count in Counter(map(str.casefold, classes)).items():
         if count > 1:
             alike = " and ".join(other for other in classes if other.casefold() == name)
-            notes.append(f"the classes {alike} differ in case alone")
+            notes.append(f"the classes {alike} differ only in case")
     return {inner: label for label, top in enumerate(tops) for inner in top}, classes, notes
 
 
 def _validation(folder: Folder, classes: Sequence[str]) -> tuple[dict[Folder, int] | None, str]:
-    """The labels of the images for validation, and what is to be said of them; or None, and why they are not used."""
+    """The labels of the validation images and a note about them; or None, and why they are not used."""
     tops, places = _tops(folder), {name: label for label, name in enumerate(classes)}
     known = [top for top in tops if top.name in places]
     if not tops and not folder.names:
@@ -237,7 +237,7 @@ def _validation(folder: Folder, classes: Sequence[str]) -> tuple[dict[Folder, in
         folded = {name.casefold() for name in classes}
         case = " (case counts)" if unknown[0].casefold() in folded else ""
         raise UsageError(
-            f"--data: {folder.path} has classes that the training images have not: {', '.join(sorted(unknown))}{case}"
+            f"--data: {folder.path} has classes that the training images lack: {', '.join(sorted(unknown))}{case}"
         )
     met = {top.name for top in known}
     missing = [name for name in classes if name not in met]
@@ -246,11 +246,11 @@ def _validation(folder: Folder, classes: Sequence[str]) -> tuple[dict[Folder, in
 
 
 def _shards(root: Folder, shards: Sequence[Path], *, keep: bool) -> Source:
-    """A folder that holds tar files instead of images."""
+    """Open a folder that holds tar files instead of images."""
     if any(shard.parent != root.path for shard in shards):
         folders = sorted({str(shard.parent) for shard in shards}, key=natural)
         raise UsageError(
-            f"--data {root.path} holds no image, and tar files in {', '.join(folders[:3])}; give those to train on, as "
-            f"in '{folders[0]}/*.tar'"
+            f"--data {root.path} holds no image, but tar files in {', '.join(folders[:3])}; give the training "
+            f"files, as in '{folders[0]}/*.tar'"
         )
     return open_shards(shards, str(root.path), passed=root.all_passed(), keep=keep)

@@ -72,9 +72,9 @@ class PixelFormat:
         """
         bands, dtype = values.shape[2], values.dtype.name
         if not self.takes(bands):
-            raise BrokenImage(f"it has {bands} bands, and the pictures are taken as {self.channels}")
+            raise BrokenImage(f"it has {bands} bands, and the images of this run have {self.channels}")
         if dtype not in self.limits:
-            raise BrokenImage(f"its values are {dtype}, and the pictures are taken as {', '.join(self.limits)}")
+            raise BrokenImage(f"its values are {dtype}, and the images of this run are {', '.join(self.limits)}")
         if not self.bytes:
             values = self._scaled(values, dtype)
         if bands == 3 and self.channels == 1:

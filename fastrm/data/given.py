@@ -141,7 +141,7 @@ def open_array(
         sides = "x".join(map(str, shape[1:3]))
         images = (MappedImages if isinstance(values, np.memmap) else ArrayImages)(values, labels)
         about = "; ".join([f"{name}: {len(images):,} images of {sides} pixels", *notes])
-        return without_validation(name, images, about, {}, why="there are no others for validation")
+        return without_validation(name, images, about, {}, why="there are no validation images")
     planes = _Planes(values if values.ndim == 4 else values[..., None], labels)
     return _open_items(Items(planes, name=name, whole=True), notes)
 
@@ -165,6 +165,6 @@ def _open_items(items: Items, notes: Sequence[str] = ()) -> Source:
         if items.known:
             about.append(f"{len(np.unique(items.labels())):,} classes")
         else:
-            about.append("labels, which no attribute targets tells, are asked of each item when they are needed")
-        about.append("kNN is tried on a tenth of those trained on")
+            about.append("labels are read from each item when needed, since no attribute has them")
+        about.append("kNN is tested on a tenth of the training images")
     return Source(name=items.name, train=train, bank=bank, test=test, about="; ".join(about))

@@ -114,7 +114,7 @@ def open_hub(data: str, wanted: Wanted) -> Source:
         if lacking := [column for column in (image, label) if column and column not in test.column_names]:
             raise UsageError(f"--data {data}: the split {other} has no column {lacking[0]}")
         tested, _ = _rows(test, image, label, data, f"{data} {other}")
-        said.append(f"those for validation in split {other}")
+        said.append(f"validation images in split {other}")
     required = wanted.label is not None
     return source_of(name, data, rows, tested, about=said, passed=passed + rest, required=required)
 

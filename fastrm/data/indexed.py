@@ -38,7 +38,7 @@ class IndexedImages(FileImages):
         if before not in (-1, size):
             warnings.warn(
                 f"{self.name(index)} has {size:,} bytes, and had {before:,} when it was listed; the next start lists "
-                "the images anew",
+                "the images again",
                 stacklevel=2,
             )
 

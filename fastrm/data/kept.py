@@ -41,21 +41,21 @@ class Room(NamedTuple):
     shrunk: int
     """Bytes if their shorter side is at most ``side``."""
     side: int
-    """In pixels: a crop of the smallest share of the area still has as many pixels as its view."""
+    """Side in pixels at which even the smallest crop has as many pixels as its view."""
 
 
 def room_for(images: Images, views: Sequence[View], image_size: int) -> Room:
     """Estimate the memory of a set from a sample that is spread evenly over it.
 
     Args:
-        images: with their format.
-        views: that are made of them.
+        images: the images, with their format.
+        views: views that are made of them.
         image_size: side of the views, in pixels.
     """
     side = max(int(np.ceil(view.side(image_size) / np.sqrt(view.crop_scale[0]))) for view in views)
     full = shrunk = read = 0
     for index in spread_over(len(images), _SAMPLED):
-        with suppress(*BROKEN):  # which is said when it is read
+        with suppress(*BROKEN):  # reported when the image is read
             values = _values(images, index)
             read += 1
             full += values.nbytes
@@ -76,9 +76,10 @@ def keep(images: Images, views: Sequence[View], image_size: int, *, processes: i
     """Return the images with a cache in memory, and a description of its size.
 
     Args:
-        images: with their format.
-        views, image_size: that are made of them.
-        processes: on this machine, each of which keeps all.
+        images: the images, with their format.
+        views: views that are made of them.
+        image_size: side of the views, in pixels.
+        processes: number of processes on this machine; each keeps all images.
 
     Raises:
         UsageError: they do not fit, even when shrunk.
@@ -101,14 +102,14 @@ def keep(images: Images, views: Sequence[View], image_size: int, *, processes: i
 
 
 def keep_few(images: EncodedImages, *, processes: int = 1) -> tuple[KeptImages, str] | None:
-    """Return the images with a cache, and a description, if they certainly take little memory at full size.
+    """Return the images with a cache, and a description, if they are known to take little memory at full size.
 
     Args:
-        images: with their format.
-        processes: on this machine, each of which keeps all.
+        images: the images, with their format.
+        processes: number of processes on this machine; each keeps all images.
 
     Returns:
-        None if they take more, or if their sizes are unknown.
+        None if they take more memory, or if their sizes are unknown.
     """
     looks, there = images.looks, capacity(torch.device("cpu"))
     if looks is None or there is None:
@@ -140,21 +141,21 @@ class KeptImages(Images):
         super().__init__(None)
         self.images, self.side, self.format = images, side, images.format
         self._room = _shared(max(most, _ALIGNED))
-        # A row per image: its offset, 0 for none; height, width, bands; its dtype. In the last row: what is taken.
+        # One row per image: offset (0 for none), height, width, bands, dtype. The last row has the size in use.
         self._places = _shared(8 * 5 * (len(images) + 1)).view(torch.int64).view(-1, 5)
         self._places[-1, 0] = _ALIGNED
         self._lock = multiprocessing.Lock()
 
     @property
     def labels(self) -> NDArray[np.int64] | None:
-        """int64 [N], or None."""
+        """Labels int64 [N], or None."""
         return self.images.labels
 
     def __len__(self) -> int:
         return len(self.images)
 
     def values(self, index: int) -> Values:
-        """What is kept of an image, [H, W, bands], which is decoded if it is not there yet."""
+        """The values of an image [H, W, bands], from the cache or newly decoded."""
         with self._lock:
             offset, height, width, bands, kind = self._places[index].tolist()
         if offset:
@@ -189,27 +190,27 @@ class KeptImages(Images):
         return shrunk
 
     def pixels(self, index: int) -> Tensor:
-        """An image as its views are made of it."""
+        """An image in the form that views are made from."""
         values = self.values(index)
         if self.format.rgb:
             return torch.from_numpy(values).permute(2, 0, 1)
         return self.format.fitted(values)
 
     def name(self, index: int) -> str:
-        """As the image is known."""
+        """The name of the image."""
         return self.images.name(index)
 
     def identities(self) -> Iterator[bytes]:
-        """What tells each image from others."""
+        """The identity of each image."""
         return self.images.identities()
 
     def subset(self, indices: NDArray[np.int64]) -> Images:
-        """The images at ``indices``, which are not kept."""
+        """Return the images at ``indices``, without a cache."""
         return self.images.subset(indices)
 
 
 def _shared(count: int) -> Tensor:
-    """Bytes, all 0, that loader processes share; memory is taken as it is written."""
+    """Zero bytes that loader processes share; memory is allocated when it is written."""
     if multiprocessing.get_start_method() == "fork":
         memory: Any = mmap.mmap(-1, count)
         return torch.frombuffer(memory, dtype=torch.uint8)

@@ -1,4 +1,4 @@
-"""The index of the images that a list or a table names: what it says is read once, and the files are looked at once."""
+"""Caches an index of the images in a list or a table, so that it is parsed and its files are checked only once."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _TRAIN, _BANK, _TEST = "train", "bank", "test"
 
 
 def _mark(file: Path) -> str:
-    """What tells a list or a table from itself before it was changed; of a text all of it.
+    """A digest that changes with a list or a table; for text files, of the whole content.
 
     Raises:
         OSError: it cannot be read.
@@ -39,21 +39,21 @@ def _mark(file: Path) -> str:
 
 
 def by_index(files: Sequence[Path], told: object, build: Callable[[], Source], *, keep: bool) -> Source:
-    """The data set that lists or tables make up: by its index, if all is as it was, and else built anew.
+    """The data set of lists or tables, from its index if that is up to date, otherwise newly built.
 
     Args:
         files: the lists or tables, by absolute paths.
-        told: what the set depends on besides them and the files that they name.
-        build: builds it; its paths are absolute.
-        keep: whether the index is kept in the cache.
+        told: other values on which the set depends, such as the requested columns.
+        build: builds the set, with absolute paths.
+        keep: whether to cache the index for the next start.
 
     Raises:
-        UsageError: as ``build`` raises it.
+        UsageError: raised by ``build``.
     """
     begin, where = time.time_ns(), [str(file) for file in files]
     try:
         what = where, [_mark(file) for file in files], told, sorted(endings()), str(home())
-    except OSError:  # which is said when it is read
+    except OSError:  # reported when the file is read
         return build()
     found = look_up(("list", where, None if where else told), what, _holds)
     if found.table is not None:
@@ -68,7 +68,7 @@ def by_index(files: Sequence[Path], told: object, build: Callable[[], Source], *
 
 
 def _made(source: Source) -> Table:
-    """A table of the images of a set: first all that are trained on, and then those for validation besides."""
+    """The index of a set: first the training images, then the validation images that are not among them."""
     train, test = source.train, source.test
     assert isinstance(train, FileImages)
     places = np.full(train.table.rows, -1, dtype=np.int32)
@@ -91,7 +91,7 @@ def _made(source: Source) -> Table:
             apart = some is test and len(parts) > 1
             rows[name] = np.arange(stops[1], stops[2], dtype=np.int32) if apart else places[some.rows]
     labels = {name: some.labels for name, some in used.items() if some is not None and some.labels is not None}
-    if labels.keys() == rows.keys():  # then one column says those of all
+    if labels.keys() == rows.keys():  # one column is enough for all parts
         added["label"] = np.zeros(stops[-1], dtype=np.int64)
         for name, of_each in labels.items():
             added["label"][rows[name]] = of_each
@@ -110,7 +110,7 @@ def _made(source: Source) -> Table:
 
 
 def _source(table: Table) -> Source:
-    """The data set of which a table is the index."""
+    """Build the data set from its index."""
     parts = [images(table, "", part) for part in range(len(table.about["parts"]))]
 
     def used(name: str, of: IndexedImages) -> IndexedImages | None:
@@ -129,9 +129,9 @@ def _source(table: Table) -> Source:
 
 
 def _holds(table: Table) -> bool:
-    """Whether an index tells what the files are, by their folders and a sample of them."""
+    """Whether an index is up to date, judged by the folders and a sample of the files."""
     folders = [os.fsdecode(name) for name in table["watched"].tobytes().split(b"\0")[:-1]]
     _, changed = stated(folders, len(folders))
-    settled = (changed <= table.about["begin"] - TICK).all()  # else it may have been changed again at the same time
+    settled = (changed <= table.about["begin"] - TICK).all()  # otherwise it may have changed again with the same time
     same = bool(settled) and np.array_equal(changed, table["watched_changed"])
     return same and not table.stale and not differ(table, "")

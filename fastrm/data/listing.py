@@ -1,4 +1,4 @@
-"""Which image files are below a folder, and what else is: found once, each folder once, nothing dropped unsaid."""
+"""Lists the images below a folder. Each folder is listed once, and everything that is skipped is counted."""
 
 from __future__ import annotations
 
@@ -26,36 +26,36 @@ _SHEETS = (".png", ".jpg", ".jpeg")
 
 @dataclass(eq=False, slots=True)
 class Folder:
-    """What is directly in a folder."""
+    """The content of one folder, without its subfolders' content."""
 
     path: Path
     inside: str
-    """Its path from the folder of all data on; empty for that one."""
+    """Path relative to the data folder; empty for the data folder."""
     changed: int
-    """When something in it was last added, removed or renamed, as it was before it was read: nanoseconds."""
+    """Modification time in nanoseconds, taken before the folder was listed."""
     names: bytes = b""
-    """Of its images, in order, each with a NUL byte behind it: a list would take five times the memory."""
+    """Names of its images in order, each followed by a NUL byte; a list would take five times the memory."""
     entries: int = 0
-    """The CRC-32 of the names of all that is in it."""
+    """CRC-32 of the names of all its entries."""
     folders: list[Folder] = field(default_factory=list)
     shards: list[Path] = field(default_factory=list)
     passed: Counter[str] = field(default_factory=Counter)
-    """What is passed over, by kind."""
+    """Number of skipped entries by kind."""
     is_run: bool = False
     is_report: bool = False
 
     @property
     def name(self) -> str:
-        """The last part of its path."""
+        """Last part of the path."""
         return self.path.name
 
     @property
     def shown(self) -> str:
-        """Its path in what is kept of it; a NUL character stands for that of the folder of all data."""
+        """Path as it is cached, with a NUL character in place of the data folder."""
         return "\0" + (os.sep + self.inside if self.inside else "")
 
     def __iter__(self) -> Iterator[Folder]:
-        """This folder and all below it, in the order of their names."""
+        """Yield this folder and all folders below it, in the order of their names."""
         waiting = [self]
         while waiting:
             folder = waiting.pop()
@@ -64,12 +64,12 @@ class Folder:
 
     @property
     def count(self) -> int:
-        """Images directly in it."""
+        """Number of images in the folder itself."""
         return self.names.count(b"\0")
 
     @property
     def first(self) -> str:
-        """The name of the first image directly in it."""
+        """Name of the first image in the folder itself."""
         return os.fsdecode(self.names.partition(b"\0")[0])
 
     @property
@@ -79,31 +79,31 @@ class Folder:
 
     @property
     def total(self) -> int:
-        """Images at any depth."""
+        """Number of images at any depth."""
         return sum(folder.count for folder in self)
 
     def all_passed(self) -> Counter[str]:
-        """What is passed over at any depth."""
+        """Number of skipped entries by kind, at any depth."""
         return sum((folder.passed for folder in self), Counter())
 
 
 class Listing(NamedTuple):
-    """All that is below a folder."""
+    """The content of a data folder."""
 
     top: Folder
     left_out: list[Folder]
-    """Folders that are left out with all that is below them: runs of fastrm, and what belongs to these."""
+    """Folders that are skipped with everything below them: runs and reports of fastrm."""
     nowhere: list[str]
-    """Links that lead nowhere, and are no images: their paths inside of the folder."""
+    """Broken links without an image's ending, as paths relative to the folder."""
     sheets: list[str]
-    """Names of contact sheets of fastrm in the folder itself, which are left out."""
+    """Names of skipped contact sheets of fastrm in the folder itself."""
 
 
 def listed(root: Path) -> Listing:
-    """List a folder, with all that is below it.
+    """List a folder and everything below it.
 
-    A folder that several paths lead to is listed once, at a path without links if there is one. Left out are hidden
-    and system files, and runs of fastrm.
+    A folder with several paths is listed once, at a path without links if there is one. Hidden files, system files and
+    runs of fastrm are skipped.
 
     Raises:
         UsageError: a folder cannot be read.
@@ -117,7 +117,7 @@ def listed(root: Path) -> Listing:
         path = parent.path / name
         target = os.path.realpath(path)
         if real.startswith(target.rstrip(os.sep) + os.sep) or (folder := reading.unseen(parent, name)) is None:
-            parent.passed["links to folders that are in it already"] += 1
+            parent.passed["links to folders listed already"] += 1
             continue
         bisect.insort(parent.folders, folder, key=lambda folder: folder.name)
         reading.fill(folder)
@@ -127,7 +127,7 @@ def listed(root: Path) -> Listing:
 
 
 class _Reading:
-    """Reads folders without following links, which it collects."""
+    """Lists folders without following links to folders, which it collects."""
 
     def __init__(self, seen: set[tuple[int, int]]) -> None:
         self.seen, self.endings = seen, endings()
@@ -154,7 +154,7 @@ class _Reading:
                 raise UsageError(f"--data: {folder.path} cannot be read: {error.strerror or error}") from None
 
     def unseen(self, parent: Folder, name: str) -> Folder | None:
-        """The folder of this name; None where another path led to it."""
+        """The folder of this name; None if it was listed by another path."""
         path = parent.path / name
         state = os.stat(path)
         if (state.st_dev, state.st_ino) in self.seen:
@@ -163,15 +163,15 @@ class _Reading:
         return Folder(path, os.path.join(parent.inside, name), state.st_mtime_ns)
 
     def _is_image(self, folder: Folder, entry: os.DirEntry[str], waiting: list[Folder]) -> bool:
-        """Whether it is one; what else there is goes where it belongs."""
+        """Whether an entry is an image; other entries are counted, or added to folders, links or shards."""
         if entry.name.startswith("."):
             folder.passed["hidden"] += 1
         elif entry.name in _SYSTEM:
-            folder.passed["of the system"] += 1
+            folder.passed["system files"] += 1
         elif entry.is_dir(follow_symlinks=False):
             inner = self.unseen(folder, entry.name)
-            if inner is None:  # a mount of what is there already, or a junction
-                folder.passed["links to folders that are in it already"] += 1
+            if inner is None:  # a second mount of a folder, or a junction
+                folder.passed["links to folders listed already"] += 1
             else:
                 folder.folders.append(inner)
                 waiting.append(inner)
@@ -180,8 +180,8 @@ class _Reading:
         else:
             ending = os.path.splitext(entry.name)[1].lower()
             nowhere = entry.is_symlink() and not os.path.exists(entry.path)
-            if nowhere and ending not in self.endings:  # such an image is found to be broken by the scan
-                folder.passed["links that lead nowhere"] += 1
+            if nowhere and ending not in self.endings:  # the scan reports broken links to images
+                folder.passed["broken links"] += 1
                 self.nowhere.append(os.path.join(folder.inside, entry.name))
             elif not nowhere and not entry.is_file():
                 folder.passed["special files"] += 1
@@ -195,12 +195,12 @@ class _Reading:
 
 
 def checksum(names: list[str]) -> int:
-    """The CRC-32 of the sorted names of what is in a folder."""
+    """CRC-32 of the sorted names of a folder's entries."""
     return zlib.crc32(packed(names))
 
 
 def _leave_out_runs(top: Folder) -> list[Folder]:
-    """Take out runs of fastrm, with the folder ``runs`` that they lie in, and reports: they are no data."""
+    """Remove run folders, folders called ``runs`` that hold some, and reports, because they are not data."""
     left_out = []
     for folder in top:
         for inner in list(folder.folders):
@@ -217,7 +217,7 @@ def _leave_out_runs(top: Folder) -> list[Folder]:
 
 
 def _leave_out_sheets(top: Folder) -> list[str]:
-    """Take out contact sheets, which are written into the current folder."""
+    """Remove contact sheets, which are often written into the data folder itself."""
     names = [os.fsdecode(name) for name in top.names.split(b"\0")[:-1]]
     sheets = [name for name in names if is_sheet(top.path / name)]
     if sheets:
@@ -227,7 +227,7 @@ def _leave_out_sheets(top: Folder) -> list[str]:
 
 
 def _leave_out_arrays(top: Folder) -> None:
-    """Beside pictures, arrays are labels, features and the like; alone they are the pictures."""
+    """Remove arrays if there are other images: then arrays hold labels or features. Otherwise they are the images."""
     mark = f"{ARRAY}\0".encode()
     counts = [folder.names.lower().count(mark) for folder in top]
     if sum(counts) == top.total:
@@ -240,5 +240,5 @@ def _leave_out_arrays(top: Folder) -> None:
 
 
 def is_sheet(path: Path) -> bool:
-    """Whether a picture is a contact sheet of fastrm.data; before they were marked, it was called views.png."""
+    """Whether an image is a contact sheet of fastrm.data. Old sheets have no mark; their name is views.png."""
     return path.name == "views.png" or (path.suffix.lower() in _SHEETS and own.safely(own.sheet, path))

@@ -47,7 +47,7 @@ def open_list(data: str, *, keep: bool = True) -> Source:
         test = None
         if other is not None:
             test, _ = _rows(other, f"@{other}")
-            about.append(f"those for validation in {other}")
+            about.append(f"validation images in {other}")
         return source_of(path.stem or "list", data, rows, test, about=about, passed=passed)
 
     return by_index([path] if other is None else [path, other], None, build, keep=keep)

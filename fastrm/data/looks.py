@@ -25,11 +25,11 @@ class Looks(NamedTuple):
     size: NDArray[np.int32]
     """[N, 2]: height and width, upright."""
     dtype: NDArray[np.uint8]
-    """[N]: the place of the dtype's name in :data:`fastrm.data.stored.DTYPES`."""
+    """[N]: index of the dtype in :data:`fastrm.data.stored.DTYPES`."""
     bands: NDArray[np.uint16]
     """[N]."""
     pages: NDArray[np.uint32]
-    """[N]: pictures in the file."""
+    """[N]: number of pages in the file."""
 
     def at(self, rows: Rows) -> Looks:
         """The results of some images."""
@@ -67,14 +67,14 @@ def carried(earlier: Table, table: Table) -> tuple[dict[str, NDArray[Any]], dict
     rows = order[np.searchsorted(then, now, sorter=order).clip(max=len(order) - 1)]
     same = (earlier["hash"][rows] == table["hash"]) & (earlier["changed"][rows] == table["changed"])
     column = empty(len(rows))
-    column[same] = earlier["looks"][rows[same]]  # both are compared besides the keys, which do not tell all apart
+    column[same] = earlier["looks"][rows[same]]  # compared besides the keys, which may collide
     said: dict[str, str] = earlier.about["faults"]
     why = {str(row): said[str(was)] for row, was in enumerate(rows) if same[row] and str(was) in said} if said else {}
     return {"looks": column}, {"rules": earlier.about["rules"], "faults": why}
 
 
 def _keys(table: Table) -> NDArray[np.uint64]:
-    """A number for each image by name, size and time: in a part for validation the names may be those of the other."""
+    """A key per image from name, size and time; names alone may repeat between training and validation images."""
     hashes, changed = (table[name].astype(np.uint64) for name in ("hash", "changed"))
-    keys: NDArray[np.uint64] = hashes + changed * np.uint64(0x9E3779B97F4A7C15)  # what is beyond 64 bits is dropped
+    keys: NDArray[np.uint64] = hashes + changed * np.uint64(0x9E3779B97F4A7C15)  # overflow beyond 64 bits is intended
     return keys

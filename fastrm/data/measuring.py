@@ -35,7 +35,7 @@ _DEPTHS = (8, 10, 12, 14)
 """Bit depths of cameras and scanners that are stored in 16 bits."""
 _UNIT: Limits = ((0.0,), (1.0,))
 _BEYOND = 1e-3
-"""How far floats may be beyond 0 and 1, by rounding."""
+"""Tolerance of floats beyond 0 and 1, for rounding."""
 
 
 class Measured(NamedTuple):
@@ -104,7 +104,7 @@ def _measure(
         """Evenly spaced pixels of an image, [1, N, bands]."""
         try:
             values = images.values(index)
-        except BROKEN:  # which is said when it is read
+        except BROKEN:  # reported when the image is read
             return None
         flat = values.reshape(1, -1, values.shape[2])
         return flat[:, :: -(-flat.shape[1] // most)]
@@ -128,7 +128,7 @@ def _measure(
     taken = replace(images.format, limits=limits)
     scaled = []
     for one in read_ones:
-        with contextlib.suppress(*BROKEN):  # of other bands, which is said when it is read
+        with contextlib.suppress(*BROKEN):  # other bands; reported when the image is read
             scaled.append(taken.fitted(one).double().expand(channels, -1, -1).flatten(1).numpy() / 255)
     every = np.concatenate(scaled, axis=1)
     std = every.std(axis=1)

@@ -26,16 +26,16 @@ def of_one_size(images: EncodedImages) -> bool:
 
 
 class MemoryLoader(Loader):
-    """Views of images of one size, held as an array; encoded ones are decoded at the start.
+    """Views of images of one size, which are kept as one array; encoded images are decoded at the start.
 
     Args:
-        images: what the views are of.
-        augmentation: how they are made.
-        image_size: side of views that say none themselves.
-        device: that holds the images and makes the views.
-        dtype: of the views.
+        images: the images.
+        augmentation: augmentation that makes the views.
+        image_size: side of views without a size, in pixels.
+        device: device that holds the images and makes the views.
+        dtype: dtype of the views.
         workers: threads that decode.
-        sampling: as :class:`Loader` takes it.
+        sampling: arguments of :class:`Loader`.
     """
 
     def __init__(
@@ -56,12 +56,12 @@ class MemoryLoader(Loader):
         self._mean, self._std = normalising(augmentation, images.format)
         self._images, self._faults = images, dict[int, str]()
         self._instead: dict[int, int] = {}
-        """Of images that cannot be read, which other ones are taken."""
+        """Indices of the images that replace unreadable ones, by index."""
         pixels = images.tensor() if isinstance(images, ArrayImages) else self._decoded(images, max(1, workers))
         self._pixels = pixels.to(device).permute(0, 2, 3, 1)
 
     def _decoded(self, images: EncodedImages, threads: int) -> Tensor:
-        """All images, uint8 [N, 3, H, W]."""
+        """Decode all images to uint8 [N, 3, H, W]."""
         assert images.looks is not None
         height, width = images.looks.size[0].tolist()
         pixels = torch.empty((len(images), 3, height, width), dtype=torch.uint8)
@@ -69,12 +69,12 @@ class MemoryLoader(Loader):
         def decode(index: int) -> None:
             at, picture = readable(images, index, images.pixels, self._faults)
             if picture.shape != pixels.shape[1:]:
-                raise UsageError(f"{images.name(at)} has another size than when it was looked at; start the run anew")
+                raise UsageError(f"{images.name(at)} has another size than when it was checked; start the run again")
             pixels[index] = picture
             if at != index:
                 self._instead[index] = at
 
-        text = f"images of {width}x{height} pixels, for the memory"
+        text = f"decoding images of {width}x{height} pixels into memory"
         with bar(text, len(images)) as task, ThreadPoolExecutor(threads) as pool:
             for _ in pool.map(decode, range(len(images))):
                 task.advance(1)

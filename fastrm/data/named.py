@@ -1,4 +1,4 @@
-"""The named sets: small enough to be held in memory, read as they are published or made."""
+"""The named sets, which are small enough for memory; each is read in its published form, or generated."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ NAMED = ("digits", "fashion-mnist", "cifar10", "cifar100", "stl10", "photo-patch
 
 
 def open_named(name: str, root: Path) -> Source:
-    """Open the set ``name``, one of ``NAMED``, which lies in ``root`` or is downloaded to it.
+    """Open the set ``name``, one of ``NAMED``, from the folder ``root``; it is downloaded there if missing.
 
     Raises:
-        UsageError: there is no such set, it is not there and cannot be downloaded, or its files are damaged.
+        UsageError: there is no such set, it is missing and cannot be downloaded, or its files are damaged.
     """
     openers: dict[str, Callable[[], Source]] = {
         "digits": _digits,
@@ -55,7 +55,7 @@ def _digits() -> Source:
 
 
 def _synthetic() -> Source:
-    """Coloured gratings of ten orientations, for tries of speed and set-up; made, not read."""
+    """Generated coloured gratings of ten orientations, for tests of speed and set-up."""
     rng = np.random.default_rng(0)
     y, x = np.mgrid[0:64, 0:64]
 
@@ -119,7 +119,7 @@ def _fashion_mnist(root: Path) -> Source:
 
 
 def _downloaded(name: str, root: Path, get: Callable[[], object]) -> object:
-    """Open a torchvision set, downloading it where it is not there yet."""
+    """Open a torchvision set, and download it if it is missing."""
     try:
         return get()
     except (OSError, RuntimeError) as error:

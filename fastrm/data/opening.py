@@ -146,7 +146,7 @@ def _holds(folder: Path, kinds: frozenset[str]) -> bool:
 def _files(files: Sequence[Path], data: str, wanted: Wanted, keep: bool) -> Source:
     kinds = {_ending(file.name) for file in files}
     if len(kinds) > 1 or not kinds <= _FILES.keys():
-        raise UsageError(f"--data {data} stands for files that end in {', '.join(sorted(kinds))}; {_FORMS}")
+        raise UsageError(f"--data {data} matches files that end in {', '.join(sorted(kinds))}; {_FORMS}")
     return _FILES[kinds.pop()](files, data, wanted, keep)
 
 
@@ -164,7 +164,7 @@ def _nothing(data: str, path: Path) -> Source:
     if path.exists():
         raise UsageError(f"--data {data} is neither a file nor a folder; {_FORMS}")
     if re.fullmatch(r"<\w+>", data):
-        raise UsageError(f"--data {data} stands for what a script gave as an object; give a folder or a named set")
+        raise UsageError(f"--data {data} names an object that a script passed; give a folder or a named set")
     below = "" if path.is_absolute() else f" in {os.getcwd()}"
     raise UsageError(f"--data {data} does not exist{below}; {_FORMS}")
 

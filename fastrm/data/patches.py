@@ -1,6 +1,7 @@
-"""Patches of the photographs in scikit-image's wheel: real pictures to learn from in a minute, without a download.
+"""Patches of the photographs in scikit-image's wheel, real images for a demo of a minute without a download.
 
-The question is which photograph a patch is of. Training patches are of the left part of each, test patches of the rest.
+The label of a patch is its photograph. Training patches come from the left part of each photograph, test patches from
+the rest.
 """
 
 from __future__ import annotations
@@ -21,12 +22,12 @@ PHOTOGRAPHS = (
     *("hubble_deep_field.jpg", "ihc.png", "moon.png", "motorcycle_left.png", "page.png", "retina.jpg", "rocket.jpg"),
     "text.png",
 )
-"""All photographs that lie in the wheel itself, in the order of their labels."""
-SHORT = 400  # side that a photograph is shrunk or enlarged to, in pixels
-TRAIN, TEST = 120, 30  # patches of each
-LEFT = 0.65  # share of the width that training patches are of
-SMALLEST, LARGEST = 40, 64  # side of a patch in the photograph
-SIDE = 32  # what it is resized to
+"""All photographs in the wheel, in the order of their labels."""
+SHORT = 400  # shorter side of the resized photograph, in pixels
+TRAIN, TEST = 120, 30  # patches per photograph
+LEFT = 0.65  # fraction of the width for training patches
+SMALLEST, LARGEST = 40, 64  # side of a patch in the photograph, in pixels
+SIDE = 32  # side of the resized patch, in pixels
 
 
 def photo_patches() -> tuple[ArrayImages, ArrayImages]:
@@ -51,7 +52,7 @@ def photo_patches() -> tuple[ArrayImages, ArrayImages]:
 
 
 def _photograph(name: str) -> Image.Image:
-    found = importlib.util.find_spec("skimage")  # whose own functions may go to the network
+    found = importlib.util.find_spec("skimage")  # its own functions may download
     if found is None or found.origin is None:
         raise UsageError(
             "--data photo-patches needs the photographs in scikit-image; pip install '.[demo]' in fastrm's folder"
@@ -67,7 +68,7 @@ def _photograph(name: str) -> Image.Image:
 
 
 def _patch(photograph: Image.Image, rng: np.random.Generator, left: int, right: int) -> NDArray[np.uint8]:
-    """A square of any of the sizes from anywhere between two columns."""
+    """A square of random size from a random place between two columns, resized."""
     side = int(rng.integers(SMALLEST, LARGEST, endpoint=True))
     x = int(rng.integers(left, right - side, endpoint=True))
     y = int(rng.integers(0, photograph.height - side, endpoint=True))

@@ -54,7 +54,7 @@ class Classes:
         if self._by_number:
             order = sorted(number for number in numbers if number is not None)
             if part := next((number for number in order if isinstance(number, float)), None):
-                raise UsageError(f"{part:g}, which is no class: labels are whole numbers or text")
+                raise UsageError(f"{part:g}, which is not a class: labels are whole numbers or text")
         else:
             order = sorted({str(value) for value in values}, key=natural)
         self._places = {value: value if self._kept else place for place, value in enumerate(order)}
@@ -110,7 +110,7 @@ def source_of(
     about: Sequence[str],
     passed: Mapping[str, int],
     required: bool = False,
-    why: str = "there are no others for validation",
+    why: str = "there are no validation images",
 ) -> Source:
     """Build a data set from rows.
 
@@ -161,13 +161,12 @@ def _tested(data: str, rows: Rows | None, classes: Classes) -> tuple[EncodedImag
     given = [None] * len(rows.images) if rows.labels is None else [as_label(value) for value in rows.labels]
     known = np.array([i for i, value in enumerate(given) if value is not None], dtype=np.int64)
     if not len(known):
-        return None, "those for validation have no labels"
+        return None, "the validation images have no labels"
     numbers = [classes.number(given[i]) for i in known]
     if None in numbers:
         unknown = sorted({str(given[i]) for i, number in zip(known, numbers, strict=True) if number is None})
         raise UsageError(
-            f"--data {data}: the images for validation have classes that those to train on have not: "
-            f"{', '.join(unknown[:3])}"
+            f"--data {data}: the validation images have classes that the training images lack: {', '.join(unknown[:3])}"
         )
     return rows.images.subset(known).with_labels(np.array(numbers, dtype=np.int64)), ""
 
@@ -237,8 +236,8 @@ def path_rows(
     some = list(places.items())[:_LOOKED_FOR]
     if not any(os.path.lexists(path) for path, _ in some):
         raise UsageError(
-            f"--data {data}, {place(some[0][1])}: {some[0][0]} does not exist, nor do those after it; paths are "
-            f"absolute, or from {folder} on"
+            f"--data {data}, {place(some[0][1])}: {some[0][0]} does not exist, nor do those after it; paths must be "
+            f"absolute, or relative to {folder}"
         )
     kept = np.fromiter(places.values(), dtype=np.int64, count=len(places))
     inside = all(path.startswith(str(folder).rstrip(os.sep) + os.sep) for path in places)

@@ -56,7 +56,7 @@ class PixelOptions:
 
 
 class _Kind(NamedTuple):
-    """What pictures have in common."""
+    """The properties of images that determine the pixel format."""
 
     dtype: str
     bands: int
@@ -86,7 +86,7 @@ def settled(source: Source, options: PixelOptions | None = None, *, workers: int
         return source
     options = options or PixelOptions()
     kinds = _kinds(source.train, options.channels)
-    if not kinds:  # a Dataset whose items are images only for a callable of the user's
+    if not kinds:  # the items are images only for the user's callable
         return source.formatted(RGB)
     source, pages, said = _paged(source, kinds, options.pages)
     if pages == "bands":
@@ -94,7 +94,7 @@ def settled(source: Source, options: PixelOptions | None = None, *, workers: int
     channels = options.channels or _channels(kinds)
     taken = PixelFormat(channels=channels, pages=pages)
     _check_bands(kinds, taken)
-    dtypes = sorted({kind.dtype for kind in kinds if taken.takes(kind.bands)})  # the others are left out
+    dtypes = sorted({kind.dtype for kind in kinds if taken.takes(kind.bands)})  # images with other bands are left out
     notes = list(said)
     if dtypes != ["uint8"] or not taken.rgb or options.value_range is not None:
         found = measured(source.train.formatted(taken), dtypes, options.value_range, workers=workers)
@@ -109,7 +109,7 @@ def settled(source: Source, options: PixelOptions | None = None, *, workers: int
 
 
 def formatted(source: Source, format: PixelFormat) -> Source:
-    """A source whose images are taken as those of a run were."""
+    """The source with the pixel format of an earlier run."""
     return (_in_pages(source) if format.pages == "images" else source).formatted(format)
 
 
@@ -121,7 +121,7 @@ def _in_pages(source: Source) -> Source:
 
 
 def _kinds(images: Images, channels: int | None) -> Counter[_Kind]:
-    """How many pictures there are of each kind, or how many of those that are looked at."""
+    """Number of images of each kind, of all images if there is an index, otherwise of a sample."""
     if isinstance(images, ArrayImages):
         return Counter({_Kind("uint8", 1 if images.arrays.ndim == 3 else images.arrays.shape[3]): len(images)})
     if isinstance(images, EncodedImages) and (looks := images.looks) is not None:
@@ -139,7 +139,7 @@ def _kinds(images: Images, channels: int | None) -> Counter[_Kind]:
             elif isinstance(images, ItemImages):
                 values = values_in(images.items.item(index).image, channels)
                 found[_Kind(values.dtype.name, values.shape[2])] += 1
-        except BROKEN:  # which is said when it is read
+        except BROKEN:  # reported when the image is read
             continue
     return found
 
@@ -147,22 +147,22 @@ def _kinds(images: Images, channels: int | None) -> Counter[_Kind]:
 def _paged(
     source: Source, kinds: Counter[_Kind], wish: str
 ) -> tuple[Source, Literal["first", "bands", "images"], list[str]]:
-    """The source, what of its files' pages is read, and what is to be said of that."""
+    """The source, how its files' pages are read, and messages about that."""
     several = sum(count for kind, count in kinds.items() if kind.pages > 1)
     if not several or not isinstance(source.train, EncodedImages):
         return source, "first", []
     if wish == "bands" or (wish == "auto" and len({kind.pages for kind in kinds}) == 1 and _alike(source.train, kinds)):
-        return source, "bands", ["the pages of a file are the bands of one picture"]
+        return source, "bands", ["the pages of a file are the bands of one image"]
     if wish == "images":
         split = _in_pages(source)
         return split, "images", [f"each page is an image: {len(split.train):,} in {len(source.train):,} files"]
-    looked_at = "" if kinds.total() == len(source.train) else f" of {kinds.total():,} that were looked at"
-    said = f"{several:,} files{looked_at} hold several pages, of which the first is read"
+    looked_at = "" if kinds.total() == len(source.train) else f" of {kinds.total():,} that were checked"
+    said = f"{several:,} files{looked_at} have several pages, of which only the first is read"
     return source, "first", [said + ("" if wish == "first" else "; --pages bands or images reads all")]
 
 
 def _alike(images: EncodedImages, kinds: Counter[_Kind]) -> bool:
-    """Whether the pages of a file can be the bands of one picture: gray, and of one size."""
+    """Whether the pages of a file can be the bands of one image, that is, gray and of one size."""
     if any(kind.bands != 1 for kind in kinds):
         return False
     try:
@@ -173,7 +173,7 @@ def _alike(images: EncodedImages, kinds: Counter[_Kind]) -> bool:
 
 
 def _counts(images: EncodedImages) -> Sequence[int]:
-    """The number of pages of each file; one that cannot be read counts as one, and is met when it is read."""
+    """Number of pages of each file; 1 for an unreadable file, which is reported when it is read."""
     if (looks := images.looks) is not None:
         return np.maximum(looks.pages, 1).tolist()
 
@@ -187,7 +187,7 @@ def _counts(images: EncodedImages) -> Sequence[int]:
 
 
 def _channels(kinds: Counter[_Kind]) -> int:
-    """C of the views, where the user does not say it."""
+    """The number of channels of the views, if the user does not set it."""
     bands = {kind.bands for kind in kinds}
     if 3 in bands or all(kind.bands == 1 and kind.dtype == "uint8" for kind in kinds):
         return 3
@@ -195,7 +195,7 @@ def _channels(kinds: Counter[_Kind]) -> int:
 
 
 def _check_bands(kinds: Counter[_Kind], taken: PixelFormat) -> None:
-    """Raise a UsageError if more pictures than may be left out have bands that do not become the format's channels."""
+    """Raise a UsageError if too many images have bands that cannot be converted to the format's channels."""
     odd = {kind: count for kind, count in kinds.items() if not taken.takes(kind.bands)}
     if sum(odd.values()) > MOST * kinds.total():
         counts = Counter[int]()
@@ -209,7 +209,7 @@ def _check_bands(kinds: Counter[_Kind], taken: PixelFormat) -> None:
 
 
 def _ranges(found: Measured, options: PixelOptions) -> Iterator[str]:
-    """What becomes black and white, in words."""
+    """Describe the values of black and white of each dtype."""
     for dtype, (low, high) in found.limits.items():
         if dtype == "uint8" and len(found.limits) == 1:
             continue

@@ -1,4 +1,4 @@
-"""The index of tar shards: where the images lie in them, found once, and anew in a shard that was changed."""
+"""Caches the offsets of the images in tar shards; a shard that has changed is searched again."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ class ShardImages(EncodedImages):
     """Images in tar files.
 
     Args:
-        table: what is in them; to a :class:`Paths` they are folders.
-        folder: that the shards are in; None where they are in several, which are in the table.
+        table: index of the shards, in which each shard takes the place of a folder.
+        folder: folder of the shards; None if there are several, which are in the table.
     """
 
     def __init__(self, table: Table, folder: str | None) -> None:
@@ -56,24 +56,24 @@ class ShardImages(EncodedImages):
             return file.read(int(self.table["bytes"][row]))
 
     def _compare(self, at: int, now: os.stat_result) -> None:
-        """Say of a shard that it is not as long as it was when its members were found, and let them be found anew."""
+        """Warn if the size of a shard differs from the index, and let the next start search it again."""
         size, changed = (int(self.table[name][at]) for name in ("shard_bytes", "shard_changed"))
         if (size, changed) == (now.st_size, now.st_mtime_ns):
             return
         if self.table.doubt(int(self.table["folder_starts"][at])) and size != now.st_size:
             warnings.warn(
-                f"{self._shard(at)} has {now.st_size:,} bytes, and had {size:,} when its images were found; the next "
-                "start finds them anew",
+                f"{self._shard(at)} has {now.st_size:,} bytes, and had {size:,} when it was indexed; the next start "
+                "indexes it again",
                 stacklevel=3,
             )
 
     def identities(self) -> Iterator[bytes]:
-        """What tells each image from others: the names of its shard and itself, and its size in bytes."""
+        """The identity of each image: the names of its shard and of the member, and its size in bytes."""
         names, sizes = Paths(self.table, "", self.rows).texts(), self.table["bytes"][self.rows].tolist()
         return (os.fsencode(name) + b"\0%d" % size for name, size in zip(names, sizes, strict=True))
 
     def renew(self) -> None:
-        """The shards were compared with the index when they were opened."""
+        """Do nothing: the shards were compared with the index when they were opened."""
 
     def stored_in(self) -> Sequence[Path]:
         """The shards."""
@@ -81,15 +81,15 @@ class ShardImages(EncodedImages):
 
 
 def found_in(shards: Sequence[Path], data: str, *, keep: bool) -> ShardImages:
-    """The images in shards: by their index if no shard has changed since, and else read from those that have.
+    """The images in shards, from their index; new and changed shards are read.
 
     Args:
         shards: tar files.
-        data: what ``--data`` says.
-        keep: whether the index is kept in the cache.
+        data: value of ``--data``.
+        keep: whether to cache the index for the next start.
 
     Raises:
-        UsageError: as :func:`fastrm.data.tar.read_shard` raises it.
+        UsageError: raised by :func:`fastrm.data.tar.read_shard`.
     """
     begin, known = time.time_ns(), sorted(endings())
     paths = [str(shard) for shard in shards]
@@ -112,7 +112,7 @@ def found_in(shards: Sequence[Path], data: str, *, keep: bool) -> ShardImages:
             return _part(earlier, before[now[at]])
         return read_shard(shards[at])
 
-    with ThreadPoolExecutor(min(32, 4 * (os.cpu_count() or 1))) as threads:  # waiting for the disk, mostly
+    with ThreadPoolExecutor(min(32, 4 * (os.cpu_count() or 1))) as threads:  # which mostly wait for the disk
         parts = list(threads.map(read, range(len(paths))))
     table = _made(names, parts)
     table.about |= {"begin": begin, "endings": known, "folders": several}
@@ -125,15 +125,15 @@ def found_in(shards: Sequence[Path], data: str, *, keep: bool) -> ShardImages:
 
 
 def _settled(table: Table) -> NDArray[np.bool_]:
-    """Which shards are as they were when an index was made, if their names, sizes and times are."""
+    """Which shards of an index were old enough when it was made that their times identify their content."""
     changed = table["shard_changed"]
-    # What was changed just before it was read may have been changed again, and have got the same time.
+    # A file that changed just before it was read may have changed again with the same time.
     settled: NDArray[np.bool_] = (changed >= 0) & (changed <= table.about["begin"] - TICK)
     return settled
 
 
 def _then(table: Table) -> dict[tuple[str, str, int, int], int]:
-    """The places of the shards of an index that may be as they were, by folder, name, size and time."""
+    """The positions in an index of its reusable shards, by folder, name, size and time."""
     told = zip(
         table.about["folders"], folders_of(table), table["shard_bytes"].tolist(), table["shard_changed"].tolist(),
         strict=True,
@@ -142,7 +142,7 @@ def _then(table: Table) -> dict[tuple[str, str, int, int], int]:
 
 
 def _part(table: Table, at: int) -> Shard:
-    """What an index holds of one shard."""
+    """One shard of an index."""
     start, stop = table["folder_starts"][at : at + 2].tolist()
     offsets, sizes, labels = (table[name][start:stop] for name in ("offset", "bytes", label_column(table)))
     ended = bool(table["shard_ended"][at])
@@ -150,7 +150,7 @@ def _part(table: Table, at: int) -> Shard:
 
 
 def _made(names: Sequence[str], parts: Sequence[Shard]) -> Table:
-    """A table of what shards hold."""
+    """Build the index of shards."""
     found = columns(zip(names, (part.names for part in parts), strict=True))
     labels = np.concatenate([part.labels for part in parts])
     found |= {
@@ -162,17 +162,17 @@ def _made(names: Sequence[str], parts: Sequence[Shard]) -> Table:
 
 
 def label_column(table: Table) -> str:
-    """Which column of an index says the labels: that which images have theirs from only if none is missing there."""
+    """The column with the labels: ``label``, which images use, if all have one, otherwise ``some_label``."""
     return "label" if "label" in table else "some_label"
 
 
 def _by_file(table: Table) -> Table:
-    """An index in which each image has the time at which its shard was changed."""
+    """An index with the modification time of the shard in each image's row."""
     changed = np.repeat(table["shard_changed"], counts(table))
     return Table({**table.columns, "changed": changed}, table.rows, table.about)
 
 
 def counts(table: Table) -> NDArray[np.int64]:
-    """How many images there are in each shard of an index."""
+    """Number of images in each shard of an index."""
     starts = table["folder_starts"].astype(np.int64)
     return starts[1:] - starts[:-1]

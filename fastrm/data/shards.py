@@ -1,7 +1,7 @@
 """Images in WebDataset shards: uncompressed tar files whose members ``key.jpg`` and ``key.cls`` belong together.
 
-The members are found once and then read by their offsets, so that shards give what files give: any order, an exact
-position, every image once an epoch, and no process that is bound to a shard.
+The members are indexed once and then read by their offsets, so shards behave like single files: any order, an exact
+position after a resume, every image once per epoch, and no process bound to a shard.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ def open_shards(shards: Sequence[Path], data: str, *, passed: Counter[str] | Non
 
     Args:
         shards: tar files.
-        data: what ``--data`` says.
-        passed: counts what lay beside them.
-        keep: whether what is found in them is kept in the cache, for the next start.
+        data: value of ``--data``.
+        passed: number of skipped files in the folder of the shards, by kind.
+        keep: whether to cache the index for the next start.
 
     Raises:
-        UsageError: a shard is no uncompressed tar file, there is no image in them, two images or labels share a key, or
-            a pattern or a folder stands for shards to train on and for others.
+        UsageError: a shard is not an uncompressed tar file, the shards hold no image, two images or labels share a key,
+            or a pattern or a folder has both training and validation shards.
     """
     if passed is not None or glob.has_magic(data):
         _check_one_part(shards, data)
@@ -50,7 +50,7 @@ def open_shards(shards: Sequence[Path], data: str, *, passed: Counter[str] | Non
 
 
 def _notes(table: Table, shards: Sequence[Path]) -> list[str]:
-    """What a user should know of the shards besides."""
+    """Messages for the user about the shards."""
     notes = []
     without = np.flatnonzero(table[label_column(table)] < 0)
     if 0 < len(without) < table.rows:
@@ -64,12 +64,12 @@ def _notes(table: Table, shards: Sequence[Path]) -> list[str]:
 
 
 def _check_one_part(shards: Sequence[Path], data: str) -> None:
-    """Raise a UsageError if by their names some of the shards, but not all, are for validation."""
+    """Raise a UsageError if the names of some shards, but not all, say that they are for validation."""
     aside = [shard for shard in shards if _VALIDATION.search(shard.stem)]
     if aside and len(aside) < len(shards):
         first = next(shard for shard in shards if shard not in aside)
         wanted = first.with_name(first.stem.rstrip("0123456789") + "*.tar")
         raise UsageError(
-            f"--data {data} matches shards to train on, such as {first.name}, and by their names others, such as "
-            f"{aside[0].name}; give those to train on, as in '{wanted}'"
+            f"--data {data} matches training shards, such as {first.name}, and by its name a validation shard, "
+            f"{aside[0].name}; give the training shards, as in '{wanted}'"
         )

@@ -1,4 +1,4 @@
-"""Pictures of pictures: drawn in rows with their names, and written so that fastrm knows them again."""
+"""Draws contact sheets, rows of images with names, and writes them with a mark by which fastrm recognises them."""
 
 from __future__ import annotations
 
@@ -18,43 +18,43 @@ from fastrm.settings.config import check_path
 
 GREEN = (0, 158, 115)
 SIDE = 128
-"""Pixels that the longer side of a picture has at least, so that a person sees what is in it."""
-_MARGIN = 4  # pixels around a picture, in which its frame is
-_APART = 16  # pixels between the first column and the others
-_TEXT = 14  # pixels
+"""Smallest length of an image's longer side in pixels, so that its content is visible."""
+_MARGIN = 4  # pixels around an image, which hold its frame
+_APART = 16  # additional pixels after the first column
+_TEXT = 14  # font size in pixels
 _INK = (64, 64, 64)
-_LONGEST = 400  # characters of a name that are looked at
+_LONGEST = 400  # last characters of a name that are considered
 
 
 class Tile(NamedTuple):
-    """A picture, and the colour of its frame."""
+    """An image, and the colour of its frame; None for no frame."""
 
     picture: Image.Image
     frame: tuple[int, int, int] | None = None
 
 
 class Row(NamedTuple):
-    """Pictures beside each other."""
+    """A row of images."""
 
     name: str
-    """What stands above them, shortened at its start where it is too long."""
+    """Text above the images; if it is too long, its start is cut off."""
     about: str
-    """What stands behind the name."""
+    """Text after the name."""
     tiles: Sequence[Tile]
 
 
 def enlarged(picture: Image.Image, side: int = SIDE) -> Image.Image:
-    """A picture with each pixel drawn as a square, so that its longer side is ``side`` or more; or as it is."""
+    """Enlarge an image by a whole factor, so that its longer side is at least ``side`` pixels."""
     return ImageOps.scale(picture.convert("RGB"), times(max(picture.size), side), Image.Resampling.NEAREST)
 
 
 def times(length: int, side: int = SIDE) -> int:
-    """How many times as long a picture of this length is drawn."""
+    """The factor by which :func:`enlarged` scales an image whose longer side is ``length``."""
     return math.ceil(side / length)
 
 
 def whole(picture: Image.Image, side: int = SIDE) -> Image.Image:
-    """A picture in a square of this side: shrunk to it, or each pixel drawn as a square."""
+    """Fit an image into a square of ``side`` pixels: shrink it, or enlarge it by a whole factor."""
     picture = picture.convert("RGB")
     if max(picture.size) > side:
         picture.thumbnail((side, side))
@@ -63,11 +63,11 @@ def whole(picture: Image.Image, side: int = SIDE) -> Image.Image:
 
 
 def draw(rows: Sequence[Row], *, titles: Sequence[str] = ()) -> Image.Image:
-    """Draw rows of pictures; the first of each row stands apart, as what the others belong to.
+    """Draw rows of images; a gap separates the first image of each row from the others.
 
     Args:
-        rows: pictures of any size, each row with a name.
-        titles: of the columns.
+        rows: images of any size, each row with a name.
+        titles: titles of the columns.
     """
     font = ImageFont.load_default(_TEXT)
     measured = ImageDraw.Draw(Image.new("RGB", (1, 1)))
@@ -102,7 +102,7 @@ def draw(rows: Sequence[Row], *, titles: Sequence[str] = ()) -> Image.Image:
 
 
 def _shortened(name: str, room: float, font: ImageFont.FreeTypeFont | ImageFont.ImageFont) -> str:
-    """A name in one line of so many pixels; of a longer one the end, which tells it from others."""
+    """A name in one line of at most ``room`` pixels; of a longer name the end, which usually differs."""
     name = " ".join(as_utf8(name).split())
     short = name if len(name) <= _LONGEST else ""
     for start in range(max(0, len(name) - _LONGEST), len(name) + 1):
@@ -113,21 +113,17 @@ def _shortened(name: str, room: float, font: ImageFont.FreeTypeFont | ImageFont.
 
 
 def check(flag: str, out: Path) -> None:
-    """Raise a UsageError if a picture could not be written there, or would take the place of one of the user's."""
+    """Raise a UsageError if the sheet cannot be written to ``out``, or would replace a file of the user."""
     if out.suffix.lower() not in SHEET_FORMATS:
-        raise UsageError(
-            f"{flag} {out} cannot be written: it must end in {', '.join(SHEET_FORMATS)}; give views.png, say"
-        )
+        raise UsageError(f"{flag} {out} cannot be written: it must end in {', '.join(SHEET_FORMATS)}, as in views.png")
     check_path(flag.removeprefix("--"), out)
     if not os.access(out.parent, os.W_OK):
-        raise UsageError(
-            f"{flag} {out} cannot be written: there is no folder {out.parent}, or it is not yours to write"
-        )
+        raise UsageError(f"{flag} {out} cannot be written: the folder {out.parent} does not exist or is not writable")
     require(flag, out, sheet, what="a contact sheet")
 
 
 def save(flag: str, out: Path, picture: Image.Image) -> None:
-    """Write a picture, whole.
+    """Write a sheet; the file is complete or absent.
 
     Raises:
         UsageError: it cannot be written.

@@ -1,4 +1,4 @@
-"""Images that are trained on, wherever they are, and the data set that they make up."""
+"""The base class of images, images in memory, and the data set."""
 
 from __future__ import annotations
 
@@ -26,23 +26,23 @@ Some = TypeVar("Some", bound="Images")
 _KINDS_TOLD = 8
 TRAIN = ("train", "training")
 VALIDATION = ("val", "valid", "validation", "dev", "eval", "test", "testing")
-"""What parts of a data set are called; those for validation in the order in which they are preferred."""
+"""Names of validation folders, splits and files, in order of preference."""
 
 
 class Images(ABC):
-    """Images in an order, wherever they are.
+    """An ordered sequence of images, in files, in memory or elsewhere.
 
     Args:
-        labels: int64 [N], or None.
+        labels: labels int64 [N], or None.
 
     Attributes:
-        format: how their values become what a network is given.
-        unreadable: what is wrong with the images that could not be read, by index.
-        kept: what the cache knows of them, where what tells them from others is kept there; None where it is not.
+        format: the pixel format, which converts stored values to the input of a network.
+        unreadable: the reasons for images that could not be read, by index.
+        kept: the cached table with the hashes of the images; None if hashes are not cached.
     """
 
     NOUN: ClassVar[str] = "images"
-    """What each of them is, in the plural."""
+    """The word for the elements in messages, in the plural."""
 
     def __init__(self, labels: NDArray[np.int64] | None) -> None:
         self._labels = labels
@@ -52,7 +52,7 @@ class Images(ABC):
 
     @property
     def labels(self) -> NDArray[np.int64] | None:
-        """int64 [N], or None."""
+        """Labels int64 [N], or None."""
         return self._labels
 
     @abstractmethod
@@ -60,22 +60,22 @@ class Images(ABC):
 
     @abstractmethod
     def values(self, index: int) -> Values:
-        """What is stored of an image, [H, W, bands]; one of ``BROKEN`` is raised where it cannot be read."""
+        """The stored values of an image, [H, W, bands]; raises one of ``BROKEN`` if it cannot be read."""
 
     def pixels(self, index: int) -> Tensor:
-        """An image as its views are made of it, by the format: see :meth:`PixelFormat.fitted`; raises as values."""
+        """An image in the form that views are made from (:meth:`PixelFormat.fitted`); raises like :meth:`values`."""
         return self.format.fitted(self.values(index))
 
     def picture(self, index: int) -> Image.Image:
-        """An image to look at, RGB of 8 bits per channel: of other bands the first three, or one; raises as values."""
+        """An image for display, 8-bit RGB, from the first three bands or from one; raises like :meth:`values`."""
         pixels = self.pixels(index)
         shown = (pixels[:3] if len(pixels) >= 3 else pixels[:1].expand(3, -1, -1)).permute(1, 2, 0)
         return Image.fromarray(np.ascontiguousarray(shown.float().round().clamp(0, 255).byte().numpy()))
 
     def given(self, index: int) -> Any:
-        """What a callable of the user's is given to make views of: a PIL image of gray or RGB of 8 bits per channel.
+        """The argument of a user's augmentation: a PIL image for 8-bit gray or RGB.
 
-        Of other values a tensor [bands, H, W] in their own dtype. Raises as :meth:`values`.
+        For other images, a tensor [bands, H, W] in their own dtype. Raises like :meth:`values`.
         """
         values = self.values(index)
         if values.dtype == np.uint8 and values.shape[2] in (1, 3):
@@ -83,21 +83,21 @@ class Images(ABC):
         return torch.from_numpy(np.ascontiguousarray(values.transpose(2, 0, 1)))
 
     def formatted(self: Some, format: PixelFormat) -> Some:
-        """The same images, taken in another way."""
+        """The same images with another pixel format."""
         twin = copy.copy(self)
         twin.format = format
         return twin
 
     @abstractmethod
     def name(self, index: int) -> str:
-        """What the user knows an image by."""
+        """The name of an image in messages."""
 
     @abstractmethod
     def identities(self) -> Iterator[bytes]:
-        """What tells each image from others."""
+        """The identity of each image: bytes that differ between images."""
 
     def hashes(self) -> NDArray[np.int64]:
-        """int64 [N]: of what tells each image from others."""
+        """Hashes of the identities, int64 [N]."""
         if self.kept is not None and self.kept.table is not None:
             return self.kept.table["hash"]
         digests = (blake2b(one, digest_size=8).digest() for one in self.identities())
@@ -148,7 +148,7 @@ class ArrayImages(Images):
         if arrays.ndim == 4 and self.format.channels == 1:
             arrays = np.stack([self.pixels(index)[0].numpy() for index in range(len(self))])
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)  # of an array that cannot be written, which nothing does
+            warnings.simplefilter("ignore", UserWarning)  # about read-only arrays; nothing writes to them
             pixels = torch.from_numpy(arrays)
         return pixels[:, None] if pixels.ndim == 3 else pixels.permute(0, 3, 1, 2)
 
@@ -239,12 +239,12 @@ def natural(name: object) -> tuple[list[str | int], str]:
 
 
 def passed_over(kinds: Mapping[str, int]) -> str:
-    """Describe the number of unused files by kind, largest first: ``"; passed over: 3 .txt, 1 hidden"``."""
+    """Describe the number of unused files by kind, largest first: ``"; skipped: 3 .txt, 1 hidden"``."""
     most = sorted(kinds.items(), key=lambda kind: (-kind[1], kind[0]))
     told = [f"{count:,} {kind}" for kind, count in most[:_KINDS_TOLD]]
     if rest := most[_KINDS_TOLD:]:
         told.append(f"{sum(count for _, count in rest):,} of {len(rest)} other kinds")
-    return f"; passed over: {', '.join(told)}" if told else ""
+    return f"; skipped: {', '.join(told)}" if told else ""
 
 
 def without_validation(
@@ -273,8 +273,8 @@ def without_validation(
         about += "; without labels"
     else:
         bank, test = held_out(labelled)
-        tenth = "a tenth of those trained on" if labelled is train else "a tenth of these"
-        about += f"; {len(np.unique(labelled.labels))} classes; {why}: kNN is tried on {tenth}"
+        tenth = "a tenth of the training images" if labelled is train else "a tenth of these"
+        about += f"; {len(np.unique(labelled.labels))} classes; {why}: kNN is tested on {tenth}"
     return Source(name=name, train=train, bank=bank, test=test, about=about + passed_over(passed))
 
 

@@ -88,7 +88,7 @@ def stored(content: bytes, page: int | Literal["all"] = 0) -> Values:
     if not content.startswith(_NPY) and page == "all" and (count := pages(content)) > 1:
         found = [stored(content, number) for number in range(count)]
         if len({(values.shape[:2], values.dtype) for values in found}) > 1:
-            raise BrokenImage(f"its {count} pages are of several sizes or dtypes, and cannot be bands of one picture")
+            raise BrokenImage(f"its {count} pages are of several sizes or dtypes, and cannot be bands of one image")
         return np.concatenate(found, axis=2)
     first = 0 if page == "all" else page
     with told():
@@ -161,10 +161,10 @@ def _picture(image: Image.Image, content: bytes, *, reduced: bool = False) -> ND
     if reduced:
         image.draft(None, (max(1, image.width // 8), max(1, image.height // 8)))
     image.load()
-    turn = orientation(image)  # of a PNG it may follow the pixels
+    turn = orientation(image)  # in a PNG it may follow the pixels
     if image.mode in ("F", "I") or image.mode.startswith("I;16"):
         values = np.asarray(image)
-        if image.mode == "I" and image.format in ("PNG", "PPM"):  # of whose 16 bits Pillow makes 32
+        if image.mode == "I" and image.format in ("PNG", "PPM"):  # Pillow converts their 16 bits to 32
             values = values.astype(np.uint16)
     elif wide:
         values = _wide_colours(image, content, tiles)
@@ -199,7 +199,7 @@ def _without_transparency(values: Values) -> Values:
 
 
 def _array(content: bytes) -> NDArray[Any]:
-    """An NPY file: [H, W], [H, W, bands], or [bands, H, W] where the bands are fewer than rows and columns."""
+    """An NPY file: [H, W], [H, W, bands], or [bands, H, W] if there are fewer bands than rows and columns."""
     values: NDArray[Any] = np.load(io.BytesIO(content), allow_pickle=False)
     if values.ndim == 3 and values.shape[0] < min(values.shape[1:]):
         values = values.transpose(1, 2, 0)
@@ -270,9 +270,9 @@ def _check_whole(page: Any, length: int) -> None:
     if most is not None and page.imagelength * page.imagewidth > 2 * most:
         raise BrokenImage(f"it has {pixels:,} values, more than {2 * most:,} pixels: the file must be damaged")
     if math.prod(page.chunked) != len(page.dataoffsets) or len(page.dataoffsets) != len(page.databytecounts):
-        raise BrokenImage("it is damaged: parts of the picture are missing")
+        raise BrokenImage("it is damaged: parts of the image are missing")
     if any(at + count > length or not count for at, count in zip(page.dataoffsets, page.databytecounts, strict=True)):
-        raise BrokenImage("it is damaged or cut off: a part of the picture lies beyond its end")
+        raise BrokenImage("it is damaged or cut off: a part of the image is beyond its end")
 
 
 def _by_pillow(image: Image.Image) -> bool:
@@ -280,7 +280,7 @@ def _by_pillow(image: Image.Image) -> bool:
     tags: Any = image.tag_v2  # type: ignore[attr-defined]
     bits, kinds = set(tags.get(258, (1,))), set(tags.get(339, (_UNSIGNED,)))
     if max(bits) <= 8:
-        fourth_band = tags.get(277) == 4 and tags.get(338) == (0,)  # not transparency, but near infrared, say
+        fourth_band = tags.get(277) == 4 and tags.get(338) == (0,)  # not transparency; near infrared, for example
         return kinds == {_UNSIGNED} and not fourth_band and image.mode != "F"
     if tags.get(277, 1) != 1:
         return False

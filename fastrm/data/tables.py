@@ -151,7 +151,7 @@ def _built(files: Sequence[Path], aside: Sequence[Path], data: str, wanted: Want
     if aside:
         tested = _read(aside, data, wanted)
         test, notes = tested.rows, tested.notes
-        about += [f"those for validation in {_named(aside)}", *notes]
+        about += [f"validation images in {_named(aside)}", *notes]
     elif read.parts is not None:
         rows, test, rest = by_parts(rows, read.parts)
         passed = passed + rest

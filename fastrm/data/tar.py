@@ -77,7 +77,7 @@ def read_shard(path: Path) -> Shard:
                 elif last != ".cls" and last not in readable:
                     passed[last if ending else "without an ending"] += 1
                 elif (held := whole.get(info.linkname.removeprefix("./")) if info.islnk() else info) is None:
-                    passed["links that lead nowhere"] += 1
+                    passed["broken links"] += 1
                 elif not held.isreg():
                     passed["links" if info.issym() else "special files"] += 1
                 elif held.issparse():

@@ -1,4 +1,4 @@
-"""The augmentation in worker processes: decoding and crops in bytes, and the rest by :mod:`fastrm.kernels.batched`."""
+"""Augments in worker processes: decodes and crops in uint8, and applies :mod:`fastrm.kernels.batched` to the crops."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ from fastrm.machine.signals import leave_to_the_trainer
 
 AHEAD = 2
 """Batches that each loader process prepares ahead."""
-_HELD = 8
+_HELD = 8  # decoded images in memory at a time
 _CPU = torch.device("cpu")
 
 
 class _Views(Dataset[Loaded]):
-    """A batch whose views the built-in augmentations make: in bytes where the images are bytes, else in float32."""
+    """Batches of views by the built-in augmentations; uint8 if the images are uint8, otherwise float32."""
 
     def __init__(self, images: Images, augmentation: Augmentation, image_size: int, sampler: BatchSampler) -> None:
         self.images, self.augmentation, self.image_size, self.sampler = images, augmentation, image_size, sampler
@@ -41,11 +41,11 @@ class _Views(Dataset[Loaded]):
         faults: dict[int, str] = {}
         try:
             return self._views(request, faults)
-        except UsageError as error:  # torch would add a traceback: the process that trains says it
+        except UsageError as error:  # the training process raises it; torch would add a traceback
             return Loaded([], (), faults, str(error))
 
     def _views(self, request: Request, faults: dict[int, str]) -> Loaded:
-        """Views [B, C, S, S], channels last; a few pictures at a time are held, for whose sizes the crops are found."""
+        """The views of a batch [B, C, S, S], channels last; a few images at a time are decoded and cropped."""
         views, images = self.augmentation.views, self.images
         sizes = [view.side(self.image_size) for view in views]
         indices = list(request.images)
@@ -69,10 +69,10 @@ class _Views(Dataset[Loaded]):
         return Loaded(indices, outs, faults)
 
     def _recoloured(self, view: View, size: int, draws: Draws, crops: Sequence[Tensor]) -> Tensor:
-        """[B, C, S, S], channels last, of crops [1, C or 1, S, S]."""
+        """Apply the operations after the crop to crops [1, C or 1, S, S]; returns [B, C, S, S], channels last."""
         format = self.images.format
         dtype = torch.uint8 if format.bytes else torch.float32
-        wide = max(crop.shape[1] for crop in crops)  # gray pictures among others
+        wide = max(crop.shape[1] for crop in crops)  # gray images may be mixed with others
         out = batched.empty_views(len(crops), size, dtype, _CPU, channels=format.channels)
         steps = batched.steps(draws, wide, blur_radius(view, size), _CPU)
         count = batched.at_a_time(wide * size * size, _CPU)
@@ -82,30 +82,30 @@ class _Views(Dataset[Loaded]):
             images = torch.empty(len(part), wide, size, size)
             _copy(part, images)
             batched.carry_out_(steps, images, start)
-            # NumPy makes bytes ten times as fast as torch.
+            # NumPy converts to uint8 ten times as fast as torch.
             made = torch.from_numpy(images.round_().numpy().astype(np.uint8)) if format.bytes else images
             _copy(made, out[some])
         return out
 
 
 def _copy(source: Tensor, target: Tensor) -> None:
-    """Copy [B, C or 1, S, S] to or from channels last: by NumPy and by channel up to five times as fast as by torch."""
+    """Copy [B, C or 1, S, S] to or from channels last; per channel with NumPy, up to five times as fast as torch."""
     for channel in range(target.shape[1]):
         target[:, channel].numpy()[...] = source[:, min(channel, source.shape[1] - 1)].numpy()
 
 
 class TorchLoader(Loader):
-    """Views from worker processes, a batch each; the same whatever the number of workers.
+    """Views from worker processes, each of which makes whole batches; they do not depend on the number of workers.
 
-    Bytes travel to the device, and are normalised there. Floats, which a callable may make, are left as they are.
+    uint8 views are sent to the device and normalised there. Float views of a callable are left unchanged.
 
     Args:
-        images: what the views are of.
-        augmentation: a built-in one, or a callable.
-        image_size: side of a built-in augmentation's views that say none themselves.
-        device, dtype: of the views.
+        images: the images.
+        augmentation: a built-in augmentation, or a callable.
+        image_size: side of built-in views without a size, in pixels.
+        device, dtype: device and dtype of the views.
         workers: loader processes.
-        sampling: as :class:`Loader` takes it.
+        sampling: arguments of :class:`Loader`.
     """
 
     def __init__(
@@ -137,11 +137,11 @@ class TorchLoader(Loader):
             check_travels(workers, images)
         self._loader = DataLoader(
             dataset,
-            batch_size=None,  # the sampler's elements are batches already
+            batch_size=None,  # the sampler yields whole batches
             sampler=self._sampler,
             num_workers=workers,
             prefetch_factor=AHEAD if workers > 0 else None,
-            generator=torch.Generator(),  # it would draw from the global one, and shift a resumed run's numbers
+            generator=torch.Generator(),  # drawing from the global generator would change a resumed run
             pin_memory=device.type == "cuda",
             persistent_workers=workers > 0,
             worker_init_fn=leave_to_the_trainer,
@@ -159,7 +159,7 @@ class TorchLoader(Loader):
         if views.is_floating_point() and not self._made_here:
             return views.to(self._dtype, memory_format=torch.channels_last)
         mean, std = self._mean, self._std
-        if views.shape[1] not in (1, len(mean)):  # RGB that a callable made of other bands
+        if views.shape[1] not in (1, len(mean)):  # RGB views that a callable made from other bands
             mean, std = RGB.mean, RGB.std
         size = tuple(views.shape[-2:])
         return augment_views(

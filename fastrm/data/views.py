@@ -1,4 +1,4 @@
-"""How views are made, as a user writes it: what differs from a method's own, in TOML, or as ``2x224,8x96``."""
+"""Reads the changes to a method's augmentation that a user gives as TOML or as ``2x224,8x96``."""
 
 from __future__ import annotations
 
@@ -30,17 +30,17 @@ _OF_ALL = ("mean", "std")
 def augmentation_of(
     method: Any, crop_min: float, given: str | Path | None = None, image_size: int = 224, multiple: int = 2
 ) -> Augmentation:
-    """The augmentation of a method, with what the user changes of it.
+    """The augmentation of a method, with the user's changes.
 
     Args:
         method: a name, or a subclass of :class:`fastrm.methods.Method`.
-        crop_min: smallest share of the area that a crop takes, in the method's own augmentation.
-        given: what ``--augmentation`` takes: see :func:`read_augmentation`.
-        image_size: of the run, in pixels.
-        multiple: what the side of the method's local views is a multiple of, such as the side of a ViT's patches.
+        crop_min: smallest fraction of the image area that a crop covers, in the method's own augmentation.
+        given: value of ``--augmentation``; see :func:`read_augmentation`.
+        image_size: image size of the run, in pixels.
+        multiple: divisor of the side of the method's local views, such as the side of a ViT's patches.
 
     Raises:
-        UsageError: the method is unknown, or what is given cannot be used.
+        UsageError: the method is unknown, or the changes are invalid.
     """
     if not isinstance(method, str | type):
         raise UsageError(
@@ -59,10 +59,10 @@ def augmentation_of(
 
 
 def local_side(image_size: int, multiple: int) -> int:
-    """Side of local views: 96/224 of that of the others, as in DINO, rounded to a multiple.
+    """Side of local views in pixels: 96/224 of ``image_size``, as in DINO, rounded to a multiple of ``multiple``.
 
     Raises:
-        UsageError: that leaves no room below the others.
+        UsageError: the result is not below ``image_size``.
     """
     side = max(1, round(_LOCAL_SIDE * image_size / multiple)) * multiple
     if side >= image_size:
@@ -74,19 +74,25 @@ def local_side(image_size: int, multiple: int) -> int:
 
 
 def read_augmentation(given: str | Path, base: Augmentation, image_size: int) -> Augmentation:
-    """Read an augmentation, of which the user says what differs from ``base``.
+    """Read an augmentation that is given by its differences from ``base``.
 
     Args:
-        given: ``2x224,8x96``: how many views of how many pixels. Or a TOML file: fields of :class:`View` at its top are
-            of all views, those in a table ``[[view]]`` of ``count`` views (1 unless it says so); ``views =
-            "2x224,8x96"`` stands for such tables. Or a run's ``config.json``: the views of that run.
-        base: view n starts from its view n; where it has fewer, they begin again. Without tables there are as many.
-            Views of more than one size start besides from ``GLOBAL``, if they are of the largest, or ``LOCAL``. A base
-            that has views of several sizes itself says how each kind is made: large ones start from its large ones.
-        image_size: of the run: the size of views that have none.
+        given: one of
+
+            - ``2x224,8x96``, that is two views of 224 pixels and eight of 96;
+            - a TOML file, whose top-level fields of :class:`View` apply to all views. Each table ``[[view]]`` describes
+              ``count`` views (1 if not given), and ``views = "2x224,8x96"`` is short for such tables;
+            - a run's ``config.json``, for the views of that run.
+
+        base: augmentation with the values that are not given. View n starts from its view n, or from its first ones
+            again if it has fewer. Without tables, there are as many views as in the base. If the new views have several
+            sizes and the base has one, the largest also get the values of ``GLOBAL``, and the others those of
+            ``LOCAL``. If the base has several sizes itself, large views start from its large views, and small ones from
+            its small views.
+        image_size: image size of the run, in pixels; the size of views that have none.
 
     Raises:
-        UsageError: names the file, and what in it is wrong.
+        UsageError: the value is invalid; the message names the file and the field.
     """
     try:
         return _made(_written(given), base, image_size)
@@ -95,7 +101,7 @@ def read_augmentation(given: str | Path, base: Augmentation, image_size: int) ->
 
 
 def _written(given: str | Path) -> Mapping[str, Any]:
-    """What the user wrote, as a TOML file has it."""
+    """The given changes in the form of a TOML table."""
     if isinstance(given, str) and _SHORT.fullmatch(given):
         return {"views": given}
     path = Path(given)
@@ -137,7 +143,7 @@ def _made(table: Mapping[str, Any], base: Augmentation, image_size: int) -> Augm
 
 
 def _groups(table: Mapping[str, Any], own: Sequence[View]) -> Sequence[Mapping[str, Any]]:
-    """What is said of views that are made alike, and how many they are."""
+    """The tables of views that share their settings, each with its ``count``."""
     short, tables = table.get("views"), table.get("view")
     if short is not None and tables is not None:
         raise UsageError("views and [[view]] both set the number of views; give one of them")
@@ -164,7 +170,7 @@ def _check_names(table: Mapping[str, Any], known: Iterable[str], place: str = ""
         if name not in names:
             meant = near(name, names)
             hint = f"did you mean {meant}?" if meant else f"there are {', '.join(names)}"
-            raise UsageError(f"{place}{name!r:.80} is nothing that views have; {hint}")
+            raise UsageError(f"{place}{name!r:.80} is unknown; {hint}")
 
 
 def _view(base: View, changes: Mapping[str, Any], place: str) -> View:
