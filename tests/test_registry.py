@@ -30,8 +30,10 @@ from fastrm.methods import (
     register,
     registry,
 )
+from fastrm.models import build_backbone
 from fastrm.run import checkpoint
-from fastrm.settings.config import build, defaults
+from fastrm.run.said import without_effect
+from fastrm.settings.config import MethodConfig, build, defaults
 from tests import oracle
 
 ROOT = Path(fastrm.methods.__file__).parent.parent
@@ -218,3 +220,62 @@ def test_a_file_of_a_method_that_is_not_known_is_scored_all_the_same(capsys: pyt
     assert capsys.readouterr().out == ""
     assert _protocol("theirs") == LinearProtocol()
     assert "the method theirs is not known here; trained as for mocov3" in capsys.readouterr().out
+
+
+READ_OUTSIDE = {  # of the method: by the queues' dtype, the schedules and the step
+    "queue_dtype", "teacher_temperature_start", "teacher_temperature_warmup_epochs", "freeze_prototypes_epochs",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", names())
+def test_each_method_says_which_settings_it_reads(name: str) -> None:
+    read: set[str] = set()
+
+    class Recorded(MethodConfig):
+        def __getattribute__(self, attribute: str) -> Any:
+            read.add(attribute)
+            return super().__getattribute__(attribute)
+
+    small = {"hidden_dim": 8, "output_dim": 4, "predictor_hidden_dim": 8, "queue_size": 16, "prototypes": 4}
+    find(name)(build_backbone("test_resnet", image_size=32), Recorded(method=name, **small))
+    special = set().union(*(find(other).uses for other in names()))
+    assert read & special == find(name).uses - READ_OUTSIDE
+
+
+@pytest.mark.parametrize(
+    ("settings", "told"),
+    [
+        (
+            {"method": "byol", "queue_size": 64},
+            "--queue-size 64 has no effect with --method byol: only mocov2 and densecl read it",
+        ),
+        (
+            {"method": "mocov2", "prototypes": 64},
+            "with --method mocov2: only dino reads it",
+        ),
+        ({"clip_each": True}, "--clip-each has no effect without --clip-norm"),
+        ({"optimizer": "sgd", "trust_coefficient": 0.1}, "--trust-coefficient has no effect without --optimizer lars"),
+        ({"init_partial": True}, "--init-partial has no effect without --init-from"),
+        ({"residual_weight": 0.0, "residual_warmup_epochs": 1.0}, "--residual-warmup-epochs has no effect without"),
+        ({"method": "dino", "epochs": 1}, "the prototypes are never trained: --freeze-prototypes-epochs 1 of --epochs"),
+    ],
+)
+def test_a_setting_without_effect_is_said(settings: dict[str, Any], told: str) -> None:
+    config = build(data="digits", **settings)
+    (notice,) = without_effect(config, find(config.method.method))
+    assert told in notice
+
+
+def test_settings_with_an_effect_are_not_remarked_on() -> None:
+    for name in names():
+        changed = {"temperature": 0.3} if "temperature" in find(name).uses else {}
+        config = build(data="digits", method=name, epochs=3, lr=0.1, hidden_dim=16, **changed)
+        assert not [*without_effect(config, find(name))]
+    for recipe in recipes():
+        config = build(data="digits", recipe=recipe)
+        assert not [*without_effect(config, find(config.method.method))]
+
+    class Own(find("byol")):  # type: ignore[misc]
+        """May read what BYOL does not."""
+
+    assert not [*without_effect(build(data="digits", method=Own, queue_size=64), Own)]

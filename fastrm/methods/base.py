@@ -65,6 +65,9 @@ class Method(nn.Module, Generic[E]):
     """Views of an image that :meth:`forward` takes one by one; others are in its ``more``, if it takes that."""
     recipes: ClassVar[Mapping[str, Recipe]] = {}
     """Published settings, by the names that ``--recipe`` takes; each has values by the settings' names."""
+    uses: ClassVar[frozenset[str]] = frozenset()
+    """Settings of :class:`MethodConfig` that not every method reads, and this one does. A run that changes one of the
+    others says that it has no effect; a class that does not define this is not checked."""
     linear_protocol: ClassVar[LinearProtocol] = LinearProtocol()
     """How a linear classifier is trained to score its backbones."""
 

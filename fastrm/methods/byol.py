@@ -38,6 +38,8 @@ class BYOL(Method[Encoding]):
         },
     }
 
+    uses = frozenset({"predictor_hidden_dim"})
+
     @classmethod
     def augmentation(cls, crop_min: float) -> Augmentation:
         """The first view is blurred always, and only the second is solarized."""

@@ -49,6 +49,7 @@ class DenseCL(Method[DenseEncoding]):
     """Both losses against a queue of their own, weighted (1 - dense_weight) and dense_weight."""
 
     recipes: ClassVar = {"densecl-r50-coco-800ep": {**QUEUE_R50, "epochs": 800, "lr": 0.3, "dense_weight": 0.5}}
+    uses = frozenset({"temperature", "queue_size", "queue_dtype", "dense_weight"})
     linear_protocol = QUEUE_LINEAR
 
     def __init__(self, backbone: Backbone, config: MethodConfig, *, backend: str | None = None) -> None:

@@ -93,6 +93,10 @@ class DINO(Method[Encoding]):
         "dino-vits16-300ep": {**_WARMED, "epochs": 300},
         "dino-r50-100ep": _R50,
     }
+    uses = frozenset(
+        {"temperature", "teacher_temperature", "teacher_temperature_start", "teacher_temperature_warmup_epochs",
+         "prototypes", "norm_prototypes", "freeze_prototypes_epochs"}
+    )  # fmt: skip
     linear_protocol = LinearProtocol(lr=0.001, epochs=100)
 
     @classmethod

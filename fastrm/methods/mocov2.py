@@ -35,6 +35,7 @@ class MoCoV2(Contrastive):
         "mocov2-r18-cifar100-1000ep": {**SOLO_CIFAR, **_R18, "queue_size": 32768},
         "mocov2-r18-imagenet100-400ep": {**SOLO_IN100, **_R18, "queue_size": 65536},
     }
+    uses = frozenset({"temperature", "queue_size", "queue_dtype", "symmetric"})
     linear_protocol = QUEUE_LINEAR
 
     def __init__(self, backbone: Backbone, config: MethodConfig, *, backend: str | None = None) -> None:

@@ -44,6 +44,8 @@ class MoCoV3(Contrastive):
         "mocov3-r18-imagenet100-400ep": {**SOLO_IN100, **_R18},
     }
 
+    uses = frozenset({"temperature", "predictor_hidden_dim"})
+
     @classmethod
     def defaults(cls, arch: str) -> dict[str, Any]:
         """ViTs have settings of their own."""

@@ -12,11 +12,11 @@ import torch
 from fastrm.data import Augmentation, Source
 from fastrm.machine.distributed import World
 from fastrm.machine.joined import Machine
-from fastrm.methods import Method
+from fastrm.methods import Method, find, names
 from fastrm.models.module import needs_module
 from fastrm.models.weights import BACKBONE
 from fastrm.optim import Schedule
-from fastrm.settings.config import Config, defaults
+from fastrm.settings.config import Config, defaults, flag
 
 _SCORED = {
     "student": "student",
@@ -96,6 +96,7 @@ def part(source: Source, labelled: Mapping[str, int]) -> str | None:
 
 def cautions(config: Config, method: Method[Any], schedule: Schedule, images: int) -> Iterator[str]:
     """What may go wrong with these settings, while it is cheap to change them."""
+    yield from without_effect(config, type(method))
     yield from method.cautions(schedule.batch_size // schedule.accumulate, images)
     start = config.method.teacher_momentum
     horizon = 1 / (1 - start) if start < 1 else float("inf")
@@ -105,6 +106,33 @@ def cautions(config: Config, method: Method[Any], schedule: Schedule, images: in
             f"{schedule.span:,} steps of the run: it will lag; "
             f"--teacher-momentum {max(0.0, 1 - 10 / schedule.span):.2g} averages over a tenth"
         )
+
+
+def without_effect(config: Config, kind: type[Method[Any]]) -> Iterator[str]:
+    """Settings that differ from their defaults, and that nothing in this run reads."""
+    usual = defaults(
+        recipe=config.run.recipe, method=kind, arch=config.model.arch, epochs=config.optim.epochs,
+        init_from=config.model.init_from,
+    ).flat()  # fmt: skip
+    given = config.flat()
+    changed = [name for name, value in given.items() if value != usual[name]]
+    for name in changed if "uses" in vars(kind) else ():
+        users = [other for other in names() if name in find(other).uses]
+        if users and name not in kind.uses:
+            read = f"only {' and '.join(users)} read{'s' * (len(users) == 1)} it"
+            yield f"{flag(name)} {given[name]} has no effect with --method {kind.name}: {read}"
+    needs = {
+        "clip_each": ("--clip-norm", config.optim.clip_norm is not None),
+        "init_partial": ("--init-from", config.model.init_from is not None),
+        "trust_coefficient": ("--optimizer lars", config.optim.optimizer == "lars"),
+        "residual_warmup_epochs": ("--residual-weight above 0", config.method.residual_weight > 0),
+    }
+    for name, (other, there) in needs.items():
+        if name in changed and not there:
+            yield f"{flag(name)} has no effect without {other}"
+    frozen, epochs = config.method.freeze_prototypes_epochs, config.optim.epochs
+    if "freeze_prototypes_epochs" in kind.uses and frozen >= epochs:
+        yield f"the prototypes are never trained: --freeze-prototypes-epochs {frozen:g} of --epochs {epochs}"
 
 
 def lengthened(schedule: Schedule, step: int, warmup_epochs: float) -> str:

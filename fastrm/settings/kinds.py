@@ -31,7 +31,8 @@ class Range:
         if value >= self.at_least and value > self.above and value <= min(self.at_most, sys.float_info.max):
             return None
         bounds = {"at least": self.at_least, "above": self.above, "at most": self.at_most}
-        wanted = " and ".join(f"{word} {bound:g}" for word, bound in bounds.items() if math.isfinite(bound))
+        told = {word: bound for word, bound in bounds.items() if math.isfinite(bound)}
+        wanted = " and ".join(f"{word} {x if isinstance(x, int) else f'{x:g}'}" for word, x in told.items())
         return f"{str(value)[:80]} is out of range; it must be {wanted}"
 
 
