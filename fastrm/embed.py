@@ -6,7 +6,6 @@ python -m fastrm.embed runs/mine --data photos --out features.npy
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,15 +23,16 @@ from fastrm.data.scan import counted, scan
 from fastrm.data.settling import formatted
 from fastrm.data.sources import Images
 from fastrm.errors import UsageError
-from fastrm.files import as_utf8, read_json, write_json, write_whole, writing
+from fastrm.files import as_utf8, check_folder, read_json, write_json, write_whole, writing
 from fastrm.machine.device import choose_device
 from fastrm.machine.distributed import started_alone
 from fastrm.machine.memory import enough
 from fastrm.packages import optional
 from fastrm.pretrained import Pretrained, open_pretrained
-from fastrm.probes.embedding import about, embed, flattened, looked_up, plain
+from fastrm.probes.embedding import about, embed, looked_up, plain, projected, umap_module
 from fastrm.probes.features import Setting
 from fastrm.probes.neighbours import directions
+from fastrm.reports import maps
 from fastrm.settings import command_line
 from fastrm.settings.inputs import Workers
 from fastrm.settings.kinds import Range, checked
@@ -40,8 +40,7 @@ from fastrm.settings.of_run import OfRunAndImages
 from fastrm.terminal import shell
 from fastrm.version import __version__
 
-_COLOURS = "tab20"
-_DRAWN = 20_000  # points of a map, drawn at random from more
+_DRAWN = 5_000  # points of a map, drawn at random from more
 _AT_ONCE = 2**16  # rows of a table that are written at a time
 
 
@@ -68,7 +67,10 @@ class EmbedConfig(OfRunAndImages):
     k: Annotated[int, Range(at_least=1)] = 5
     """Nearest images per query."""
     map: Path | None = None
-    """Image file to draw. It shows the images as points along the first two principal components of their features."""
+    """Image file to draw, or NAME.json. It shows at most 5,000 images as points, coloured by label.
+    fastrm.report makes a NAME.json in the run folder an interactive chart."""
+    projection: Literal["pca", "umap"] = "pca"
+    """Places of the points of --map: by the first two principal components of the features, or by UMAP."""
     device: Literal["auto", "cuda", "mps", "cpu"] = "auto"
     """Device to compute on. auto is the GPU if there is one."""
     workers: Workers = 2
@@ -100,7 +102,7 @@ def _features(options: EmbedConfig, device: torch.device, arch: nn.Module | None
     trained = open_pretrained(options.path, device, arch=arch or options.arch, image_size=options.image_size)
     backbone = trained.network(options.which, f"--which {options.which}")
     setting = Setting(trained.image_size, device, options.workers)
-    images = _images(options, trained)
+    name, images = _images(options, trained)
     wanted = about(backbone, images, setting, patches=options.patches, dtype=options.dtype)
     array, beside = (options.out.with_suffix(end) for end in (".npy", ".json"))
     described, earlier = plain(wanted), _earlier(options.out)
@@ -127,8 +129,9 @@ def _features(options: EmbedConfig, device: torch.device, arch: nn.Module | None
         sheets.save("--neighbours", options.neighbours, _nearest(options, backbone, trained, setting, images, found))
         print(f"{options.neighbours}: the query images, each with its nearest images")
     if options.map is not None:
-        _map(options.map, found, images)
-        print(f"{options.map}: {min(len(found), _DRAWN):,} images along two principal components")
+        shown = _map(options, trained, found, images, name)
+        maps.save("--map", options.map, shown)
+        print(f"map        {options.map}: {shown.about}")
     return found
 
 
@@ -142,15 +145,20 @@ def _check(options: EmbedConfig) -> None:
         if options.patches:
             raise UsageError(f"--patches is written to arrays only; give --out {out.with_suffix('.npy')}")
         optional("pyarrow", extra="tables", wanted_by=f"--out {out}")
-    if not os.access(out.parent, os.W_OK):
-        raise UsageError(f"--out {out} cannot be written: there is no folder {out.parent}, or it is not yours to write")
+    check_folder("--out", out)
     if bool(options.queries) != (options.neighbours is not None):
         raise UsageError("--queries and --neighbours must be given together: query images, and the image file to draw")
-    for name in ("neighbours", "map"):
+    if options.projection != "pca" and options.map is None:
+        raise UsageError(f"--projection {options.projection} is for a map; give --map FILE too")
+    if options.projection == "umap":
+        umap_module()
+    for name, check in (("neighbours", sheets.check), ("map", maps.check)):
         if (path := getattr(options, name)) is not None:
-            sheets.check(f"--{name}", path)
+            check(f"--{name}", path)
             if options.patches:
                 raise UsageError(f"--{name} needs one row per image; leave --patches out")
+    if options.map == out.with_suffix(".json"):
+        raise UsageError(f"--map {options.map} is the file that describes the features of --out {out}; give another")
     mine = _earlier(out) is not None
     for end in (".npy", ".parquet", ".json", ".jsonl"):
         own.require("--out", out.with_suffix(end), lambda _: mine)
@@ -162,8 +170,8 @@ def _earlier(out: Path) -> dict[str, Any] | None:
     return read_json(path) if path.is_file() and own.safely(own.features, path) else None
 
 
-def _images(options: EmbedConfig, trained: Pretrained) -> Images:
-    """The images, without those that are broken, which are said."""
+def _images(options: EmbedConfig, trained: Pretrained) -> tuple[str, Images]:
+    """The name of the set, and its readable images; what is left out is reported."""
     source, broken = scan(trained.images(options), workers=options.workers)
     source = formatted(source, trained.pixels)
     images = source.train if options.part == "train" else source.test
@@ -172,7 +180,7 @@ def _images(options: EmbedConfig, trained: Pretrained) -> Images:
     print(f"data       {source.about}")
     if broken:
         print(f"left out   {counted(broken)}")
-    return images
+    return source.name, images
 
 
 def _list(path: Path, images: Images) -> None:
@@ -226,24 +234,21 @@ def _nearest(
     return sheets.draw(drawn, titles=["picture", "nearest"])
 
 
-def _map(path: Path, found: NDArray[Any], images: Images) -> None:
-    """Draw the images as points, coloured by label."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    chosen = np.sort(np.random.default_rng(0).permutation(len(found))[:_DRAWN])
-    points = flattened(found[chosen].astype(np.float32))
-    colours = None if images.labels is None else images.labels[chosen]
-    figure = Figure(figsize=(7, 6), layout="constrained", dpi=120)
-    axes = figure.add_subplot()
-    by_label: dict[str, Any] = {} if colours is None else {"c": colours, "cmap": _COLOURS}
-    shown = axes.scatter(points[:, 0], points[:, 1], s=6, linewidths=0, **by_label)
-    if colours is not None and len(np.unique(colours)) <= 20:
-        axes.legend(*shown.legend_elements(), title="label", frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
-    axes.set(xlabel="first principal component", ylabel="second", title=f"{len(points):,} images")
-    canvas = FigureCanvasAgg(figure)
-    canvas.draw()
-    sheets.save("--map", path, Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB"))
+def _map(options: EmbedConfig, trained: Pretrained, found: NDArray[Any], images: Images, data: str) -> maps.Map:
+    """Place images in a plane: all of them, or so many that are drawn at random."""
+    known = np.flatnonzero(np.isfinite(found[:, 0]))
+    chosen = np.sort(np.random.default_rng(0).permutation(known)[:_DRAWN])
+    points, axes = projected(found[chosen], options.projection)
+    count = f"{len(chosen):,}" + (f" of {len(found):,}" if len(chosen) < len(found) else "")
+    step = trained.step
+    network = str(options.path) if step is None else f"the {options.which} after {step:,} steps"
+    return maps.Map(
+        as_utf8(f"{count} images of {data} by the features of {network}"),
+        axes,
+        points,
+        [as_utf8(images.name(index)) for index in chosen.tolist()],
+        None if images.labels is None else images.labels[chosen],
+    )
 
 
 def main(argv: Sequence[str] | None = None) -> None:

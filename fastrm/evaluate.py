@@ -5,7 +5,6 @@ python -m fastrm.evaluate runs/digits --data digits --knn --gap
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -22,7 +21,7 @@ from fastrm.data.sent import Opened, opened_once
 from fastrm.data.settling import formatted
 from fastrm.errors import UsageError
 from fastrm.evaluated import EVALUATION, rows
-from fastrm.files import read_json, write_json, writing
+from fastrm.files import check_folder, read_json, write_json, writing
 from fastrm.machine.device import choose_device
 from fastrm.machine.distributed import on_this_machine, own_device, processes, started_first, world
 from fastrm.machine.meeting import together
@@ -187,8 +186,7 @@ def _check(options: EvaluateConfig) -> None:
 
 def _earlier(out: Path) -> dict[str, Any]:
     """What earlier evaluations wrote; of another score or set it stays. What cannot be written is said beforehand."""
-    if not os.access(out.parent, os.W_OK):
-        raise UsageError(f"--out {out} cannot be written: there is no folder {out.parent}, or it is not yours to write")
+    check_folder("--out", out)
     own.require("--out", out, own.evaluation, what="an evaluation")
     return read_json(out) if out.exists() else {}
 

@@ -51,6 +51,12 @@ def writing(out: Path, flag: str = "--out") -> Iterator[None]:
         raise UsageError(f"{flag} {out} cannot be written: {error.strerror or error}") from None
 
 
+def check_folder(flag: str, out: Path) -> None:
+    """Raise a UsageError if a file cannot be written because of its folder."""
+    if not os.access(out.parent, os.W_OK):
+        raise UsageError(f"{flag} {out} cannot be written: the folder {out.parent} does not exist or is not writable")
+
+
 def insistent(read: Callable[[], T]) -> T:
     """Read something, and again after a while where the error is one that passes, as networks have them.
 

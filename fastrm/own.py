@@ -179,6 +179,15 @@ def sheet(path: Path) -> bool:
         return SHEET in file.read(512)
 
 
+MAP = "map"
+"""The name of what a file with a map of images holds."""
+
+
+def points(path: Path) -> bool:
+    """A map of images, as points."""
+    return re.match(rf'\{{\s*"{MARK}": "[^"]*",\s*"{MAP}": '.encode(), head(path)) is not None
+
+
 def card(path: Path) -> bool:
     """A model card."""
     start = head(path).decode("utf-8", "replace")

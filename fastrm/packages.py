@@ -11,13 +11,14 @@ from typing import Any
 from fastrm.errors import UsageError, first_line
 
 
-def optional(name: str, *, extra: str, wanted_by: str) -> Any:
+def optional(name: str, *, extra: str, wanted_by: str, package: str = "") -> Any:
     """Import a module of a package that may not be there.
 
     Args:
         name: the module's.
         extra: of fastrm, with which it is installed.
         wanted_by: the flag with its value, or the file, that cannot do without.
+        package: that the module is of, if its name is another.
 
     Raises:
         UsageError: it is not installed, or cannot be imported.
@@ -25,7 +26,7 @@ def optional(name: str, *, extra: str, wanted_by: str) -> Any:
     error = failure(name)
     if error is None:
         return importlib.import_module(name)
-    raise UsageError(f"{wanted_by} needs {lack(name, extra, error)}") from None
+    raise UsageError(f"{wanted_by} needs {lack(name, extra, error, package)}") from None
 
 
 def failure(name: str) -> Exception | None:
@@ -37,12 +38,14 @@ def failure(name: str) -> Exception | None:
     return None
 
 
-def lack(name: str, extra: str, error: BaseException) -> str:
+def lack(name: str, extra: str, error: BaseException, package: str = "") -> str:
     """Say of a package of whose modules one could not be imported that it is missing, or broken and why."""
-    top = name.partition(".")[0]
-    if find_spec(top) is None:
-        return f"the package {top}: {error}; {_command(extra, top)}"
-    return f"the package {top}, which is installed but broken: {first_line(error)}; pip install --force-reinstall {top}"
+    module = name.partition(".")[0]
+    package = package or module
+    if find_spec(module) is None:
+        return f"the package {package}: {error}; {_command(extra, package)}"
+    broken = f"which is installed but broken: {first_line(error)}; pip install --force-reinstall {package}"
+    return f"the package {package}, {broken}"
 
 
 def _command(extra: str, package: str) -> str:

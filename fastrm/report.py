@@ -2,8 +2,8 @@
 
     python -m fastrm.report runs/weight0 runs/weight1 --out report
 
-The page is one HTML file that needs no network. Contact sheets in the run folders, such as views and nearest
-neighbours, are on it too.
+The page is one HTML file that needs no network. It also shows contact sheets, such as views and nearest neighbours, and
+maps of images that lie in the run folders.
 """
 
 from __future__ import annotations

@@ -18,7 +18,8 @@ from fastrm import embed
 from fastrm.data.eval_view import eval_view
 from fastrm.errors import UsageError
 from fastrm.probes import embedding
-from fastrm.probes.embedding import looked_up
+from fastrm.probes.embedding import looked_up, projected
+from fastrm.reports import maps
 from tests.conftest import run_of_one_step
 
 SIDE = 96
@@ -136,14 +137,73 @@ def test_neighbours_and_the_map_are_drawn_without_labels(folder: Path, tmp_path:
     assert Image.open(tmp_path / "map.png").width > 600
 
 
+def test_the_points_of_a_map_are_those_of_the_principal_components(folder: Path, tmp_path: Path) -> None:
+    found = np.array(embed.features(given(folder, tmp_path / "f.npy", map=tmp_path / "map.json"))).astype(np.float64)
+    shown = maps.read(tmp_path / "map.json")
+    centred = found - found.mean(axis=0)
+    _, sizes, directions = np.linalg.svd(centred, full_matrices=False)
+    points = centred @ directions[:2].T
+    np.testing.assert_allclose(np.abs(shown.points), np.abs(points), atol=1e-3 * sizes[0])
+    assert shown.axes[0] == f"first principal component, {100 * sizes[0] ** 2 / (sizes**2).sum():.0f} % of the variance"
+    rows = [json.loads(line) for line in (tmp_path / "f.jsonl").read_text().splitlines()]
+    assert shown.names == [row["name"] for row in rows]
+    assert shown.labels is not None
+    assert shown.labels.tolist() == [row["label"] for row in rows]
+    assert shown.about == f"{COUNT} images of photos by the features of the student after 1 steps"
+
+
+def test_a_map_leaves_out_unreadable_images_and_takes_some_of_many(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    embed.features(given(folder, tmp_path / "f.npy"))
+    array = np.load(tmp_path / "f.npy")
+    array[3] = np.nan
+    np.save(tmp_path / "f.npy", array)
+    names = [json.loads(line)["name"] for line in (tmp_path / "f.jsonl").read_text().splitlines()]
+    embed.features(given(folder, tmp_path / "f.npy", map=tmp_path / "map.json"))
+    assert maps.read(tmp_path / "map.json").names == names[:3] + names[4:]
+    monkeypatch.setattr(embed, "_DRAWN", 5)
+    embed.features(given(folder, tmp_path / "f.npy", map=tmp_path / "map.json"))
+    shown = maps.read(tmp_path / "map.json")
+    assert [name for name in names if name in shown.names] == shown.names
+    assert len(shown.names) == len(shown.points) == 5
+    assert shown.about.startswith(f"5 of {COUNT} images")
+
+
+def test_umap_keeps_clusters_apart_the_same_each_time() -> None:
+    pytest.importorskip("umap", reason="needs umap-learn")
+    rng = np.random.default_rng(0)
+    rows = np.repeat(np.eye(8, dtype=np.float32)[:2], 20, axis=0) + 0.01 * rng.normal(size=(40, 8)).astype(np.float32)
+    points, axes = projected(rows, "umap")
+    assert axes[0].startswith("UMAP")
+    clusters = points.reshape(2, 20, 2)
+    middle = clusters.mean(axis=1)
+    within = np.linalg.norm(clusters - middle[:, None], axis=2).max()
+    assert within < np.linalg.norm(middle[0] - middle[1])
+    np.testing.assert_array_equal(projected(rows, "umap")[0], points)
+
+
+def test_umap_is_asked_for_before_the_features_are_made(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "umap", None)
+    with pytest.raises(UsageError, match=r"--projection umap needs the package umap-learn: .*; pip install umap-learn"):
+        embed.features(given(folder, tmp_path / "f.npy", map=tmp_path / "map.json", projection="umap"))
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize(
     ("more", "said"),
     [
         ({"out": "f.txt"}, "must end in .npy or .parquet"),
-        ({"out": "no/f.npy"}, "no folder no"),
+        ({"out": "no/f.npy"}, "the folder no does not exist"),
         ({"out": "f.parquet", "patches": True}, "--patches is written to arrays only"),
         ({"queries": ("x.png",)}, "must be given together"),
         ({"map": "m.png", "patches": True}, "one row per image"),
+        ({"map": "m.txt"}, "--map m.txt must end in .png, .jpg, .jpeg, or in .json for the report"),
+        ({"map": "f.json"}, "--map f.json is the file that describes the features"),
+        ({"map": "bare/mine.json"}, "--map bare/mine.json is there and not a map that fastrm wrote"),
+        ({"projection": "umap"}, "--projection umap is for a map; give --map FILE too"),
         ({"part": "test", "data": "bare"}, "has one part"),
     ],
 )
@@ -153,6 +213,7 @@ def test_what_cannot_be_done_is_said(
     monkeypatch.chdir(tmp_path)
     Path("bare").mkdir()
     Image.new("RGB", (9, 9)).save("bare/one.png")
+    Path("bare/mine.json").write_text("{}")
     options = {"run": folder / "run", "data": str(folder / "photos"), "out": "f.npy", "workers": 0, **more}
     with pytest.raises(UsageError, match=said):
         embed.features(embed.EmbedConfig(**options))

@@ -122,7 +122,7 @@ def test_evaluate_draws_neighbours_and_leaves_pictures_of_others(
     for out, why in (
         (mine, "is there and not a contact sheet that fastrm wrote"),
         (tmp_path / "x.gif", "must end in .png"),
-        (tmp_path / "nowhere" / "x.png", "there is no folder"),
+        (tmp_path / "nowhere" / "x.png", "does not exist or is not writable"),
     ):
         said = fails(evaluate.main, [*run, f"--neighbours={out}"], capsys)
         assert f"--neighbours {out}" in said

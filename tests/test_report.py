@@ -12,7 +12,10 @@ from PIL import Image
 
 from fastrm import report
 from fastrm.data import sheets
-from fastrm.reports.plots import PLOTS, draw
+from fastrm.errors import UsageError
+from fastrm.reports import maps
+from fastrm.reports.maps import Map
+from fastrm.reports.plots import PLOTS, draw, draw_map
 from fastrm.reports.runs import read_run
 from fastrm.settings.config import build
 from tests.test_cli import fails
@@ -111,12 +114,15 @@ def test_a_browser_shows_every_plot(tmp_path: Path, browser: Any) -> None:
     runs = tuple(record(tmp_path / name, residual_weight=w) for name, w in (("<b>w0 & é", 0.0), ("w1", 1.0)))
     sheets.save("--out", runs[1] / "views.png", Image.new("RGB", (40, 20), "red"))
     Image.new("RGB", (40, 20)).save(runs[1] / "photograph.png")  # is no contact sheet
+    maps.save("--map", runs[0] / "by label.json", mapped(30, np.arange(30) % 12))
+    maps.save("--map", runs[1] / "map.json", mapped(30, None))
     shown = report.report(report.ReportConfig(runs=runs, out=tmp_path / "page"))
     browser.set_window_size(1200, 900)
     browser.get(shown.as_uri())
     assert browser.get_log("browser") == []
     assert browser.title == "<b>w0 & é, w1"
-    drawn = {"loss": 3, "gap": 1, "knn": 1, "schedule": 2, "collapse": 2, "throughput": 1, "views": 0}
+    drawn = {"loss": 3, "gap": 1, "knn": 1, "schedule": 2, "collapse": 2, "throughput": 1}
+    drawn |= {"map-1": 1, "map-2": 1, "views": 0}
     assert browser.execute_script("return [...document.querySelectorAll('figure[id]')].map(f => f.id)") == [*drawn][:-1]
     for width in (1200, 390):
         browser.set_window_size(width, 900)
@@ -134,6 +140,10 @@ def test_a_browser_shows_every_plot(tmp_path: Path, browser: Any) -> None:
     np.testing.assert_allclose(values, [[0.5] * 12, [0.2] * 12])
     shown_on_hover = "Plotly.Fx.hover('gap-1', [{curveNumber: 1, pointNumber: 3}]); return document.querySelectorAll("
     assert browser.execute_script(shown_on_hover + "'#gap-1 .hoverlayer .legend, #gap-1 .hoverlayer text').length") > 0
+    hover = "Plotly.Fx.hover('map-1-1', [{curveNumber: 1, pointNumber: 0}]);"
+    said = browser.execute_script(hover + "return document.querySelector('#map-1-1 .hoverlayer').textContent")
+    assert said.endswith("/longlabel 1")
+    assert len(browser.find_elements("css selector", "#map-1-1 .legend .traces")) == 12
     ids = browser.execute_script("return [...document.querySelectorAll('[id]')].map(e => e.id)")
     assert len(ids) == len(set(ids))
     assert browser.execute_script("return performance.getEntriesByType('resource').length") == 0
@@ -141,6 +151,43 @@ def test_a_browser_shows_every_plot(tmp_path: Path, browser: Any) -> None:
     assert cells[:7] == ["0.600", "0.480", "0.500", "12", "106", "complete", "0.0"]  # the median of 101 to 112
     pictures = browser.execute_script("return [...document.images].map(i => [i.alt, i.naturalWidth])")
     assert pictures == [["Views of w1", 40]]
+
+
+def mapped(count: int, labels: Any) -> Map:
+    rng = np.random.default_rng(0)
+    names = [f"<b>{i}" + "/long" * 40 * (i == 1) for i in range(count)]
+    return Map(f"{count} images", ("first", "second"), rng.normal(size=(count, 2)), names, labels)
+
+
+def test_a_map_has_a_point_per_image_and_a_curve_per_label() -> None:
+    labels = np.array([0, 40, 40, 19, 0, 19])
+    shown = mapped(6, labels)
+    chart = draw_map(shown)
+    assert [curve.name for curve in chart.data] == ["0", "19", "40"]
+    assert chart.layout.showlegend
+    assert len({(curve.marker.symbol, curve.marker.color) for curve in chart.data}) == 3
+    for curve in chart.data:
+        own = labels == int(curve.name)
+        np.testing.assert_array_equal(np.stack([curve.x, curve.y], axis=1), shown.points[own])
+        assert curve.customdata.tolist() == labels[own].tolist()
+    assert chart.data[0].text.tolist() == ["&lt;b&gt;0", "&lt;b&gt;4"]
+    (curve,) = draw_map(mapped(6, None)).data
+    assert len(curve.x) == 6
+    assert "label" not in curve.hovertemplate
+    many = draw_map(mapped(60, np.arange(60)))
+    assert sum(len(curve.x) for curve in many.data) == 60
+    assert len(many.data) < 30
+    assert not many.layout.showlegend
+
+
+def test_a_map_that_was_changed_is_said(tmp_path: Path) -> None:
+    folder = record(tmp_path / "run")
+    maps.save("--map", folder / "map.json", mapped(4, None))
+    content = json.loads((folder / "map.json").read_text())
+    content["map"]["x"].pop()
+    (folder / "map.json").write_text(json.dumps(content))
+    with pytest.raises(UsageError, match=r"map\.json cannot be read as a map"):
+        read_run(folder)
 
 
 def test_without_labels_the_page_says_why_there_is_no_accuracy(tmp_path: Path) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -12,7 +11,7 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 from PIL.PngImagePlugin import PngInfo
 
 from fastrm.errors import UsageError
-from fastrm.files import as_utf8, write_whole, writing
+from fastrm.files import as_utf8, check_folder, write_whole, writing
 from fastrm.own import SHEET, SHEET_FORMATS, require, sheet
 from fastrm.settings.config import check_path
 
@@ -117,8 +116,7 @@ def check(flag: str, out: Path) -> None:
     if out.suffix.lower() not in SHEET_FORMATS:
         raise UsageError(f"{flag} {out} cannot be written: it must end in {', '.join(SHEET_FORMATS)}, as in views.png")
     check_path(flag.removeprefix("--"), out)
-    if not os.access(out.parent, os.W_OK):
-        raise UsageError(f"{flag} {out} cannot be written: the folder {out.parent} does not exist or is not writable")
+    check_folder(flag, out)
     require(flag, out, sheet, what="a contact sheet")
 
 

@@ -17,11 +17,13 @@ from fastrm.errors import UsageError
 from fastrm.files import read_json, write_json
 from fastrm.models import Backbone
 from fastrm.own import MARK
+from fastrm.packages import optional
 from fastrm.probes.features import Setting, batches, evaluating
 from fastrm.terminal.progress import bar
 from fastrm.version import __version__
 
 _KEPT = 32  # batches between two flushes to the disk
+_LEAST = 4  # images of a map; UMAP can place no fewer
 _AT_ONCE = 2**26  # feature values that are compared with queries at a time
 
 
@@ -138,11 +140,42 @@ def looked_up(features: NDArray[Any], queries: Tensor, *, k: int) -> NDArray[np.
     return index.numpy()
 
 
-def flattened(features: NDArray[Any]) -> NDArray[np.float64]:
-    """float64 [M, 2]: features [M, D] along their two principal components; NaN where they are."""
+def projected(features: NDArray[Any], projection: str) -> tuple[NDArray[np.float64], tuple[str, str]]:
+    """Place images in a plane by their features.
+
+    Args:
+        features: [M, D], finite, with M of at least 4 and D of at least 2.
+        projection: ``"pca"``, two principal components; or ``"umap"`` (McInnes et al., arXiv 1802.03426), by cosine
+            with 15 neighbours and a fixed seed.
+
+    Returns:
+        Points float64 [M, 2], and a title per axis.
+
+    Raises:
+        UsageError: there are fewer features, or the package of UMAP is missing.
+    """
+    if len(features) < _LEAST or features.shape[1] < 2:
+        raise UsageError(
+            f"--map needs at least {_LEAST} readable images and features of width 2; "
+            f"there are {len(features)} of width {features.shape[1]}"
+        )
+    rows = features.astype(np.float32)
+    if projection == "umap":
+        near = min(15, len(rows) - 1)
+        model = umap_module().UMAP(n_neighbors=near, metric="cosine", random_state=0, n_jobs=1)
+        return model.fit_transform(rows).astype(np.float64), ("UMAP, first axis", "UMAP, second axis")
     from sklearn.decomposition import PCA
 
-    known = np.isfinite(features[:, 0])
-    found = np.full((len(features), 2), np.nan)
-    found[known] = PCA(2, svd_solver="randomized", random_state=0).fit_transform(features[known])
-    return found
+    model = PCA(2, svd_solver="randomized", random_state=0)
+    points = model.fit_transform(rows).astype(np.float64)
+    first, second = (f"{100 * share:.0f} % of the variance" for share in model.explained_variance_ratio_)
+    return points, (f"first principal component, {first}", f"second principal component, {second}")
+
+
+def umap_module() -> Any:
+    """The module of UMAP.
+
+    Raises:
+        UsageError: its package is not installed.
+    """
+    return optional("umap", extra="umap", wanted_by="--projection umap", package="umap-learn")

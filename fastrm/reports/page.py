@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from fastrm import own
 from fastrm.evaluated import rows
 from fastrm.files import write_text, writing
-from fastrm.reports.plots import COLOURS, PLOTS, Plot, draw
+from fastrm.reports.plots import COLOURS, PLOTS, Plot, draw, draw_map
 from fastrm.reports.runs import Run, differing, label
 from fastrm.version import __version__
 
@@ -22,18 +22,19 @@ if TYPE_CHECKING:
 PAGE = "index.html"
 _NO_SCORES = (
     "kNN accuracy was not measured: the images have no labels, or --eval-every is 0. "
-    "<code>python -m fastrm.embed</code> draws nearest neighbours and a map without labels."
+    "<code>python -m fastrm.embed</code> makes nearest neighbours and a map without labels; this page shows those that "
+    "lie in the run folder."
 )
 
 
-def _chart(figure: Figure, name: str) -> str:
-    """A chart as HTML; the page has the library that draws it."""
+def _chart(figure: Figure, name: str, height: str = "320px") -> str:
+    """A chart as HTML, of this height in CSS; the page has the library that draws it."""
     text: str = figure.to_html(
         full_html=False,
         include_plotlyjs=False,
         div_id=name,
         default_width="100%",
-        default_height="320px",
+        default_height=height,
         config={
             "responsive": True,
             "displaylogo": False,
@@ -49,6 +50,19 @@ def _legend(runs: Sequence[Run]) -> str:
     keys = zip(runs, COLOURS * len(runs), strict=False)
     items = [f"<li><span style='color:{colour}'>■</span> {html.escape(label(run, names))}</li>" for run, colour in keys]
     return f"<ul class='legend'>{''.join(items)}</ul>" if len(runs) > 1 else ""
+
+
+def _maps(runs: Sequence[Run]) -> Iterator[str]:
+    """The maps of images in the folders of the runs."""
+    maps = [(run, shown) for run in runs for shown in run.maps]
+    for number, (run, shown) in enumerate(maps, start=1):
+        title = html.escape(f"Map of {run.name}", quote=True)
+        caption = f"{html.escape(shown.about)}. Images near each other are similar to the network."
+        chart = _chart(draw_map(shown), f"map-{number}-1", "min(44rem, 120vw)")
+        yield (
+            f"<figure id='map-{number}' class='map' role='group' aria-label='{title}'><h2>{title}</h2>"
+            f"{chart}<figcaption>{caption}</figcaption></figure>"
+        )
 
 
 def _sheets(run: Run) -> Iterator[str]:
@@ -113,6 +127,7 @@ body { font: 16px/1.5 system-ui, sans-serif; max-width: 75rem; margin: 2rem auto
 .charts { display: grid; gap: 1rem; }
 @media (min-width: 48rem) { .charts { grid-template-columns: repeat(var(--columns), 1fr); } }
 .chart { min-width: 0; }
+.map { max-width: 48rem; }
 .legend { list-style: none; padding: 0; display: flex; flex-wrap: wrap; gap: 0 1.5rem; overflow-wrap: anywhere; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
 th, td { padding: .3rem .8rem; text-align: left; border-bottom: 1px solid #ddd; white-space: nowrap; }
@@ -135,6 +150,7 @@ def page(runs: Sequence[Run], figures: Sequence[tuple[Plot, Sequence[Figure]]]) 
     ]
     if not any(run.series("knn_student")[0] for run in runs):
         drawn.append(f"<p>{_NO_SCORES}</p>")
+    drawn += _maps(runs)
     pictures = [sheet for run in runs for sheet in _sheets(run)]
     settings = [
         f"<details><summary>Settings of {html.escape(run.name)}</summary><div class='wide'><table>"

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import html
 from collections.abc import Sequence
+from itertools import product
 from typing import TYPE_CHECKING, NamedTuple
 
+import numpy as np
+
+from fastrm.reports.maps import Map
 from fastrm.reports.runs import Run
 
 if TYPE_CHECKING:
@@ -15,6 +19,10 @@ if TYPE_CHECKING:
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
 STYLES = (("solid", "circle"), ("dash", "diamond-open"), ("dot", "x"))
 """Line and marker of the first metric of a panel, of the second and of the third."""
+_MARKS = tuple(product(("circle", "diamond", "x"), COLOURS))
+"""Symbol and colour of each label of a map; further labels use these again."""
+_NAME = 60
+"""Last characters of an image's name that are shown."""
 FEW = 30
 """Points below which a curve shows each of them."""
 
@@ -111,3 +119,37 @@ def draw(plot: Plot, runs: Sequence[Run]) -> list[Figure]:
             )
             charts.append(chart)
     return charts
+
+
+def draw_map(shown: Map) -> Figure:
+    """A chart of the images as points: a curve per label, which a click in the legend hides."""
+    import plotly.graph_objects as go
+
+    chart = go.Figure()
+    labels = np.zeros(len(shown.points), dtype=np.int64) if shown.labels is None else shown.labels
+    names = np.array([html.escape(name[-_NAME:]) for name in shown.names], dtype=object)
+    label = "" if shown.labels is None else "<br>label %{customdata}"
+    known, ranks = np.unique(labels, return_inverse=True)
+    for group in np.unique(ranks % len(_MARKS)):
+        rows = ranks % len(_MARKS) == group
+        symbol, colour = _MARKS[group]
+        chart.add_scatter(
+            x=shown.points[rows, 0],
+            y=shown.points[rows, 1],
+            text=names[rows],
+            customdata=labels[rows],
+            hovertemplate=f"%{{text}}{label}<extra></extra>",
+            mode="markers",
+            marker={"symbol": symbol, "color": colour, "size": 5, "opacity": 0.7},
+            name=f"{labels[rows][0]}",
+        )
+    chart.update_layout(
+        template="plotly_white",
+        margin={"l": 60, "r": 10, "t": 10, "b": 45},
+        showlegend=shown.labels is not None and len(known) <= len(_MARKS),
+        legend={"orientation": "h", "yref": "container", "y": 0, "title": "label", "itemsizing": "constant"},
+        hovermode="closest",
+        xaxis_title=shown.axes[0],
+        yaxis={"title": shown.axes[1], "scaleanchor": "x"},
+    )
+    return chart

@@ -13,6 +13,8 @@ from fastrm import own
 from fastrm.errors import UsageError
 from fastrm.evaluated import Scored, evaluated
 from fastrm.files import read_json
+from fastrm.reports import maps
+from fastrm.reports.maps import Map
 from fastrm.settings.config import DeviceConfig, InputConfig, MethodConfig, ModelConfig, OptimConfig
 
 _ALIKE = {"untrained": "random"}  # what a run and an evaluation call the same
@@ -38,6 +40,8 @@ class Run(NamedTuple):
     """By set of images."""
     sheets: tuple[Path, ...] = ()
     """Contact sheets in the folder: pictures of views and of nearest neighbours."""
+    maps: tuple[Map, ...] = ()
+    """Maps of images in the folder."""
 
     def series(self, metric: str) -> tuple[list[float], list[float]]:
         """(epochs, values) of a metric, where it is recorded and finite."""
@@ -73,8 +77,10 @@ def read_run(folder: Path) -> Run:
     if not any("loss" in record for record in records):
         raise UsageError(f"{folder} has recorded nothing yet")
     complete, scores = _complete(folder, records[-1].get("step", 0)), {**_of_run(folder), **evaluated(folder)}
-    sheets = [path for path in sorted(folder.iterdir()) if path.suffix.lower() in own.SHEET_FORMATS and own.sheet(path)]
-    return Run(folder.resolve().name, settings, records, complete, scores, tuple(sheets))
+    files = sorted(folder.iterdir())
+    sheets = [path for path in files if path.suffix.lower() in own.SHEET_FORMATS and own.sheet(path)]
+    drawn = [maps.read(path) for path in files if path.suffix == maps.POINTS and own.safely(own.points, path)]
+    return Run(folder.resolve().name, settings, records, complete, scores, tuple(sheets), tuple(drawn))
 
 
 def _of_run(folder: Path) -> dict[str, Any]:
