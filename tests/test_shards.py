@@ -114,7 +114,7 @@ def test_links_in_a_shard(tmp_path: Path) -> None:
     assert labels(source) == [0, 0]
     assert isinstance(source.train, ShardImages)
     assert source.train.content(1) == source.train.content(0) == picture()
-    assert "skipped: 1 links, 1 broken links, 1 special files" in source.about
+    assert "skipped: 1 broken links, 1 links, 1 special files" in source.about
 
 
 def test_a_sparse_member_is_named(tmp_path: Path) -> None:
