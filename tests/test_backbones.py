@@ -184,7 +184,7 @@ def test_sincos_positions_against_the_formula() -> None:
 
 
 def test_an_unknown_name_suggests_the_nearest() -> None:
-    with pytest.raises(UsageError, match=r"--arch resnet51 is not a timm model; near it: .*resnet50"):
+    with pytest.raises(UsageError, match=r"--arch resnet51 is not a timm model; similar names: .*resnet50"):
         build_backbone("resnet51", image_size=64)
 
 

@@ -287,7 +287,7 @@ def test_weights_of_other_bands_are_adapted_to_nothing(
     torch.testing.assert_close(features(same.teacher.backbone), features(networks["student"]))
     assert "adapted" not in same.notes[-1]
     for channels in (3, 4):
-        says = rf"its first layer \(conv1\.0\.weight\) is of images of 8 channels, and these have {channels}"
+        says = rf"its first layer \(conv1\.0\.weight\) takes 8 channels, and the images have {channels}"
         with pytest.raises(UsageError, match=says):
             build_method(small(init_from=run), channels=channels)
 

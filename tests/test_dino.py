@@ -173,7 +173,9 @@ def test_only_the_student_leaves_out_blocks() -> None:
     ]
     assert max(rates[0]) == pytest.approx(0.2)
     assert set(rates[1]) <= {0.0}
-    with pytest.raises(UsageError, match=r"--drop-path 0.1 is for timm's networks by name; arch=Linear is a module"):
+    with pytest.raises(
+        UsageError, match=r"--drop-path 0.1 is for timm networks given by name; arch=Linear is a module"
+    ):
         build_method(build(**{**SMALL, "drop_path": 0.1}), arch=torch.nn.Linear(2, 2))
 
 

@@ -183,7 +183,7 @@ def test_what_cannot_be_exported_is_said_and_leaves_nothing(
 def test_files_that_do_not_say_what_they_are(runs: dict[str, Path], tmp_path: Path) -> None:
     plain = tmp_path / "plain.safetensors"
     save_file({"weight": torch.ones(2)}, plain)
-    with pytest.raises(UsageError, match="does not say what network"):
+    with pytest.raises(UsageError, match="does not say which network"):
         open_pretrained(plain, CPU)
     plain.write_bytes(b"no safetensors")
     with pytest.raises(UsageError, match="cannot be read as safetensors"):

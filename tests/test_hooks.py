@@ -313,7 +313,7 @@ def test_a_logger_that_is_not_installed_is_refused_before_anything_is_written(
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        ({}, "each image is contrasted with the 15 others of its batch alone"),
+        ({}, "each image has only the 15 others of its batch as negatives"),
         ({}, "the teacher averages over 100 steps (--teacher-momentum 0.99), more than a tenth of the 89 steps"),
         ({"method": "mocov2"}, "the queue holds 65,536 keys, more than the 1,437 images"),
         ({"stem": "small"}, "test_resnet gets a small stem (3x3 at stride 1, no max-pool)"),

@@ -172,8 +172,8 @@ def test_pooled_and_dense_outputs(arch: str, tmp_path: Path) -> None:
 def test_a_network_without_a_map_says_so(tmp_path: Path) -> None:
     images = torch.randn(1, 3, 32, 32)
     module = nn.Sequential(*own(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
-    with pytest.raises(UsageError, match=r"Sequential gives no map \[B, D, h, w\]"):
+    with pytest.raises(UsageError, match=r"Sequential has no map \[B, D, h, w\]"):
         build_backbone(module, image_size=32).feature_map(images)
     hiera = timm.models.hiera.Hiera(img_size=(32, 32), embed_dim=8, num_heads=1, stages=(1, 1, 1, 1), num_classes=0)
-    with pytest.raises(UsageError, match="Hiera gives no map"):
+    with pytest.raises(UsageError, match="Hiera has no map"):
         build_backbone(hiera, image_size=32).feature_map(images)

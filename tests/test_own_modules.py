@@ -79,7 +79,7 @@ def test_what_a_module_gives(made: Callable[[], nn.Module], dim: int, map_dim: i
             assert torch.equal(backbone.forward_features(images), want)
             assert all(torch.equal(a, b) for a, b in zip(backbone.encode(images), (found, want), strict=True))
         else:
-            with pytest.raises(UsageError, match=rf"{type(module).__name__} gives \[B, {dim}\] and no map"):
+            with pytest.raises(UsageError, match=rf"{type(module).__name__} returns \[B, {dim}\] and no map"):
                 backbone.forward_features(images)
 
 
@@ -155,7 +155,7 @@ def test_what_is_frozen_stays_and_other_kinds_of_numbers_become_float32() -> Non
     assert {t.dtype for t in backbone.state_dict().values()} == {torch.float32, torch.int64}
     assert {p.dtype for p in module.parameters()} == {torch.float16}
     assert backbone.notes == [
-        "Sequential was given in float16, and is trained in float32, as every network",
+        "Sequential has weights in float16; it is trained in float32 like all networks",
         "1 of the parameters of Sequential require no gradient and stay as they are",
     ]
 
@@ -178,13 +178,19 @@ def raising(_: Tensor) -> None:
 
 
 REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
-    "a tuple": (lambda: Gives(lambda x: (x, x)), "arch=Gives gives a tuple; it must give one tensor of floats"),
-    "a dict": (lambda: Gives(lambda x: {"out": x}), "arch=Gives gives a dict; it must give one tensor of floats"),
-    "tokens": (lambda: Gives(lambda x: x[:, None]), r"gives torch.float32 \(2, 1, 3\) for 2 images; it must give one"),
-    "classes": (lambda: Gives(lambda x: x.argmax(1, keepdim=True)), r"gives torch.int64 \(2, 1\) for 2 images"),
-    "one row": (lambda: Gives(lambda x: x.mean(0, keepdim=True)), r"gives \(1, 3\) for 2 images; .* a row per image"),
-    "no width": (lambda: Gives(lambda x: x[:, :0]), r"gives torch.float32 \(2, 0\)"),
-    "NaN": (lambda: Gives(lambda x: x.log() * float("nan")), "arch=Gives gives values that are not finite"),
+    "a tuple": (lambda: Gives(lambda x: (x, x)), "arch=Gives returns a tuple; it must return one tensor of floats"),
+    "a dict": (lambda: Gives(lambda x: {"out": x}), "arch=Gives returns a dict; it must return one tensor of floats"),
+    "tokens": (
+        lambda: Gives(lambda x: x[:, None]),
+        r"returns torch.float32 \(2, 1, 3\) for 2 images; it must return one",
+    ),
+    "classes": (lambda: Gives(lambda x: x.argmax(1, keepdim=True)), r"returns torch.int64 \(2, 1\) for 2 images"),
+    "one row": (
+        lambda: Gives(lambda x: x.mean(0, keepdim=True)),
+        r"returns \(1, 3\) for 2 images; .* one row per image",
+    ),
+    "no width": (lambda: Gives(lambda x: x[:, :0]), r"returns torch.float32 \(2, 0\)"),
+    "NaN": (lambda: Gives(lambda x: x.log() * float("nan")), "arch=Gives returns values that are not finite"),
     "an error": (lambda: Gives(raising), r"arch=Gives cannot take images \(2, 3, 32, 32\): sizes of tensors; --image-"),
     "another size": (
         lambda: nn.Sequential(nn.Flatten(), nn.Linear(3 * 8 * 8, 4)),
@@ -194,7 +200,7 @@ REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
     "all frozen": (lambda: mapped().requires_grad_(False), "arch=Sequential has no parameter that requires a grad"),
     "no memory": (lambda: mapped().to("meta"), "arch=Sequential is on the meta device and has no weights"),
     "no copy": (lambda: Gives((x for x in ()).__next__), "arch=Gives cannot be copied: cannot pickle 'generator'"),
-    "a class": (lambda: nn.Flatten, r"arch=<class .*Flatten'> must be the name of a network of timm's, or a torch"),
+    "a class": (lambda: nn.Flatten, r"arch=<class .*Flatten'> must be the name of a timm network, or a torch"),
 }
 
 
@@ -206,7 +212,7 @@ def test_what_is_no_backbone_is_refused(what: str) -> None:
 
 
 def test_the_small_stem_is_not_for_modules() -> None:
-    with pytest.raises(UsageError, match="--stem small is for timm's ResNets by name; arch=ResNet is a module"):
+    with pytest.raises(UsageError, match="--stem small is for timm's ResNets given by name; arch=ResNet is a module"):
         build_backbone(resnet18(), image_size=32, stem="small")
 
 

@@ -100,7 +100,9 @@ def test_a_method_of_ones_own_need_not_be_registered() -> None:
     config = small(method=OneView)
     assert (config.method.method, config.optim.epochs, "OneView" in names()) == ("OneView", 8, False)
     assert type(build_method(config, kind=OneView)) is OneView
-    with pytest.raises(UsageError, match=r"--method OneView is unknown; choose one of mocov3, .* be registered"):
+    with pytest.raises(
+        UsageError, match=r"--method OneView is unknown; choose one of mocov3, .* so that it is registered"
+    ):
         build_method(config)
     common: dict[str, Any] = {"image_size": 16, "batch_size": 4, "device": "cpu", "workers": 0, "seed": 1}
     own = make_loader("digits", method=OneView, **common)
@@ -168,9 +170,9 @@ def test_a_class_that_is_defined_again_takes_its_place() -> None:
         ("mocov2", OneView, r"--method mocov2 is fastrm.methods.mocov2.MoCoV2; choose another name"),
         ("mine", torch.nn.Linear, "Linear.*; it must be a subclass of fastrm.methods.Method"),
         ("mine", lambda: None, "it must be a subclass of fastrm.methods.Method"),
-        ("", OneView, "'' is no name"),
-        ("a/b", OneView, "'a/b' is no name; it must be of letters"),
-        (None, OneView, "None is no name"),
+        ("", OneView, "'' is not a valid name"),
+        ("a/b", OneView, "'a/b' is not a valid name; it must consist of letters"),
+        (None, OneView, "None is not a valid name"),
         ("mine", type("Same", (MoCoV3,), {"recipes": {"mocov2-r50-200ep": {}}}), "--recipe mocov2-r50-200ep is one of"),
     ],
 )  # fmt: skip

@@ -97,7 +97,7 @@ def test_torchvisions_resnet_is_timms_but_for_its_classifier(tmp_path: Path) -> 
     found, said = starting_weights(backbone_of("resnet18"), tmp_path / "it.pth", partial=False)
     assert len(found) == 120
     assert "120 of 120 tensors" in said
-    assert "2 of a classifier or a head" in said
+    assert "2 tensors of a classifier or a head" in said
 
 
 def test_folders_of_hugging_faces_form(tmp_path: Path) -> None:
@@ -120,7 +120,7 @@ def test_names_are_left_to_timm_with_size_and_bands(given: str, name: str) -> No
     assert given in said
     with (
         mock.patch.object(timm, "create_model", side_effect=OSError("no network here")),
-        pytest.raises(UsageError, match="cannot be had: no network here"),
+        pytest.raises(UsageError, match="cannot be loaded: no network here"),
     ):
         starting_weights(backbone, Path(given), partial=False)
 
@@ -377,7 +377,7 @@ def test_weights_of_others_are_scored_exported_and_loaded(
         evaluate.main(["moco.pth", "--arch", "resnetty", "--data", "digits", "--knn"])
     with pytest.raises(UsageError, match=r"--checkpoint moco.pth is of another network"):
         evaluate.main(["moco.pth", "--arch", "test_vit", "--data", "digits", "--knn"])
-    with pytest.raises(UsageError, match=r"--checkpoint timm:resnet18.nope cannot be had: Invalid pretrained tag"):
+    with pytest.raises(UsageError, match=r"--checkpoint timm:resnet18.nope cannot be loaded: Invalid pretrained tag"):
         fastrm.load("timm:resnet18.nope")
     export.main(["moco.pth", "--arch", "test_resnet", "--format", "safetensors", "--out", "it.safetensors"])
     card = Path("it.safetensors.md").read_text()

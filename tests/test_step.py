@@ -317,5 +317,5 @@ def test_activations_that_are_computed_again_take_less_memory_and_give_the_same_
 
 
 def test_a_network_without_blocks_to_compute_again_is_refused(small: Small) -> None:
-    with pytest.raises(UsageError, match="--checkpoint-activations: Sequential has no blocks"):
+    with pytest.raises(UsageError, match="--checkpoint-activations: Sequential cannot recompute activations"):
         build_method(small(checkpoint_activations=True), trained=True, arch=nn.Sequential(nn.Conv2d(3, 8, 3, 2)))

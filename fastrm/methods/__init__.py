@@ -28,7 +28,7 @@ from fastrm.methods.registry import find, names, recipes, register
 from fastrm.methods.unused import counted, freeze_unused
 from fastrm.models import Backbone, build_backbone, mlp, module_name
 from fastrm.models.layout import lay_out
-from fastrm.models.named import leave_out_none, refusing
+from fastrm.models.named import disable_drop_path, refusing
 from fastrm.models.starting import starting_weights
 from fastrm.models.synchronised import synchronise_norms
 from fastrm.settings.config import Config, ModelConfig, check_value
@@ -66,25 +66,25 @@ def build_method(
     kind: type[Method[Any]] | None = None,
     sizes: Collection[Size] = (),
 ) -> Method[Any]:
-    """Build the untrained backbone, heads and queues that a run's settings describe, on a device and laid out for it.
+    """Build a method with an untrained backbone, heads and queues from a run's settings, on a device.
 
     Args:
         config: settings of the run.
-        device: where it computes; None is the CPU.
-        precision: of its layers.
-        backend: of fastrm.kernels; None chooses by device.
-        trained: whether it is to be trained. It then makes one pass over random images, which finds what cannot be
-            trained, freezes what gets no gradient, starts from the weights that the settings name, and lets BatchNorm
-            see the images of all processes where the method wants it.
-        channels: of the images.
-        arch: a module that becomes the backbone in place of the network that the settings name; it is copied, as
-            :func:`fastrm.models.build_backbone` says.
-        kind: the method in place of the one that the settings name.
-        sizes: height and width of each view; none: those of the images.
+        device: device of the method; None means the CPU.
+        precision: precision of its layers, ``"fp32"``, ``"bf16"`` or ``"fp16"``.
+        backend: backend of fastrm.kernels; None chooses by device.
+        trained: whether the method will be trained. If so, it loads the weights that the settings name, freezes
+            parameters without a gradient, which one pass over random images finds, and synchronises BatchNorm between
+            processes, except for methods with queues.
+        channels: channels of the images.
+        arch: a module to use as the backbone instead of the network in the settings; it is copied, see
+            :func:`fastrm.models.build_backbone`.
+        kind: the method to use instead of the one in the settings.
+        sizes: height and width of each view; empty if all have the image size.
 
     Raises:
-        UsageError: there is no such backbone, or it does not go with the image size, the stem or the method, or a
-            name is unknown.
+        UsageError: there is no such backbone, it does not fit the image size, the stem or the method, or a name is
+            unknown.
     """
     kind = find(config.method.method if kind is None else kind)
     check_value("residual_at", config.method.residual_at)
@@ -107,7 +107,7 @@ def build_method(
     held = trainable - {name for name, p in backbone.net.named_parameters() if p.requires_grad}
     method: Method[Any] = kind(backbone, config.method, backend=backend).to(device)
     if config.model.drop_path:
-        leave_out_none(method.teacher)
+        disable_drop_path(method.teacher)
     method.queues.to(choose_queue_dtype(config.method.queue_dtype, device))
     layout = torch.contiguous_format
     if config.device.channels_last:
@@ -127,7 +127,7 @@ def build_method(
 
 
 def _check_sizes(backbone: Backbone, arch: str, sizes: Iterable[Size]) -> None:
-    """Refuse views of sizes that the network does not take: one that was built for one size, as many transformers."""
+    """Raise a UsageError for sizes of views that the network cannot take; many transformers take one size only."""
     for height, width in sizes:
         trial = copy.deepcopy(backbone).eval()
         with refusing(arch, f"cannot take views of {height}x{width} pixels"), torch.no_grad():
@@ -135,10 +135,10 @@ def _check_sizes(backbone: Backbone, arch: str, sizes: Iterable[Size]) -> None:
 
 
 def _start(method: Method[Any], config: ModelConfig, held: Set[str]) -> None:
-    """Load the weights that the backbone is to start from, if there are any.
+    """Load the starting weights of the backbone, if there are any.
 
-    Parameters that the method holds at values of its own, as MoCo-v3 does a ViT's projection, are trained where they
-    get others.
+    Parameters that the method froze at its own values (``held``), such as a ViT's patch projection in MoCo-v3, are
+    trained if the weights replace them.
     """
     if config.init_from is not None:
         backbone = method.student.backbone
@@ -152,7 +152,7 @@ def _start(method: Method[Any], config: ModelConfig, held: Set[str]) -> None:
 
 @contextmanager
 def _trying(arch: str, method: str, size: int, images: str = "") -> Iterator[None]:
-    """Say in one line what goes wrong in a pass, whatever a family of timm's, or a module, happens to raise."""
+    """Raise any error of the network in this context as a UsageError of one line."""
     try:
         yield
     except Exception as error:
@@ -166,18 +166,18 @@ def _trying(arch: str, method: str, size: int, images: str = "") -> Iterator[Non
 
 
 def _freeze(method: Method[Any], config: Config, layout: torch.memory_format, arch: str) -> None:
-    """Make one pass as training does, and freeze what it does not reach."""
+    """Run one training pass, and freeze the parameters that its loss does not reach."""
     name, size = method.name, config.input.image_size
     batch = (config.input.batch_size or 256) // (world().size * config.optim.accumulate)
-    # Two images show all that more would. Where the training steps have one, that is known to fail with BatchNorm, but
-    # for a BatchNorm that sees the images of all processes.
+    # Two images are enough. If the steps have one image, the pass has one too, so that BatchNorm fails now; a BatchNorm
+    # that is synchronised between processes gets two.
     together = world().size > 1 and not method.queues
     with _trying(arch, name, size, f", {batch} images per process and micro-batch"):
         unused = freeze_unused(method, images=2 if together else max(1, min(2, batch)), image_size=size, layout=layout)
     if not any(p.requires_grad for p in method.student.backbone.parameters()):
         raise UsageError(
             f"--arch {arch} cannot be trained with --method {name}: the loss does not reach any of its parameters; its "
-            "forward must not detach what it gives, nor run under torch.no_grad"
+            "forward must not detach its output, nor run under torch.no_grad"
         )
     if unused:
         method.notes.append(f"the loss of {name} does not reach {counted(unused)} of {arch}, which stay as they are")

@@ -1,9 +1,9 @@
-"""What all momentum methods share: a student, its averaged teacher, and the residual term between them.
+"""The base class of all momentum methods: a student, its averaged teacher, and the residual term between them.
 
     loss = the method's own loss between two views + weight * mean over views of [2 - 2 cos(student, teacher)]
 
 where student and teacher of the second term saw the *same* view. The second term is our reconstruction of residual
-momentum (Pham et al., arXiv 2211.09861) from what is public of it, not the paper's own equation.
+momentum (Pham et al., arXiv 2211.09861) from public information, not the paper's own equation.
 """
 
 from __future__ import annotations
@@ -39,37 +39,37 @@ E = TypeVar("E", bound=Encoding)
 
 
 class Method(nn.Module, Generic[E]):
-    """A student, its teacher, and what is trained between them.
+    """A student, its teacher, and the losses between them.
 
-    To make one of your own, write a subclass with an ``__init__`` that takes ``(backbone, config, *, backend)`` and
-    builds the heads, and with :meth:`own_loss`; where that is InfoNCE, :class:`fastrm.methods.Contrastive` has it. Give
-    it a name with :func:`fastrm.methods.register`. All else has a default that may be replaced: ``recipes``,
+    To write your own method, write a subclass with an ``__init__`` that takes ``(backbone, config, *, backend)`` and
+    builds the heads, and with :meth:`own_loss`; if that is InfoNCE, derive from :class:`fastrm.methods.Contrastive`.
+    Name it with :func:`fastrm.methods.register`. Everything else has a default that may be overridden: ``recipes``,
     :meth:`defaults`, :meth:`augmentation`, :meth:`local_views`, ``linear_protocol``, :meth:`prepare`,
     :meth:`residual`, :meth:`keys_of`.
 
     Attributes:
-        student, teacher: networks of one layout; the trainer averages the student's parameters into the teacher
-            after each optimizer step. The teacher's BatchNorm works in training mode with statistics of its own.
-            In several processes BatchNorm sees the batch of all (SyncBN), or, in methods with queues, the teacher's
-            sees a part of it that is mixed over all (shuffle-BN).
-        pair: both, and the teacher's copy in low precision.
-        predictor: the student's last head, without a counterpart in the teacher; or an identity.
+        student, teacher: networks of the same architecture; the trainer averages the student's parameters into the
+            teacher after each optimizer step. The teacher's BatchNorm is in training mode, with its own statistics.
+            With several processes, BatchNorm uses the batches of all processes (SyncBN); in methods with queues, the
+            teacher's uses a random part of them instead (shuffle-BN).
+        pair: both networks, and the teacher's low-precision copy.
+        predictor: the student's last head, which the teacher does not have; or an identity.
         queues: rings of past keys, ``features`` [K, D] each; one per direction or kind of key, or none.
-        directions: 2 where the student sees all views, 1 where it sees all but the second, which is the teacher's.
-        notes: what the person who runs it should know of how it was built, a sentence each.
+        directions: 2 if the student sees all views; 1 if it sees all but the second, which only the teacher sees.
+        notes: messages for the user about how the method was built, one sentence each.
     """
 
     name: ClassVar[str]
-    """Name in settings and messages, which is the registered name, or else the name of the class."""
+    """Name in settings and messages: the registered name, otherwise the name of the class."""
     views: ClassVar[int] = 2
-    """Views of an image that :meth:`forward` takes one by one; others are in its ``more``, if it takes that."""
+    """Views per image that :meth:`forward` takes as separate arguments; further views are in its ``more``."""
     recipes: ClassVar[Mapping[str, Recipe]] = {}
-    """Published settings, by the names that ``--recipe`` takes; each has values by the settings' names."""
+    """Published settings by the names of ``--recipe``; each maps names of settings to values."""
     uses: ClassVar[frozenset[str]] = frozenset()
-    """Settings of :class:`MethodConfig` that not every method reads, and this one does. A run that changes one of the
-    others says that it has no effect; a class that does not define this is not checked."""
+    """The settings of :class:`MethodConfig` that this method reads and some others do not. A run reports a changed setting
+    that its method does not read; classes that do not define this are not checked."""
     linear_protocol: ClassVar[LinearProtocol] = LinearProtocol()
-    """How a linear classifier is trained to score its backbones."""
+    """The training of the linear classifier by which the publication scores its backbones."""
 
     student: Any
     teacher: Any
@@ -80,24 +80,24 @@ class Method(nn.Module, Generic[E]):
 
     @classmethod
     def defaults(cls, arch: str) -> dict[str, Any]:
-        """Settings of a run that gives none, by the backbone's name: those of the first recipe, but its batch size."""
+        """Default settings for a backbone of this name: those of the first recipe, without its batch size."""
         return {**next(iter(cls.recipes.values()), {}), "batch_size": None}
 
     @classmethod
     def augmentation(cls, crop_min: float) -> Augmentation:
-        """How an image becomes views, of crops of at least this share of its area."""
+        """The augmentation of the two views; crops cover at least the fraction ``crop_min`` of the image area."""
         return alike(crop_min)
 
     @classmethod
     def local_views(cls, crop_min: float) -> tuple[View, ...]:
-        """Small views besides those of :meth:`augmentation`, of 96/224 of their side: none."""
+        """Additional small views, whose side is 96/224 of the others'; none by default."""
         return ()
 
     @classmethod
     def check_views(cls, count: int) -> None:
-        """Raise a UsageError unless an augmentation gives as many views of an image as the method takes.
+        """Raise a UsageError unless the method takes ``count`` views per image.
 
-        Those that a class has :attr:`views` for, or more where its :meth:`forward` takes ``more``.
+        A method takes :attr:`views` views, or more if its :meth:`forward` has the argument ``more``.
         """
         further = "more" in inspect.signature(cls.forward).parameters
         if count < cls.views or (count > cls.views and not further):
@@ -117,17 +117,17 @@ class Method(nn.Module, Generic[E]):
             )
 
     def cautions(self, batch: int, images: int) -> Iterator[str]:
-        """What may go wrong with so many images per micro-batch, over all processes, and in all; a sentence each."""
+        """Warnings about ``batch`` images per micro-batch of all processes, or ``images`` in the set."""
         size = max((len(queue.get_buffer("features")) for queue in self.queues), default=0)
         if size > images:
             yield (
-                f"the queue holds {size:,} keys, more than the {images:,} images: many of its negatives are of one "
-                f"image; --queue-size {max(1, images // 2)} holds half of them"
+                f"the queue holds {size:,} keys, more than the {images:,} images, so it has several keys per image; "
+                f"--queue-size {max(1, images // 2)} holds half of the images"
             )
 
     @classmethod
     def prepare(cls, backbone: Backbone, arch: str) -> None:
-        """Change a new backbone, of this name, as the method wants it; its ``notes`` get what could not be done."""
+        """Change a new backbone for the method, and note changes that it does not allow; a no-op by default."""
 
     def __init__(
         self,
@@ -153,16 +153,16 @@ class Method(nn.Module, Generic[E]):
     def own_loss(self, direction: int, student: E, key: E) -> Tensor:
         """The method's own loss between two views, 0-d, with all its factors.
 
-        With two views both directions are added. With more, the loss is the mean over all pairs of a view of the
-        student and another, large view of the teacher, times the number of directions.
+        With two views, the losses of both directions are added. With more, the loss is the mean over all pairs of a
+        view of the student and another, large view of the teacher, times the number of directions.
 
         Args:
-            direction: 0 where the key is of the second large view, and 1 where it is of the first: of two views, the
-                one that the student saw; also the number of the key's queue.
-            student: its encoding of a view.
+            direction: 0 if the key is from the second large view, 1 if it is from the first, and so on; also the index
+                of the key's queue. With two views, this is the index of the view that the student saw.
+            student: the student's encoding of a view.
             key: the teacher's encoding of another view, without a graph.
         """
-        raise NotImplementedError(f"{type(self).__name__} has no own_loss, which a subclass of Method has to say")
+        raise NotImplementedError(f"{type(self).__name__} has no own_loss, which a subclass of Method must define")
 
     def forward(
         self,
@@ -177,19 +177,20 @@ class Method(nn.Module, Generic[E]):
         Args:
             first, second: two views of the same images, [B, C, H, W] each.
             residual_weight: 0-d tensor, the weight at this step of the warm-up; not used if the configured one is 0.
-            measure: also give the residual and the gap where training does not need them.
-            more: further views, of any size. Then the student sees all views, and the teacher the large ones: those
-                with the most pixels, of which there are two or more.
+            measure: whether to compute the residual and the gap even if training does not need them.
+            more: further views, of any size. If there are any, the student sees all views, and the teacher sees the
+                large ones, which have the most pixels; there must be at least two of these.
         """
         students, teachers = self.encode((first, second, *more), measure)
         with record_function("loss"):
             return self.losses(students, teachers, residual_weight, measure)
 
     def encode(self, views: Sequence[Tensor], measure: bool) -> tuple[list[E | None], list[E | None]]:
-        """What student and teacher say of each view, the large views first; None where one does not see a view.
+        """The student's and the teacher's encoding of each view, large views first; None if a network does not see a
+        view.
 
-        With one direction the second large view is the teacher's, and the student sees the others. The teacher sees
-        these, where they are large, for the residual term only.
+        With one direction, only the teacher sees the second large view, and the student sees the others. The teacher
+        sees the other large views only for the residual term.
         """
         views, count = large_first(views)
         places = range(len(views))
@@ -209,7 +210,7 @@ class Method(nn.Module, Generic[E]):
     def losses(
         self, students: Sequence[E | None], teachers: Sequence[E | None], residual_weight: Tensor, measure: bool
     ) -> StepOutput:
-        """Loss of encodings by view, which :meth:`encode` makes and explains."""
+        """Loss of a micro-batch from its encodings, as :meth:`encode` returns them."""
         losses, contrastives, residuals, gaps = [], [], [], []
         keys = [i for i, teacher in enumerate(teachers) if teacher is not None] if self.directions == 2 else [1]
         pairs = [(v, k) for v, student in enumerate(students) if student is not None for k in keys if k != v]
@@ -238,22 +239,22 @@ class Method(nn.Module, Generic[E]):
         )
 
     def encode_student(self, view: Tensor) -> E:
-        """Student on one view."""
+        """The student's encoding of one view [B, C, H, W]."""
         encoding: E = self.student(view)
         return replace(encoding, output=self.predictor(encoding.output))
 
     def encode_teacher(self, view: Tensor) -> E:
-        """Teacher on one view."""
+        """The teacher's encoding of one view [B, C, H, W]."""
         encoding: E = shuffled(self.pair.teach, view) if self.queues and world().size > 1 else self.pair.teach(view)
         return encoding
 
     def direction(
         self, d: int, student: E, key: E, same: E | None, residual_weight: Tensor
     ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """(loss, own part, residual or None) of the student on a view against the teacher on another one.
+        """(loss, own part, residual or None) of the student on one view and the teacher on another.
 
-        ``d`` is as in :meth:`own_loss`. ``same`` is the teacher on the view of the student, which only the residual
-        term needs; None where it does not see that.
+        ``d`` is the direction, as in :meth:`own_loss`. ``same`` is the teacher's encoding of the student's view, for
+        the residual term; None if the teacher does not see it.
         """
         own = self.own_loss(d, student, key)
         if same is None or not self.trains_residual:
@@ -262,24 +263,23 @@ class Method(nn.Module, Generic[E]):
         return own + residual_weight * residual, own.detach(), residual.detach()
 
     def residual(self, student: E, same: E) -> Tensor:
-        """The residual term of one view, at the configured place."""
+        """The residual term of one view, 0-d, at the outputs that ``--residual-at`` names."""
         ours, theirs = getattr(student, self.residual_at), getattr(same, self.residual_at)
         return residual_loss(ours, theirs, backend=self.backend)
 
     def keys_of(self, key: E) -> tuple[Tensor, ...]:
-        """What the teacher's encoding leaves to the queues."""
+        """The keys of the teacher's encoding for the queues."""
         return (key.output,)
 
     def set_rates(self, rates: Rates) -> None:
-        """Take over from the schedules what the method itself needs in the next step: nothing."""
+        """Set scheduled values of the method for the next step; a no-op by default."""
 
     def held(self) -> Iterable[nn.Parameter]:
-        """The parameters that do not move during ``--freeze-prototypes-epochs``: none."""
+        """The parameters that are frozen during ``--freeze-prototypes-epochs``; none by default."""
         return ()
 
     def push(self, keys: tuple[Tensor, ...], *, skip: Tensor | None = None) -> None:
-        """Put a step's keys into the queues: after the optimizer step, and not where ``skip``, so that a skipped step
-        moves nothing."""
+        """Push a step's keys into the queues after the optimizer step; a no-op if the tensor ``skip`` is not 0."""
         for queue, rows in zip(self.queues, keys, strict=True):
             assert isinstance(queue, FeatureQueue)
             queue.enqueue_(gather_rows(rows)[0], skip=skip, backend=self.backend)
@@ -291,7 +291,7 @@ def _scaled(value: Tensor, factor: float) -> Tensor:
 
 @contextmanager
 def unchanged_buffers(module: nn.Module) -> Iterator[None]:
-    """Put BatchNorm's running statistics back afterwards, so that measuring does not change the run."""
+    """Restore BatchNorm's running statistics afterwards, so that measuring does not change the run."""
     saved = [(buffer, buffer.clone()) for buffer in module.buffers()]
     try:
         yield

@@ -1,4 +1,4 @@
-"""BYOL (Grill et al., arXiv 2006.07733): the student predicts the teacher's other view; there are no negatives."""
+"""BYOL (Grill et al., arXiv 2006.07733): the student predicts the teacher's output for another view; no negatives."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class BYOL(Method[Encoding]):
     """Projector and predictor with BatchNorm in the hidden layer; loss 2 - 2 cos, both directions summed."""
 
     recipes: ClassVar = {
-        # The publication's, with its batch of 4096.
+        # The publication's settings, with its batch size of 4096.
         "byol-r50-300ep": {**LARS_R50, "epochs": 300, "lr": 0.3, "crop_min": 0.08},
         "byol-r18-cifar100-1000ep": {
             **SOLO_CIFAR,
@@ -42,7 +42,7 @@ class BYOL(Method[Encoding]):
 
     @classmethod
     def augmentation(cls, crop_min: float) -> Augmentation:
-        """The first view is blurred always, and only the second is solarized."""
+        """Two views; the first is always blurred, and only the second is solarized."""
         return asymmetric(crop_min, "bicubic")
 
     def __init__(self, backbone: Backbone, config: MethodConfig, *, backend: str | None = None) -> None:
@@ -55,5 +55,5 @@ class BYOL(Method[Encoding]):
         )
 
     def own_loss(self, direction: int, student: Encoding, key: Encoding) -> Tensor:
-        """The expression of the residual term, between the two views."""
+        """2 - 2 cos between the two views, the same expression as the residual term."""
         return residual_loss(student.output, key.output, backend=self.backend)

@@ -1,4 +1,4 @@
-"""What methods with InfoNCE as their own loss share."""
+"""The base class of methods whose own loss is InfoNCE."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from fastrm.methods.base import Encoding, Method
 from fastrm.settings.config import MethodConfig
 
 FEW = 128
-"""Images per batch below which their negatives are few; our own figure: the published batches hold 4,096."""
+"""Batch size below which a warning says that negatives are few; our own value: published batches have 4,096 images."""
 
 
 class Contrastive(Method[Encoding]):
     """InfoNCE between the student's output and the teacher's, times ``scale``.
 
-    The negatives are the direction's queue, or, in methods without queues, the keys of all processes' batches. A
-    residual term on the output comes out of the same pass over the keys.
+    The negatives are the direction's queue or, in methods without queues, the other keys in the batches of all
+    processes. A residual term on the output is computed in the same pass over the keys.
     """
 
     def __init__(self, encoder: nn.Module, config: MethodConfig, *, scale: float = 1.0, **options: Any) -> None:
@@ -28,12 +28,12 @@ class Contrastive(Method[Encoding]):
         self.temperature, self.scale = config.temperature, scale
 
     def cautions(self, batch: int, images: int) -> Iterator[str]:
-        """As in :class:`Method`; and where the batch itself holds the negatives, that they are few."""
+        """As in :class:`Method`, and a warning if the negatives come from a small batch."""
         yield from super().cautions(batch, images)
         if not self.queues and batch < FEW:
             yield (
-                f"each image is contrasted with the {batch - 1} others of its batch alone; --method {self.name} was "
-                f"published with thousands, and --batch-size {FEW} or more has enough for small sets"
+                f"each image has only the {batch - 1} others of its batch as negatives; --method {self.name} was "
+                f"published with thousands, and for small sets --batch-size {FEW} or more is enough"
             )
 
     def own_loss(self, direction: int, student: Encoding, key: Encoding) -> Tensor:
@@ -46,7 +46,7 @@ class Contrastive(Method[Encoding]):
     def direction(
         self, d: int, student: Encoding, key: Encoding, same: Encoding | None, residual_weight: Tensor
     ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """As in :class:`Method`, with both terms in one operation where they are of the same output."""
+        """As in :class:`Method`; both terms are one operation if the residual term is on the output."""
         if same is None or not self.trains_residual or self.residual_at != "output":
             return super().direction(d, student, key, same, residual_weight)
         keys, queue, offset = self._candidates(d, key)
@@ -64,7 +64,7 @@ class Contrastive(Method[Encoding]):
         return loss, self.scale * contrastive, residual
 
     def _candidates(self, direction: int, key: Encoding) -> tuple[Tensor, Tensor | None, int]:
-        """Keys, queue, and the row of the keys that is the first query's positive."""
+        """Keys, queue, and the row of the first query's positive among the keys."""
         queue: Any = self.queues[direction].features if self.queues else None
         keys, offset = (key.output, 0) if queue is not None else gather_rows(key.output)
         return keys, queue, offset

@@ -1,4 +1,4 @@
-"""DenseCL (Wang et al., arXiv 2011.09157): MoCo-v2, and the same contrast between positions of the feature map."""
+"""DenseCL (Wang et al., arXiv 2011.09157): MoCo-v2 with an additional InfoNCE between positions of the feature map."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ from fastrm.settings.config import MethodConfig
 
 @dataclass(frozen=True)
 class DenseEncoding(Encoding):
-    """An encoding with one vector a position besides; S positions."""
+    """An encoding with additional vectors for each of the S positions of the feature map."""
 
     positions: Tensor
-    """[B, S, C] the backbone's map, by which positions of two views are matched."""
+    """The backbone's feature map [B, S, C], by which positions of two views are matched."""
     dense: Tensor
-    """[B, S, D] behind the dense projector."""
+    """Output of the dense projector [B, S, D]."""
 
 
 class DenseEncoder(nn.Module):
-    """Backbone, global projector on the pooled map, and dense projector on each position."""
+    """Backbone, global projector of the pooled map, and dense projector of each position."""
 
     def __init__(self, backbone: Backbone, width: int, config: MethodConfig) -> None:
         super().__init__()
@@ -37,7 +37,7 @@ class DenseEncoder(nn.Module):
         self.dense_projector = mlp((width, config.hidden_dim, config.output_dim))
 
     def forward(self, images: Tensor) -> DenseEncoding:
-        """[B, C, H, W] images to a dense encoding."""
+        """Encode images [B, C, H, W]."""
         pooled, features = self.backbone.encode(images)
         positions = features.flatten(2).transpose(1, 2)
         projection = self.projector(positions.mean(dim=1))
@@ -46,7 +46,7 @@ class DenseEncoder(nn.Module):
 
 @register("densecl")
 class DenseCL(Method[DenseEncoding]):
-    """Both losses against a queue of their own, weighted (1 - dense_weight) and dense_weight."""
+    """The global and the dense loss, each with its own queue, weighted (1 - dense_weight) and dense_weight."""
 
     recipes: ClassVar = {"densecl-r50-coco-800ep": {**QUEUE_R50, "epochs": 800, "lr": 0.3, "dense_weight": 0.5}}
     uses = frozenset({"temperature", "queue_size", "queue_dtype", "dense_weight"})
@@ -56,25 +56,25 @@ class DenseCL(Method[DenseEncoding]):
         width = backbone.map_dim
         if width is None:
             raise UsageError(
-                "--method densecl needs a backbone with a feature map [B, D, h, w]; this --arch gives tokens, or "
-                "features that are pooled already"
+                "--method densecl needs a backbone with a feature map [B, D, h, w]; this --arch returns tokens "
+                "or pooled features"
             )
         super().__init__(DenseEncoder(backbone, width, config), config, directions=1, queues=2, backend=backend)
         self.temperature, self.dense_weight = config.temperature, config.dense_weight
 
     def own_loss(self, direction: int, student: DenseEncoding, key: DenseEncoding) -> Tensor:
-        """Each position's positive is the key position whose backbone features are nearest."""
+        """Both losses; the positive of a position is the key position with the nearest backbone features."""
         own = (1 - self.dense_weight) * self._contrast(0, student.output, key.output)
         positives = matched(student.positions, key.positions, key.dense)
         return own + self.dense_weight * self._contrast(1, student.dense.flatten(0, 1), positives.flatten(0, 1))
 
     def _contrast(self, number: int, rows: Tensor, positives: Tensor) -> Tensor:
-        """InfoNCE against one of the queues."""
+        """InfoNCE against the queue ``number``."""
         queue: Any = self.queues[number]
         return info_nce(rows, positives, queue.features, temperature=self.temperature, backend=self.backend)
 
     def residual(self, student: DenseEncoding, same: DenseEncoding) -> Tensor:
-        """At the output or projector (one and the same here) both kinds of vector, weighted like the loss."""
+        """At output and projector (the same), the term has global and dense vectors, weighted as in the loss."""
         whole = super().residual(student, same)
         if self.residual_at == "backbone":
             return whole
@@ -82,13 +82,13 @@ class DenseCL(Method[DenseEncoding]):
         return (1 - self.dense_weight) * whole + self.dense_weight * dense
 
     def keys_of(self, key: DenseEncoding) -> tuple[Tensor, ...]:
-        """The dense queue gets one vector an image, the mean over its positions."""
+        """The global keys, and for the dense queue one vector per image, the mean over its positions."""
         return key.output, key.dense.mean(dim=1)
 
 
 @torch.no_grad()
 def matched(positions: Tensor, key_positions: Tensor, key_dense: Tensor) -> Tensor:
-    """For each of [B, S, C] positions the dense key [B, S, D] where the cosine to the key's features is highest."""
+    """For each of the positions [B, S, C], the dense key [B, S, D] at the key position with the highest cosine."""
     similarity = nn.functional.normalize(positions, dim=2) @ nn.functional.normalize(key_positions, dim=2).mT
     nearest = similarity.argmax(dim=2, keepdim=True)
     return key_dense.gather(1, nearest.expand(-1, -1, key_dense.shape[2]))

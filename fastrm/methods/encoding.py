@@ -1,4 +1,4 @@
-"""What the networks say of a view, and what a micro-batch gives."""
+"""The outputs of a network for a view, and the result of a micro-batch."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class Encoding:
     projector: Tensor
     """Output of the projector [B, D]."""
     output: Tensor
-    """Input of the method's loss [B, D], which is the output of the predictor, if the student has one."""
+    """Input of the method's loss [B, D]: the output of the predictor if there is one, otherwise of the projector."""
 
 
 class StepOutput(NamedTuple):
@@ -30,17 +30,17 @@ class StepOutput(NamedTuple):
     contrastive: Tensor
     """The method's own loss with all its factors, 0-d, detached."""
     residual: Tensor | None
-    """The residual term without its weight, 0-d, detached; None where it is neither trained nor measured."""
+    """The residual term without its weight, 0-d, detached; None if it is neither trained nor measured."""
     gap: Tensor | None
     """1 - mean cosine between student and teacher output on the same view, 0-d, detached; None if not measured."""
     keys: tuple[Tensor, ...]
-    """Keys for each queue, to be pushed after the optimizer's step."""
+    """Keys for each queue, to push after the optimizer step."""
     features: Tensor
     """The student's backbone features of the first view, [B, C], detached, for hooks."""
 
 
 class Encoder(nn.Module):
-    """Backbone and projector: the part of the student that the teacher averages."""
+    """Backbone and projector, the part of the student that is averaged into the teacher."""
 
     def __init__(self, backbone: Backbone, projector: nn.Module) -> None:
         super().__init__()
@@ -48,7 +48,7 @@ class Encoder(nn.Module):
         self.projector = projector
 
     def forward(self, images: Tensor) -> Encoding:
-        """[B, C, H, W] images to an encoding whose output is the projection."""
+        """Encode images [B, C, H, W]; ``output`` is the output of the projector."""
         pooled = self.backbone(images)
         projection = self.projector(pooled)
         return Encoding(pooled, projection, projection)

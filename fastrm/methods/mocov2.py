@@ -1,6 +1,6 @@
 """MoCo-v2 (Chen et al., arXiv 2003.04297): a queue of negatives; the student sees the first view only.
 
-``symmetric`` scores both directions, each against a queue of its own, and averages (MoCo-v2+ of solo-learn).
+With ``symmetric``, both directions have a loss and a queue, and the losses are averaged (MoCo-v2+ of solo-learn).
 """
 
 from __future__ import annotations

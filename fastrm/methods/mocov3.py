@@ -32,7 +32,7 @@ _VIT = {
 class MoCoV3(Contrastive):
     """Linear layers have no bias; the projector ends in BatchNorm without affine.
 
-    For transformers the projector has a third layer and the predictor ends in that BatchNorm too.
+    For transformers, the projector has a third layer, and the predictor ends in BatchNorm without affine too.
     """
 
     recipes: ClassVar = {
@@ -48,24 +48,24 @@ class MoCoV3(Contrastive):
 
     @classmethod
     def defaults(cls, arch: str) -> dict[str, Any]:
-        """ViTs have settings of their own."""
+        """Default settings, which differ for ViTs."""
         return {**_VIT, "batch_size": None} if arch.startswith("vit_") else super().defaults(arch)
 
     @classmethod
     def augmentation(cls, crop_min: float) -> Augmentation:
-        """BYOL's views, resampled bilinearly."""
+        """BYOL's views, with bilinear resampling."""
         return asymmetric(crop_min, "bilinear")
 
     @classmethod
     def prepare(cls, backbone: Backbone, arch: str) -> None:
-        """Give a ViT fixed sin-cos positions, a frozen random patch projection, Xavier-uniform weights (section 4)."""
+        """Give a ViT fixed sin-cos positions, a frozen patch projection and Xavier-uniform weights (section 4)."""
         if not is_vit(backbone.net):
             return
         if isinstance(backbone, ModuleBackbone):
-            backbone.notes.append(f"MoCo-v3's changes to a ViT are not made to {arch}, which is a module of yours")
+            backbone.notes.append(f"MoCo-v3's changes to a ViT are not applied to {arch}, since it is your own module")
             return
         for reason in prepare_moco_vit(backbone.net, backbone.channels):
-            backbone.notes.append(f"of MoCo-v3's changes to a ViT one is left out for {arch}: {reason}")
+            backbone.notes.append(f"one of MoCo-v3's changes to a ViT is not applied to {arch}: {reason}")
 
     def __init__(self, backbone: Backbone, config: MethodConfig, *, backend: str | None = None) -> None:
         hidden, out = config.hidden_dim, config.output_dim

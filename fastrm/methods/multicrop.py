@@ -1,4 +1,4 @@
-"""Views of several sizes: which of them are large, and how they go through a network."""
+"""Multi-crop: finds the large ones among views of several sizes, and encodes views of one size together."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ Size = tuple[int, int]
 
 
 def large(sizes: Sequence[Size]) -> int:
-    """How many views are large: two of two, whatever their sizes, and of more those with the most pixels."""
+    """Number of large views: all if there are at most two, otherwise those with the most pixels."""
     pixels = [height * width for height, width in sizes]
     return len(pixels) if len(pixels) <= 2 else pixels.count(max(pixels))
 
 
 def large_first(views: Sequence[Tensor]) -> tuple[list[Tensor], int]:
-    """Views with the large ones in front, otherwise in their order, and how many are large."""
+    """The views with the large ones first, otherwise in order, and the number of large ones."""
     count = large([(view.shape[2], view.shape[3]) for view in views])
     if count == len(views):
         return list(views), count
@@ -30,15 +30,15 @@ def large_first(views: Sequence[Tensor]) -> tuple[list[Tensor], int]:
 
 
 def encoded(encode: Callable[[Tensor], E], views: Sequence[Tensor], which: Sequence[int]) -> dict[int, E]:
-    """What a network says of some of the views, by their place.
+    """The encodings of some views, by index.
 
-    Of more than two, those of one size go through together, and BatchNorm sees them together, as multi-crop was
-    published (SwAV, DINO). Of two each goes through by itself, as MoCo and BYOL were published.
+    If there are more than two views, views of one size are encoded, and seen by BatchNorm, as one batch, as in SwAV
+    and DINO. Two views are encoded separately, as in MoCo and BYOL.
 
     Args:
-        encode: from images [B, C, H, W] to a dataclass of tensors [B, …].
-        views: all of them.
-        which: the places of those that the network sees, in the order in which it sees them.
+        encode: function from images [B, C, H, W] to a dataclass of tensors [B, …].
+        views: all views, [B, C, H, W] each.
+        which: indices of the views to encode, in this order.
     """
     groups: dict[Any, list[int]] = {}
     for i in which:
@@ -53,6 +53,6 @@ def encoded(encode: Callable[[Tensor], E], views: Sequence[Tensor], which: Seque
 
 
 def _parts(encoding: Any, count: int) -> list[Any]:
-    """The encodings of so many views, of that of all of them."""
+    """Split the encoding of ``count`` concatenated views."""
     columns = {field.name: getattr(encoding, field.name).chunk(count) for field in fields(encoding)}
     return [replace(encoding, **{name: parts[i] for name, parts in columns.items()}) for i in range(count)]

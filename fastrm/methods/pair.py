@@ -1,4 +1,4 @@
-"""A student and its teacher, which is averaged from it."""
+"""A student, and its teacher, which is a moving average of it."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from torch.func import functional_call
 
 
 class TeacherPair:
-    """Networks of one layout, and the low-precision copy of the teacher's weights that it may compute from.
+    """Two networks of the same architecture, and an optional low-precision copy of the teacher's weights.
 
-    It is no Module, so that the method which holds it has both networks as its own parts, under these names in its
+    This is not a Module, so that the method registers both networks as its own, under these names in its
     ``state_dict``.
 
     Attributes:
-        student, teacher: the optimizer averages the parameters of the first into the second. They start alike.
+        student, teacher: the optimizer averages the student's parameters into the teacher's, which start equal.
         low_precision: the teacher's parameters in a half-precision dtype, by name; empty without a copy.
     """
 
@@ -28,32 +28,33 @@ class TeacherPair:
         self._computed_from: dict[str, Tensor] = {}
 
     def keep_low_precision(self, dtype: torch.dtype) -> None:
-        """Let the teacher compute from a copy of its weights in ``dtype``, under autocast to that.
+        """Let the teacher compute from a copy of its weights in ``dtype``, under autocast to ``dtype``.
 
-        Autocast would round all weights anew in each forward, to the same values. The optimizer writes the copy in the
-        pass that moves the teacher; what else writes the teacher has to call :meth:`refresh`.
+        The values are the same as autocast's, which would convert all weights in each forward pass. The optimizer
+        writes the copy in the same pass as the teacher; any other code that changes the teacher must call
+        :meth:`refresh`.
         """
         self.low_precision = {name: p.detach().to(dtype) for name, p in self.teacher.named_parameters()}
         layers = {name for name, m in self.teacher.named_modules() if isinstance(m, nn.Conv2d | nn.Linear)}
-        # Only these layers compute in low precision; normalisation, say, takes its own parameters as they are.
+        # Autocast computes only these layers in low precision; normalisation, for example, uses its float32 parameters.
         self._computed_from = {n: low for n, low in self.low_precision.items() if n.rpartition(".")[0] in layers}
 
     @torch.no_grad()
     def refresh(self) -> None:
-        """Bring the low-precision copy up to date, if there is one."""
+        """Update the low-precision copy, if there is one."""
         for name, low in self.low_precision.items():
             low.copy_(self.teacher.get_parameter(name))
 
     def teach(self, view: Tensor) -> Any:
-        """What the teacher says of a view, [B, C, H, W]."""
+        """The teacher's encoding of a view [B, C, H, W]."""
         if self._computed_from and torch.is_autocast_enabled(view.device.type):
             return functional_call(self.teacher, self._computed_from, (view,))
         return self.teacher(view)
 
     def partners(self) -> tuple[dict[Tensor, Tensor], dict[Tensor, Tensor]]:
-        """For each parameter of the student that is trained, the teacher's, and that of the copy if there is one.
+        """The teacher's parameter, and the one of its copy if there is one, for each trained parameter of the student.
 
-        What is frozen stays alike by itself.
+        Frozen parameters need no update, since they are equal in both networks.
         """
         trained = {name: p for name, p in self.student.named_parameters() if p.requires_grad}
         teacher = dict(self.teacher.named_parameters())

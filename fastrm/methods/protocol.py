@@ -1,4 +1,4 @@
-"""How a publication trains the linear classifier that it scores its backbones by."""
+"""Settings with which a publication trains the linear classifier that scores its backbones."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, kw_only=True)
 class LinearProtocol:
-    """SGD on a frozen backbone, with random crops and flips. The defaults are those of MoCo-v3."""
+    """SGD on features of a frozen backbone, with random crops and flips. The defaults are MoCo-v3's."""
 
     lr: float = 0.1
-    """For a batch of 256; scaled by batch / 256."""
+    """Learning rate for a batch of 256; it is multiplied by batch / 256."""
     batch_size: int = 1024
     epochs: int = 90
     milestones: tuple[float, ...] = ()
-    """Shares of the run after which the rate falls to a tenth; without any, it follows a cosine to 0."""
+    """Fractions of the run at which the learning rate is divided by 10; if empty, it follows a cosine to 0."""

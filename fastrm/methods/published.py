@@ -1,6 +1,6 @@
-"""What several methods' publications share: settings, as leaves of the run's, and augmentations.
+"""Published settings and augmentations that several methods share.
 
-Sources are the official code of MoCo-v2 and MoCo-v3 for ImageNet, and solo-learn for CIFAR-100 and ImageNet-100.
+The sources are the official code of MoCo-v2 and MoCo-v3 for ImageNet, and solo-learn for CIFAR-100 and ImageNet-100.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from fastrm.data.augmentation import Augmentation, Interpolation, View
 from fastrm.methods.protocol import LinearProtocol
 
 Recipe = Mapping[str, Any]
-"""Values by the names of settings, such as ``{"epochs": 100, "lr": 0.6}``."""
+"""Values by name of the setting, such as ``{"epochs": 100, "lr": 0.6}``."""
 
 QUEUE_R50: Recipe = {
     "arch": "resnet50",
@@ -60,17 +60,17 @@ SOLO_LARS: Recipe = {
 }
 
 QUEUE_LINEAR = LinearProtocol(lr=30.0, batch_size=256, epochs=100, milestones=(0.6, 0.8))
-"""How MoCo, MoCo-v2 and DenseCL score a backbone."""
+"""The protocol of MoCo, MoCo-v2 and DenseCL."""
 
 
 def alike(crop_min: float) -> Augmentation:
-    """MoCo-v2's views, both of them made in one way."""
+    """MoCo-v2's two views, which have the same distribution."""
     view = View(crop_scale=(crop_min, 1.0))
     return Augmentation(views=(view, view))
 
 
 def asymmetric(crop_min: float, interpolation: Interpolation) -> Augmentation:
-    """BYOL's views: the first is blurred always, and only the second is solarized."""
+    """BYOL's two views; the first is always blurred, and only the second is solarized."""
     first = View(crop_scale=(crop_min, 1.0), saturation=0.2, interpolation=interpolation, blur_probability=1.0)
     second = View(
         crop_scale=(crop_min, 1.0),

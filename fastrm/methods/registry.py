@@ -1,4 +1,4 @@
-"""The methods by name."""
+"""The registry of methods by name."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ _METHODS: dict[str, type[Method[Any]]] = {}
 
 
 def register(name: str) -> Callable[[M], M]:
-    """Make a subclass of :class:`Method` known by a name, which ``--method`` and ``method=`` then take.
+    """Register a subclass of :class:`Method` under a name for ``--method`` and ``method=``.
 
     >>> @register("mine")  # doctest: +SKIP
     ... class Mine(Method): ...
 
-    A class that is defined again, in a notebook say, takes the place of the one before.
+    A class that is defined again, for example in a notebook, replaces the earlier one.
 
     Raises:
-        UsageError: the name is no word, or another class has it or one of the recipes; or it is given to something that
-            is no subclass of Method.
+        UsageError: the name is invalid, another class has this name or one of its recipes' names, or the class is not
+            a subclass of Method.
     """
 
     def add(kind: M) -> M:
         if not isinstance(name, str) or not re.fullmatch(r"\w[\w.-]*", name):
-            raise UsageError(f"--method {name!r:.80} is no name; it must be of letters, digits and - _ .")
+            raise UsageError(f"--method {name!r:.80} is not a valid name; it must consist of letters, digits and - _ .")
         if not (isinstance(kind, type) and issubclass(kind, Method)):
             raise UsageError(f"--method {name} is given {kind!r:.80}; it must be a subclass of fastrm.methods.Method")
         for other in _METHODS.values():
@@ -46,28 +46,28 @@ def register(name: str) -> Callable[[M], M]:
 
 
 def names() -> list[str]:
-    """All names; the first is the method of a run that names none."""
+    """All names; the first is the default method."""
     return list(_METHODS)
 
 
 def find(method: str | type[Method[Any]]) -> type[Method[Any]]:
-    """Return the method of a name; a subclass of Method stands for itself.
+    """Return the method with a name; a subclass of Method is returned as it is.
 
     Raises:
-        UsageError: nothing is registered as that.
+        UsageError: no method has this name.
     """
     if isinstance(method, type) and issubclass(method, Method):
         return method
     if isinstance(method, str) and method in _METHODS:
         return _METHODS[method]
     raise UsageError(
-        f"--method {str(method)[:80]} is unknown; choose one of {', '.join(_METHODS)}; a method of your own must be "
-        "registered first, by importing the module that has it"
+        f"--method {str(method)[:80]} is unknown; choose one of {', '.join(_METHODS)}; import the module of your "
+        "own method first, so that it is registered"
     )
 
 
 def recipes() -> dict[str, dict[str, Any]]:
-    """The published settings of all methods, by the names that ``--recipe`` takes."""
+    """The published settings of all methods, by the names of ``--recipe``."""
     return {
         name: {"method": kind.name, **values}
         for kind in _METHODS.values()
@@ -76,5 +76,5 @@ def recipes() -> dict[str, dict[str, Any]]:
 
 
 def _own_recipes(kind: type[Method[Any]]) -> dict[str, Any]:
-    """Without those of the class that it is derived from, which has them already."""
+    """The recipes that a class defines itself, without inherited ones."""
     return dict(vars(kind).get("recipes", {}))

@@ -1,7 +1,7 @@
-"""Parameters that a method's loss does not reach, such as what stands behind the pooling where DenseCL takes the map.
+"""Freezes parameters that a method's loss does not reach, such as layers after the pooling in DenseCL.
 
-Over several processes each parameter that is trained must get a gradient in every step; alone, one that gets none would
-stay as it is. So it is frozen, in both cases, and the runs stay comparable.
+With several processes, each trained parameter must get a gradient in every step. In one process, a parameter without a
+gradient would not change. Freezing it in both cases keeps the runs comparable.
 """
 
 from __future__ import annotations
@@ -17,23 +17,23 @@ SHOWN = 3
 
 
 def freeze_unused(method: Method[Any], *, images: int, image_size: int, layout: torch.memory_format) -> list[str]:
-    """Freeze what gets no gradient in one forward and backward on random images, which changes nothing else.
+    """Freeze parameters that get no gradient in one forward and backward pass on random images; change nothing else.
 
-    The teacher, checkpoints and exports keep these parameters, at their first values.
+    The teacher, checkpoints and exports keep these parameters at their initial values.
 
     Args:
-        method: on its device.
-        images: how many of them a view has.
+        method: the method, on its device.
+        images: images per view.
         image_size: side of the images in pixels.
         layout: memory format of the images.
 
     Returns:
-        Names of the parameters that are frozen now and were not before.
+        Names of the newly frozen parameters.
     """
     trained = {name: p for name, p in method.named_parameters() if p.requires_grad}
     device = next(iter(trained.values())).device
     was_training, backend = method.training, method.backend
-    method.train().backend = "reference"  # others would be compiled for these sizes
+    method.train().backend = "reference"  # other backends would be compiled for these sizes
     try:
         devices = [device] if device.type == "cuda" else []
         with torch.random.fork_rng(devices), unchanged_buffers(method), torch.enable_grad():
@@ -50,6 +50,6 @@ def freeze_unused(method: Method[Any], *, images: int, image_size: int, layout: 
 
 
 def counted(names: Sequence[str]) -> str:
-    """How many tensors, and the first of them by name."""
+    """The number of tensors and the first names, as text."""
     first = ", ".join(names[:SHOWN]) + (", …" if len(names) > SHOWN else "")
     return f"{len(names)} tensor{'s' * (len(names) != 1)} ({first})"

@@ -1,4 +1,4 @@
-"""The fused losses against the reference, on a batch that is being trained on."""
+"""Compares the fused losses with the reference on a training batch."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from fastrm.methods.base import Method, unchanged_buffers
 
 LOSS = 1e-3
 GRADIENT = 1e-2
-"""Largest differences, relative, that are taken for rounding: with float32 features the tests hold both to 1e-5, but
-tensor cores round the products of a sweep to bf16 or TF32, of 8 and 11 bits."""
+"""Relative differences up to these limits count as rounding. With float32 features the tests allow 1e-5, but tensor
+cores round products to bf16 or TF32, which have 8 and 11 bits."""
 
 
 @contextmanager
@@ -30,7 +30,7 @@ def _backend(method: Method[Any], backend: str | None) -> Iterator[None]:
 
 
 def _leaves(encoding: Any) -> Any:
-    """The encoding, cut off from the network, in its own dtypes: another one would be another kernel."""
+    """The encoding, detached from the network, in the same dtypes, since other dtypes use other kernels."""
     return replace(encoding, **{f.name: getattr(encoding, f.name).detach().requires_grad_() for f in fields(encoding)})
 
 
@@ -41,23 +41,23 @@ def verify(
     *,
     scaled: Callable[[Tensor], Tensor] = lambda loss: loss,
 ) -> dict[str, float]:
-    """Compute loss and gradient once more with the backend in use and with the reference; the host waits for both.
+    """Compute the loss and its gradient with the backend in use and with the reference; the host waits for both.
 
-    Both get what training gives the operations, in the same dtypes; call it under the autocast that training runs
-    under. The networks run once, and nothing of the run changes: neither statistics nor queues nor random numbers.
+    Both backends get the inputs of a training step in the same dtypes; call this under training's autocast. The
+    networks run once. Statistics, queues and random numbers of the run do not change.
 
     Args:
-        method: in training mode.
-        views: two views of a micro-batch.
-        residual_weight: 0-d.
-        scaled: what training makes of the loss before its gradient, which may have few bits.
+        method: the method, in training mode.
+        views: views of a micro-batch, [B, C, H, W] each.
+        residual_weight: 0-d tensor.
+        scaled: scaling of the loss before the backward pass, which low-precision gradients need.
 
     Returns:
-        ``verify_loss``: |fused - reference| / |reference|; ``verify_gradient``: the norm of the gradients' difference,
-        by all that the student gives, over the norm of the reference's. NaN where the reference's are not finite, and
-        infinity where only the others are not.
+        ``verify_loss``, which is |fused - reference| / |reference|, and ``verify_gradient``, which is the norm of the
+        difference of the gradients to all outputs of the student, over the norm of the reference's gradient. NaN if the
+        reference is not finite, infinity if only the fused result is not finite.
     """
-    # With gradients as in training, for which a compiled network has code of its own.
+    # Gradients are enabled as in training, because a compiled network has separate code for that.
     with torch.random.fork_rng(), torch.enable_grad(), unchanged_buffers(method):
         students, teachers = method.encode(views, False)
     device = views[0].device.type
@@ -67,8 +67,10 @@ def verify(
         with _backend(method, backend), torch.enable_grad():
             loss = method.losses(leaves, teachers, residual_weight, False).loss
             inputs = [getattr(leaf, f.name) for leaf in leaves if leaf is not None for f in fields(leaf)]
-            inputs += [p for p in method.parameters() if p.requires_grad]  # such as prototypes, which no network uses
-            with torch.autocast(device, enabled=False):  # backward is not under it
+            inputs += [
+                p for p in method.parameters() if p.requires_grad
+            ]  # such as prototypes, which only the loss uses
+            with torch.autocast(device, enabled=False):  # training's backward pass runs without autocast
                 gradients = torch.autograd.grad(scaled(loss), inputs, allow_unused=True)
         flat = [in_double(g.flatten()) for g in gradients if g is not None]
         found.append((in_double(loss.detach()), torch.cat(flat)))
@@ -80,11 +82,11 @@ def verify(
 
 
 def warning(found: Mapping[str, float]) -> str | None:
-    """What to tell the person who runs it; None where both agree, or where there was nothing finite to compare."""
+    """A message for the user; None if both agree, or if nothing finite was compared."""
     if not (found["verify_loss"] > LOSS or found["verify_gradient"] > GRADIENT):
         return None
     return (
-        f"the fused loss is {found['verify_loss']:.2g} from the reference (at most {LOSS:g} is rounding) and its "
-        f"gradient {found['verify_gradient']:.2g} (at most {GRADIENT:g}); please report it, and go on with "
+        f"the fused loss differs from the reference by {found['verify_loss']:.2g} (rounding is at most {LOSS:g}), its "
+        f"gradient by {found['verify_gradient']:.2g} (at most {GRADIENT:g}); please report it, and continue with "
         "--kernels reference"
     )

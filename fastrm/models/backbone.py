@@ -1,4 +1,4 @@
-"""What all backbones have in common, whoever wrote the network inside."""
+"""The common interface of all backbones."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from fastrm.errors import UsageError
 
 
 class Backbone(nn.Module):
-    """A network of timm's interface without its classifier: images to pooled features, and to their map.
+    """A network with timm's interface and without a classifier, from images to pooled features and a feature map.
 
     Attributes:
         net: the network; its ``state_dict`` is what other programs load.
         dim: width D of the pooled features.
-        map_dim: channels of the map, or None where there is no map [B, C, h, w].
-        transformer: whether it is one in what methods distinguish, such as the depth of MoCo-v3's heads.
-        channels: of the images that it takes.
-        options: what ``timm.create_model`` was given besides ``num_classes=0``.
+        map_dim: channels of the feature map; None if there is no map [B, C, h, w].
+        transformer: whether methods treat it as a transformer, which for example sets the depth of MoCo-v3's heads.
+        channels: channels of its input images.
+        options: arguments of ``timm.create_model`` besides ``num_classes=0``.
         recomputes: whether blocks are computed again in the backward pass.
-        notes: what of the wish could not be done, and why, a sentence each.
+        notes: messages about requests that could not be met, one sentence each.
     """
 
     def __init__(
@@ -33,7 +33,7 @@ class Backbone(nn.Module):
         channels_last: bool = False,
         channels: int = 3,
     ) -> None:
-        """``channels_last``: the network gives its map as [B, h, w, C], as Swin does."""
+        """``channels_last``: the network returns its map as [B, h, w, C], as Swin does."""
         super().__init__()
         self.net: Any = net
         self.dim = dim
@@ -46,21 +46,20 @@ class Backbone(nn.Module):
         self._channels_last = channels_last
 
     def forward(self, images: Tensor) -> Tensor:
-        """[B, C, H, W] images to pooled features [B, D]."""
+        """Map images [B, C, H, W] to pooled features [B, D]."""
         return self._pooled(self.net.forward_features(images))
 
     def forward_features(self, images: Tensor) -> Any:
-        """[B, C, H, W] images to the last layer's output before the pooling.
+        """Map images [B, C, H, W] to the output of the last layer before the pooling.
 
-        It is [B, C, h, w] where ``map_dim`` is set, and else as timm gives it, such as tokens [B, N, C].
+        The output is [B, C, h, w] if ``map_dim`` is set, otherwise in timm's form, such as tokens [B, N, C].
         """
         return self._mapped(self.net.forward_features(images))
 
     def feature_map(self, images: Tensor) -> Tensor:
-        """[B, C, H, W] images to features per position, [B, D, h, w].
+        """Map images [B, C, H, W] to features per position [B, D, h, w].
 
-        For a transformer these are the patch tokens of its last layer, normalised as there, at their places; its class
-        token and register tokens are left out.
+        For a transformer, these are the normalised patch tokens of its last layer, without class and register tokens.
 
         Raises:
             UsageError: the network has no such map.
@@ -72,12 +71,12 @@ class Backbone(nn.Module):
             (found,) = self.net.forward_intermediates(
                 images, indices=1, norm=True, output_fmt="NCHW", intermediates_only=True
             )
-        except (AttributeError, AssertionError):  # timm's networks that cannot do this
-            raise UsageError(f"{type(self.net).__name__} gives no map [B, D, h, w]") from None
+        except (AttributeError, AssertionError):  # raised by timm's networks without this function
+            raise UsageError(f"{type(self.net).__name__} has no map [B, D, h, w]") from None
         return found
 
     def encode(self, images: Tensor) -> tuple[Tensor, Any]:
-        """What ``forward`` and ``forward_features`` give, in one pass."""
+        """The results of :meth:`forward` and :meth:`forward_features`, in one pass."""
         features = self.net.forward_features(images)
         return self._pooled(features), self._mapped(features)
 
@@ -85,14 +84,14 @@ class Backbone(nn.Module):
         """Keep only the input of each block, and compute the block again in the backward pass.
 
         Raises:
-            UsageError: the network cannot.
+            UsageError: the network does not support this.
         """
         try:
             self.net.set_grad_checkpointing(True)
         except (AttributeError, AssertionError):
             name = type(self.net).__name__
             raise UsageError(
-                f"--checkpoint-activations: {name} has no blocks that can be computed again (set_grad_checkpointing of "
+                f"--checkpoint-activations: {name} cannot recompute activations (set_grad_checkpointing of "
                 "timm's networks); leave it out, or lower --batch-size"
             ) from None
         self.recomputes = True
@@ -106,7 +105,7 @@ class Backbone(nn.Module):
 
 
 def channels_last(net: nn.Module, features: Tensor) -> bool:
-    """Whether a map of four dimensions is [B, h, w, C]; networks that do not say so are known by their width."""
+    """Whether a map of four dimensions is [B, h, w, C], by the network's attributes, otherwise by its width."""
     channels = getattr(net, "num_features", None)
     known = features.shape[3] == channels != features.shape[1]
     return known or str(getattr(net, "output_fmt", "NCHW")) == "NHWC"

@@ -1,4 +1,4 @@
-"""The small networks behind the backbone, as each method's publication builds them."""
+"""Projection and prediction heads."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ def mlp(
 
     Args:
         dims: widths from input to output.
-        bias: whether the linear layers have one.
-        hidden_norm: BatchNorm before each of these.
-        last_norm: BatchNorm without scale and shift after the last layer (MoCo-v3).
-        gelu: GELU in place of ReLU.
+        bias: whether the linear layers have a bias.
+        hidden_norm: whether to put BatchNorm before each activation.
+        last_norm: whether to put BatchNorm without scale and shift after the last layer (MoCo-v3).
+        gelu: GELU instead of ReLU.
     """
     layers: list[nn.Module] = []
     last = len(dims) - 2

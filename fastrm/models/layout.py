@@ -1,4 +1,4 @@
-"""Memory formats of convolutions on a CPU: what is fast, and what is safe."""
+"""Chooses memory formats of convolutions on a CPU that are fast and safe."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from fastrm.models.backbone import Backbone
 SMALL = 16
 """Positions of a feature map up to which a convolution is faster in contiguous order.
 
-Forward and backward of ResNet-18's last 3x3 convolution, 512 channels at 2x2, batch 128, on two AVX-512 cores: 84 ms
-with channels last and 38 ms without; its first, at 64x64, 72 ms and 104 ms.
+Measured on two AVX-512 cores with a batch of 128, forward and backward: ResNet-18's last 3x3 convolution (512 channels
+at 2x2) takes 84 ms with channels last and 38 ms without; its first one (at 64x64) takes 72 ms and 104 ms.
 """
 
 
 def lay_out(module: nn.Module, small_maps: Iterable[Backbone], image_size: int) -> None:
-    """Bring a module that is on its device into channels-last order, but for what is better off without.
+    """Convert a module to channels-last order, except for layers that are faster or safer in contiguous order.
 
     Args:
-        module: a backbone, or what holds some.
-        small_maps: the backbones in it that compute on a CPU in float32.
+        module: a backbone or a module with backbones, on its device.
+        small_maps: those of its backbones that compute on a CPU in float32.
         image_size: side of the images, in pixels.
     """
     module.to(memory_format=torch.channels_last)
@@ -34,14 +34,14 @@ def lay_out(module: nn.Module, small_maps: Iterable[Backbone], image_size: int) 
 
 
 def small_maps_contiguous(network: Backbone, image_size: int) -> None:
-    """Let convolutions wider than 1x1 that see small maps compute in contiguous order, and the others as they are.
+    """Let convolutions larger than 1x1 on small feature maps compute in contiguous order; leave the others.
 
     Args:
-        network: on the CPU.
+        network: a backbone on the CPU.
         image_size: side of the images, in pixels.
     """
     areas: dict[str, int] = {}
-    trial = copy.deepcopy(network).eval()  # a network of one's own may keep something of each call
+    trial = copy.deepcopy(network).eval()  # a copy, because user modules may store state in each call
 
     def note(name: str, inputs: tuple[Tensor, ...]) -> None:
         if inputs:
@@ -60,18 +60,18 @@ def small_maps_contiguous(network: Backbone, image_size: int) -> None:
 
 
 def guard_thin_convolutions(network: nn.Module) -> None:
-    """Keep some convolutions in contiguous order on CPUs, since oneDNN's code for channels last damages memory there.
+    """Keep some convolutions in contiguous order on CPUs, because oneDNN's channels-last code corrupts memory there.
 
-    The gradient of a 1x1 convolution with a stride and fewer than 8 input channels is written past its end where the
-    stride leaves a rest at the border: seen with torch 2.14 at 32, 64 and 224 pixels, with input or weight channels
-    last and not without. RepVGG, FastViT and MobileOne begin with such a layer. To be called again after the network's
-    memory format was changed.
+    For a strided 1x1 convolution with fewer than 8 input channels, oneDNN writes the gradient beyond its end if the
+    stride does not divide the image. This was seen with torch 2.14 at 32, 64 and 224 pixels if input or weight are
+    channels last, and never otherwise. RepVGG, FastViT and MobileOne begin with such a layer. Call this again after a
+    change of the network's memory format.
     """
     for conv in network.modules():
         if not isinstance(conv, nn.Conv2d) or conv.kernel_size != (1, 1) or max(conv.stride) == 1:
             continue
         if conv.in_channels // conv.groups < 8:
-            # A clone, since to() leaves a 1x1 weight's strides: it is contiguous in both orders.
+            # clone(), because to() keeps the strides of a 1x1 weight, which is contiguous in both orders.
             conv.weight.data = conv.weight.data.clone(memory_format=torch.contiguous_format)
             if _contiguous_on_cpu not in conv._forward_pre_hooks.values():
                 conv.register_forward_pre_hook(_contiguous_on_cpu)

@@ -1,4 +1,4 @@
-"""Backbones of a network that the user wrote, or took from another library."""
+"""Backbones from modules that the user wrote or took from another library."""
 
 from __future__ import annotations
 
@@ -14,50 +14,50 @@ from fastrm.machine.memory import exhausted
 from fastrm.models.backbone import Backbone, channels_last
 from fastrm.models.layout import guard_thin_convolutions
 
-WANTED = "it must give one tensor of floats, [B, D] or [B, D, h, w], for images [B, C, H, W]"
+WANTED = "it must return one tensor of floats, [B, D] or [B, D, h, w], for images [B, C, H, W]"
 IMAGES = 2
-"""Images of the dry run, so that a network which mixes them up is found."""
+"""Images in the trial pass; two, so that networks that mix up images are detected."""
 
 
 class ModuleBackbone(Backbone):
-    """A module from images to [B, D], or to [B, D, h, w], which is averaged over its positions."""
+    """A module from images to features [B, D], or to a map [B, D, h, w], which is averaged over its positions."""
 
     def forward(self, images: Tensor) -> Tensor:
-        """[B, C, H, W] images to pooled features [B, D]."""
+        """Map images [B, C, H, W] to pooled features [B, D]."""
         return self.net(images) if self.map_dim is None else self.encode(images)[0]
 
     def forward_features(self, images: Tensor) -> Tensor:
-        """[B, C, H, W] images to the map [B, D, h, w].
+        """Map images [B, C, H, W] to the feature map [B, D, h, w].
 
         Raises:
-            UsageError: the module gives no map.
+            UsageError: the module has no map.
         """
         if self.map_dim is None:
             raise UsageError(
-                f"{module_name(self.net)} gives [B, {self.dim}] and no map; a module that gives [B, D, h, w] has one"
+                f"{module_name(self.net)} returns [B, {self.dim}] and no map; it must return [B, D, h, w] for that"
             )
         features: Tensor = self._mapped(self.net(images))
         return features
 
     def encode(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """What ``forward`` and ``forward_features`` give, in one pass."""
+        """The results of :meth:`forward` and :meth:`forward_features`, in one pass."""
         features = self.forward_features(images)
         return features.mean(dim=(2, 3)), features
 
 
 def module_name(module: nn.Module) -> str:
-    """What a run records of a module as ``arch``: the name of its class, and of no network of timm."""
+    """The name of a module that a run records as ``arch``: its class, changed if timm has a network of that name."""
     name = type(_plain(module)).__name__
     return f"{name}Module" if _known(name) else name
 
 
 def needs_module(arch: str) -> bool:
-    """Whether a run's ``arch`` is the name of a module's class, from which alone no network can be built."""
+    """Whether a run's ``arch`` names the class of a module, so that building the network needs the module."""
     return not _known(arch)
 
 
 def renew(module: nn.Module) -> None:
-    """Draw the weights of all layers of ``torch.nn`` anew, as they draw them themselves."""
+    """Reset the weights of all ``torch.nn`` layers by their own initialisation."""
     for part in module.modules():
         reset = getattr(part, "reset_parameters", getattr(part, "_reset_parameters", None))
         if type(part).__module__.startswith("torch.nn.") and callable(reset):
@@ -72,20 +72,20 @@ def _known(arch: str) -> bool:
 
 
 def _plain(module: nn.Module) -> nn.Module:
-    """What torch.compile wrapped: its parameters keep their names without the wrapper."""
+    """The module inside the wrapper of torch.compile, whose parameters have their plain names."""
     inner = getattr(module, "_orig_mod", module)
     assert isinstance(inner, nn.Module)
     return inner
 
 
 def module_backbone(module: nn.Module, *, image_size: int, stem: str, channels: int) -> Backbone:
-    """Build a backbone of a copy of a module: :func:`fastrm.models.build_backbone`."""
+    """Build a backbone from a copy of a module; see :func:`fastrm.models.build_backbone`."""
     module, name = _plain(module), module_name(module)
     if stem == "small":
-        raise UsageError(f"--stem small is for timm's ResNets by name; arch={name} is a module and stays as it is")
+        raise UsageError(f"--stem small is for timm's ResNets given by name; arch={name} is a module")
     try:
         net = copy.deepcopy(module)
-    except Exception as error:  # whatever its parts raise
+    except Exception as error:  # its parts may raise errors of any type
         if exhausted(error):
             raise
         raise UsageError(f"arch={name} cannot be copied: {first_line(error)}") from None
@@ -113,23 +113,23 @@ def module_backbone(module: nn.Module, *, image_size: int, stem: str, channels: 
 
 
 def _on_the_host(net: nn.Module, name: str) -> list[str]:
-    """Bring a copy to the CPU and to float32, in which weights are trained, and say so where it was not."""
+    """Convert the copy to the CPU and to float32, in which weights are trained; a message if the dtype changed."""
     tensors = [*net.parameters(), *net.buffers()]
     if any(tensor.is_meta for tensor in tensors):
-        raise UsageError(f"arch={name} is on the meta device and has no weights; give a module that has")
+        raise UsageError(f"arch={name} is on the meta device and has no weights; give a module with weights")
     others = {str(t.dtype).removeprefix("torch.") for t in tensors if t.is_floating_point() and t.dtype != torch.float}
     net.cpu()
     if not others:
         return []
     net.float()
-    return [f"{name} was given in {' and '.join(sorted(others))}, and is trained in float32, as every network"]
+    return [f"{name} has weights in {' and '.join(sorted(others))}; it is trained in float32 like all networks"]
 
 
 def _tried(net: nn.Module, name: str, image_size: int, wanted: int) -> tuple[int, Tensor]:
-    """Channels of the images that a network takes, and what it gives for them in evaluation mode.
+    """The number of channels that a network takes, and its output for random images in evaluation mode.
 
-    One that does not say how many it takes, by a convolution, is tried with those that are ``wanted``.
-    Only layers that wait for their first images to take a form (``torch.nn.LazyLinear``) are changed: they take it.
+    The number is taken from the first convolution; without one, ``wanted`` is tried. Only lazy layers
+    (``torch.nn.LazyLinear``) are changed: they are initialised.
     """
     first = next((part for part in net.modules() if isinstance(part, nn.Conv2d)), None)
     guess = first.in_channels if first is not None else 0
@@ -142,7 +142,7 @@ def _tried(net: nn.Module, name: str, image_size: int, wanted: int) -> tuple[int
             return channels, _checked(_once(net, images), name)
         except UsageError:
             raise
-        except Exception as error:  # whatever the network's own code raises
+        except Exception as error:  # the network may raise errors of any type
             if exhausted(error):
                 raise
             faults.append(f"{tuple(images.shape)}: {first_line(error)}")
@@ -153,19 +153,19 @@ def _tried(net: nn.Module, name: str, image_size: int, wanted: int) -> tuple[int
 def _once(net: nn.Module, images: Tensor) -> Any:
     if any(is_lazy(tensor) for tensor in (*net.parameters(), *net.buffers())):
         net.eval()(images)
-    trial = copy.deepcopy(net).eval()  # for a network that keeps something of its calls, which is no part of its state
+    trial = copy.deepcopy(net).eval()  # a copy, because the network may store state in calls
     with torch.random.fork_rng(devices=[]):
         return trial(images)
 
 
 def _checked(out: Any, name: str) -> Tensor:
     if not isinstance(out, Tensor):
-        raise UsageError(f"arch={name} gives a {type(out).__name__}; {WANTED}")
+        raise UsageError(f"arch={name} returns a {type(out).__name__}; {WANTED}")
     shape = tuple(out.shape)
     if out.ndim not in (2, 4) or not out.is_floating_point() or not out.numel():
-        raise UsageError(f"arch={name} gives {out.dtype} {shape} for {IMAGES} images; {WANTED}")
+        raise UsageError(f"arch={name} returns {out.dtype} {shape} for {IMAGES} images; {WANTED}")
     if shape[0] != IMAGES:
-        raise UsageError(f"arch={name} gives {shape} for {IMAGES} images; {WANTED}, with a row per image")
+        raise UsageError(f"arch={name} returns {shape} for {IMAGES} images; {WANTED}, with one row per image")
     if not out.isfinite().all():
-        raise UsageError(f"arch={name} gives values that are not finite for random images; its weights must be sound")
+        raise UsageError(f"arch={name} returns values that are not finite for random images; its weights must be valid")
     return out

@@ -1,4 +1,4 @@
-"""timm's image backbones by name, with the changes that small images need."""
+"""Backbones by timm's name, with the changes for small images."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from fastrm.models.layout import guard_thin_convolutions
 def named_backbone(
     arch: str, *, image_size: int, stem: str, channels: int, drop_path: float = 0.0, other_sizes: bool = False
 ) -> Backbone:
-    """Build an untrained backbone by timm's name of it: :func:`fastrm.models.build_backbone`."""
+    """Build an untrained backbone by timm's name; see :func:`fastrm.models.build_backbone`."""
     import timm
 
     options = _options(arch, image_size, channels)
@@ -42,14 +42,14 @@ def named_backbone(
     backbone.options = options
     if small:
         backbone.notes.append(
-            f"{arch} gets a small stem (3x3 at stride 1, no max-pool), which timm's and torchvision's own networks do "
-            "not have: only safetensors and ONNX hold it; --stem imagenet can be exported to all"
+            f"{arch} gets a small stem (3x3 at stride 1, no max-pool), unlike timm's and torchvision's own networks: "
+            "it can be exported to safetensors and ONNX only; --stem imagenet can be exported to all formats"
         )
     return backbone
 
 
 def _options(arch: str, image_size: int, channels: int) -> dict[str, Any]:
-    """What timm needs to make a network of this name take this size and these channels."""
+    """The arguments of ``timm.create_model`` for this image size and number of channels."""
     import timm
 
     names = timm.list_models()
@@ -60,15 +60,15 @@ def _options(arch: str, image_size: int, channels: int) -> dict[str, Any]:
         near = difflib.get_close_matches(plain.lower(), names, n=4)
         raise UsageError(
             f"--arch {arch} is not a timm model; "
-            + (f"near it: {', '.join(near)}" if near else "see timm.list_models()")
+            + (f"similar names: {', '.join(near)}" if near else "see timm.list_models()")
         )
     published = _published(arch)
     size = {"img_size": image_size} if published is not None and published.fixed_input_size else {}
-    return size | ({"in_chans": channels} if channels != 3 else {})  # some of timm's take no such option
+    return size | ({"in_chans": channels} if channels != 3 else {})  # some networks of timm have no such option
 
 
 def _published(arch: str) -> Any:
-    """What timm knows of its own weights for a network; None where it has none."""
+    """timm's configuration of its weights for a network; None if it has no weights."""
     import timm
 
     return timm.models.get_pretrained_cfg(arch, allow_unregistered=True)
@@ -76,7 +76,7 @@ def _published(arch: str) -> Any:
 
 @contextmanager
 def refusing(arch: str, what: str) -> Iterator[None]:
-    """Say in one line what a network cannot do, whatever kind of exception timm's families happen to raise."""
+    """Raise any error in this context as a UsageError of one line, which says that ``arch`` ``what``."""
     try:
         yield
     except Exception as error:
@@ -87,8 +87,8 @@ def refusing(arch: str, what: str) -> Iterator[None]:
         raise UsageError(f"--arch {arch} {what}: {first_line(error)}{size}") from None
 
 
-def leave_out_none(network: nn.Module) -> None:
-    """Undo stochastic depth that ``drop_path`` gave a network of timm's."""
+def disable_drop_path(network: nn.Module) -> None:
+    """Turn off the stochastic depth of a timm network."""
     from timm.layers import DropPath
 
     for part in network.modules():
@@ -107,7 +107,7 @@ def _shrink_stem(net: Any, channels: int) -> None:
 
 
 def _encoded(net: Any, image_size: int, channels: int) -> tuple[Any, Any]:
-    """Features before and behind the pooling, of one picture."""
+    """Features of one image before and after the pooling."""
     net.eval()
     with torch.no_grad():
         features = net.forward_features(torch.zeros(1, channels, image_size, image_size))
@@ -117,12 +117,12 @@ def _encoded(net: Any, image_size: int, channels: int) -> tuple[Any, Any]:
 
 
 def _measured(net: Any, arch: str, features: Any, pooled: Any) -> Backbone:
-    """The widths of features and map are read off what came out rather than off each model's attributes."""
+    """Build a backbone with the widths of its features and map, which are read from these outputs."""
     if not isinstance(pooled, Tensor) or pooled.shape[2:].numel() != 1:
         shape = tuple(pooled.shape) if isinstance(pooled, Tensor) else type(pooled).__name__
-        raise UsageError(f"--arch {arch} gives features of shape {shape}; it must be an image classifier")
+        raise UsageError(f"--arch {arch} returns features of shape {shape}; it must be an image classifier")
     width = pooled.shape[1]
     if not isinstance(features, Tensor) or features.ndim != 4:  # tokens [B, N, C], or several tensors
         return Backbone(net, width, None, transformer=True)
-    last = channels_last(net, features)  # timm's transformers give [B, H, W, C], some of them
+    last = channels_last(net, features)  # some of timm's transformers return [B, H, W, C]
     return Backbone(net, width, features.shape[3 if last else 1], transformer=last, channels_last=last)

@@ -1,4 +1,4 @@
-"""Backbones with weights that no run of fastrm made."""
+"""Backbones with published weights, which were not trained by fastrm."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ FLAG = "--checkpoint"
 
 
 class Published(NamedTuple):
-    """A network and what is known of its weights."""
+    """A network with weights, and information about them."""
 
     backbone: Backbone
     """On the CPU."""
@@ -27,32 +27,33 @@ class Published(NamedTuple):
     image_size: int
     pixels: PixelFormat
     license: str | None
-    """As their publisher calls it."""
+    """The license, as the publisher names it."""
     said: str
-    """How much of the weights was taken."""
+    """A description of the weights that were loaded."""
 
 
 def describes_itself(given: Path) -> bool:
-    """Whether timm can say of what network the weights are: by a name, or in the ``config.json`` of a folder."""
+    """Whether the weights say which network they belong to, by a name or by the ``config.json`` of a folder."""
     return on_a_hub(given) or "architecture" in _config(given)
 
 
 def published(given: Path, *, arch: str | None = None, image_size: int | None = None) -> Published:
-    """Build the network of weights that ``--init-from`` would take, and load them.
+    """Build the network of published weights, which are given as for ``--init-from``, and load them.
 
     Args:
-        given: as in :func:`fastrm.models.starting.starting_weights`.
-        arch: timm's name of the network, where the weights do not say it.
-        image_size: side of the images in pixels; None is what timm publishes for the weights, or for the network.
+        given: the weights, as in :func:`fastrm.models.starting.starting_weights`.
+        arch: timm's name of the network; needed if the weights do not say it.
+        image_size: side of the images in pixels; None for the size that timm lists for the weights or the network.
 
     Raises:
-        UsageError: there are no such weights, they do not say their network and neither does ``arch``, or they do not
-            fit it.
+        UsageError: there are no such weights, their network is unknown, or they do not fit it.
     """
     known = _known(given, arch)
     arch = arch or known.architecture
     if arch is None:
-        raise UsageError(f"{FLAG} {given} does not say what network it is of; give --arch, timm's name of it")
+        raise UsageError(
+            f"{FLAG} {given} does not say which network it belongs to; give timm's name of the network as --arch"
+        )
     size = image_size or known.input_size[-1]
     found = [_loaded(given, arch, size, "imagenet")]
     if len(found[0][1]) < len(found[0][0].net.state_dict()) and type(found[0][0].net).__name__ == "ResNet":
@@ -70,7 +71,7 @@ def _loaded(given: Path, arch: str, size: int, stem: str) -> tuple[Backbone, dic
 
 
 def _config(folder: Path) -> dict[str, Any]:
-    """What ``config.json`` in a folder of Hugging Face's form says, if it is there."""
+    """The ``config.json`` of a folder in Hugging Face's layout; empty if there is none."""
     try:
         found = read_json(folder / "config.json")
     except (OSError, ValueError):
@@ -79,7 +80,7 @@ def _config(folder: Path) -> dict[str, Any]:
 
 
 def _known(given: Path, arch: str | None) -> Any:
-    """What timm knows of weights, or of a network: a ``timm.models.PretrainedCfg``."""
+    """timm's information about the weights or the network, a ``timm.models.PretrainedCfg``."""
     from timm.models import PretrainedCfg, get_pretrained_cfg, load_model_config_from_hf
 
     hub, _, name = str(given).partition(":")
@@ -92,9 +93,9 @@ def _known(given: Path, arch: str | None) -> Any:
             name = name if on_a_hub(given) else arch or ""
             arch = name.partition(".")[0] or None
             values = vars(get_pretrained_cfg(name, allow_unregistered=True) or PretrainedCfg()) if name else {}
-    except Exception as error:  # of the hub's, or of timm's own kinds
+    except Exception as error:  # the hub and timm raise errors of many types
         if exhausted(error):
             raise
-        raise UsageError(f"{FLAG} {given} cannot be had: {first_line(error)}") from None
+        raise UsageError(f"{FLAG} {given} cannot be loaded: {first_line(error)}") from None
     kept = {name: values[name] for name in ("input_size", "mean", "std", "license") if name in values}
     return PretrainedCfg(**kept, architecture=arch)

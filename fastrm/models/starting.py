@@ -1,4 +1,4 @@
-"""Weights to start a backbone from, in whatever layout they were published."""
+"""Finds the weights of a backbone in published files of any layout."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from fastrm.models.backbone import Backbone
 from fastrm.models.weights import BACKBONE, adapted, classifiers, misfit, read_weights
 
 LEAST = 0.95
-"""Share of the parameters, of the network's and of the file's backbone's, that must match."""
+"""Fraction of the parameters that must match, of the network and of the backbone in the file."""
 HUBS = {"timm:": "", "hf:": "hf-hub:"}
-"""How timm calls where it finds published weights, by how the user does."""
+"""timm's prefixes of published weights, by the user's prefixes."""
 _FILES = (BACKBONE, "model.safetensors", "pytorch_model.bin")
-"""What a folder may hold: a run's, or one of Hugging Face's form."""
-# Averages of the network that is trained; where a file has both, the network itself is taken.
+"""Names of weight files in run folders and in folders of Hugging Face's layout."""
+# Prefixes of averaged networks; if a file has the trained network and an average, the trained network is used.
 _COPIES = ("teacher", "momentum", "encoder_k", "target", "ema")
-# What stands in the same place in a file, and is none of the backbone.
+# Prefixes of other parts of a model, which may be stored next to the backbone.
 _BESIDE = (
     "decoder",
     "mask_token",
@@ -37,32 +37,32 @@ _BESIDE = (
 
 
 def on_a_hub(given: Path) -> bool:
-    """Whether weights are named in place of a file that holds them."""
+    """Whether weights are given by the name of a hub instead of a file."""
     return str(given).startswith(tuple(HUBS))
 
 
 def starting_weights(
     backbone: Backbone, given: Path, *, partial: bool, flag: str = "--init-from"
 ) -> tuple[dict[str, Tensor], str]:
-    """Find the tensors of published weights that are a backbone's.
+    """Find the tensors of a backbone in published weights.
 
-    Understood are ``timm:NAME`` and ``hf:OWNER/NAME``, which timm loads from its cache or over a network; a folder of
-    a run, or with ``model.safetensors``; and files of tensors by name, nested as deeply as it may be: fastrm's, those
-    of MoCo, DINO, MAE, DINOv2 and the like, of which the part is taken that fits the network best, and the student
-    where a file has an average too. Position embeddings and patches of another size are resampled as timm does it, and
-    the first layer is adapted to the bands.
+    The weights may be ``timm:NAME`` or ``hf:OWNER/NAME``, which timm loads from its cache or over the network; a run
+    folder or a folder with ``model.safetensors``; or a file with tensors by name, nested to any depth, such as those of
+    fastrm, MoCo, DINO, MAE and DINOv2. From a file, the part that fits the network best is used, and the student if
+    there is also an average. Position embeddings and patches of another size are resampled as in timm, and the first
+    layer is adapted to the number of channels.
 
     Args:
-        backbone: what is to start from them.
-        given: where they are.
-        partial: whether less than 95 % of the parameters may match.
-        flag: the setting that names them, for messages.
+        backbone: backbone for the weights; it is not changed.
+        given: the weights.
+        partial: whether fewer than 95 % of the parameters may match.
+        flag: setting that names the weights, for messages.
 
     Returns:
-        Tensors by the network's names, all of which fit, and in words what they are.
+        Tensors by the network's names, all of which fit, and a description of them.
 
     Raises:
-        UsageError: there is no such file, or too little of it fits.
+        UsageError: there are no such weights, or too few of them fit.
     """
     source, ours = f"{flag} {given}", backbone.net.state_dict()
     state, notes = _of_backbone(_tensors(given, backbone, flag), backbone), []
@@ -81,13 +81,13 @@ def starting_weights(
     )
     if not fitting or (min(shares) < LEAST and not partial):
         problem = misfit(ours, {name: state[name] for name in (*fitting, *foreign)})
-        hint = ", or --init-partial takes what matches" if fitting and flag == "--init-from" else ""
+        hint = ", or --init-partial loads only what matches" if fitting and flag == "--init-from" else ""
         raise UsageError(f"{source} is of another network: {about} match; {problem}; --arch and --stem must fit{hint}")
     notes.insert(0, f"{about} of {given}")
     if foreign:
         notes.append(f"{len(foreign)} other tensors (such as {foreign[0]}) are left out")
     if beside:
-        notes.append(f"{len(beside)} of a classifier or a head (such as {beside[0]}) are left out")
+        notes.append(f"{len(beside)} tensors of a classifier or a head (such as {beside[0]}) are left out")
     return fitting, "; ".join(notes)
 
 
@@ -100,7 +100,7 @@ def _is_beside(name: str, heads: Sequence[str]) -> bool:
 
 
 def _tensors(given: Path, backbone: Backbone, flag: str) -> dict[str, Tensor]:
-    """All tensors of what was given, by name; those inside others by both names."""
+    """All tensors of the given weights, by name; names of nested tensors are joined by dots."""
     text = str(given)
     for start, hub in HUBS.items():
         if text.startswith(start):
@@ -114,21 +114,21 @@ def _tensors(given: Path, backbone: Backbone, flag: str) -> dict[str, Tensor]:
 
 
 def _published(given: str, name: str, backbone: Backbone) -> dict[str, Tensor]:
-    """What timm finds in its cache or over a network, for this size and these bands."""
+    """Weights that timm loads from its cache or over the network, for the backbone's image size and channels."""
     import timm
 
     try:
         net = timm.create_model(name, pretrained=True, num_classes=0, **backbone.options)
-    except Exception as error:  # of the hub's, of the network's, or of timm's own kinds
+    except Exception as error:  # the hub, the network and timm raise errors of many types
         if exhausted(error):
             raise
-        raise UsageError(f"{given} cannot be had: {first_line(error)}") from None
+        raise UsageError(f"{given} cannot be loaded: {first_line(error)}") from None
     state: dict[str, Tensor] = net.state_dict()
     return state
 
 
 def _of_backbone(found: Mapping[str, Tensor], backbone: Backbone) -> dict[str, Tensor]:
-    """The part of all tensors whose names, behind one beginning, are the network's; with what stands beside them."""
+    """The tensors under the prefix after which most names are the network's, with the prefix removed."""
     ours = backbone.net.state_dict()
     sizes: dict[str, int] = defaultdict(int)
     for name, value in found.items():
@@ -145,14 +145,14 @@ def _of_backbone(found: Mapping[str, Tensor], backbone: Backbone) -> dict[str, T
 
 
 def _by_timm(backbone: Backbone, state: dict[str, Tensor]) -> tuple[dict[str, Tensor], str]:
-    """Let timm rename and resample what is of another layout or size; as it was where that fits no better."""
+    """Let timm rename and resample tensors of another layout or size; unchanged if that does not fit better."""
     module, ours = importlib.import_module(type(backbone.net).__module__), backbone.net.state_dict()
     convert = getattr(module, "checkpoint_filter_fn", None)
     if convert is None:
         return state, ""
     try:
         converted: dict[str, Tensor] = dict(convert(dict(state), backbone.net))
-    except Exception as error:  # what it expects is not there
+    except Exception as error:  # it may fail on tensors of another layout
         if exhausted(error):
             raise
         return state, ""

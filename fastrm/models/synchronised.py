@@ -1,7 +1,7 @@
 """BatchNorm over the batches of all processes.
 
-``torch.nn.SyncBatchNorm`` knows GPUs only, and indexes by a mask, for which the host waits three times per layer and
-``torch.compile`` breaks its graph. This one exchanges one row per layer forward and one backward, on any device.
+``torch.nn.SyncBatchNorm`` supports only GPUs. It also indexes by a mask, so the host waits three times per layer, and
+``torch.compile`` breaks its graph. This one exchanges one row per layer in each direction, on any device.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ if dist.is_available():
 
 
 class _Normalised(torch.autograd.Function):
-    """Normalise by mean and variance over all processes: (output, mean, variance, number of values per channel)."""
+    """Normalise by mean and variance over all processes; returns (output, mean, variance, values per channel)."""
 
     @staticmethod
     def forward(
@@ -64,12 +64,12 @@ def _precise(values: Tensor) -> Tensor:
 
 
 def _axes(input: Tensor) -> list[int]:
-    """All but that of the channels."""
+    """All axes except the channels."""
     return [axis for axis in range(input.ndim) if axis != 1]
 
 
 def _normalised(norm: nn.modules.batchnorm._BatchNorm, input: Tensor) -> Tensor:
-    """What ``norm`` makes of its share of a batch in training; its running statistics follow the whole batch."""
+    """Apply ``norm`` in training mode to this process's part of a batch, and update its running statistics."""
     output, mean, variance, count = _Normalised.apply(input, norm.weight, norm.bias, norm.eps, norm.group)
     if norm.track_running_stats:
         assert norm.running_mean is not None
@@ -87,28 +87,28 @@ class SynchronisedBatchNorm(nn.modules.batchnorm._BatchNorm):
     """BatchNorm of [N, C, …] over the batches of all processes, which may differ in size."""
 
     group: Any
-    """Name of the process group that these layers have to themselves."""
+    """Name of the process group that only these layers use."""
 
     def _check_input_dim(self, input: Tensor) -> None:
         pass
 
     def forward(self, input: Tensor) -> Tensor:
-        """[N, C, …] to the same; in evaluation mode as any BatchNorm."""
+        """Normalise [N, C, …]; in evaluation mode like any BatchNorm."""
         return _normalised(self, input) if self.training else super().forward(input)
 
 
 @cache
 def _kinds() -> dict[type[nn.Module], type[nn.Module]]:
-    """What becomes of each kind of layer. timm takes seconds to import, and only several processes come here."""
+    """The replacement of each type of layer. timm, which is slow to import, is needed with several processes only."""
     from timm.layers import BatchNormAct2d
 
     class SynchronisedBatchNormAct(BatchNormAct2d):
-        """The same for timm's layer of BatchNorm, drop and activation in one."""
+        """The same for timm's layer that combines BatchNorm, drop and activation."""
 
         group: str
 
         def forward(self, x: Tensor) -> Tensor:
-            """[N, C, H, W] to the same."""
+            """Normalise [N, C, H, W], and apply drop and activation."""
             output: Tensor = self.act(self.drop(_normalised(self, x))) if self.training else super().forward(x)
             return output
 
@@ -117,10 +117,10 @@ def _kinds() -> dict[type[nn.Module], type[nn.Module]]:
 
 
 def synchronise_norms(module: nn.Module) -> None:
-    """Let every BatchNorm in ``module`` see the batches of all processes; to be called in all of them.
+    """Let every BatchNorm in ``module`` use the batches of all processes. Call this in all processes.
 
     Raises:
-        UsageError: there is one of another kind.
+        UsageError: a BatchNorm has an unknown type.
     """
     norms = [norm for norm in module.modules() if isinstance(norm, nn.modules.batchnorm._BatchNorm)]
     if world().size == 1 or not norms:
@@ -132,7 +132,7 @@ def synchronise_norms(module: nn.Module) -> None:
                 f"{type(norm).__name__} cannot be synchronised between processes; start one process, or use "
                 f"{', '.join(kind.__name__ for kind in kinds)}"
             )
-    group: Any = dist.new_group()  # their own, so that they do not queue behind the gradients of DDP
+    group: Any = dist.new_group()  # a separate group, so that they do not wait for the gradients of DDP
     for norm in norms:
         kind: Any = kinds[type(norm)]
         norm.__class__, norm.group = kind, group.group_name

@@ -1,4 +1,4 @@
-"""What MoCo-v3 does to a ViT (Chen et al., arXiv 2104.02057, section 4), as far as a network has the parts."""
+"""MoCo-v3's changes to a ViT (Chen et al., arXiv 2104.02057, section 4)."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 
 def is_vit(net: Any) -> bool:
-    """Whether a timm model is a ViT: patches become tokens once, and blocks with attention keep their number and width.
+    """Whether a timm model is a ViT, whose blocks with attention keep the number and width of the tokens.
 
-    Those that merge tokens on the way (Swin, Hiera, MViT) are not: what MoCo-v3 found for ViTs was not shown for them.
+    Models that merge tokens (Swin, Hiera, MViT) are not, since MoCo-v3's findings for ViTs were not shown for them.
     """
     blocks = getattr(net, "blocks", None)
     if not isinstance(blocks, nn.Sequential | nn.ModuleList) or not isinstance(getattr(net, "embed_dim", None), int):
@@ -22,7 +22,7 @@ def is_vit(net: Any) -> bool:
 
 
 def patch_size(arch: str | nn.Module) -> int | None:
-    """Side of the patches in pixels, of a module from its embedding and of a name of timm's from the name; or None."""
+    """Side of the patches in pixels, from a module's embedding or from a timm name; None if unknown."""
     if isinstance(arch, str):
         found = re.search(r"(?:patch|_p)(\d+)", arch)
         return int(found[1]) if found else None
@@ -34,15 +34,15 @@ def patch_size(arch: str | nn.Module) -> int | None:
 def prepare_moco_vit(net: Any, channels: int = 3) -> list[str]:
     """Give a ViT Xavier-uniform weights, a frozen random patch projection and fixed sin-cos positions.
 
-    What the network does not have is left out: a convolutional stem is trained, as MoCo-v3 trains it, and so are
-    positions of other kinds.
+    Changes that do not apply are left out: a convolutional stem is trained, as in MoCo-v3, and so are positions of
+    other kinds.
 
     Args:
         net: the network.
-        channels: of the images that it takes.
+        channels: channels of its input images.
 
     Returns:
-        What was left out and why, a phrase each.
+        The changes that were left out, one phrase with the reason each.
     """
     for name, module in net.named_modules():
         if isinstance(module, nn.Linear):
@@ -57,7 +57,7 @@ def _embedding(net: Any) -> Any:
 
 
 def _tokens(net: Any) -> Any:
-    """Where the class token and the positions are: NaFlexViT keeps them in its embedding."""
+    """The module with the class token and the positions, which is the embedding in NaFlexViT."""
     return net if hasattr(net, "patch_embed") else _embedding(net)
 
 
@@ -67,7 +67,7 @@ def _has_attention(block: nn.Module) -> bool:
 
 def _xavier(linear: nn.Linear, *, thirds: bool = False) -> None:
     fan_out, fan_in = linear.weight.shape
-    if thirds:  # three matrices in one tensor
+    if thirds:  # query, key and value in one tensor
         fan_out //= 3
     bound = math.sqrt(6 / (fan_in + fan_out))
     nn.init.uniform_(linear.weight, -bound, bound)
@@ -76,7 +76,7 @@ def _xavier(linear: nn.Linear, *, thirds: bool = False) -> None:
 
 
 def _freeze_projection(net: Any, channels: int) -> str | None:
-    """Freeze the layer from pixels to tokens at random values; why not, where it is not one projection."""
+    """Freeze the patch projection at random values; the reason if it is not a single projection."""
     projection = _embedding(net).proj
     patches = isinstance(projection, nn.Conv2d) and projection.kernel_size == projection.stride
     if not (patches or isinstance(projection, nn.Linear)) or (patches and projection.in_channels != channels):
@@ -91,17 +91,17 @@ def _freeze_projection(net: Any, channels: int) -> str | None:
 
 
 def _fix_positions(net: Any) -> str | None:
-    """Freeze absolute positions at sin-cos codes; why not, where there are none of that form."""
+    """Freeze absolute positions at sin-cos codes; the reason if there are none of that form."""
     positions = getattr(_tokens(net), "pos_embed", None)
     if not isinstance(positions, nn.Parameter):
         return "it has no table of absolute positions to fix"
     width = positions.shape[-1]
     if width % 4:
-        return f"its positions are {width} wide, no multiple of 4, and are trained"
+        return f"its positions are {width} wide, which is not a multiple of 4, and are trained"
     if positions.ndim == 4:  # [1, rows, columns, width]
         rows, columns = positions.shape[1:3]
         patches = positions.view(rows * columns, width)
-    else:  # [1, tokens, width]; the class token and registers, where they have a place, come first and keep 0
+    else:  # [1, tokens, width]; class and register tokens come first, if they have positions, and keep 0
         rows, columns = getattr(_embedding(net), "grid_size", (0, 0))
         tokens, prefix = positions.shape[1], getattr(net, "num_prefix_tokens", 1)
         if rows * columns not in (tokens, tokens - prefix):
@@ -117,7 +117,7 @@ def _fix_positions(net: Any) -> str | None:
 def sincos_positions(height: int, width: int, dim: int) -> Tensor:
     """Two-dimensional sin-cos position codes [height * width, dim]; ``dim`` must be a multiple of 4.
 
-    A quarter each: sin and cos of the column, sin and cos of the row, at frequencies 10000^(-4i/dim).
+    The quarters are sin and cos of the column, and sin and cos of the row, at frequencies 10000^(-4i/dim).
     """
     frequency = 10000.0 ** (-torch.arange(dim // 4) / (dim // 4))
     rows, columns = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")

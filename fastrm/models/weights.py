@@ -1,4 +1,4 @@
-"""Backbone weights in files that fastrm writes."""
+"""Reads and writes files with the weights of a backbone."""
 
 from __future__ import annotations
 
@@ -21,19 +21,19 @@ from fastrm.models.module import module_name, needs_module
 from fastrm.version import __version__
 
 BACKBONE = "backbone.safetensors"
-"""What a complete run leaves in its folder: the student's backbone."""
+"""The file with the student's backbone in the folder of a complete run."""
 
-# What others call a classifier or a projector in the backbone's place; timm's own names of it come on top.
+# Prefixes of classifiers and projectors in other libraries; timm's names are added per network.
 _HEADS = ("fc.", "head.", "classifier.")
 
 
 def metadata(settings: Mapping[str, Any], which: str, pixels: PixelFormat = RGB) -> dict[str, str]:
-    """What a file of weights says of itself: how to build the network, and what images it expects.
+    """The metadata of a weights file, which describe the network and its input images.
 
     Args:
-        settings: of the run, by name: :meth:`fastrm.settings.config.Config.flat`.
+        settings: settings of the run by name, from :meth:`fastrm.settings.config.Config.flat`.
         which: ``"student"`` or ``"teacher"``.
-        pixels: what the values of its pictures meant; :func:`pixels_of` reads it back.
+        pixels: pixel format of the images; :func:`pixels_of` reads it back.
     """
     return {
         "which": which,
@@ -48,14 +48,14 @@ def metadata(settings: Mapping[str, Any], which: str, pixels: PixelFormat = RGB)
 
 
 def pixels_of(about: Mapping[str, str], path: Path) -> PixelFormat:
-    """What the values of pictures mean to the network of a file; RGB of 8 bits where an old one does not say it.
+    """The pixel format in the metadata of a weights file; 8-bit RGB for old files without one.
 
     Args:
-        about: what the file says of itself.
-        path: the file.
+        about: metadata of the file.
+        path: the file, for messages.
 
     Raises:
-        UsageError: it says something else in this place.
+        UsageError: the format is invalid.
     """
     if "channels" not in about:
         return RGB
@@ -66,21 +66,21 @@ def pixels_of(about: Mapping[str, str], path: Path) -> PixelFormat:
 
 
 def write_backbone(path: Path, backbone: Backbone, about: dict[str, str]) -> None:
-    """Write a backbone's weights in timm's names as safetensors, whole."""
+    """Write a backbone's weights by timm's names as safetensors; the file is complete or absent."""
     texts = {name: as_utf8(text) for name, text in about.items()}
     content = safetensors.torch.save(plain_state(backbone), metadata=texts)
     write_whole(path, lambda partial: partial.write_bytes(content))
 
 
 def plain_state(backbone: Backbone) -> dict[str, Tensor]:
-    """A backbone's weights in timm's names, on the CPU, each in memory of its own and in contiguous order."""
+    """Contiguous copies of a backbone's weights by timm's names, on the CPU."""
     return {name: value.detach().cpu().clone().contiguous() for name, value in backbone.net.state_dict().items()}
 
 
 def read_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Read the tensors of a file, and what it says of them if fastrm wrote it; of a run's folder its backbone.
+    """Read the tensors of a file, and its metadata if fastrm wrote it. For a run folder, read its backbone.
 
-    Tensors in mappings of mappings have the names of both, with a dot between them.
+    Names of nested tensors are joined by dots.
 
     Raises:
         UsageError: there is no such file, or it holds no tensors by name.
@@ -102,7 +102,7 @@ def read_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         about = getattr(state, own.EXPORT, about)
     tensors = dict(_named(state))
     if not tensors:
-        raise UsageError(f"{path} holds no tensors by name, which the weights of a network are")
+        raise UsageError(f"{path} holds no tensors by name, as weights of a network must be")
     return tensors, about
 
 
@@ -115,21 +115,21 @@ def _named(found: Any, prefix: str = "") -> Iterator[tuple[str, Tensor]]:
 
 
 def load_weights(backbone: Backbone, state: Mapping[str, Tensor], *, source: str) -> list[str]:
-    """Load weights, all of them but a classifier's, into a backbone.
+    """Load weights into a backbone, without those of a classifier.
 
     Args:
-        backbone: what is written; left as it is where the weights do not fit.
-        state: tensors by timm's names, as :func:`read_weights` gives them.
-        source: the setting and the path that they are of, for the message.
+        backbone: the backbone; not changed if the weights do not fit.
+        state: tensors by timm's names, from :func:`read_weights`.
+        source: setting and path of the weights, for messages.
 
     Returns:
-        Names of the tensors that were left out: those of a classifier, which the backbone does not have.
+        Names of the classifier's tensors, which were left out.
 
     Raises:
-        UsageError: they are of another network.
+        UsageError: the weights belong to another network.
     """
     ours = backbone.net.state_dict()
-    # By the network, not by the name alone: the norm in front of ConvNeXt's classifier is head.norm, and stays.
+    # Names of the network itself are kept: head.norm of ConvNeXt is the norm before the classifier.
     left_out = [name for name in state if name not in ours and name.startswith(classifiers(backbone))]
     state = {name: value for name, value in state.items() if name not in left_out}
     if problem := misfit(ours, state):
@@ -139,7 +139,7 @@ def load_weights(backbone: Backbone, state: Mapping[str, Tensor], *, source: str
 
 
 def classifiers(backbone: Backbone) -> tuple[str, ...]:
-    """What the names of a classifier's tensors begin with."""
+    """Prefixes of the names of a classifier's tensors."""
     return (*_HEADS, *(part.partition(".")[0] + "." for part in _published(backbone, "classifier")))
 
 
@@ -150,18 +150,18 @@ def _published(backbone: Backbone, part: str) -> tuple[str, ...]:
 
 
 def adapted(backbone: Backbone, state: Mapping[str, Tensor], *, source: str) -> tuple[dict[str, Tensor], str]:
-    """Weights of RGB images for a backbone that takes others: the first layer's are repeated, or added up, as in timm.
+    """Adapt weights for RGB images to a backbone with other channels, by repeating or adding channels as timm does.
 
     Args:
-        backbone: what they are for.
-        state: tensors by timm's names, as :func:`read_weights` gives them.
-        source: the setting and the path that they are of, for the message.
+        backbone: backbone for the weights; it is not changed.
+        state: tensors by timm's names, from :func:`read_weights`.
+        source: setting and path of the weights, for messages.
 
     Returns:
-        The weights, and what was done to them; nothing, and an empty text, where the channels are the same.
+        The weights and a description of the change, which is empty if the number of channels is the same.
 
     Raises:
-        UsageError: they are of images with other channels than three, or timm does not know how.
+        UsageError: the weights are not for three channels, or timm cannot adapt this layer.
     """
     from timm.models import adapt_input_conv
 
@@ -169,11 +169,11 @@ def adapted(backbone: Backbone, state: Mapping[str, Tensor], *, source: str) -> 
     for name in _first_layers(backbone):
         theirs, wanted = (list(tensors[name].shape) if name in tensors else [] for tensors in (state, ours))
         if theirs == wanted or len(theirs) < 2 or theirs[:1] + theirs[2:] != wanted[:1] + wanted[2:]:
-            continue  # where it is of another network, load_weights says it
+            continue  # if it belongs to another network, load_weights raises an error
         channels = theirs[1] * backbone.channels // wanted[1]
-        which = f"{source}: its first layer ({name}) is of images of {channels} channels, and these have"
+        which = f"{source}: its first layer ({name}) takes {channels} channels, and the images have"
         if channels != 3:
-            raise UsageError(f"{which} {backbone.channels}; only weights of 3 are adapted")
+            raise UsageError(f"{which} {backbone.channels}; only weights for 3 channels can be adapted")
         try:
             state[name] = adapt_input_conv(backbone.channels, state[name])
         except (NotImplementedError, AssertionError):
@@ -183,18 +183,18 @@ def adapted(backbone: Backbone, state: Mapping[str, Tensor], *, source: str) -> 
 
 
 def _first_layers(backbone: Backbone) -> list[str]:
-    """Names of the weights that see the images."""
+    """Names of the weights of the first layers."""
     found = [f"{layer}.weight" for layer in _published(backbone, "first_conv")]
     modules = dict(backbone.net.named_modules())
     if all(name.removesuffix(".weight") in modules for name in found) and found:
         return found
-    # A module of the user's, or a network with a small stem in the place of its own.
+    # A module of the user, or a network with a small stem.
     takes = (n for n, m in modules.items() if isinstance(m, nn.Conv2d) and m.in_channels == backbone.channels)
     return [f"{name}.weight" for name in takes][:1]
 
 
 def misfit(ours: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> str:
-    """Why a network with the tensors ``ours`` cannot take those of ``state``; empty where it can."""
+    """Why a network with the tensors ``ours`` cannot load ``state``; empty if it can."""
     missing, foreign = [n for n in ours if n not in state], [n for n in state if n not in ours]
     shapes = [n for n in ours if n in state and ours[n].shape != state[n].shape]
     kinds = (("missing", missing), ("foreign", foreign), ("of other shapes", shapes))
@@ -204,21 +204,21 @@ def misfit(ours: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> str:
 def backbone_of(
     state: Mapping[str, Tensor], about: Mapping[str, str], path: Path, *, arch: nn.Module | None = None
 ) -> Backbone:
-    """Build the backbone of which a file holds the weights, and load them.
+    """Build the backbone of a weights file, and load the weights.
 
     Args:
-        state: tensors by the network's own names.
-        about: what the file says of itself: :func:`metadata`.
-        path: the file.
-        arch: the module that it is of, if it is not timm's.
+        state: tensors by the network's names.
+        about: metadata of the file, from :func:`metadata`.
+        path: the file, for messages.
+        arch: a module of the same class, if the network is not from timm.
 
     Raises:
-        UsageError: it is of another network, or of a module and ``arch`` is missing.
+        UsageError: the weights belong to another network, or to a module and ``arch`` is missing.
     """
     if arch is None and needs_module(about["arch"]):
         raise UsageError(
-            f"{path} is of {about['arch']}, which timm does not have: where it is a module of your own, give one as "
-            f"arch={about['arch']}(…) to fastrm.load, fastrm.evaluate.evaluate or fastrm.export.export, from Python"
+            f"{path} is of {about['arch']}, which timm does not have: if it is your own module, pass one from Python, "
+            f"arch={about['arch']}(…) to fastrm.load, fastrm.evaluate.evaluate or fastrm.export.export"
         )
     if arch is not None and not needs_module(about["arch"]):
         raise UsageError(f"{path} is of timm's {about['arch']}; arch={module_name(arch)} must be left out")
@@ -235,21 +235,21 @@ def backbone_of(
 
 
 def read_backbone(path: Path, *, arch: nn.Module | None = None) -> tuple[Backbone, dict[str, str]]:
-    """Rebuild the backbone of a file that says what it is, as fastrm writes them.
+    """Build the backbone of a file that fastrm wrote.
 
     Args:
         path: the file.
-        arch: where it is of a module of the user's, another one that is built alike.
+        arch: a module of the same class, if the network is the user's module.
 
     Raises:
-        UsageError: it cannot be read, or does not say what it is; or ``arch`` is missing, or another network.
+        UsageError: the file cannot be read or has no metadata, or ``arch`` is missing or another network.
     """
     state, about = read_weights(path)
     if missing := [name for name in ("which", "arch", "stem", "image_size") if name not in about]:
         raise UsageError(
-            f"{path} does not say what network it is of (no {', '.join(missing)}); give a run folder, a checkpoint, "
-            "or a file that fastrm wrote, or --arch with timm's name of the network"
+            f"{path} does not say which network it belongs to (no {', '.join(missing)}); give a run folder, a "
+            "checkpoint, or a file that fastrm wrote, or --arch with timm's name of the network"
         )
     if not about["image_size"].isdecimal():
-        raise UsageError(f"{path}: image_size is {about['image_size']}, which is no number of pixels")
+        raise UsageError(f"{path}: image_size is {about['image_size']}, which is not a number of pixels")
     return backbone_of(state, about, path, arch=arch), about
