@@ -66,7 +66,7 @@ class Method(nn.Module, Generic[E]):
     recipes: ClassVar[Mapping[str, Recipe]] = {}
     """Published settings by the names of ``--recipe``; each maps names of settings to values."""
     uses: ClassVar[frozenset[str]] = frozenset()
-    """The settings of :class:`MethodConfig` that this method reads and some others do not. A run reports a changed setting
+    """Settings of :class:`MethodConfig` that this method reads and some others do not. A run reports a changed setting
     that its method does not read; classes that do not define this are not checked."""
     linear_protocol: ClassVar[LinearProtocol] = LinearProtocol()
     """The training of the linear classifier by which the publication scores its backbones."""
