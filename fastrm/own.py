@@ -223,9 +223,20 @@ def state(path: Path) -> bool:
         return False
 
 
-def timm_config(path: Path) -> bool:
-    """The ``config.json`` of an export for timm; old ones do not say it, but lie beside its weights."""
-    if _json(path, MARK, "architecture"):
+def pickled(path: Path) -> bool:
+    """A ``.pkl`` for Detectron2. It is not loaded, because a pickle can run code."""
+    start = head(path)
+    return start.startswith(b"\x80") and b"__author__" in start[:64] and MARK.encode() in start[:64]
+
+
+def preprocessor(path: Path) -> bool:
+    """The ``preprocessor_config.json`` of an export for transformers."""
+    return _json(path, MARK, "image_processor_type") is not None
+
+
+def export_config(path: Path) -> bool:
+    """The ``config.json`` of an export for timm or transformers; old ones do not say it, but lie beside its weights."""
+    if _json(path, MARK, "architecture") or _json(path, MARK, "model_type"):
         return True
     neighbour = path.with_name("model.safetensors")
     return _json(path, "architecture", "pretrained_cfg") is not None and neighbour.is_file() and weights(neighbour)

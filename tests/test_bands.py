@@ -22,7 +22,6 @@ from fastrm.data import eval_loader, open_source
 from fastrm.data.formats import RGB, PixelFormat
 from fastrm.data.settling import formatted
 from fastrm.errors import UsageError
-from fastrm.exports.card import model_card
 from fastrm.methods import build_method
 from fastrm.models import build_backbone
 from fastrm.models.weights import adapted, load_weights, metadata, write_backbone
@@ -180,8 +179,8 @@ def test_a_card_of_rgb(tmp_path: Path, small: Small) -> None:
     path = tmp_path / "it.safetensors"
     backbone = build_backbone("test_resnet", image_size=32, stem="imagenet")
     write_backbone(path, backbone, metadata(small().flat(), "student"))
-    trained = read_pretrained(path)
-    said = model_card(trained, "safetensors", trained.about, 4, "load")
+    out = tmp_path / "out.safetensors"
+    said = export.export(export.ExportConfig(run=path, format="safetensors", out=out)).read_text()
     assert "**Images:** RGB in [0, 1], 32x32 pixels, less the mean [0.485, 0.456, 0.406], divided by [0.229, " in said
 
 

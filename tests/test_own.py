@@ -378,7 +378,7 @@ def test_after_sigkill_the_same_command_goes_on_at_once(tmp_path: Path, pictures
 def test_photographs_are_never_taken_for_fastrms(number: int, tmp_path: Path) -> None:
     path = tmp_path / "photo.png"
     Image.new("RGB", (8, 8), (number, 0, 0)).save(path)
-    for wrote in {*own.RUN.values(), own.card, own.onnx, own.state, own.timm_config, own.page, own.sheet}:
+    for wrote in {*own.RUN.values(), own.card, own.onnx, own.state, own.export_config, own.page, own.sheet}:
         with pytest.raises(UsageError, match="move it away"):
             own.require("--out", path, wrote)
 

@@ -1,55 +1,109 @@
-"""The formats in which a backbone is handed to other programs, each in a file of its own."""
+"""Exports: backbones in the formats of other programs, one file per format."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import os
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
+from typing import NamedTuple
 
 from fastrm import own
-from fastrm.exports import onnx, safetensors, timm, torchvision
-from fastrm.exports.base import Target
+from fastrm.exports import detection, onnx, safetensors, timm, torchvision, transformers
+from fastrm.exports.base import Subject, Target
 from fastrm.exports.card import model_card
+from fastrm.exports.check import Seen, compared
 from fastrm.files import write_text, writing
-from fastrm.pretrained import Pretrained
 
 TARGETS: Mapping[str, Target] = {
     "timm": timm.TARGET,
     "torchvision": torchvision.TARGET,
     "safetensors": safetensors.TARGET,
     "onnx": onnx.TARGET,
+    "transformers": transformers.TARGET,
+    "detectron2": detection.DETECTRON2,
+    "mmdet": detection.MMDET,
 }
+_FILES: Mapping[str, Callable[[Path], bool]] = {
+    ".safetensors": own.exported,
+    ".pth": own.state,
+    ".onnx": own.onnx,
+    ".pkl": own.pickled,
+}
+_FOLDER: Mapping[str, Callable[[Path], bool]] = {
+    "README.md": own.card,
+    "config.json": own.export_config,
+    "model.safetensors": own.exported,
+    "preprocessor_config.json": own.preprocessor,
+}
+"""The files of an export to a folder, and whether fastrm wrote such a file."""
 
 
-def write(read: Callable[[], Pretrained], kind: str, which: str, out: Path) -> Path:
-    """Write a backbone and its card, and return the card's path.
+class Written(NamedTuple):
+    """The result of an export."""
+
+    card: Path
+    """The model card."""
+    checked: str
+    """A sentence on the comparison: :func:`fastrm.exports.check.compared`."""
+
+
+def write(
+    read: Callable[[], Subject], kind: str, out: Path, seen: Callable[[Subject], Seen], flag: str = "--out"
+) -> Written:
+    """Write a backbone and its card, after the library that the format is for has loaded it with the same features.
 
     Args:
-        read: gives the networks, on the CPU; called when it is known that the files may be written.
-        kind: one of ``TARGETS``.
-        which: ``"student"`` or ``"teacher"``.
+        read: returns the network; called once it is known that ``out`` may be written.
+        kind: a key of ``TARGETS``.
         out: the file or folder.
+        seen: returns the images for the comparison.
+        flag: the setting that ``out`` follows from, for messages.
 
     Raises:
-        UsageError: the format cannot hold the network, or the file cannot be written.
+        UsageError: the format cannot hold the network, the library gives other features, or the file cannot be
+            written. An earlier export at ``out`` is then unchanged.
     """
-    target, card = TARGETS[kind], _claim(out)
-    trained = read()
-    backbone = trained.network(which, f"--which {which}").eval()
-    about = trained.about | ({"which": which} if which in trained.networks else {})
-    with writing(out):
-        target.write(backbone, about, out)
-        write_text(card, model_card(trained, kind, about, backbone.dim, target.loading(backbone, about, out)))
-    return card
+    target = TARGETS[kind]
+    claim(out, flag)
+    subject = read()
+    target.refuse(subject)
+    with writing(out, flag), _staged(out) as staged:
+        target.write(subject, staged)
+        checked = compared(target, subject, staged, seen)
+        card = model_card(subject, kind, target.loading(subject, staged), checked)
+        write_text(_card(staged), card)
+    return Written(_card(out), checked)
 
 
-def _claim(out: Path) -> Path:
-    """The card's path. Raise a UsageError if it, or what else is written, would take the place of another's file."""
+def claim(out: Path, flag: str = "--out") -> None:
+    """Raise a UsageError if an export to ``out`` would replace a file that fastrm did not write."""
     if out.suffix:
-        card = out.with_name(f"{out.name}.md")  # with the ending, so that two formats beside each other have their own
-        wrote = {".safetensors": own.exported, ".pth": own.state, ".onnx": own.onnx}[out.suffix]
-        own.require("--out", out, wrote, what="an export")
-        own.require("--out", card, own.card, what="a model card")
-        return card
-    for name, wrote in (("README.md", own.card), ("config.json", own.timm_config), ("model.safetensors", own.exported)):
-        own.require("--out", out, wrote, holds=out / name)
-    return out / "README.md"
+        own.require(flag, out, _FILES[out.suffix], what="an export")
+        own.require(flag, _card(out), own.card, what="a model card")
+        return
+    for name, wrote in _FOLDER.items():
+        own.require(flag, out, wrote, holds=out / name)
+
+
+def _card(out: Path) -> Path:
+    """The model card; that of a file has its whole name, so that two formats in a folder have one each."""
+    return out.with_name(f"{out.name}.md") if out.suffix else out / "README.md"
+
+
+@contextmanager
+def _staged(out: Path) -> Iterator[Path]:
+    """A path of the same name in a new folder, whose content takes its place at ``out`` if nothing is raised."""
+    above = next(folder for folder in out.absolute().parents if folder.is_dir())
+    with tempfile.TemporaryDirectory(prefix=".fastrm-export-", dir=above) as folder:
+        staged = Path(folder, out.name or "export")
+        yield staged
+        into = out.parent if out.suffix else out
+        into.mkdir(parents=True, exist_ok=True)
+        written = list((staged.parent if out.suffix else staged).iterdir())
+        for path in written:
+            os.replace(path, into / path.name)
+        if not out.suffix:  # files of an earlier export to another format
+            for name in _FOLDER.keys() - {path.name for path in written}:
+                (into / name).unlink(missing_ok=True)

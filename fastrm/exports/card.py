@@ -7,22 +7,21 @@ from pathlib import Path
 from fastrm import own
 from fastrm.data.formats import PixelFormat
 from fastrm.evaluated import evaluated, rows
-from fastrm.exports.base import About
+from fastrm.exports.base import Subject
 from fastrm.files import without_key
-from fastrm.pretrained import Pretrained
 from fastrm.version import __version__
 
 
-def model_card(trained: Pretrained, kind: str, about: About, dim: int, loading: str) -> str:
-    """Say in Markdown what the weights are, how they were trained and scored, and how to load them.
+def model_card(subject: Subject, kind: str, loading: str, checked: str) -> str:
+    """Return a description of the weights in Markdown: training, scores, images, loading.
 
     Args:
-        trained: what they are from.
+        subject: the network.
         kind: the format.
-        about: what the file says of itself.
-        dim: width of the features.
-        loading: how Python loads it.
+        loading: Python code that loads the file.
+        checked: the sentence on the comparison with the library.
     """
+    about = subject.about
     size, arch, method = about["image_size"], about["arch"], about["method"]  # no method: weights of others
     front = f"---\nlibrary_name: {kind}\ngenerator: {own.MARK} {__version__}\n"
     front += f"tags: [image-feature-extraction, self-supervised, {arch}]\n---\n"
@@ -31,22 +30,24 @@ def model_card(trained: Pretrained, kind: str, about: About, dim: int, loading: 
         f"# {arch}" + (f", {about['which']} of {method} with residual momentum" if method else ""),
         "",
         f"{'Pre-trained without labels' if method else 'Written'} by fastrm {about['fastrm']}. "
-        f"Images in, {dim} pooled features out.",
+        f"Images in, {subject.backbone.dim} pooled features out.",
         "",
         "```python",
         loading,
         "```",
         "",
-        *_images(trained.pixels, size),
-        *_trained_how(trained),
-        *_scored(trained),
-        *_licence(trained),
+        f"**Check:** {checked}.",
+        "",
+        *_images(subject.pixels, size),
+        *_trained_how(subject),
+        *_scored(subject),
+        *_licence(subject),
     ]
     return "\n".join(lines) + "\n"
 
 
 def _images(pixels: PixelFormat, size: str) -> list[str]:
-    """What images the network takes, and how they are made of what files hold."""
+    """The images that the network takes, and the code that makes them from stored values."""
     plain = pixels.plain()
     mean, std = plain["mean"], plain["std"]
     what = "RGB" if pixels.rgb else f"{pixels.channels} channel{'s' * (pixels.channels != 1)}"
@@ -70,11 +71,11 @@ def _images(pixels: PixelFormat, size: str) -> list[str]:
     ]
 
 
-def _trained_how(trained: Pretrained) -> list[str]:
-    if trained.settings is None:
+def _trained_how(subject: Subject) -> list[str]:
+    if subject.settings is None:
         return []
-    # Where it lies is nobody else's business.
-    flat = {**trained.settings, "data": Path(without_key(trained.settings["data"])).name}
+    # Without the folder, which is private.
+    flat = {**subject.settings, "data": Path(without_key(subject.settings["data"])).name}
     names = [
         *("data", "recipe", "method", "residual_weight", "residual_at", "residual_warmup_epochs", "teacher_momentum"),
         *("teacher_momentum_end", "temperature", "optimizer", "lr", "weight_decay", "batch_size", "epochs", "seed"),
@@ -82,32 +83,32 @@ def _trained_how(trained: Pretrained) -> list[str]:
     rows = [f"| {name} | {flat[name]} |" for name in names if flat.get(name) is not None]
     weight = flat.get("residual_weight") or 0
     term = f"The residual term, 2 - 2 cos between student and teacher on the same view, has the weight {weight:g}."
-    return ["", f"## Training, {trained.step} steps", "", "| setting | value |", "|---|---|", *rows, "", term]
+    return ["", f"## Training, {subject.step} steps", "", "| setting | value |", "|---|---|", *rows, "", term]
 
 
-def _scored(trained: Pretrained) -> list[str]:
-    """The tables of the run's ``evaluation.json``, if there is one."""
+def _scored(subject: Subject) -> list[str]:
+    """The tables of ``evaluation.json`` of the run, if there is one."""
     lines = []
-    for images, scores in evaluated(trained.folder).items():
+    for images, scores in evaluated(subject.folder).items():
         head, *body = rows(scores, f"{images}, % right")
         lines += ["", *(f"| {' | '.join(row)} |" for row in (head, ["---", *["--:"] * (len(head) - 1)], *body))]
     note = "With 95 % intervals by the bootstrap over test images, paired where two networks are compared."
     return ["", "## Scores", "", note, *lines] if lines else []
 
 
-def _licence(trained: Pretrained) -> list[str]:
-    """Whose the weights are."""
-    if trained.settings is None:
-        found = f": {trained.license}" if trained.license else ""
+def _licence(subject: Subject) -> list[str]:
+    """The licence of the weights."""
+    if subject.settings is None:
+        found = f": {subject.license}" if subject.license else ""
         return ["", "## Licence", "", f"That of the weights that this file was made from applies{found}."]
     lines = [
         "The weights are yours: fastrm's licence does not cover them. Name the licence under which you share them."
     ]
-    if start := trained.settings.get("init_from"):
+    if start := subject.settings.get("init_from"):
         lines.append(f"They started from {_named(str(start))}, whose licence may apply to them.")
     return ["", "## Licence", "", *lines]
 
 
 def _named(start: str) -> str:
-    """Start weights by name, without the folder that they lie in."""
+    """The name of the start weights, without their folder."""
     return start if start.startswith(("timm:", "hf:")) else Path(start).name

@@ -1,18 +1,31 @@
-"""For ``fastrm.load``, and for whatever reads tensors by name."""
+"""Files for ``fastrm.load``, and for programs that read tensors by name."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
-from fastrm.exports.base import About, Target, write_state
-from fastrm.models import Backbone
-from fastrm.models.module import needs_module
+from torch import Tensor, nn
+
+from fastrm.exports.base import Loaded, Subject, Target, anything, write_state
+from fastrm.exports.check import outputs
+from fastrm.models import read_backbone
 
 
-def loading(_: Backbone, about: About, out: Path) -> str:
-    """With a module of the same class, where it is of one."""
-    module = f", arch={about['arch']}(…)" if needs_module(about["arch"]) else ""
-    return f'fastrm.load("{out.name}", which="{about["which"]}"{module})'
+def loading(subject: Subject, out: Path) -> str:
+    """Code that calls ``fastrm.load``, with a module of the same class if it is of one."""
+    module = f", arch={subject.name}(…)" if subject.is_module else ""
+    return f'fastrm.load("{out.name}", which="{subject.about["which"]}"{module})'
 
 
-TARGET = Target((".safetensors",), write_state, loading)
+def load(subject: Subject, out: Path) -> Loaded:
+    """Rebuild the backbone from the file, as ``fastrm.load`` does."""
+    backbone, _ = read_backbone(out, arch=subject.arch if isinstance(subject.arch, nn.Module) else None)
+    backbone.eval()
+
+    def network(images: Tensor) -> dict[str, Tensor]:
+        return outputs(backbone, images)
+
+    return Loaded(network)
+
+
+TARGET = Target((".safetensors",), anything, write_state, loading, "fastrm", load)

@@ -1,41 +1,62 @@
-"""For a ResNet of torchvision's whose ``fc`` is an identity."""
+"""State dicts for ResNets of torchvision whose ``fc`` is an identity."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
-from torch import nn
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
 
 from fastrm.errors import UsageError
-from fastrm.exports.base import About, Target, require_fit, write_state
-from fastrm.models import Backbone
+from fastrm.exports.base import Loaded, Subject, Target, require_fit, write_state
 
 
-def write(backbone: Backbone, about: About, out: Path) -> None:
-    """A state dict."""
+def refuse(subject: Subject) -> None:
+    """Raise a UsageError unless torchvision has the same ResNet."""
     import torchvision
 
-    arch = about["arch"]
-    if arch not in torchvision.models.list_models() or type(backbone.net).__name__ != "ResNet":
-        raise UsageError(f"--format torchvision holds ResNets only, and {arch} is none that torchvision has")
-    if backbone.channels != 3:
+    name, channels = subject.name, subject.backbone.channels
+    if name not in torchvision.models.list_models() or type(subject.backbone.net).__name__ != "ResNet":
+        raise UsageError(f"--format torchvision holds ResNets only, and {name} is not one of torchvision's")
+    if channels != 3:
         raise UsageError(
-            f"--format torchvision holds networks for images of 3 channels only, and {arch} takes {backbone.channels}; "
+            f"--format torchvision holds networks for images of 3 channels only, and {name} takes {channels}; "
             "safetensors and onnx hold it, and timm unless it has a small stem"
         )
-    other = torchvision.models.get_model(arch)
-    other.fc = nn.Identity()
-    require_fit(backbone, other, about, "torchvision's")
-    write_state(backbone, about, out)
+    with torch.device("meta"):
+        require_fit(subject, _empty(name), "torchvision's")
 
 
-def loading(_: Backbone, about: About, out: Path) -> str:
-    """The network, and the weights into it."""
+def _empty(name: str) -> Any:
+    import torchvision
+
+    network = torchvision.models.get_model(name)
+    network.fc = nn.Identity()
+    return network
+
+
+def loading(subject: Subject, out: Path) -> str:
+    """Code that builds the network and loads the weights."""
     state = 'torch.load("{}", weights_only=True)' if out.suffix == ".pth" else 'safetensors.torch.load_file("{}")'
     return (
-        f"model = torchvision.models.{about['arch']}()\nmodel.fc = torch.nn.Identity()\n"
+        f"model = torchvision.models.{subject.name}()\nmodel.fc = torch.nn.Identity()\n"
         f"model.load_state_dict({state.format(out.name)})"
     )
 
 
-TARGET = Target((".safetensors", ".pth"), write, loading)
+def load(subject: Subject, out: Path) -> Loaded:
+    """Load the weights into torchvision's network."""
+    net = _empty(subject.name)
+    net.load_state_dict(torch.load(out, weights_only=True) if out.suffix == ".pth" else load_file(out))
+    net.eval()
+
+    def network(images: Tensor) -> dict[str, Tensor]:
+        layers = list(net.children())[:-2]
+        return {"features": net(images), "map": nn.Sequential(*layers)(images)}
+
+    return Loaded(network)
+
+
+TARGET = Target((".safetensors", ".pth"), refuse, write_state, loading, "torchvision", load)
