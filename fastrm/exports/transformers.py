@@ -24,7 +24,7 @@ from fastrm.version import __version__
 
 def refuse(subject: Subject) -> None:
     """Raise a UsageError unless transformers has the network, or loads it through timm."""
-    optional("transformers", extra="hf", wanted_by="--format transformers")
+    optional("transformers", extra="transformers", wanted_by="--format transformers")
     if native.native(subject) is None:
         timm.require(subject, "transformers")
 
