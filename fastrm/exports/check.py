@@ -47,7 +47,7 @@ def given(subject: Subject, paths: Sequence[Path]) -> Seen:
     Raises:
         UsageError: a file cannot be read, or has other bands than the network takes.
     """
-    images = formatted(open_source([*paths]), subject.pixels).train
+    images = formatted(open_source([*paths], keep=False), subject.pixels).train
     if (found := of_images(subject, images, "from --images")) is None:
         raise UsageError(f"--images {paths[0]}: none can be read as an image for this network")
     return found
@@ -60,7 +60,7 @@ def of_run(subject: Subject) -> Seen:
     if data in _MADE or os.path.exists(place):
         image, label = (then.get(name) for name in ("image_column", "label_column"))
         try:
-            source = formatted(open_source(data, image_column=image, label_column=label), subject.pixels)
+            source = formatted(open_source(data, image_column=image, label_column=label, keep=False), subject.pixels)
         except UsageError:  # a folder may have changed since
             return made(subject)
         return of_images(subject, source.train, "of the run") or made(subject)
