@@ -10,6 +10,7 @@ from .contrastive import info_nce, residual_info_nce, residual_loss
 from .ema import EMA, fused_ema_
 from .prototypes import prototype_cross_entropy
 from .queue import FeatureQueue, enqueue_
+from .tuning import tune_losses
 from .view_parameters import ViewParameters
 
 __all__ = [
@@ -24,4 +25,5 @@ __all__ = [
     "prototype_cross_entropy",
     "residual_info_nce",
     "residual_loss",
+    "tune_losses",
 ]

@@ -18,32 +18,16 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from . import _blocked, _wide
+from . import _blocked, _tiles, _wide
 from ._push import DTYPES, WIDEST, apart, block_d, block_r, enqueue_, launch_push, row_warps
 from ._scoring import Scoring
+from ._tiles import Tile
 from .dispatch import INTERPRETED, compute_dtype, triton
 from .multi_tensor import guard, host_value
 
 if triton is not None:
     from ._finish import finish_kernel
     from ._sweep_kernel import sweep_kernel
-
-# (BLOCK_N, BLOCK_K, warps, stages) by kind of product and BLOCK_D. All fit the shared memory of any GPU from sm_80 on,
-# and all but those of "tf32x3" its registers (benchmarks/kernel_report.py).
-_TILES = {
-    "half": {64: (64, 64, 4, 3), 128: (64, 128, 4, 3), 256: (64, 64, 8, 2), 512: (32, 32, 8, 2)},
-    "tf32": {64: (64, 64, 4, 2), 128: (64, 32, 4, 2), 256: (32, 32, 4, 2), 512: (16, 16, 8, 2)},
-    "tf32x3": {64: (32, 32, 4, 2), 128: (32, 32, 8, 2), 256: (16, 16, 8, 2)},
-}
-# The same if the averaged rows differ from the multiplied rows, so that each has its own tiles.
-_TILES_OF_TWO = {
-    "half": {64: (64, 64, 4, 2), 128: (64, 64, 4, 2), 256: (64, 32, 8, 2), 512: (32, 16, 8, 2)},
-    "tf32": {64: (64, 32, 4, 2), 128: (64, 32, 8, 2), 256: (32, 16, 4, 2), 512: (16, 16, 8, 1)},
-    "tf32x3": {64: (32, 32, 4, 2), 128: (32, 16, 8, 2), 256: (16, 16, 8, 2)},
-}
-# For many queries on sm_90 and sm_100, which have more shared memory; two programs of four warps fit on a
-# multiprocessor. Measured on an H200: docs/benchmarks.md.
-_WIDE_TILES = {128: (64, 128, 4, 2), 256: (128, 64, 8, 3)}
 
 
 def product_kind(dtype: torch.dtype) -> str:
@@ -80,7 +64,9 @@ def finishing(dim: int, bank_splits: int) -> dict[str, int]:
 
 
 @functools.lru_cache(maxsize=1024)
-def plan(n: int, size: int, dim: int, kind: str, slots: int, major: int, two: bool = False) -> Plan | None:
+def plan(
+    n: int, size: int, dim: int, kind: str, slots: int, major: int, two: bool = False, tile: Tile | None = None
+) -> Plan | None:
     """Divide ``n`` queries and a bank of ``size`` rows among the programs that run at a time.
 
     Args:
@@ -88,20 +74,19 @@ def plan(n: int, size: int, dim: int, kind: str, slots: int, major: int, two: bo
         kind: kind of product.
         slots: multiprocessors of the device.
         major: major version of the compute capability.
-        two: whether the averaged rows differ from the multiplied rows.
+        two: whether other rows are averaged than those that are multiplied.
+        tile: the tile; None means the usual one.
 
     Returns:
         The plan, or None if rows of ``dim`` are too wide for the registers.
     """
-    width = max(64, block_d(dim))
-    tiles_of = (_TILES_OF_TWO if two else _TILES)[kind]
-    if width not in tiles_of:
+    usual = _tiles.usual(n, dim, kind, major, two)
+    if usual is None:
         return None
-    wide = not two and kind == "half" and width in _WIDE_TILES and n >= 1024 and major in (9, 10)
-    block_n, block_k, warps, stages = _WIDE_TILES[width] if wide else tiles_of[width]
+    block_n, block_k, warps, stages = tile = tile or usual
     query_blocks, tiles = -(-n // block_n), -(-size // block_k)
-    if wide:
-        slots *= 8 // warps
+    if tile == _tiles.WIDE_TILES.get(_tiles.width(dim)):
+        slots *= 8 // warps  # those of four warps run two at a time
 
     def time(bank_splits: int) -> int:
         """Rounds of programs times the length of a program: its tiles, plus one for its start and end."""
@@ -118,6 +103,17 @@ def capacity(device: torch.device) -> tuple[int, int]:
         return 4, 0  # more than one, so that the interpreter also splits banks
     properties = torch.cuda.get_device_properties(device)
     return properties.multi_processor_count, properties.major
+
+
+def measured_tile(n: int, dim: int, kind: str, device: torch.device) -> Tile | None:
+    """The tile that ``tune_losses`` found for such a case on this GPU; None if it was not asked."""
+    tiles = _tiles.measured()
+    return tiles.get(_tiles.key(gpu(device), n, dim, kind)) if tiles else None
+
+
+def gpu(device: torch.device) -> str:
+    """The name of the GPU."""
+    return "interpreter" if INTERPRETED else torch.cuda.get_device_name(device)
 
 
 def readable(x: Tensor) -> Tensor:
@@ -150,7 +146,8 @@ def swept_losses(scoring: Scoring, gradient: bool) -> tuple[Tensor, Tensor]:
     direct = queue is None or (queue.dtype in DTYPES and queue.is_contiguous())
     kind = "half" if bank is None else product_kind(bank.dtype)
     slots, major = capacity(device)
-    work = plan(n, size, dim, kind, slots, major) if direct and bank is not None else None
+    tile = measured_tile(n, dim, kind, device)
+    work = plan(n, size, dim, kind, slots, major, False, tile) if direct and bank is not None else None
     wide = _wide.plan(n, size, dim, kind, slots, gradient, not direct) if work is None and bank is not None else None
     bank_splits = work.bank_splits if work is not None else wide.bank_splits if wide is not None else 1
     finish = finishing(dim, bank_splits)
