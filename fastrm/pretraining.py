@@ -43,7 +43,7 @@ def pretrain(
 
     Raises:
         UsageError: an argument, the data, the machine or the folder does not allow the run; nothing was written.
-        TrainingError: the run cannot go on; what was saved before stays.
+        TrainingError: the run cannot continue; what was saved before is kept.
     """
     trainer = Trainer(data, arch=arch, method=method, augmentation=augmentation, hooks=hooks, out=out, **settings)
     return trainer.fit()

@@ -21,7 +21,7 @@ def train(config: Config) -> dict[str, Any]:
 
     Raises:
         UsageError: a setting, the data, the machine or the output folder does not allow the run; nothing was written.
-        TrainingError: the run cannot go on; what was saved before stays.
+        TrainingError: the run cannot continue; what was saved before is kept.
     """
     return Trainer(**config.flat()).fit().scores
 

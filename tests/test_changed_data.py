@@ -46,7 +46,7 @@ def saved(small: Small, data: Path, step: int) -> Path:
     assert config.run.out is not None
     config.run.out.mkdir()
     saver = Saver(config.run.out, {"method": torch.nn.Linear(1, 1)}, keep=2, keep_every=None)
-    saver.goes_on(0, config.flat(), listed(data))
+    saver.describe(0, config.flat(), listed(data))
     saver.save(step)
     saver.wait()
     return config.run.out
@@ -88,7 +88,7 @@ def test_changed_images_are_refused_with_both_counts(small: Small, images: Path)
         resumed(small, images)
     assert str(out / "checkpoint.pt") in str(said.value)
     shutil.copy(first, second)
-    with pytest.raises(UsageError, match=r"96 images then, 96 now; 1 new or changed, 1 missing or changed\. Bring"):
+    with pytest.raises(UsageError, match=r"96 images then, 96 now; 1 new or changed, 1 missing or changed\. Restore"):
         resumed(small, images)
     with pytest.raises(UsageError, match=r"96 images then, 1,437 now; 1,\d\d\d new or changed, 96 missing"):
         resumed(small, "digits")
@@ -112,7 +112,7 @@ def test_a_checkpoint_without_an_inventory_goes_on_with_a_notice(small: Small, i
         resumed(small, "digits")
     begun = resumed(small, f"{images}/")
     assert begun.step == 3
-    note = "checkpoint.pt is of an older version: whether the images are the same is not known"
+    note = "checkpoint.pt is from an older version: it does not say whether the images are the same"
     assert begun.notes == (note,)
     assert resumed(small, "digits", allow_changed_data=True).step == 3
 

@@ -158,7 +158,7 @@ def test_a_run_goes_on_in_four_processes_after_two_and_in_one_after_four(tmp_pat
     for part, number in (("first half", 2), ("second half", 4)):
         run = torchrun(str(tmp_path), part, processes=number)
         assert run.returncode == 0, run.stderr
-    said = "the run used 2 processes, and continues with 4; these draw other views of the same images"
+    said = "the run used 2 processes, and continues with 4; their views differ from here on"
     assert f"{said}; --batch-size stays 16, 4 per process" in run.stdout
     train.train(resumed(tmp_path / "parts", 8))
     state = checkpoint.load(tmp_path / "parts")

@@ -48,7 +48,7 @@ UNKNOWN: dict[str, tuple[Callable[[], Any], str]] = {
     "no method": (lambda: loader(method=None), f"method is a NoneType; it must be one of {METHODS}, a f"),
     "a torchvision transform": (lambda: loader(method=v2.RandomHorizontalFlip()), "augmentation gave a Im"),
     "a view alone": (lambda: loader(method=View()), "method is a View; it must be"),
-    "method": (lambda: find("simclr"), f"--method simclr is unknown; choose one of {METHODS}; .* registered first"),
+    "method": (lambda: find("simclr"), f"--method simclr is unknown; choose one of {METHODS}; .* it is registered"),
     "a class of another kind": (lambda: loader(method=dict), "--method <class 'dict'> is unknown; choose one of"),
     "loader": (lambda: loader(loader="nonsense"), "--loader nonsense is unknown; choose one of auto, dali, torch, mem"),
     "device of a loader": (lambda: loader(device="gpu"), "device 'gpu' is unknown; it must be cpu, cuda"),

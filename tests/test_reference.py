@@ -225,7 +225,7 @@ WRONG = {
     "backend": (lambda: info_nce(Q, K, backend="cuda"), "backend='cuda' is unknown"),
     "no gpu": (lambda: info_nce(Q, K, backend="triton"), "backend='triton'"),
     "pointer without queue": (lambda: residual_info_nce(Q, K, K, pointer=torch.tensor(0)), "without a queue"),
-    "push without pointer": (lambda: residual_info_nce(Q, K, K, K, push=K), "without the pointer"),
+    "push without pointer": (lambda: residual_info_nce(Q, K, K, K, push=K), "without a pointer"),
     "pointer dtype": (lambda: enqueue_(K, torch.tensor(0.0), K), "0-d int64"),
     "empty ring": (lambda: enqueue_(K[:0], torch.tensor(0), K), "at least one row"),
     "queue size": (lambda: FeatureQueue(0, 4), "size=0"),

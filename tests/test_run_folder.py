@@ -147,7 +147,7 @@ def test_a_profile_of_more_steps_than_the_run_has_is_left_out_and_said(
     quick: Small, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     train.train(quick(max_steps=3, profile=2))
-    assert "profile    is left out: 2 steps after the first 2 are more than the 3" in capsys.readouterr().out
+    assert "profile    is skipped: 2 steps after the first 2 are more than the 3" in capsys.readouterr().out
     assert not list((tmp_path / "run").glob("trace*"))
 
 

@@ -198,7 +198,7 @@ def test_a_run_scores_what_it_starts_from_and_says_where_it_falls_below(
     assert "start      kNN accuracy 70.0%" in capsys.readouterr().out
     train.train(small(**options, max_steps=None))
     said = " ".join(capsys.readouterr().out.split())
-    assert "is below the 70.0% of the weights" in said
+    assert "is below the 70.0% of the starting weights" in said
     records = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert {record["knn_start"] for record in records if "knn_start" in record} == {0.7}
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
@@ -277,7 +277,7 @@ def test_layers_are_moved_less_the_further_they_are_from_the_heads(
 def test_a_module_that_does_not_say_its_layers_has_no_layer_decay(small: Callable[..., Any]) -> None:
     config = small(layer_decay=0.7)
     net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8))
-    with pytest.raises(UsageError, match=r"--layer-decay 0\.7: Sequential does not say which layers it has"):
+    with pytest.raises(UsageError, match=r"--layer-decay 0\.7: Sequential does not define its layers"):
         build_optimizer(build_method(config, arch=net), config.optim)
 
 
@@ -371,7 +371,7 @@ def test_weights_of_others_are_scored_exported_and_loaded(
     assert named.mean == timm.models.get_pretrained_cfg("test_resnet.r160_in1k").mean != RGB.mean
     with pytest.raises(UsageError, match="--gap needs student and teacher"):
         evaluate.main(["moco.pth", "--arch", "test_resnet", "--data", "digits", "--gap"])
-    with pytest.raises(UsageError, match="needs --arch"):
+    with pytest.raises(UsageError, match="need --arch"):
         evaluate.main(["moco.pth", "--data", "digits", "--knn"])
     with pytest.raises(UsageError, match="--arch resnetty is not a timm model"):
         evaluate.main(["moco.pth", "--arch", "resnetty", "--data", "digits", "--knn"])

@@ -221,7 +221,7 @@ def test_a_run_is_saved_with_every_number_of_its_views(run: Any, tmp_path: Path)
             r"crop_scale of view 1 was \[0.4, 1.0\], is \[0.2, 1.0\]; hue of view 1 was 0.05, is 0.1; .*; and 2 more",
         ),
     ):
-        with pytest.raises(UsageError, match=f"checkpoint.pt is of a run on other views: {says}") as caught:
+        with pytest.raises(UsageError, match=f"checkpoint.pt is from a run with other views: {says}") as caught:
             run(text, 3)
         assert "\n" not in str(caught.value)
     assert before == {path: path.read_bytes() for path in out.iterdir() if path.is_file()}
@@ -238,7 +238,7 @@ def test_the_methods_own_views_are_saved_and_compared_too(run: Any, tmp_path: Pa
     own = find("mocov2").augmentation(0.2).plain()
     config = json.loads((tmp_path / "run" / "config.json").read_text(encoding="utf-8"))
     assert (config["augmentation"], config[VIEWS]) == (None, own)
-    with pytest.raises(UsageError, match=r"on other views: hue of view 1 was 0.1, is 0.0; hue of view 2"):
+    with pytest.raises(UsageError, match=r"with other views: hue of view 1 was 0.1, is 0.0; hue of view 2"):
         run("hue = 0.0", 2)
     # Of the method's own, a setting that is given with the file changes the views.
     repeated = read_flags(["--config", str(tmp_path / "run" / "config.json"), "--crop-min", "0.5"])
@@ -275,7 +275,7 @@ def test_an_augmentation_of_pythons_is_saved_and_compared(tmp_path: Path) -> Non
     config = json.loads((tmp_path / "run" / "config.json").read_text(encoding="utf-8"))
     assert (config["augmentation"], config[VIEWS]) == ("<Augmentation>", mine.plain())
     assert go(mine).scores["step"] == 1
-    with pytest.raises(UsageError, match=r"on other views: hue of view 2 was 0.1, is 0.0"):
+    with pytest.raises(UsageError, match=r"with other views: hue of view 2 was 0.1, is 0.0"):
         go(Augmentation(views=(View(hue=0.0), View(hue=0.0, size=24))))
     assert go(tmp_path / "run" / "config.json").scores["step"] == 1
     flags = read_flags(["--config", str(tmp_path / "run" / "config.json"), "--out", str(tmp_path / "other")])

@@ -1,4 +1,4 @@
-"""kNN during the run and after it: how good the features are."""
+"""Evaluates the features by kNN during and after the run."""
 
 from __future__ import annotations
 
@@ -21,18 +21,18 @@ if TYPE_CHECKING:
 
 
 class KNN(Hook):
-    """Scores student and teacher at the end of every so many epochs, and after the last step.
+    """Scores student and teacher every ``every`` epochs and after the last step.
 
-    After the last step the raw pixels and a network that has learned nothing are scored beside them. Of a run that
-    starts from weights these are scored before the first step, and a warning says where the student falls below them
-    twice in a row. All processes share the work, and wait for each other however long it takes.
+    After the last step, it also scores the raw pixels and an untrained network as baselines. If a run starts from
+    weights, it scores them before the first step, and warns if the student is worse in two evaluations in a row. All
+    processes share the work, and wait for each other without a time limit.
 
     Args:
-        source: labelled images: the bank that neighbours are looked up in, and the test images.
-        setting: how images reach a network.
-        every: epochs between two evaluations.
-        online: the linear classifier that is trained along.
-        untrained: makes the network that has learned nothing.
+        source: labelled images of the bank and of the test.
+        setting: device, precision, image size and loading of the evaluation.
+        every: epochs between two evaluations; 0 means only the one at the end.
+        online: the online linear classifier, if there is one.
+        untrained: builds the untrained network.
     """
 
     def __init__(
@@ -49,42 +49,44 @@ class KNN(Hook):
         self._start: Estimate | None = None
         """kNN accuracy of the weights that the run started from."""
         self._below = 0
-        """Evaluations in a row in which the student was worse."""
+        """Number of evaluations in a row in which the student was worse than these weights."""
 
     def state_dict(self) -> dict[str, Any]:
-        """What the run started from, and how it compares."""
+        """The score of the starting weights, and the comparison with it."""
         start = self._start
         right = None if start is None or start.right is None else torch.from_numpy(start.right)
         return {"start": None if start is None else start.value, "right": right, "below": self._below}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on with a run's."""
+        """Restore the score and the comparison."""
         self._below, right = state["below"], state.get("right")
         if right is not None:
             self._start = Estimate.of(right.numpy())
-        elif (start := state["start"]) is not None:  # of a checkpoint that does not say which images were right
+        elif (start := state["start"]) is not None:  # an older checkpoint, without the result for each image
             self._start = Estimate(start, start, start)
 
     def on_start(self, run: Run) -> None:
-        """Score the weights that the run starts from, or what the run before was cut off at."""
+        """Score the starting weights; after a resume, repeat an evaluation that was interrupted."""
         if run.step == 0 and run.config.model.init_from is not None:
-            _, found = self._watched(run, {}, "Nothing was trained; the same command with --eval-every 0 does without")
+            _, found = self._watched(
+                run, {}, "Nothing was trained; the same command with --eval-every 0 trains without it"
+            )
             self._start = found["student"]
             run.log({"knn_start": self._start.value})
-            run.say(f"start      kNN accuracy {self._start.value:.1%}: of the weights, before the first step")
+            run.say(f"start      kNN accuracy {self._start.value:.1%} with the starting weights, before the first step")
         elif run.step and not run.scored:
             self.on_step(run, run.step)
 
     def on_step(self, run: Run, step: int, _: object = None) -> None:
-        """Score, if it is time. The steps before are saved first, so that nothing that happens here can lose them."""
+        """Evaluate if it is due. A checkpoint is saved first, so that an error here loses no steps."""
         end = step >= run.total_steps
         if not (end or run.schedule.ends_epoch(step, self._every)):
             return
-        if run.asked().end:  # the same command goes on with it
+        if run.asked().end:  # the next start of the same command evaluates
             return
         run.save(wait=True)
         hint = "The steps are saved; the same command with --eval-every 0 continues"
-        scores, found = self._watched(run, self._beside() if end else {}, hint)
+        scores, found = self._watched(run, self._baselines() if end else {}, hint)
         if self._start is not None:
             self._compare(run, self._start.value, scores["knn_student"])
         if end:
@@ -93,7 +95,7 @@ class KNN(Hook):
         run.evaluated(scores)
 
     def _intervals(self, found: Mapping[str, Estimate]) -> dict[str, Any]:
-        """What the summary says of k = 20 besides: intervals, and how far the networks are above the start."""
+        """Further results for k = 20: confidence intervals, and differences from the starting weights."""
         start = self._start
         every = {**found, **({} if start is None or start.right is None else {"start": start})}
         values: dict[str, Any] = {"knn_intervals": {name: [each.low, each.high] for name, each in every.items()}}
@@ -106,43 +108,44 @@ class KNN(Hook):
         self._below = self._below + 1 if now < start else 0
         if self._below == 2:
             run.say(
-                f"warning    the student's kNN accuracy, {now:.1%}, is below the {start:.1%} of the weights that the "
-                "run started from, for the second time in a row: a lower --lr or a longer --warmup-epochs may keep "
-                "what they know"
+                f"warning    the student's kNN accuracy, {now:.1%}, is below the {start:.1%} of the starting "
+                "weights for the second time in a row: a lower --lr or a longer --warmup-epochs may preserve "
+                "their features"
             )
 
     def _watched(
-        self, run: Run, beside: Mapping[str, nn.Module], hint: str
+        self, run: Run, baselines: Mapping[str, nn.Module], hint: str
     ) -> tuple[dict[str, float], dict[str, Estimate]]:
-        """Scores, or in every process the same word on why there are none."""
-        with together(), enough(self._setting.device, lambda: self._asked(run), hint):
-            return self._scores(run, beside)
+        """The scores; an error of one process is raised in all of them."""
+        with together(), enough(self._setting.device, lambda: self._request(run), hint):
+            return self._scores(run, baselines)
 
-    def _scores(self, run: Run, beside: Mapping[str, nn.Module]) -> tuple[dict[str, float], dict[str, Estimate]]:
-        """kNN accuracy of both backbones for k = 20 and 200, and of the classifier that is trained along.
+    def _scores(self, run: Run, baselines: Mapping[str, nn.Module]) -> tuple[dict[str, float], dict[str, Estimate]]:
+        """kNN accuracy of student and teacher for k = 20 and 200, and accuracy of the online classifier.
 
-        Of the networks ``beside`` for k = 20, which follows by network.
+        For the networks in ``baselines``, only k = 20. The second result has the estimates for k = 20 by network.
         """
-        networks: dict[str, nn.Module] = {"student": run.student, "teacher": run.teacher, **beside}
+        networks: dict[str, nn.Module] = {"student": run.student, "teacher": run.teacher, **baselines}
         others = {} if self._online is None else {"student": [self._online]}
         found = frozen_scores(networks, self._source, self._setting, knn=True, others=others, name="evaluation")
         scores: dict[str, float] = {}
         for name, estimates in found.items():
             scores[f"knn_{name}"] = estimates["knn20"].value
-            if name not in beside:
+            if name not in baselines:
                 scores[f"knn200_{name}"] = estimates["knn200"].value
             if name in others:
                 scores[f"linear_{name}"] = estimates["online"].value
         return scores, {name: estimates["knn20"] for name, estimates in found.items()}
 
-    def _beside(self) -> dict[str, nn.Module]:
-        """What has learned nothing."""
+    def _baselines(self) -> dict[str, nn.Module]:
+        """The baselines: raw pixels and the untrained network."""
         networks: dict[str, nn.Module] = {"pixels": Pixels()}
         if self._untrained is not None:
             networks["untrained"] = self._untrained().to(self._setting.device)
         return networks
 
-    def _asked(self, run: Run) -> str:
+    def _request(self, run: Run) -> str:
+        """Describe the memory request, for an error."""
         assert self._source.bank is not None
         student: Backbone = run.student
         return (

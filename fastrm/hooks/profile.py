@@ -41,8 +41,8 @@ class Profile(Hook):
         ahead = run.total_steps - run.step
         if ahead < WARM_UP + self._steps:
             run.say(
-                f"profile    is left out: {self._steps} steps after the first {WARM_UP} are more than the {ahead} to "
-                "come"
+                f"profile    is skipped: {self._steps} steps after the first {WARM_UP} are more than the {ahead} "
+                "remaining"
             )
             return
         activities = [ProfilerActivity.CPU]

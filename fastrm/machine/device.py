@@ -87,8 +87,8 @@ def check_cuda_graph(kernels: str, optimizer: str, device: torch.device, precisi
     problems = {
         f"it needs a GPU: {why_no_gpu()}": device.type != "cuda",
         "it is for one process": processes > 1,
-        f"--precision {precision} scales the loss by what the host reads; use bf16 or fp32": precision == "fp16",
-        "the host steers apex's LAMB; use another --optimizer": optimizer == "lamb",
+        f"--precision {precision} needs loss scaling by the host; use bf16 or fp32": precision == "fp16",
+        "the host controls apex's LAMB; use another --optimizer": optimizer == "lamb",
         f"--kernels {kernels} reads values on the host": (
             device.type == "cuda" and (kernels in ("cpu", "reference") or triton_problem(device))
         ),
@@ -110,7 +110,7 @@ def choose_kernels(wanted: str, device: torch.device) -> str | None:
     from fastrm.kernels import enqueue_
 
     try:
-        # The operation itself knows best; one row is enough to ask.
+        # Ask the operation itself, with one row.
         enqueue_(
             torch.zeros(1, 1, device=device),
             torch.zeros((), dtype=torch.int64, device=device),

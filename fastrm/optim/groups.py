@@ -89,16 +89,16 @@ def _layered(groups: Sequence[dict[str, Any]], scales: Mapping[nn.Parameter, flo
 
 
 def _scales(method: Method[Any], decay: float) -> dict[nn.Parameter, float]:
-    """Share of the learning rate by parameter of the backbone: ``decay`` in its last layer, and in each before that
-    ``decay`` times the share of the next (Clark et al., arXiv 2003.10555; Bao et al., arXiv 2106.08254).
+    """Factor of the learning rate for each parameter of the backbone: ``decay`` in its last layer, and in each earlier
+    layer ``decay`` times that of the next (Clark et al., arXiv 2003.10555; Bao et al., arXiv 2106.08254).
 
-    The layers are those that timm gives for its networks. The children of another module would be a guess: they stand
-    in the order in which they were made, which need not be the one in which they compute.
+    The layers are those of timm's networks. For other modules, the order of the children would be a guess: they are in
+    the order of creation, which may differ from the order of computation.
     """
     from timm.models import group_parameters
 
     net = method.student.backbone.net
-    # Beside them a classifier, as the networks had one: what timm puts in its layer counts as a head.
+    # A classifier is added, because timm's networks had one: parameters in its layer count as a head.
     named = [*net.named_parameters(), (_CLASSIFIER, None)]
     try:
         matcher = net.group_matcher(coarse=False)
@@ -110,7 +110,7 @@ def _scales(method: Method[Any], decay: float) -> dict[nn.Parameter, float]:
         name = type(net).__name__
         why = "" if not hasattr(net, "group_matcher") else f" ({first_line(error)})"
         raise UsageError(
-            f"--layer-decay {decay:g}: {name} does not say which layers it has, by group_matcher(coarse) as timm's "
+            f"--layer-decay {decay:g}: {name} does not define its layers by group_matcher(coarse) like timm's "
             f"networks do{why}; leave it out, or give {name} one"
         ) from None
     return shares

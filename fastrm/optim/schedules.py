@@ -17,11 +17,11 @@ class Rates(NamedTuple):
     teacher_momentum: float
     """Momentum of the teacher update at the end of the step."""
     weight_decay: float | None = None
-    """None where it stays as it is."""
+    """None if it is constant."""
     teacher_temperature: float = 1.0
-    """In methods with prototypes."""
+    """Temperature of the teacher, in methods with prototypes."""
     holds: bool = False
-    """Whether prototypes stay as they are."""
+    """Whether the prototypes are frozen."""
 
 
 @dataclass(frozen=True)
@@ -99,7 +99,7 @@ class Schedule:
         return self._cosine(self.method.teacher_momentum, self.method.teacher_momentum_end, step)
 
     def weight_decay(self, step: int) -> float | None:
-        """A half cosine from ``--weight-decay`` to ``--weight-decay-end``; None where that is not given."""
+        """A half cosine from ``--weight-decay`` to ``--weight-decay-end``; None if the latter is not given."""
         end = self.optim.weight_decay_end
         return None if end is None else self._cosine(self.optim.weight_decay, end, step)
 
@@ -114,7 +114,7 @@ class Schedule:
         return self.method.residual_weight * self._warmed(step, self.method.residual_warmup_epochs)
 
     def _warmed(self, step: int, epochs: float) -> float:
-        """The share of so many epochs that is over, at most 1; 1 if they are none."""
+        """The completed fraction of a warm-up of ``epochs`` epochs; 1 if there is no warm-up."""
         warmup = epochs * self.steps_per_epoch
         return min(1.0, (step + self.shift) / warmup) if warmup else 1.0
 

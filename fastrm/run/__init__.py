@@ -1,1 +1,1 @@
-"""What happens in a run: the loop, the step, checkpoints, the folder."""
+"""A training run: the loop, the step, checkpoints and the run folder."""

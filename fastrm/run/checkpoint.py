@@ -61,13 +61,13 @@ def load(path: Path) -> dict[str, Any]:
     found = locate(path)
     state = load_tensors(found)
     if not isinstance(state, dict) or state.get("format") != FORMAT:
-        hint = "a file of others needs --arch, timm's name of the network"
+        hint = "weights of other programs need --arch, timm's name of the network"
         raise UsageError(f"{found} is not a checkpoint of this version of fastrm; {hint}")
     wrong = [name for name, kind in CONTENT.items() if not isinstance(state.get(name), kind)]
     if wrong or state["step"] < 0:
-        raise UsageError(f"{found} is damaged: it has no sound {wrong[0] if wrong else 'step'!r}")
+        raise UsageError(f"{found} is damaged: it has no valid {wrong[0] if wrong else 'step'!r}")
     if state.pop("checksum", None) != checksum(state):
-        raise UsageError(f"{found} is damaged: its checksum is not that of its content")
+        raise UsageError(f"{found} is damaged: its checksum does not match its content")
     return state
 
 

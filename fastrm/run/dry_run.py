@@ -81,7 +81,7 @@ def dry_run(parts: Parts) -> dict[str, Any]:
     }
     _say(found, step_once.device, workers if isinstance(loader, TorchLoader) else 0)
     if len(times) < TIMED + ahead:
-        print("notice     few steps were made, since they take long: the times are less certain")
+        print("notice     only a few steps were made, since they take long: the times are less accurate")
     if skipped:
         print(f"warning    {skipped} of {step + 1} steps had a gradient that is not finite")
     return found

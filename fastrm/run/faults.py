@@ -14,7 +14,7 @@ from fastrm.machine.memory import exhausted
 
 LOWER = (
     "Lower --batch-size, or raise --accumulate, which takes fewer images at a time, or lower --image-size; on the host "
-    "--workers too. What was saved before stays"
+    "--workers too. What was saved before is kept"
 )
 """Advice if memory does not suffice."""
 
@@ -31,10 +31,8 @@ def faults(out: Path, world: World, *, resumes: bool) -> Iterator[None]:
     Raises:
         TrainingError: instead of errors of the disk, of loader processes and of other processes.
     """
-    kept = "what was saved before stays, and " + again(resumes)
-    loader_ended = (
-        f"a loader process ended unexpectedly, perhaps for want of memory; {kept}, with fewer --workers if need be"
-    )
+    kept = "what was saved before is kept, and " + again(resumes)
+    loader_ended = f"a loader process ended unexpectedly, perhaps for lack of memory; {kept}, or with fewer --workers"
     try:
         yield
     except (ConnectionError, EOFError):  # the pipe from a loader process may break before torch notices its death
@@ -47,7 +45,7 @@ def faults(out: Path, world: World, *, resumes: bool) -> Iterator[None]:
         if exhausted(error):
             raise
         if world.size > 1 and (isinstance(error, dist.DistError) or "gloo" in str(error)):
-            raise TrainingError(f"another process ended, or cannot be reached any more; {kept}") from None
+            raise TrainingError(f"another process ended or can no longer be reached; {kept}") from None
         if "DataLoader worker (pid" in str(error):  # torch's signal handler raises it anywhere in the run
             raise TrainingError(loader_ended) from None
         raise

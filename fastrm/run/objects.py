@@ -1,4 +1,4 @@
-"""What Python gives in place of a name: a Dataset, a module, a method, an augmentation."""
+"""Objects that Python code passes instead of names: a Dataset, a module, a method, an augmentation."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from fastrm.models import module_name
 
 @dataclass(frozen=True)
 class Objects:
-    """What was given in place of a name in the settings; None where the settings say it."""
+    """The objects that were passed instead of names; None where the settings have a name."""
 
     data: Any = None
     arch: nn.Module | None = None
@@ -26,19 +26,19 @@ class Objects:
 
 
 def named(data: Any, arch: Any, method: Any, augmentation: Any) -> tuple[dict[str, Any], Objects]:
-    """Tell names from objects: four settings by name, and the objects behind them.
+    """Separate names from objects; returns the settings by name, and the objects.
 
-    All but ``data`` are left out of the settings where they are None, for the recipe or the default to say.
+    Arguments that are None, except ``data``, are left out of the settings, so that the recipe or the default applies.
 
     Raises:
-        UsageError: an argument is of a kind that cannot be used.
+        UsageError: an argument has a type that cannot be used.
     """
     if data is None:
         raise UsageError("data is None; it must be a path, the name of a set, a Dataset, a list of paths, or an array")
     if isinstance(data, Path):
         data = str(data)
     if isinstance(arch, type) and issubclass(arch, nn.Module):
-        raise UsageError(f"arch is the class {arch.__name__}; give a module of it: {arch.__name__}()")
+        raise UsageError(f"arch is the class {arch.__name__}; give an instance: {arch.__name__}()")
     if arch is not None and not isinstance(arch, str | nn.Module):
         raise UsageError(f"arch is a {type(arch).__name__}; it must be a timm name or an nn.Module")
     own = isinstance(method, type) and issubclass(method, Method)
@@ -50,8 +50,8 @@ def named(data: Any, arch: Any, method: Any, augmentation: Any) -> tuple[dict[st
         augmentation = str(augmentation)
     if not (augmentation is None or isinstance(augmentation, str) or own_views):
         raise UsageError(
-            f"augmentation is a {type(augmentation).__name__}; it must be a fastrm.data.Augmentation, a file of one, "
-            "views and their sizes, such as 2x224,8x96, or a callable from one image to a tuple of views"
+            f"augmentation is a {type(augmentation).__name__}; it must be a fastrm.data.Augmentation, a file with "
+            "one, views and their sizes, such as 2x224,8x96, or a callable from one image to a tuple of views"
         )
     names = {
         "data": data if isinstance(data, str) else f"<{type(data).__name__}>",

@@ -59,7 +59,7 @@ class Results:
 
 
 def intervals(out: Path, step: int) -> dict[str, Any]:
-    """What the summary of a run of ``step`` steps contains beside its metrics; empty if there is none."""
+    """The entries besides the metrics in the summary of a run of ``step`` steps; empty if there is no summary."""
     names = ("knn_intervals", "knn_above_start")
     summary = read_json(out / SUMMARY) if complete(out, step) else {}
     return {name: summary[name] for name in names if name in summary}

@@ -124,7 +124,7 @@ def _same_settings(
         differences = "; ".join(f"{flag(name)} was {then.get(name)}, is {now[name]}" for name in ordered)
         hint = " (it can be extended once its own epochs are over)" if longer else ""
         raise UsageError(
-            f"{path} is of other settings: {differences}{hint}. Use its own, another --out, or --resume never"
+            f"{path} has other settings: {differences}{hint}. Use its settings, another --out, or --resume never"
         )
     return {}
 
@@ -132,7 +132,7 @@ def _same_settings(
 def _elsewhere(state: Mapping[str, Any], now: Mapping[str, Any], start: Start) -> str:
     """Describe the changes in a run that continues with another number of processes."""
     then, processes, size = state["config"], len(state["random"]), world().size
-    words = f"the run used {processes} processes, and continues with {size}; these draw other views of the same images"
+    words = f"the run used {processes} processes, and continues with {size}; their views differ from here on"
     changed = [name for name in ("batch_size", "accumulate") if now[name] != then[name]]
     if not changed:
         return f"{words}; --batch-size stays {now['batch_size']}, {now['batch_size'] // size} per process"
@@ -149,8 +149,8 @@ def _same_views(path: Path, state: Mapping[str, Any], augmentation: Augmentation
         difference = augmentation.difference(state["augmentation"])
     if difference:
         raise UsageError(
-            f"{path} is of a run on other views: {difference}. Use its own (--augmentation {path.parent}/config.json), "
-            "another --out, or --resume never"
+            f"{path} is from a run with other views: {difference}. Use its views (--augmentation "
+            f"{path.parent}/config.json), another --out, or --resume never"
         )
 
 
@@ -165,7 +165,7 @@ def _compared(path: Path, state: Mapping[str, Any], now: Mapping[str, Any], imag
     """Compare the images with those of a checkpoint."""
     step: int = state["step"]
     if "images" not in state:
-        note = f"{path.name} is of an older version: whether the images are the same is not known"
+        note = f"{path.name} is from an older version: it does not say whether the images are the same"
         return Start(step, images, (note,))
     with fitting(path):
         images, difference = images.continued(state["images"], step)
@@ -173,7 +173,7 @@ def _compared(path: Path, state: Mapping[str, Any], now: Mapping[str, Any], imag
         return Start(step, images)
     if not now["allow_changed_data"]:
         raise UsageError(
-            f"{path} is from a run on other images than --data {now['data']}: {difference}. Bring them back, give "
+            f"{path} is from a run on other images than --data {now['data']}: {difference}. Restore them, give "
             "another --out, or --allow-changed-data, which continues at the next epoch with the current images"
         )
     epoch = (step + images.shift) // images.steps_per_epoch

@@ -18,7 +18,7 @@ from fastrm.run.saver import Saver
 from fastrm.settings.config import Config
 
 PLACE = ("step", "epoch")
-OF_THE_WAY = frozenset({"images_per_second", "verify_loss", "verify_gradient"})
+_PAST = frozenset({"images_per_second", "verify_loss", "verify_gradient"})
 """Values of a record that describe the steps before it, not the state after them."""
 
 
@@ -80,7 +80,7 @@ class Run:
         return self.schedule.epoch(self.step)
 
     def advance(self) -> None:
-        """Go on to the next step."""
+        """Advance to the next step."""
         self.step += 1
         self.clock.steps += 1
         self.logging = self.step == 1 or self.step % self.config.run.log_every == 0 or self.step == self.total_steps
@@ -118,7 +118,7 @@ class Run:
     def remember(self, values: Mapping[str, float]) -> None:
         """Restore the recorded values of this step, except those that describe the steps before it."""
         self.latest |= {"step": self.step, "epoch": self.epoch}
-        self.latest |= {name: value for name, value in values.items() if name not in OF_THE_WAY}
+        self.latest |= {name: value for name, value in values.items() if name not in _PAST}
 
     def save(self, *, wait: bool = False) -> None:
         """Save a checkpoint of this step, unless there is one. Call this in all processes.

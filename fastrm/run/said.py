@@ -1,4 +1,4 @@
-"""What a run says: at the start what will be used, and at the end what came of it."""
+"""The messages of a run at its start and its end."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _SCORED = {
 
 
 def asked(config: Config, world: World) -> str:
-    """What a run asks of the memory."""
+    """Describe the memory request of a run, for an error."""
     batch = config.input.batch_size or world.size * 256
     images = batch // (world.size * config.optim.accumulate)
     return (
@@ -39,7 +39,7 @@ def asked(config: Config, world: World) -> str:
 
 
 def described(config: Config, machine: Machine) -> str:
-    """What ``auto`` chose, in one line."""
+    """Describe the method and the choices of ``auto`` in one line."""
     device, world = machine.device, machine.world
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu, {torch.get_num_threads()} threads"
     settings = config.method
@@ -58,12 +58,12 @@ def described(config: Config, machine: Machine) -> str:
 
 
 def rates(config: Config, method: Method[Any], scales: Iterable[float]) -> str | None:
-    """What the learning rate is where that is not as usual: in a run from weights, and by layer; None elsewhere.
+    """Describe an unusual learning rate, in runs from weights or with ``--layer-decay``; None in other runs.
 
     Args:
-        config: of the run.
-        method: what is trained.
-        scales: shares of the learning rate, of the groups of parameters.
+        config: settings of the run.
+        method: the method that is trained.
+        scales: factors of the learning rate of the parameter groups.
     """
     optim, parts = config.optim, []
     if config.model.init_from is not None:
@@ -79,7 +79,7 @@ def rates(config: Config, method: Method[Any], scales: Iterable[float]) -> str |
 
 
 def views(augmentation: Augmentation, image_size: int) -> str:
-    """How many views there are of which size, in one line."""
+    """Describe the number and sizes of the views in one line."""
     counts = Counter(view.side(image_size) for view in augmentation.views)
     told = ", ".join(f"{count} of {side} pixels" for side, count in counts.items())
     other = f"; the network is built for --image-size {image_size}, and evaluated at it"
@@ -87,15 +87,15 @@ def views(augmentation: Augmentation, image_size: int) -> str:
 
 
 def part(source: Source, labelled: Mapping[str, int]) -> str | None:
-    """Which part of the labelled images an evaluation takes; None for all of them."""
+    """Describe the part of the labelled images that evaluations use; None if they use all."""
     if source.scored == labelled:
         return None
     bank, test = (f"{source.scored[name]:,} of {labelled[name]:,} images" for name in ("bank", "test"))
-    return f"kNN looks up in {bank} and is tried on {test} (--eval-images)"
+    return f"the kNN bank has {bank}, and the test set {test} (--eval-images)"
 
 
 def cautions(config: Config, method: Method[Any], schedule: Schedule, images: int) -> Iterator[str]:
-    """What may go wrong with these settings, while it is cheap to change them."""
+    """Yield warnings about the settings at the start of the run."""
     yield from without_effect(config, type(method))
     yield from method.cautions(schedule.batch_size // schedule.accumulate, images)
     start = config.method.teacher_momentum
@@ -109,7 +109,7 @@ def cautions(config: Config, method: Method[Any], schedule: Schedule, images: in
 
 
 def without_effect(config: Config, kind: type[Method[Any]]) -> Iterator[str]:
-    """Settings that differ from their defaults, and that nothing in this run reads."""
+    """Yield warnings about changed settings that this run does not use."""
     usual = defaults(
         recipe=config.run.recipe, method=kind, arch=config.model.arch, epochs=config.optim.epochs,
         init_from=config.model.init_from,

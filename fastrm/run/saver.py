@@ -56,7 +56,7 @@ class Saver:
         self._writer: threading.Thread | None = None
         self._fault: BaseException | None = None
 
-    def goes_on(self, step: int, settings: dict[str, Any], images: Stateful, **about: dict[str, Any] | None) -> None:
+    def describe(self, step: int, settings: dict[str, Any], images: Stateful, **about: dict[str, Any] | None) -> None:
         """Set the content that all following checkpoints share.
 
         Args:
@@ -124,7 +124,7 @@ class Saver:
             self._fault = None
             reason = getattr(fault, "strerror", None) or (str(fault).splitlines() or [type(fault).__name__])[0]
             raise TrainingError(
-                f"the checkpoint {self.out / NAME} cannot be written: {reason}; what was saved before stays, and the "
+                f"the checkpoint {self.out / NAME} cannot be written: {reason}; what was saved before is kept, and the "
                 "same command continues from there"
             )
 

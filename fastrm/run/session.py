@@ -88,17 +88,19 @@ def begin(parts: Parts, theirs: Iterable[Any], opened: ExitStack) -> Session:
     start, config = begun.step, config.replace(**begun.settings)
     schedule = replace(parts.schedule, optim=config.optim, shift=begun.images.shift)
     made = None if parts.augmentation is None else parts.augmentation.plain()
-    saver.goes_on(start, config.flat(), images=begun.images, pixels=parts.format.plain(), augmentation=made)
+    saver.describe(start, config.flat(), images=begun.images, pixels=parts.format.plain(), augmentation=made)
     parts.method.pair.refresh()
 
     ended = start >= schedule.total
     known = recorded(origin(wish, out), start) if start else {}
     finished = ended and complete(out, start)
     moved = start > 0 and not checkpoint.own(out)
-    # All have looked at what is in the folder.
+    # All processes have read the folder by now.
     if len(everyone := set(gather_objects((start, "knn_student" in known, finished, moved)))) > 1:
         steps = sorted(step for step, *_ in everyone)
-        raise UsageError(f"--out {out}: the processes found it at steps {steps}; all must share its file system")
+        raise UsageError(
+            f"--out {out}: the processes read different steps from it, {steps}; all must share its file system"
+        )
     signals = Signals()
     run = Run(
         student=parts.method.student.backbone,
@@ -168,6 +170,6 @@ def _say(parts: Parts, begun: Start, run: Run, ended: bool) -> None:
         lines.append(("evaluation", part))
     if ended:
         total = run.total_steps
-        lines.append(("steps", f"{start} are complete, {total} were requested: only missing results are made"))
+        lines.append(("steps", f"{start} are complete, {total} were requested: only missing results are written"))
     for title, text in lines:
         parts.say(f"{title:<11}{text}")

@@ -34,9 +34,9 @@ class Output(NamedTuple):
     contrastive: Tensor
     """The method's own loss, 0-d."""
     residual: Tensor | None
-    """The residual term without its weight, 0-d; None where it is neither trained nor measured."""
+    """The residual term without its weight, 0-d; None if it is neither trained nor measured."""
     gap: Tensor | None
-    """1 - mean cosine between student and teacher on the same view, 0-d; None where it is not measured."""
+    """1 - mean cosine between student and teacher on the same view, 0-d; None if it is not measured."""
     features: Tensor
     """The student's backbone features of the first view, [B, C]."""
     indices: list[int]
@@ -77,7 +77,7 @@ class Step:
         self.accumulate, self.layout = accumulate, layout
         self.clip_norm, self.clip_each = clip_norm, clip_each
         self.holds = False
-        """Whether what the method holds in the first epochs gets no gradient."""
+        """Whether the parameters that the method freezes in the first epochs are frozen now."""
         self.params = [p for p in method.parameters() if p.requires_grad]
         self.device = self.params[0].device
         check_choice("precision", precision, ("fp32", *AUTOCAST))
@@ -142,7 +142,7 @@ class Step:
             count = self.method.views
             further = {"more": arranged[count:]} if len(arranged) > count else {}
             output: StepOutput = self.network(*arranged[:count], self.residual_weight, measure=measure, **further)
-        # What is computed again would let BatchNorm's statistics follow the batch a second time.
+        # Recomputed blocks would update BatchNorm's statistics a second time.
         student = self.method.student
         recomputing = unchanged_buffers(student) if student.backbone.recomputes else contextlib.nullcontext()
         with record_function("backward"), recomputing:
@@ -175,7 +175,7 @@ class Step:
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
         self.skipped += skip
-        self.in_a_row.add_(1).mul_(skip)  # in place, so that a captured step counts on
+        self.in_a_row.add_(1).mul_(skip)  # in place, so that a captured step keeps counting
         return skip
 
     def verify(self, views: tuple[Tensor, ...]) -> dict[str, float]:
@@ -194,7 +194,7 @@ class Step:
         if in_a_row >= MOST_SKIPPED:
             raise TrainingError(
                 f"{in_a_row:.0f} steps in a row, up to step {done}, had a gradient that is not finite and were "
-                "skipped; what was saved before stays; a lower --lr, --clip-norm or --precision fp32 may help"
+                "skipped; what was saved before is kept; a lower --lr, --clip-norm or --precision fp32 may help"
             )
         return int(total)
 

@@ -69,7 +69,7 @@ class Trainer:
 
         Raises:
             UsageError: the data, the machine or the folder does not allow the run; nothing was written.
-            TrainingError: the run cannot continue; what was saved before stays.
+            TrainingError: the run cannot continue; what was saved before is kept.
         """
         with ExitStack() as opened:
             parts = assemble(self.config, self._objects, opened)

@@ -73,7 +73,7 @@ def _reason(message: str, known: list[str]) -> str:
     if sentence.startswith("Unrecognized options"):
         unknown = re.findall(r"--[\w-]+", sentence)
         meant = [flag(name) for word in unknown if (name := near(word, known)) is not None]
-        sentence += f"; did you mean {', '.join(meant)}?" if meant else "; --help lists what there is"
+        sentence += f"; did you mean {', '.join(meant)}?" if meant else "; --help lists all flags"
     return sentence
 
 

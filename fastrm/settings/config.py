@@ -63,9 +63,9 @@ def defaults(
         method: name of a method, or a subclass of :class:`fastrm.methods.Method`.
         arch: name of the backbone.
         epochs: passes over the images; if they are fewer than usual, the warm-up takes at most a tenth of them.
-        init_from: weights to start from. Where no recipe says otherwise, the learning rate is then a tenth of that of a
-            run from scratch (R-CNN's share: Girshick et al., arXiv 1311.2524), and the warm-up at most a twentieth of
-            the epochs (5 of 100, as MAE is fine-tuned: He et al., arXiv 2111.06377).
+        init_from: weights to start from. If no recipe is given, the learning rate is then a tenth of that of a run from
+            scratch (as in R-CNN: Girshick et al., arXiv 1311.2524), and the warm-up is at most a twentieth of the
+            epochs (as for fine-tuning MAE: He et al., arXiv 2111.06377).
 
     Raises:
         UsageError: there is no such recipe or method.

@@ -22,9 +22,9 @@ class OfRun:
     checkpoint: Path | None = None
     """RUN, given by name."""
     arch: str | None = None
-    """Name of the network in timm, for weights of others that do not say it."""
+    """timm's name of the network, for weights of other programs that do not say it."""
     image_size: ImageSize | None = None
-    """Side of the images in pixels, for weights of others. If not given, the size that timm publishes."""
+    """Side of the images in pixels, for weights of other programs. If not given, the size that timm lists."""
 
     @property
     def path(self) -> Path:
