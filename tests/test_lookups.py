@@ -66,7 +66,7 @@ UNKNOWN: dict[str, tuple[Callable[[], Any], str]] = {
         "--optimizer adam is unknown; choose one of lars, sgd, adamw, lamb",
     ),
     "stem": (lambda: build_backbone("test_resnet", image_size=32, stem="tiny"), "--stem tiny .* auto, imagenet, small"),
-    "arch": (lambda: build_backbone("resnet5", image_size=32), "--arch resnet5 is not a timm model; near it"),
+    "arch": (lambda: build_backbone("resnet5", image_size=32), "--arch resnet5 is not a timm model; similar names"),
     "device": (lambda: choose_device("gpu"), "--device gpu is unknown; choose one of auto, cuda, mps, cpu"),
     "precision": (lambda: choose_precision("float16", CPU), "--precision float16 .* auto, bf16, fp16, fp32"),
     "precision on an Apple GPU": (lambda: choose_precision("bf16", torch.device("mps")), "with --device mps use fp32"),
