@@ -63,7 +63,7 @@ def main() -> None:
             optimizer.zero_grad()
             sum(losses.values()).backward()
             optimizer.step()
-        print(f"epoch {epoch + 1}: " + ", ".join(f"{name} {float(value):.3f}" for name, value in losses.items()))
+        print(f"epoch {epoch + 1}: " + ", ".join(f"{name} {value.item():.3f}" for name, value in losses.items()))
 
 
 if __name__ == "__main__":

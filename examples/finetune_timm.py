@@ -52,7 +52,7 @@ def main() -> None:
         model.eval()
         with torch.no_grad():
             right = sum(int((model(x.to(device)).argmax(1).cpu() == y).sum()) for x, y in val)
-        print(f"epoch {epoch + 1}: loss {float(loss):.3f}, {100 * right / len(val.dataset):.1f} % of val right")
+        print(f"epoch {epoch + 1}: loss {loss.item():.3f}, {100 * right / len(val.dataset):.1f} % of val right")
 
 
 if __name__ == "__main__":

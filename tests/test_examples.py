@@ -6,6 +6,7 @@ import hashlib
 import importlib.util
 import json
 import os
+import re
 import runpy
 import signal
 import socket
@@ -18,6 +19,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import fastrm
 from fastrm import export
@@ -86,6 +88,34 @@ def test_the_weights_that_lie_beside_the_example_are_those_of_their_card() -> No
     assert features.isfinite().all()
 
 
+def scenes(folder: Path, count: int) -> None:
+    """Dark pictures, with a green and a blue square on them that the masks tell; a frame is not counted."""
+    rng = np.random.default_rng(count)
+    for kind in ("images", "masks"):
+        (folder / kind).mkdir(parents=True)
+    for number in range(count):
+        image, mask = rng.integers(0, 90, (80, 100, 3), dtype=np.uint8), np.zeros((80, 100), np.uint8)
+        for label in (1, 2):
+            y, x = rng.integers(0, 40), rng.integers(0, 60)
+            image[y : y + 40, x : x + 40, label], mask[y : y + 40, x : x + 40] = 230, label
+        mask[:2] = 255
+        Image.fromarray(image).save(folder / "images" / f"{number}.jpg")
+        Image.fromarray(mask).save(folder / "masks" / f"{number}.png")
+
+
+def test_segmentation_learns_from_the_map_of_a_vit(run: Callable[..., str], tmp_path: Path) -> None:
+    run_of_one_step("test_vit", 96, tmp_path / "run")
+    scenes(tmp_path / "scenes" / "train", 12)
+    scenes(tmp_path / "scenes" / "val", 4)
+    small = ["--size", "96", "--epochs", "5", "--batch-size", "4", "--workers", "0", "--lr", "0.01"]
+    torch.manual_seed(0)
+    shown = run("segmentation_torchvision.py", "--backbone", "run", "--data", "scenes", "--classes", "3", *small)
+    found = re.findall(r"epoch \d: loss ([\d.]+), mean IoU ([\d.]+) %", shown)
+    assert len(found) == 5
+    assert float(found[-1][0]) < float(found[0][0])
+    assert float(found[-1][1]) > 60  # a guess of one class has less than 20
+
+
 @pytest.fixture
 def resnet18(tmp_path: Path) -> Path:
     """A backbone for torchvision."""
@@ -109,7 +139,7 @@ def test_detection_with_torchvision(run: Callable[..., str], tmp_path: Path) -> 
     (tmp_path / "images").mkdir()
     images, boxes = [], []
     for i in range(4):
-        picture = digits[i].resize((64, 64))
+        picture = digits.picture(i).resize((64, 64))
         canvas = picture.copy().resize((160, 128))
         canvas.paste(picture, (20 * i, 10 * i))
         canvas.save(tmp_path / "images" / f"{i}.png")

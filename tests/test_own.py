@@ -476,7 +476,7 @@ def test_a_contact_sheet_never_takes_the_place_of_a_photograph(
     before = out.read_bytes()
     assert "is there and not a contact sheet that fastrm wrote" in fails(contact_sheet, flags, capsys)
     assert out.read_bytes() == before
-    assert "no folder" in fails(contact_sheet, [*flags[:-1], str(tmp_path / "none" / name)], capsys)
+    assert "does not exist" in fails(contact_sheet, [*flags[:-1], str(tmp_path / "none" / name)], capsys)
     assert list(tmp_path.iterdir()) == [out]
 
 
