@@ -21,10 +21,10 @@ Parts = Sequence[tuple[str, float]]
 # Rows of packages, from those that know all to the one that knows none, and those that all rows but the last use.
 ROWS: Sequence[Sequence[tuple[str, str]]] = (
     (("train, evaluate, embed, export, report, data, doctor", "the commands; from Python pretrain, Trainer and load"),),
-    (("exports", "files for others"), ("reports", "pages"), ("pretrained", "runs and files, read")),
+    (("reports", "pages"), ("pretrained", "runs and files, read")),
     (("run", "the loop, its step and graph; folder, checkpoints, resume, faults"),),
     (("hooks", "metrics, loggers, checkpoints, evaluation, warnings; yours"),),
-    (("probes", "kNN, linear, fine-tuning, neighbours, gap, collapse"),),
+    (("probes", "kNN, linear, fine-tuning, neighbours, gap, collapse"), ("exports", "files for others")),
     (("methods", "heads, loss, published settings, views; yours"),),
     (("data", "images, views"), ("models", "backbones, weights"), ("optim", "optimizers, schedules")),
     (("kernels", "fused operations on three backends; know nothing of fastrm"),),

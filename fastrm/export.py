@@ -80,7 +80,6 @@ def _export(options: ExportConfig, arch: nn.Module | None = None) -> Written:
             backbone=trained.network(which, f"--which {which}").eval(),
             about=trained.about | ({"which": which} if which in trained.networks else {}),
             pixels=trained.pixels,
-            arch=trained.arch,
             folder=trained.folder,
             settings=trained.settings,
             step=trained.step,

@@ -242,6 +242,25 @@ def export_config(path: Path) -> bool:
     return _json(path, "architecture", "pretrained_cfg") is not None and neighbour.is_file() and weights(neighbour)
 
 
+EXPORTS = "export"
+"""The folder in a run folder with the exports of ``--export``."""
+_OF_EXPORT: dict[str, Callable[[Path], bool]] = {
+    "config.json": export_config,
+    "preprocessor_config.json": preprocessor,
+    ".md": card,
+    ".safetensors": exported,
+    ".pth": state,
+    ".onnx": onnx,
+    ".pkl": pickled,
+}
+
+
+def of_export(path: Path) -> bool:
+    """A file of an export, by its name or its ending."""
+    wrote = _OF_EXPORT.get(path.name) or _OF_EXPORT.get(path.suffix)
+    return wrote is not None and wrote(path)
+
+
 BEST, BEST_SCORE = "checkpoint-best.pt", "best.json"
 """The checkpoint with the best score, and which score that is."""
 

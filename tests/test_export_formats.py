@@ -17,10 +17,11 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional
 
+import fastrm
 from fastrm import export
 from fastrm.data.eval_view import eval_view
 from fastrm.data.formats import RGB, PixelFormat
-from fastrm.errors import UsageError
+from fastrm.errors import TrainingError, UsageError
 from fastrm.exports import TARGETS
 from fastrm.models import Backbone, build_backbone
 from fastrm.models.weights import metadata, write_backbone
@@ -305,6 +306,83 @@ def test_without_the_library_nothing_is_called_done(
     with pytest.raises(UsageError, match=r"--format transformers needs the package transformers: .* pip install"):
         write(path, "transformers", tmp_path / "other")
     assert not (tmp_path / "other").exists()
+
+
+SMALL = {"arch": "test_resnet", "image_size": 32, "stem": "imagenet", "batch_size": 16, "max_steps": 1, "workers": 0,
+         "epochs": 1, "warmup_epochs": 0.0, "hidden_dim": 16, "output_dim": 8, "predictor_hidden_dim": 16,
+         "eval_every": 0, "log_to": ()}  # fmt: skip
+
+
+@pytest.mark.usefixtures("few_digits")
+def test_a_run_exports_its_student(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    plain = fastrm.pretrain("digits", out=tmp_path / "plain", **SMALL)
+    out = tmp_path / "run"
+    result = fastrm.pretrain("digits", out=out, export=("timm",), **SMALL)
+    for name, value in result.student.state_dict().items():
+        assert torch.equal(value, plain.student.state_dict()[name])
+    assert "loads it: largest difference" in capsys.readouterr().out
+    images = torch.randn(2, 3, 32, 32)
+    exported = timm.create_model(f"local-dir:{out / 'export' / 'timm'}", pretrained=True).eval()
+    with torch.no_grad():
+        torch.testing.assert_close(exported(images), result.student(images), rtol=0, atol=1e-5)
+    assert "| method | mocov3 |" in (out / "export" / "timm" / "README.md").read_text()
+    # Another format is added to the complete run.
+    fastrm.pretrain("digits", out=out, export=("timm", "safetensors"), **SMALL)
+    with torch.no_grad():
+        again = fastrm.load(out / "export" / "safetensors.safetensors")(images)
+        torch.testing.assert_close(again, result.student(images), rtol=0, atol=1e-5)
+    capsys.readouterr()
+    fastrm.pretrain("digits", out=out, export=("safetensors", "timm"), **SMALL)
+    assert "holds this run, complete" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("few_digits")
+def test_a_new_run_removes_the_exports_of_an_old_one(tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    fastrm.pretrain("digits", out=out, export=("timm", "safetensors"), **SMALL)
+    (out / "export" / "mine.txt").write_text("mine")
+    fastrm.pretrain("digits", out=out, resume="never", **SMALL)
+    assert [path.name for path in (out / "export").rglob("*")] == ["mine.txt"]
+
+
+@pytest.mark.usefixtures("few_digits")
+def test_what_cannot_be_exported_is_said_before_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    small = {**SMALL, "stem": "small", "out": tmp_path / "run"}
+    for kind, says in (("timm", "small stem"), ("mmdet", "resnet18, resnet34")):
+        with pytest.raises(UsageError, match=f"--export {kind}: .*{says}"):
+            fastrm.pretrain("digits", export=("safetensors", kind), **small)
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    with pytest.raises(UsageError, match=r"--export transformers: .* needs the package transformers"):
+        fastrm.pretrain("digits", export=("transformers",), **small)
+    assert not list(tmp_path.rglob("*.*"))
+    theirs = tmp_path / "run" / "export" / "safetensors.safetensors"
+    theirs.parent.mkdir(parents=True)
+    theirs.write_text("mine")
+    with pytest.raises(UsageError, match=r"--export .*safetensors\.safetensors is there and not an export"):
+        fastrm.pretrain("digits", export=("safetensors",), **small)
+    assert [path for path in tmp_path.rglob("*.*") if path.is_file()] == [theirs]
+
+
+@pytest.mark.usefixtures("few_digits")
+def test_an_export_that_fails_at_the_end_leaves_the_complete_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    true, calls = TARGETS["timm"].write, []
+
+    def once(subject: Any, staged: Path) -> None:
+        true(subject, staged)
+        calls.append(staged)
+        if len(calls) == 2:
+            (staged / "model.safetensors").write_bytes(b"")
+
+    monkeypatch.setitem(TARGETS, "timm", TARGETS["timm"]._replace(write=once))  # type: ignore[index]
+    with pytest.raises(
+        TrainingError, match=r"--export timm: timm cannot load .*; the run is complete, with its weights"
+    ):
+        fastrm.pretrain("digits", out=tmp_path / "run", export=("timm",), **SMALL)
+    assert (tmp_path / "run" / "summary.json").exists()
+    assert not (tmp_path / "run" / "export").exists()
 
 
 def test_images_of_the_users(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

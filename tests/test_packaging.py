@@ -148,8 +148,8 @@ def test_kernels_import_nothing_of_the_trainer() -> None:
 FLOW = (
     *("errors", "packages", "version", "checkout", "kernels", "machine.memory", "files", "own", "evaluated"),
     *("settings", "machine", "terminal"),
-    *("data", "models", "optim", "methods"),
-    *("probes", "hooks", "run", "pretrained", "exports", "reports"),
+    *("data", "models", "optim", "methods", "exports"),
+    *("probes", "hooks", "run", "pretrained", "reports"),
     *("train", "pretraining", "evaluate", "embed", "export", "report", "doctor", "__main__"),
 )
 """Parts of the package, from those that know nothing of the others to those that know all."""

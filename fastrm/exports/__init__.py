@@ -25,19 +25,8 @@ TARGETS: Mapping[str, Target] = {
     "detectron2": detection.DETECTRON2,
     "mmdet": detection.MMDET,
 }
-_FILES: Mapping[str, Callable[[Path], bool]] = {
-    ".safetensors": own.exported,
-    ".pth": own.state,
-    ".onnx": own.onnx,
-    ".pkl": own.pickled,
-}
-_FOLDER: Mapping[str, Callable[[Path], bool]] = {
-    "README.md": own.card,
-    "config.json": own.export_config,
-    "model.safetensors": own.exported,
-    "preprocessor_config.json": own.preprocessor,
-}
-"""The files of an export to a folder, and whether fastrm wrote such a file."""
+_FOLDER = ("README.md", "config.json", "model.safetensors", "preprocessor_config.json")
+"""The files of an export to a folder."""
 
 
 class Written(NamedTuple):
@@ -80,11 +69,16 @@ def write(
 def claim(out: Path, flag: str = "--out") -> None:
     """Raise a UsageError if an export to ``out`` would replace a file that fastrm did not write."""
     if out.suffix:
-        own.require(flag, out, _FILES[out.suffix], what="an export")
-        own.require(flag, _card(out), own.card, what="a model card")
+        own.require(flag, out, own.of_export, what="an export")
+        own.require(flag, _card(out), own.of_export, what="a model card")
         return
-    for name, wrote in _FOLDER.items():
-        own.require(flag, out, wrote, holds=out / name)
+    for name in _FOLDER:
+        own.require(flag, out, own.of_export, holds=out / name)
+
+
+def place(run: Path, kind: str) -> Path:
+    """The path of an export in a run folder."""
+    return run / own.EXPORTS / f"{kind}{TARGETS[kind].endings[0]}"
 
 
 def _card(out: Path) -> Path:
@@ -105,5 +99,5 @@ def _staged(out: Path) -> Iterator[Path]:
         for path in written:
             os.replace(path, into / path.name)
         if not out.suffix:  # files of an earlier export to another format
-            for name in _FOLDER.keys() - {path.name for path in written}:
+            for name in {*_FOLDER} - {path.name for path in written}:
                 (into / name).unlink(missing_ok=True)

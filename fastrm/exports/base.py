@@ -35,8 +35,6 @@ class Subject:
     """Its description, with ``which``."""
     pixels: PixelFormat
     """Conversion from images to the input of the network."""
-    arch: str | nn.Module
-    """Name in timm, or a module that is built alike."""
     folder: Path
     """Folder with its scores, if there are any."""
     settings: Mapping[str, Any] | None = None

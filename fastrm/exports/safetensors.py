@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from fastrm.exports.base import Loaded, Subject, Target, anything, write_state
 from fastrm.exports.check import outputs
@@ -19,7 +19,7 @@ def loading(subject: Subject, out: Path) -> str:
 
 def load(subject: Subject, out: Path) -> Loaded:
     """Rebuild the backbone from the file, as ``fastrm.load`` does."""
-    backbone, _ = read_backbone(out, arch=subject.arch if isinstance(subject.arch, nn.Module) else None)
+    backbone, _ = read_backbone(out, arch=subject.backbone.net if subject.is_module else None)
     backbone.eval()
 
     def network(images: Tensor) -> dict[str, Tensor]:

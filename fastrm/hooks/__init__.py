@@ -7,6 +7,7 @@ from fastrm.hooks.base import Hook, Hooks
 from fastrm.hooks.checkpoints import Checkpoints
 from fastrm.hooks.collapse import CollapseWatch
 from fastrm.hooks.evaluation import KNN
+from fastrm.hooks.exports import Exports
 from fastrm.hooks.left_out import LeftOut
 from fastrm.hooks.metrics import JsonLines
 from fastrm.hooks.mlflow import MLflow
@@ -21,6 +22,7 @@ __all__ = [
     "KNN",
     "Checkpoints",
     "CollapseWatch",
+    "Exports",
     "Hook",
     "Hooks",
     "JsonLines",

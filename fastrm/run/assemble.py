@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 from torch.profiler import record_function
 
 from fastrm import hooks as listeners
@@ -62,7 +61,7 @@ class Parts:
     loader: Loader
     schedule: Schedule
     method: Method[Any]
-    untrained: Callable[[], nn.Module]
+    untrained: Callable[[], Backbone]
     """Builds the backbone as it was before the run, with random weights unless it is a module of the user."""
     step: Step
     online: OnlineLinear | None
@@ -266,5 +265,16 @@ def built_in(
         setting = Setting(given.image_size, parts.machine.device, parts.workers, given.loader)
         after.append(
             listeners.KNN(source, setting, every=settings.eval_every, online=parts.online, untrained=parts.untrained)
+        )
+    if settings.export:
+        after.append(
+            listeners.Exports(
+                settings.export,
+                parts.out,
+                parts.untrained,
+                settings=parts.config.flat(),
+                pixels=parts.format,
+                images=source.train,
+            )
         )
     return before, after

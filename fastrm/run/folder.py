@@ -59,10 +59,13 @@ def prepare(out: Path, settings: dict[str, Any], *, fresh: bool) -> None:
             board = out / own.TENSORBOARD
             old = [path for path, _ in own.names(out) if not path.is_dir()]
             old += [path for path in board.iterdir() if own.events(path)] if board.is_dir() else []
+            exports = list((out / own.EXPORTS).rglob("*"))
+            old += [path for path in exports if path.is_file() and own.safely(own.of_export, path)]
             for path in old:
                 path.unlink()
-            with contextlib.suppress(OSError):  # it stays if it has other content
-                board.rmdir()
+            for folder in (board, *(path for path in exports if path.is_dir()), out / own.EXPORTS):
+                with contextlib.suppress(OSError):  # it stays if it has other content
+                    folder.rmdir()
         written = ("checkpoint.pt", "backbone.safetensors", "summary.json", "metrics.jsonl", "skipped.txt")
         for name in (*written, own.BEST, own.BEST_SCORE):
             (out / f".{name}.partial").unlink(missing_ok=True)  # left incomplete by a killed run

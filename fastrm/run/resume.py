@@ -20,7 +20,7 @@ from fastrm.settings.config import Config, flag
 
 # Settings that may differ between a run and its continuation, because they do not change the result.
 FREE_ON_RESUME = frozenset(
-    {"max_steps", "log_every", "profile", "eval_every", "eval_images", "verify_every", "log_to"}
+    {"max_steps", "log_every", "profile", "eval_every", "eval_images", "verify_every", "log_to", "export"}
     | {"checkpoint_every", "checkpoint_minutes", "keep", "keep_every", "keep_best"}
     | {"out", "resume", "recipe", "device", "compile", "cuda_graph", "channels_last", "kernels", "loader", "scan"}
     | {"checkpoint_activations", "workers", "allow_changed_data", "dry_run"}

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from fastrm.errors import Stopped, TrainingError, UsageError
+from fastrm.exports import place
 from fastrm.files import read_json
 from fastrm.hooks import JsonLines
 from fastrm.hooks.base import Hooks
@@ -93,7 +94,8 @@ def begin(parts: Parts, theirs: Iterable[Any], opened: ExitStack) -> Session:
 
     ended = start >= schedule.total
     known = recorded(origin(wish, out), start) if start else {}
-    finished = ended and complete(out, start)
+    exported = all(place(out, kind).exists() for kind in config.run.export)
+    finished = ended and complete(out, start) and exported
     moved = start > 0 and not checkpoint.own(out)
     # All processes have read the folder by now.
     if len(everyone := set(gather_objects((start, "knn_student" in known, finished, moved)))) > 1:

@@ -199,6 +199,11 @@ class RunConfig:
     """Folder of the run. If not given, runs/DATA-METHOD-ARCH."""
     resume: str = "auto"
     """auto continues the run in --out; never replaces it. Or a checkpoint or run folder to continue from."""
+    export: tuple[
+        Literal["timm", "torchvision", "safetensors", "onnx", "transformers", "detectron2", "mmdet"], ...
+    ] = ()
+    """Formats to export the student to at the end, in the folder export of the run; see fastrm.export.
+    They are tried out before the run starts."""
     dry_run: bool = False
     """Make a few steps, print their memory and time and those of an epoch, and stop; nothing is written."""
     allow_changed_data: bool = False
