@@ -120,8 +120,7 @@ def test_evaluate(flag: str, value: str, refused_or_taken: Any) -> None:
             patch.setattr(evaluate, "open_pretrained", lambda *_, **__: run_of_digits())
         patch.setattr(evaluate, "gap", stop)
         patch.setattr(
-            evaluate,
-            "open_source",
+            "fastrm.pretrained.open_source",
             lambda data, root, **columns: few_digits() if data == "digits" else open_source(data, root, **columns),
         )
         refused_or_taken(evaluate.main, ["--gap", *words(flag, value, {"checkpoint": "x"})])
