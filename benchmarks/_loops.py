@@ -1,4 +1,4 @@
-"""The loops that people write around the same networks: lightly's example, and the official MoCo-v3's style."""
+"""Training loops of other projects around the same networks: lightly's example, and the official MoCo-v3's style."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from fastrm.data.augmentation import IMAGENET_MEAN, IMAGENET_STD, View
 from fastrm.methods import Method
 
 Move = Callable[[], object]
-"""Moves the student by its gradient, and clears that."""
+"""Steps the optimizer, and clears the gradients."""
 Loop = Callable[[Tensor, Tensor], None]
-"""A step on two views of a batch."""
+"""Trains on two views of a batch."""
 
 
 class Transformed(Dataset[Any]):
-    """Two views of each picture, as the loops make them: in worker processes, a picture at a time."""
+    """Two views per image, made by worker processes for one image at a time, as these loops do."""
 
     def __init__(self, source: Source, first: Any, second: Any = None) -> None:
         self.images, self.first, self.second = source.train, first, second
@@ -42,7 +42,7 @@ def in_workers(data: Transformed, batch: int, workers: int) -> DataLoader[Any]:
 
 
 def transform(view: View, size: int) -> v2.Compose:
-    """A view through torchvision."""
+    """The transforms of a view in torchvision."""
     blur = v2.GaussianBlur(5, tuple(s * size / 224 for s in view.blur_sigma))
     colour = v2.ColorJitter(view.brightness, view.contrast, view.saturation, view.hue)
     return v2.Compose(
@@ -61,7 +61,7 @@ def transform(view: View, size: int) -> v2.Compose:
 
 
 def lightly_transform(view: View, size: int) -> Any:
-    """lightly's transform with a view's distribution, for both views."""
+    """lightly's transform of two views with the distribution of ``view``."""
     return importlib.import_module("lightly.transforms").MoCoV2Transform(
         input_size=size,
         cj_prob=view.jitter_probability,
@@ -92,7 +92,7 @@ class Pooled(nn.Module):
 def lightly_loop(
     method: Method[Any], move: Move, *, queue: int, dim: int, temperature: float, momentum: Callable[[], float]
 ) -> Loop:
-    """As in lightly's MoCo example: its loss with a memory bank, and its update of the teacher."""
+    """The loop of lightly's MoCo example, with its loss, memory bank and teacher update."""
     loss = importlib.import_module("lightly.loss").NTXentLoss(temperature=temperature, memory_bank_size=(queue, dim))
     update = importlib.import_module("lightly.models.utils").update_momentum
     student = Pooled(method.student)
@@ -111,7 +111,7 @@ def lightly_loop(
 
 
 def mocov3_loop(method: Method[Any], move: Move, *, temperature: float, momentum: Callable[[], float]) -> Loop:
-    """In the style of MoCo-v3's official code: symmetric loss of einsum and cross-entropy, a loop for the teacher."""
+    """A loop in the style of MoCo-v3's official code: einsum, cross-entropy, and a Python loop for the teacher."""
     student = Pooled(method.student, method.predictor)
     teacher = Pooled(copy.deepcopy(student.inner)).requires_grad_(False)
     criterion = nn.CrossEntropyLoss()
@@ -136,7 +136,7 @@ def mocov3_loop(method: Method[Any], move: Move, *, temperature: float, momentum
 
 
 def stepped(optimizer: torch.optim.Optimizer) -> Move:
-    """A step of an optimizer of torch's."""
+    """A step of a torch optimizer."""
 
     def move() -> None:
         optimizer.step()

@@ -1,4 +1,4 @@
-"""What the studies share: a trial, how it is trained and scored, many of them at a time, and how they are told."""
+"""Shared code of the studies: trials, their training and scores, parallel runs, and tables."""
 
 from __future__ import annotations
 
@@ -42,43 +42,43 @@ SCORE_NAMES = tuple(score.replace("_", " ").replace("knn", "kNN") for score in S
 
 
 class Setup(NamedTuple):
-    """What trials are trained on, and how."""
+    """Data, network and settings that all trials share."""
 
     data: str
     data_root: Path | None
     settings: Mapping[str, Any]
     of_method: Mapping[str, Mapping[str, Any]]
-    """What a method has besides, or otherwise."""
+    """Additional or different settings by method."""
     arch: Callable[[], nn.Module] | None = None
-    """Makes the network; None where the settings name one."""
+    """Builds the network; None if the settings name one."""
     workers: int = 0
     """Loader processes of an evaluation."""
 
     def network(self, seed: int) -> nn.Module | None:
-        """The network with the first weights of a seed."""
+        """The network with the initial weights of a seed."""
         torch.manual_seed(seed)
         return None if self.arch is None else self.arch()
 
 
 @dataclass(frozen=True)
 class Trial:
-    """One setting, to be run with every seed."""
+    """One row of a study, which is run with every seed."""
 
     weight: float
     method: str = "mocov3"
     momentum: float = 0.97
-    """Of the teacher at the start; a cosine leads to ``momentum_end``."""
+    """Teacher momentum at the start; a cosine schedule leads to ``momentum_end``."""
     length: int = 1
     """Factor of the number of epochs."""
     at: ResidualPlace = "output"
     warmup: float = 0.0
-    """Share of the run in which the weight grows from 0."""
+    """Fraction of the run in which the weight grows from 0."""
     momentum_end: float = 1.0
     form: Literal["cosine", "cross-entropy"] = "cosine"
 
     @property
     def name(self) -> str:
-        """Its folder, and its name in ``study.json``."""
+        """Name of its folder, and key in ``study.json``."""
         parts = [self.method, f"m{self.momentum:g}", f"w{self.weight:g}"]
         parts += [f"to{self.momentum_end:g}"] * (self.momentum_end != 1)
         parts += [f"x{self.length}"] * (self.length != 1) + [self.at] * (self.at != "output")
@@ -87,7 +87,7 @@ class Trial:
 
     @property
     def plain(self) -> Trial:
-        """The same without the residual term."""
+        """The same trial without the residual term."""
         return Trial(0.0, self.method, self.momentum, self.length, momentum_end=self.momentum_end)
 
 
@@ -95,8 +95,8 @@ def cross_entropy_form(student: Tensor, teacher: Tensor, *, temperature: float =
     """Distillation in its usual form, as a control: H(softmax(t / T), softmax(s / T)) over the D components of the
     normalised outputs [N, D], averaged over the rows.
 
-    The publication's abstract says that a cross-entropy form did not help; its details are not public, so this one is
-    ours.
+    The publication's abstract says that a cross-entropy form did not help. Its details are not public; this form is our
+    own.
     """
     s, t = (torch.nn.functional.normalize(x.float(), dim=1) / temperature for x in (student, teacher))
     return torch.nn.functional.cross_entropy(s, t.detach().softmax(dim=1))
@@ -106,13 +106,13 @@ def _with_cross_entropy(
     query: Tensor, key: Tensor, same: Tensor, queue: Tensor | None = None, *, residual_weight: Any,
     contrastive_weight: float, **options: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Stand in for ``residual_info_nce``, with the other form of its second term."""
+    """Replaces ``residual_info_nce``, with the cross-entropy form of the residual term."""
     own, term = info_nce(query, key, queue, **options), cross_entropy_form(query, same)
     return contrastive_weight * own + residual_weight * term, own.detach(), term.detach()
 
 
 def run(trial: Trial, seed: int, setup: Setup, folder: Path, threads: int) -> dict[str, float]:
-    """Train and score one trial with one seed, or read what an earlier call left; all of it lies in ``folder``."""
+    """Train and score one trial with one seed, or read the results of an earlier call in ``folder``."""
     torch.set_num_threads(threads)
     out = folder / trial.name / str(seed)
     out.mkdir(parents=True, exist_ok=True)
@@ -151,7 +151,7 @@ def run(trial: Trial, seed: int, setup: Setup, folder: Path, threads: int) -> di
 
 
 def scored(networks: Mapping[str, nn.Module], setup: Setup, image_size: int) -> dict[str, float]:
-    """kNN (k = 20) and quick linear accuracy of networks, by the names of :data:`SCORES`."""
+    """kNN (k = 20) and quick linear accuracy of networks, by the names in :data:`SCORES`."""
     source, setting = (
         open_source(setup.data, setup.data_root),
         Setting(image_size, choose_device("auto"), setup.workers),
@@ -162,21 +162,21 @@ def scored(networks: Mapping[str, nn.Module], setup: Setup, image_size: int) -> 
 
 
 def untouched(trained: Path, setup: Setup) -> dict[str, dict[str, float]]:
-    """Scores of the raw pixels, and of a run's network with weights that have learned nothing."""
+    """Scores of the raw pixels, and of a run's network with random weights."""
     run = open_pretrained(trained, torch.device("cpu"), arch=setup.network(0))
     networks: dict[str, nn.Module] = {"pixels": Pixels(), "untrained": run.untrained().to(choose_device("auto"))}
     return {name: scored({name: network}, setup, run.image_size) for name, network in networks.items()}
 
 
 def curve(out: Path, metric: str, by: Literal["step", "epoch"] = "step") -> Curve:
-    """A metric as a run logged it."""
+    """The logged values of a metric."""
     records = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     found = [record for record in records if metric in record]
     return [record[by] for record in found], [record[metric] for record in found]
 
 
 def made() -> dict[str, Any]:
-    """What figures are of: the commit, the day, torch and the device."""
+    """The source of figures: commit, date, torch version and device."""
     asked = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True)
     return {
         "commit": asked.stdout.strip() or None,
@@ -189,13 +189,13 @@ def made() -> dict[str, Any]:
 def in_turn(
     run: Callable[..., dict[str, Any]], tasks: Sequence[tuple[Trial, int]], *rest: Any, jobs: int
 ) -> Iterator[tuple[Trial, int, dict[str, Any]]]:
-    """Call ``run(trial, seed, *rest, threads)`` in so many processes at a time, and give each result as it is done.
+    """Call ``run(trial, seed, *rest, threads)`` in ``jobs`` processes, and yield each result when it is complete.
 
     Raises:
         Stopped: by Ctrl-C.
     """
     begin = time.monotonic()
-    # Ctrl-C reaches all processes of a terminal; this one decides what it means.
+    # Ctrl-C reaches all processes of a terminal; only this one handles it.
     deaf = {"initializer": signal.signal, "initargs": (signal.SIGINT, signal.SIG_IGN)}
     with ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn"), **deaf) as pool:
         threads = max(1, available_cores() // jobs)
@@ -209,9 +209,9 @@ def in_turn(
         except BaseException as error:
             pool.shutdown(wait=False, cancel_futures=True)
             for child in multiprocessing.active_children():
-                child.kill()  # a run goes on from its last checkpoint
+                child.kill()  # its run continues from the last checkpoint
             if isinstance(error, KeyboardInterrupt):
-                raise Stopped("stopped; the same command goes on", 128 + signal.SIGINT) from None
+                raise Stopped("stopped; the same command continues", 128 + signal.SIGINT) from None
             raise
 
 
@@ -222,7 +222,7 @@ def mean(values: Sequence[float], form: str) -> str:
 
 
 def save(figure: Figure, path: Path) -> None:
-    """Write a figure, the same bytes each time."""
+    """Write a figure, with the same bytes each time."""
     for axes in figure.axes:
         axes.grid(alpha=0.3)
     if not figure.legends:

@@ -1,4 +1,4 @@
-"""What the benchmarks share: the tensors of real networks, timing in turn, and the table."""
+"""Shared code of the benchmarks: tensors of real networks, timing in turn, and tables."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from torch.profiler import ProfilerActivity, profile
 Inputs = TypeVar("Inputs")
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 COPY = "plain copy"
-"""Name of the row that is no contender: a copy of as many bytes."""
+"""Name of the row for a copy of as many bytes, which is not a contender."""
 
 
 def resnet50_shapes() -> list[tuple[int, ...]]:
@@ -54,7 +54,7 @@ def tensors(network: str, dtype: torch.dtype = torch.float32, seed: int = 0) -> 
 
 @dataclass(frozen=True)
 class Row:
-    """Median time of one contender, what it moved, and how it compares with the first one and with a plain copy."""
+    """Median time of one contender, its bytes, and its ratios to the first contender and to a plain copy."""
 
     case: str
     name: str
@@ -63,25 +63,25 @@ class Row:
     share_of_copy: float
     times_the_first: float
     gpu_us: float
-    """Microseconds of its kernels and copies alone; NaN on the CPU."""
+    """Microseconds of its kernels and copies on the GPU; NaN on the CPU."""
     seconds: tuple[float, ...]
-    """Of one call, in each round."""
+    """Seconds per call in each round."""
 
     @property
     def figures(self) -> dict[str, float]:
-        """What pytest-benchmark's JSON file holds beside the times."""
+        """Additional values for pytest-benchmark's JSON file."""
         names = ("gigabytes_per_second", "share_of_copy", "times_the_first", "gpu_us")
         return {name: getattr(self, name) for name in names if not math.isnan(getattr(self, name))}
 
 
 def synchronise() -> None:
-    """Wait for the GPU, where there is one."""
+    """Wait for the GPU, if there is one."""
     if DEVICE.type == "cuda":
         torch.cuda.synchronize()
 
 
 def once(call: Callable[[], object], repeats: int) -> float:
-    """Milliseconds of one call: the mean of ``repeats`` in a row."""
+    """Milliseconds per call, the mean of ``repeats`` calls in a row."""
     if DEVICE.type == "cuda":
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         start.record()
@@ -97,14 +97,14 @@ def once(call: Callable[[], object], repeats: int) -> float:
 
 
 def repeated(call: Callable[[], object], rounds: int = 7) -> list[float]:
-    """Seconds of one contender alone, in each round."""
+    """Seconds of a single contender in each round."""
     repeats = 10 if DEVICE.type == "cuda" else 1
     once(call, repeats)
     return [once(call, repeats) / 1e3 for _ in range(rounds)]
 
 
 def gpu_us(call: Callable[[], object], repeats: int = 10) -> float:
-    """Microseconds of a call's kernels and copies on the GPU, by the profiler: no gaps, no host. NaN on the CPU."""
+    """Microseconds of a call's kernels and copies on the GPU, from the profiler, without gaps; NaN on the CPU."""
     if DEVICE.type != "cuda":
         return math.nan
     call()
@@ -118,7 +118,7 @@ def gpu_us(call: Callable[[], object], repeats: int = 10) -> float:
 
 
 def extra_memory(call: Callable[[], object]) -> float:
-    """MiB that a call takes at its peak beyond what was held before; NaN where that cannot be read."""
+    """Peak memory of a call in MiB above the memory before it; NaN if it cannot be read."""
     call()
     if DEVICE.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
@@ -138,10 +138,11 @@ def extra_memory(call: Callable[[], object]) -> float:
 def compare(
     case: str, contenders: Mapping[str, Callable[[], object]], bytes_moved: float, *, rounds: int = 15, repeats: int = 0
 ) -> list[Row]:
-    """Time the contenders in turn, a call each, round by round; medians are over rounds, ratios of pairs in one.
+    """Time the contenders in turn, one call each per round. Medians are over rounds, and ratios are taken within
+    rounds.
 
-    ``bytes_moved`` is the floor of the operation, the same for all, so that GB/s can be compared. A plain copy of as
-    many bytes joins in.
+    ``bytes_moved`` is the minimum for the operation, the same for all, so that GB/s can be compared. A plain copy of as
+    many bytes is timed too.
     """
     repeats = repeats or (10 if DEVICE.type == "cuda" else 1)
     source = torch.empty(int(bytes_moved) // 2, dtype=torch.uint8, device=DEVICE)
@@ -152,7 +153,8 @@ def compare(
     times: dict[str, list[float]] = {name: [] for name in everyone}
     order = random.Random(0)
     for _ in range(rounds):
-        # In a new order each round: what runs after the copy, say, finds less of its input in the cache.
+        # The order changes in each round, because a call after the copy, for example, has less of its input in the
+        # cache.
         for name in order.sample(list(everyone), len(everyone)):
             times[name].append(once(everyone[name], repeats))
     first = next(iter(times.values()))
@@ -174,7 +176,7 @@ def compare(
 def available(
     rivals: Mapping[str, Callable[[Inputs], Callable[[], Tensor]]], inputs: Inputs, note: Callable[[str], None]
 ) -> Iterator[tuple[str, Callable[[], Tensor], Tensor]]:
-    """By name, the call of each rival whose package is here, and the loss that it gave; the others are noted."""
+    """Yield name, call and loss of each rival whose package is installed; the others are noted."""
     for name, make in rivals.items():
         try:
             call = make(inputs)
@@ -186,7 +188,7 @@ def available(
 
 
 def table_with_memory(case: str, rows: Iterable[Row], memory: Mapping[str, float], title: str = "extra MiB") -> str:
-    """The rows as Markdown, with memory in place of bytes; a row without memory has none."""
+    """The rows as Markdown, with memory instead of bytes; rows without memory have an empty cell."""
     lines = [f"| {case} | ms | times the first | GPU µs | {title} |", "|---|--:|--:|--:|--:|"]
     lines += [
         f"| {r.name} | {r.ms:.2f} | {r.times_the_first:.2f} | {r.gpu_us:.1f} | {memory.get(r.name, math.nan):.1f} |"

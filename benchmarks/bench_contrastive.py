@@ -1,4 +1,4 @@
-"""InfoNCE with its gradient, the residual term and the push, against the usual form, and how it grows.
+"""InfoNCE with gradient, residual term and push, compared with the usual form, and its growth.
 
 pytest benchmarks/bench_contrastive.py --benchmark-only
 """
@@ -27,11 +27,11 @@ Call = Callable[[], Tensor]
 
 
 class Inputs:
-    """Queries and keys of one case, and a queue of its own for each contender."""
+    """Queries and keys of one case, and a separate queue for each contender."""
 
     def __init__(self, n: int, size: int | None, dim: int) -> None:
         generator = torch.Generator().manual_seed(0)
-        # In-batch keys are multiplied in the type that they come in: on a GPU in that of mixed precision.
+        # In-batch keys are multiplied in their own dtype, which is the one of mixed precision on a GPU.
         dtype = torch.bfloat16 if GPU and size is None else torch.float32
         draw = [torch.randn(n, dim, generator=generator).to(DEVICE, dtype) for _ in range(3)]
         self.query, self.key, self.same = draw[0].requires_grad_(), draw[1], draw[2]
@@ -85,7 +85,7 @@ def usual(inputs: Inputs, *, compiled: bool = False) -> Call:
 
 
 def lightly(inputs: Inputs) -> Call:
-    """NTXentLoss with its memory bank, and the residual term beside it."""
+    """NTXentLoss with its memory bank, and the residual term."""
     if inputs.rows is None:
         raise ImportError("lightly's in-batch form has other negatives")
     kind = importlib.import_module("lightly.loss").NTXentLoss
@@ -124,7 +124,7 @@ RIVALS: dict[str, Callable[[Inputs], Call]] = {
 
 
 def products(inputs: Inputs) -> Callable[[], object]:
-    """The two matrix products that no form can do without, alone."""
+    """Only the two matrix products that every form needs."""
     bank = inputs.key if inputs.rows is None else inputs.rows
     query = inputs.query.detach().to(bank.dtype)
     return lambda: torch.mm(torch.mm(query, bank.T), bank)
@@ -139,7 +139,7 @@ def matrix_rate() -> float:
 @pytest.mark.parametrize(("n", "size", "dim"), CASES)
 def test_loss(n: int, size: int | None, dim: int, enter: Any, note: Any) -> None:
     if not GPU and (n > 4_096 or dim > 512):
-        pytest.skip("seconds a call on the CPU, where the smaller ones show the same")
+        pytest.skip("takes seconds per call on the CPU, where smaller cases show the same")
     inputs = Inputs(n, size, dim)
     mine = ours(inputs)
     want_loss, want = mine(), inputs.query.grad
@@ -168,7 +168,7 @@ def test_loss(n: int, size: int | None, dim: int, enter: Any, note: Any) -> None
 
 
 def test_growth(enter: Any) -> None:
-    """A longer queue takes time in proportion, and no more memory; so do more queries."""
+    """Time grows in proportion to the queue and to the queries; memory does not grow."""
     times, memory = {}, {}
     shapes = [(256, 2**p) for p in range(12, 21, 2 if not GPU else 1)] + [(256, 2**17)]
     shapes += [(n, 65_536) for n in (64, 1_024, 4_096, 16_384) if GPU or n <= 1_024]

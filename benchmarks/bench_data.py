@@ -1,8 +1,8 @@
-"""Images a second of the loaders, and CPU time per image, against torchvision's and lightly's transforms.
+"""Images per second and CPU time per image of the loaders, compared with torchvision's and lightly's transforms.
 
 [PHOTOS=FOLDER] pytest benchmarks/bench_data.py --benchmark-only
 
-The pictures are those of the folder, or else made-up JPEGs of 500x375.
+The images are those of the folder, otherwise generated JPEGs of 500x375 pixels.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ def made_up(folder: Path) -> Path:
 
 
 class Transformed(Dataset[Any]):
-    """How the rivals are used: a transform that gives two views of a picture, which torchvision's folders read."""
+    """Two views per image by a transform of a rival, as torchvision's ImageFolder would apply it."""
 
     def __init__(self, images: FileImages, transform: Callable[[Image.Image], Any]) -> None:
         self.paths, self.transform = [str(path) for path in images.paths], transform
@@ -130,7 +130,7 @@ def contenders(files: FileImages, size: int, workers: int) -> dict[str, Iterable
 
 
 def check_views(files: FileImages, size: int) -> None:
-    """The first views are those that torchvision v2 makes of the same draws, but for seven roundings to bytes."""
+    """Check that the first views equal torchvision v2's for the same parameters, within seven roundings to bytes."""
     augmentation = find("mocov2").augmentation(0.2)
     loader = ours(files, "torch", size, 0)
     request = next(iter(loader._sampler))
@@ -149,7 +149,7 @@ def check_views(files: FileImages, size: int) -> None:
 
 
 def rate(loader: Iterable[Any]) -> float:
-    """Images a second of an epoch."""
+    """Images per second in an epoch."""
     begin = time.perf_counter()
     count = sum(len(getattr(batch, "views", batch)[0]) for batch in loader)
     return count / (time.perf_counter() - begin)
@@ -174,7 +174,7 @@ def in_turn(loaders: dict[str, Iterable[Any]], measure: Callable[[Iterable[Any]]
 
 
 def ratio(figures: dict[str, list[float]], above: str, below: str) -> float:
-    """Median of the ratios of each round."""
+    """Median of the ratios within rounds."""
     return statistics.median(a / b for a, b in zip(figures[above], figures[below], strict=True))
 
 

@@ -1,4 +1,4 @@
-"""The teacher update against what people use: foreach, torch's AveragedModel, timm, lightly, ema-pytorch, apex.
+"""The teacher update compared with foreach, torch's AveragedModel, timm, lightly, ema-pytorch and apex.
 
 pytest benchmarks/bench_ema.py --benchmark-only
 """
@@ -24,7 +24,7 @@ Contender = tuple[list[Tensor], Callable[[], object]]
 
 
 class Holder(nn.Module):
-    """A module that is nothing but its parameters."""
+    """A module that only holds parameters."""
 
     def __init__(self, parameters: list[Tensor]) -> None:
         super().__init__()
@@ -34,10 +34,10 @@ class Holder(nn.Module):
 def contenders(
     network: str, dtype: torch.dtype
 ) -> tuple[list[Tensor], list[Tensor], dict[str, Callable[[], Contender]]]:
-    """Teacher and student as they start, and by name what makes a teacher of its own and the call that updates it."""
+    """Initial teacher and student, and by name the functions that make a contender's teacher and its update."""
     teacher, student = tensors(network, seed=0), tensors(network, dtype, seed=1)
     module = Holder(student)
-    # One teacher for all who take a list: how memory happens to be laid out is up to a sixth of the time on a CPU.
+    # All contenders that take a list share one teacher, because its place in memory changes the time by up to a sixth.
     mine = [t.clone() for t in teacher]
 
     def on_list(update: Callable[[list[Tensor]], Callable[[], object]]) -> Callable[[], Contender]:
@@ -97,7 +97,7 @@ def contenders(
 
 
 def measure(network: str, dtype: torch.dtype, note: Callable[[str], None]) -> list[Row]:
-    """Time those that can be had and that give the right numbers."""
+    """Time the contenders that are installed and give correct results."""
     teacher, student, makers = contenders(network, dtype)
     ready: dict[str, Callable[[], object]] = {}
     for name, make in makers.items():
@@ -123,7 +123,7 @@ def test_update(network: str, dtype: torch.dtype, enter_rows: Any, note: Any) ->
 
 
 def host_seconds() -> dict[str, list[float]]:
-    """Host time of repeated calls for ResNet-50's list, without the launch, and of one look at the addresses."""
+    """Host time of repeated calls for ResNet-50's list without the launch, and of reading all addresses once."""
     teacher, student = tensors("ResNet-50", seed=0), tensors("ResNet-50", seed=1)
 
     class NoLaunch:

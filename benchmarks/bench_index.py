@@ -1,8 +1,8 @@
-"""What many images cost: the second start and memory per image, and the first scan against decoding alone.
+"""The cost of many images: the second start, the memory per image, and the first scan compared with decoding only.
 
 pytest benchmarks/bench_index.py --benchmark-only
 
-PHOTOS names a folder of pictures for the scan; without it, they are made up.
+PHOTOS is a folder of images for the scan; without it, they are generated.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ print(json.dumps({"seconds": seconds, **held(), "names": names, "hashes": int(ke
 
 
 def start(few: Path, data: Path, workers: int) -> dict[str, Any]:
-    """A start in a process of its own: its seconds, and what all processes hold after 36 batches."""
+    """Start in a separate process; returns its seconds, and the memory of all processes after 36 batches."""
     command = [sys.executable, "-c", START, str(few), str(data), str(workers)]
     found: dict[str, Any] = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
     return found
@@ -82,7 +82,7 @@ def start(few: Path, data: Path, workers: int) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def sets(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, tuple[Path, Path]]]:
-    """A few pictures, and many, which are 64 again and again: in folders, as links, and in shards."""
+    """A few images and many images, the latter being 64 images repeated: in folders, as links, and in shards."""
     root = tmp_path_factory.mktemp("index")
     rng = np.random.default_rng(0)
     (root / "pictures").mkdir()
@@ -136,7 +136,7 @@ def test_second_start_and_memory(kind: str, sets: dict[str, tuple[Path, Path]], 
 
 
 def test_first_scan_against_decoding(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, enter: Any) -> None:
-    """In turn, each over the same files, with a new cache for each scan."""
+    """Time scan and decoding in turn over the same files, with a new cache for each scan."""
     data = Path(os.environ.get("PHOTOS", "")) if "PHOTOS" in os.environ else made_up(tmp_path / "photos")
     source = open_source(str(data), keep=False)
     paths = [source.train.name(i) for i in range(len(source.train))]

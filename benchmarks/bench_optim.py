@@ -1,4 +1,4 @@
-"""Optimizer steps with the teacher inside, against the usual step followed by a foreach average.
+"""Optimizer steps that include the teacher update, compared with the usual step followed by a foreach average.
 
 pytest benchmarks/bench_optim.py --benchmark-only
 """
@@ -19,11 +19,11 @@ from fastrm.optim import LARS, SGD, AdamW
 
 M = 0.99
 CASES = [(network, rule) for network in ("ResNet-50", "ViT-B") for rule in ("lars", "sgd", "adamw")]
-FLOOR = {"lars": 36, "sgd": 28, "adamw": 36}  # bytes a float32 parameter, teacher included
+FLOOR = {"lars": 36, "sgd": 28, "adamw": 36}  # bytes per float32 parameter, including the teacher
 
 
 def per_parameter_lars(params: list[Tensor]) -> Callable[[], object]:
-    """The loop that most code bases carry along."""
+    """The Python loop over parameters that most code bases have."""
     buffers = [torch.zeros_like(p) for p in params]
 
     @torch.no_grad()
@@ -76,24 +76,24 @@ RIVALS: dict[str, dict[str, Callable[[list[Tensor]], Callable[[], object]]]] = {
 
 
 def apex_adam_swa(params: list[Tensor], teacher: list[Tensor]) -> Callable[[], object]:
-    """Adam, a copy of the parameters (here they themselves) and the average in one Triton kernel of apex."""
+    """apex's Triton kernel for Adam, a copy of the parameters (here the parameters themselves) and the average."""
     if DEVICE.type != "cuda":
         raise ImportError("its kernel needs a GPU")
     module = importlib.import_module("apex.contrib.openfold_triton.fused_adam_swa")
     options = {**ADAMW_OPTIONS, "adam_math_mode": module.AdamMathType.ApexAdamW, "swa_decay_rate": M}
     optimizer = module.FusedAdamSWA(params, params, teacher, **options)
-    optimizer.swa_param_groups[0]["n_averaged"] = 1  # else the first step copies
+    optimizer.swa_param_groups[0]["n_averaged"] = 1  # otherwise the first step copies
     return optimizer.step
 
 
-# Rivals that have the teacher inside, too.
+# Rivals whose step also updates the teacher.
 INSIDE: dict[str, dict[str, Callable[[list[Tensor], list[Tensor]], Callable[[], object]]]] = {
     "adamw": {"apex FusedAdamSWA, teacher inside": apex_adam_swa}
 }
 
 
 def measure(network: str, rule: str, note: Callable[[str], None]) -> list[Row]:
-    """Time those that can be had and that give the same parameters and teacher as the first, over two steps."""
+    """Time the contenders that are installed and match the first one's parameters and teacher over two steps."""
     start, gradients = tensors(network, seed=0), tensors(network, seed=1)
 
     def tensors_of_one() -> tuple[list[Tensor], list[Tensor]]:
@@ -128,7 +128,7 @@ def measure(network: str, rule: str, note: Callable[[str], None]) -> list[Row]:
             step = make(params, teacher)
             for _ in range(2):
                 step()
-        except Exception as error:  # absent, or not made for this Triton: whatever it is, it is said
+        except Exception as error:  # not installed, or not compatible with this Triton; reported in either case
             note(f"{name} cannot: {type(error).__name__}: {(str(error).splitlines() or [''])[0]}")
             continue
         for got, expected in zip((*params, *teacher), want, strict=True):

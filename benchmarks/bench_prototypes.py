@@ -1,4 +1,4 @@
-"""DINO's loss over prototypes with its gradients, against the usual form on logits, and how it grows.
+"""DINO's loss over prototypes with its gradients, compared with the usual form on logits, and its growth.
 
 pytest benchmarks/bench_prototypes.py --benchmark-only
 """
@@ -19,7 +19,7 @@ from fastrm.kernels import prototype_cross_entropy
 
 OF_STUDENT, OF_TEACHER = 0.1, 0.04
 GPU = DEVICE.type == "cuda"
-# (rows of the student, views of the student or None for row with row, prototypes, width)
+# (rows of the student, views of the student or None to pair row i with row i, prototypes, width)
 CASES = [(640, None, 65_536, 256), (640, 10, 65_536, 256)]
 CASES += [(12_544, None, 65_536, 256), (10_240, 10, 65_536, 256)] if GPU else []
 Call = Callable[[], Tensor]
@@ -115,7 +115,7 @@ RIVALS: dict[str, Callable[[Inputs], Call]] = {"softmax on logits": usual, "ligh
 
 
 def gradients_mib(inputs: Inputs) -> float:
-    """What every contender returns: the gradients."""
+    """MiB of the gradients, which every contender returns."""
     return sum(x.numel() * x.itemsize for x in (inputs.student, inputs.own)) / 2**20
 
 
@@ -145,7 +145,7 @@ def test_loss(n: int, views: int | None, size: int, dim: int, enter: Any, note: 
 
 
 def test_growth(enter: Any) -> None:
-    """More prototypes take time in proportion, and no more memory than their gradient."""
+    """Time grows in proportion to the prototypes; memory grows only by their gradient."""
     times, memory = {}, {}
     for size in (2**14, 2**15, 2**16):
         inputs = Inputs(256, None, size, 64)

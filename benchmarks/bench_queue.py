@@ -1,4 +1,4 @@
-"""The queue's update alone, against the slice assignment of the official code and lightly's memory bank.
+"""The queue update, compared with the slice assignment of the official code and lightly's memory bank.
 
 pytest benchmarks/bench_queue.py --benchmark-only
 """
@@ -25,7 +25,7 @@ def test_enqueue(count: int, enter_rows: Any) -> None:
     keys = torch.randn(count, DIM, device=DEVICE)
 
     def slices() -> None:
-        """As MoCo does it: the queue's size must be a multiple of the batch."""
+        """MoCo's slice assignment, for which the queue size must be a multiple of the batch size."""
         features[pointer[0] : pointer[0] + count] = F.normalize(keys, dim=1)
         pointer[0] = (pointer[0] + count) % SIZE
 

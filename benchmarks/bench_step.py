@@ -1,4 +1,4 @@
-"""Images a second of the real trainer, against the loops that people write, and against the bare networks.
+"""Images per second of the trainer, compared with the loops of other projects and with the bare networks.
 
 pytest benchmarks/bench_step.py --benchmark-only
 """
@@ -34,7 +34,7 @@ from fastrm.run.step import AUTOCAST, Step
 from fastrm.settings.config import Config, build
 
 SIZE, ROUNDS = 64, 3
-# Batch and steps by stem: that for ImageNet leaves a fourteenth of the work.
+# Batch size and steps by stem; the ImageNet stem needs a fourteenth of the work.
 STEMS = {"small": (32, 6), "imagenet": (128, 9)}
 WORKERS = min(available_cores(), 8)
 SHARED: dict[str, Any] = {
@@ -49,7 +49,7 @@ def settings(method: str, stem: str, **leaves: Any) -> Config:
 
 
 def rate(loader: Any, stem: str, step: Callable[[Tensor, Tensor], None]) -> float:
-    """Images a second of a loop, from its second step on."""
+    """Images per second of a loop, from its second step on."""
     batch, steps = STEMS[stem]
     begin = 0.0
     for number, (first, second, *_) in enumerate(loader):
@@ -64,7 +64,7 @@ def rate(loader: Any, stem: str, step: Callable[[Tensor, Tensor], None]) -> floa
 
 
 def trainer(config: Config, folder: Path) -> Callable[[], float]:
-    """What a run records of itself, from its second step on."""
+    """Images per second that a run records, from its second step on."""
     config = config.replace(resume="never", out=folder)
 
     def run() -> float:
@@ -78,12 +78,12 @@ def trainer(config: Config, folder: Path) -> Callable[[], float]:
 
 
 def networks(config: Config) -> Method[Any]:
-    """Backbone and heads as our run has them, in the usual memory format."""
+    """Backbone and heads of our run, in the usual memory format."""
     return build_method(config.replace(channels_last=False), device=DEVICE)
 
 
 def lightly_run(source: Source, config: Config) -> Callable[[], float]:
-    """lightly's MoCo example, with its transform and SGD."""
+    """Run lightly's MoCo example, with its transform and SGD."""
     method = networks(config)
     move = stepped(torch.optim.SGD(method.student.parameters(), lr=0.015, momentum=0.9, weight_decay=1e-4))
     step = lightly_loop(method, move, queue=4096, dim=128, temperature=0.2, momentum=lambda: 0.999)
@@ -93,7 +93,7 @@ def lightly_run(source: Source, config: Config) -> Callable[[], float]:
 
 
 def mocov3_run(source: Source, config: Config) -> Callable[[], float]:
-    """The official MoCo-v3's style, with torchvision's transforms and LARS."""
+    """Run a loop in the official MoCo-v3's style, with torchvision's transforms and LARS."""
     method = networks(config)
     move = lars([*method.student.parameters(), *method.predictor.parameters()])
     step = mocov3_loop(method, move, temperature=1.0, momentum=lambda: 0.99)
@@ -103,7 +103,7 @@ def mocov3_run(source: Source, config: Config) -> Callable[[], float]:
 
 
 def bare(config: Config) -> Callable[[], float]:
-    """Forward of both networks and backward of the student on a batch that is there already."""
+    """Forward passes of both networks and backward pass of the student on a batch in memory."""
     built = build_method(config, device=DEVICE).train()
     batch, steps = STEMS[config.model.stem]
     images = torch.randn(batch, 3, SIZE, SIZE, device=DEVICE).contiguous(memory_format=torch.channels_last)
@@ -121,7 +121,7 @@ def bare(config: Config) -> Callable[[], float]:
 
 
 def compare(names: dict[str, Callable[[], float]], title: str, enter: Any, note: Any) -> None:
-    """Run the contenders in turn, and say by how much the first is faster than each."""
+    """Run the contenders in turn, and report by which factor the first is faster than each."""
     rates: dict[str, list[float]] = {name: [] for name in names}
     order = random.Random(0)
     for _ in range(ROUNDS):
@@ -156,7 +156,7 @@ def test_against_the_loops(method: str, stem: str, tmp_path: Path, enter: Any, n
     ("arch", "size", "batch", "precision"), [("resnet50", 224, 128, "bf16"), ("resnet18", 32, 64, "bf16")]
 )
 def test_the_step_on_a_gpu(arch: str, size: int, batch: int, precision: str, enter: Any, note: Any) -> None:
-    """The step on images that are there already: plain, as one CUDA graph, and the bare networks."""
+    """The step on images in GPU memory: eager, as one CUDA graph, and the bare networks."""
     torch.backends.cudnn.benchmark = True  # as in a run
     config = build(data="synthetic", method="mocov3", arch=arch, image_size=size, precision=precision)
     views = torch.randn(2, batch, 3, size, size, device=DEVICE)
@@ -220,7 +220,7 @@ def test_where_a_step_goes(
     note: Any,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """What is outside the networks' forward and backward, by the trainer's own profile."""
+    """The share of time outside the networks' forward and backward passes, by the trainer's profile."""
     train.train(settings(method, stem, residual_weight=residual_weight, max_steps=5, out=tmp_path / "run", profile=3))
     shown = capsys.readouterr().out
     parts = re.findall(r"^([a-z ]+?)\s+([\d.]+)\s+([\d.]+)%$", shown, re.M)

@@ -1,9 +1,9 @@
-"""The augmentation of a batch against its own parts one by one, torchvision's v2 transforms, and kornia.
+"""The augmentation of a batch, compared with its separate operations, torchvision's v2 transforms, and kornia.
 
     pytest benchmarks/bench_views.py --benchmark-only
 
-Two views of a batch as MoCo-v3 makes them, in bf16. torchvision's transforms draw once per batch, and so do the same to
-all its images; kornia's draw per image. The others do to each image what was drawn for it.
+Each call makes MoCo-v3's two views of a batch in bf16. torchvision's transforms draw once per batch and treat all
+images alike; the others draw per image.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ GPU = DEVICE.type == "cuda"
 
 @dataclass(frozen=True)
 class Case:
-    """A batch: crops of ``size`` as DALI makes them, or whole images of ``whole`` pixels."""
+    """A batch of crops of ``size`` pixels, as from DALI, or of whole images of ``whole`` pixels."""
 
     name: str
     count: int
@@ -47,7 +47,7 @@ CASES = [
 
 
 def inputs(case: Case) -> tuple[Tensor, list[tuple[View, Draws]]]:
-    """Images uint8 [B, H, W, 3] with the correlations of photographs, and what was drawn for their two views."""
+    """Images uint8 [B, H, W, 3] with the correlations of photographs, and the drawn parameters of their two views."""
     generator = torch.Generator().manual_seed(0)
     side = case.whole or case.size
     coarse = torch.rand(case.count, 3, 8, 8, generator=generator)
@@ -63,7 +63,7 @@ Call = Callable[[], list[Tensor]]
 
 
 def contenders(case: Case, note: Callable[[str], None]) -> dict[str, Call]:
-    """By name what makes the views, as many tensors [B, 3, S, S]."""
+    """The contenders by name; each returns one tensor [B, 3, S, S] per view."""
     images, pairs = inputs(case)
     count, size = case.count, case.size
 
@@ -128,7 +128,7 @@ def contenders(case: Case, note: Callable[[str], None]) -> dict[str, Call]:
 
 
 def floor(case: Case) -> int:
-    """Bytes: the images once, twice where contrast needs the mean of a large one, and the views."""
+    """Minimum bytes: images read once, or twice if contrast needs a large one's mean, and views written once."""
     _, pairs = inputs(case)
     image, view = 3 * (case.whole or case.size) ** 2, 3 * case.size**2 * DTYPE.itemsize
     twice = [int(draws.jitter.sum()) if case.size > 64 else 0 for _, draws in pairs]
@@ -136,7 +136,7 @@ def floor(case: Case) -> int:
 
 
 def launches(call: Callable[[], object]) -> tuple[int, int]:
-    """Kernels, and copies and fills of memory, of a call on the GPU."""
+    """Number of kernels, and of memory copies and fills, of a call on the GPU."""
     call()
     torch.cuda.synchronize()
     with profile(activities=[ProfilerActivity.CUDA]) as profiler:
@@ -148,11 +148,11 @@ def launches(call: Callable[[], object]) -> tuple[int, int]:
 
 
 def measure(case: Case, ready: dict[str, Call]) -> list[Row]:
-    """Time the contenders, once the numbers are right."""
+    """Check the contenders' results, then time them."""
     names = list(ready)
     for mine, want in zip(ready[names[0]](), ready[names[1]](), strict=True):
         error = (mine.float() - want.float()).abs()
-        assert float(error.mean()) < 0.02, float(error.mean())  # of bf16 in units of a standard deviation
+        assert float(error.mean()) < 0.02, float(error.mean())  # rounding of bf16, in units of a standard deviation
         assert float(error.max()) < 0.1, float(error.max())
     return compare(f"2 views, {case.name}, {case.count} images", ready, floor(case), repeats=3 if GPU else 1, rounds=9)
 

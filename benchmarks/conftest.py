@@ -1,4 +1,4 @@
-"""Benchmarks as rows of pytest-benchmark's own table: a group per case, a row per contender, ratios in brackets."""
+"""Shows benchmarks in pytest-benchmark's table: a group per case, a row per contender, ratios in brackets."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ _NOTES = pytest.StashKey[list[str]]()
 
 @pytest.fixture
 def note(request: pytest.FixtureRequest) -> Callable[[str], None]:
-    """Show text below pytest-benchmark's table: what has no column there."""
+    """Return a function that shows text below pytest-benchmark's table, for values without a column."""
     notes: list[str] = request.config.stash.setdefault(_NOTES, [])
     return notes.append
 
 
 @pytest.fixture
 def enter(benchmark: Any) -> Enter:
-    """``enter(case, seconds, figures)``: a row for each name in ``seconds``; ``figures`` go into the JSON file.
+    """``enter(case, seconds, figures)`` adds a row for each name in ``seconds``; ``figures`` go into the JSON file.
 
-    pytest-benchmark times one function per test. Contenders are timed in turn instead, so that whatever else the
-    machine does slows all of them, and their times are entered as pytest-benchmark's own runners enter theirs.
+    pytest-benchmark times one function per test. Here, contenders are timed in turn instead, so that other work on the
+    machine slows all of them alike, and their times are added to pytest-benchmark's results.
     """
     test = benchmark.fullname
 
@@ -46,7 +46,7 @@ def enter(benchmark: Any) -> Enter:
 
 @pytest.fixture
 def enter_rows(enter: Enter, note: Callable[[str], None]) -> Callable[[Sequence[Row]], None]:
-    """Enter the contenders of :func:`benchmarks._timing.compare`; the plain copy and GB/s stand in a note."""
+    """Return a function that enters the rows of :func:`benchmarks._timing.compare`; a note has the copy and GB/s."""
 
     def add(rows: Sequence[Row]) -> None:
         note(table(rows))
@@ -57,7 +57,7 @@ def enter_rows(enter: Enter, note: Callable[[str], None]) -> Callable[[Sequence[
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Show the columns that fit a terminal, unless others are asked for."""
+    """Show the columns that fit a terminal, unless others are requested."""
     if "--benchmark-columns" not in " ".join(config.invocation_params.args) and hasattr(
         config.option, "benchmark_columns"
     ):

@@ -1,10 +1,10 @@
-"""What a GPU machine shows: correctness, the loader, whole runs, and the benchmarks, as Markdown and JSON.
+"""Checks and measures on a GPU machine: correctness, loader, whole runs and benchmarks, as Markdown and JSON.
 
     make gpu PHOTOS=FOLDER        (or: python -m benchmarks.gpu --photos FOLDER --out gpu-report)
 
-Parts that time nothing run at once, then those that do, one after the other. Each has a limit of its own, and the
-report is written anew after each. What reads photographs gets links to those in FOLDER, many times over, and is left
-out where none is named. Needs the packages of a stock PyTorch image with pytest and pytest-benchmark, tyro, pydantic
+Parts that are not timed run at the same time, then timed parts run one after the other. Each part has its own limit,
+and the report is written again after each. Parts that read photographs get many links to those in FOLDER; without a
+folder they are left out. Needs the packages of a stock PyTorch image with pytest and pytest-benchmark, tyro, pydantic
 and DALI, and no network.
 """
 
@@ -32,30 +32,30 @@ from fastrm.machine.device import available_cores
 PYTEST = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
 TESTED = ("ema", "optimizers", "contrastive", "queue", "step", "fuzz_kernels", "augment", "dali_views")
 COPIES = 60
-"""Links to each photograph: 192 of them are 11,520 images, in classes of their own for evaluations."""
+"""Links per photograph; 192 photographs make 11,520 images in classes for evaluations."""
 CLASSES = 8
 
 
-# Also the lines of a profile.
+# The last alternatives match the lines of a profile.
 _TOLD = re.compile(r"\d+ (passed|failed)|cut off|^E  |^FAILED|Error:|^warning|left out|\d%$|^step +[\d.]+$")
 
 
 class Part(NamedTuple):
-    """A command, and how long it may take."""
+    """A command with its time limit in seconds."""
 
     command: list[str]
     seconds: int
     timed: bool = True
-    """Whether it must run alone."""
+    """Whether it is timed, and so runs without other parts."""
     photos: bool = False
     """Whether it needs photographs."""
 
 
 def parts(work: Path, photos: Path | None) -> dict[str, Part]:
-    """All parts by name, in order: figures mean nothing before correctness.
+    """All parts by name, in order, correctness first.
 
     Args:
-        work: folder for what they write: NAME, NAME.json.
+        work: folder for their output, NAME and NAME.json.
         photos: folder with train/CLASS.
     """
     several = ["-n", str(min(available_cores(), 8))] if importlib.util.find_spec("xdist") else []
@@ -84,7 +84,7 @@ def parts(work: Path, photos: Path | None) -> dict[str, Part]:
         "crops": Part(check("crops"), 60, timed=False, photos=True),
         "two processes": Part([*ranks, "benchmarks.gpu_checks", "ranks"], 140, timed=False),
         "NCCL": Part(check("nccl"), 60, timed=False),
-        # Fills the caches of the compiler, which take longest.
+        # Fills the compiler's caches, which takes longest.
         "compiling": Part([*compiled, "--max-steps", "2", "--out", f"{work}/compiling"], 140, timed=False, photos=True),
         "loader": Part(check("rates"), 60, photos=True),
         "copies": Part(check("copies"), 30, photos=True),
@@ -102,7 +102,7 @@ def parts(work: Path, photos: Path | None) -> dict[str, Part]:
 
 
 class Result(NamedTuple):
-    """What a part gave."""
+    """The result of a part."""
 
     status: int
     seconds: float
@@ -110,14 +110,14 @@ class Result(NamedTuple):
 
     @property
     def told(self) -> list[str]:
-        """Its tables and warnings, and how it ended; of one that failed, its last lines too."""
+        """Its tables, warnings and outcome; for a failed part, also its last lines."""
         lines = self.output.splitlines()
         found = [line for line in lines if line.startswith("|") or _TOLD.search(line)]
         return found + (["", "```", *lines[-30:], "```"] if self.status else [])
 
 
 def ran(part: Part) -> Result:
-    """Run a part, and cut it off at its limit."""
+    """Run a part, and stop it at its time limit."""
     begin = time.monotonic()
     with subprocess.Popen(
         part.command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
@@ -131,7 +131,7 @@ def ran(part: Part) -> Result:
 
 
 def in_order(chosen: dict[str, Part]) -> Iterator[tuple[str, Result]]:
-    """Results as they come: of what is not timed all at once, then of the others."""
+    """Yield results: parts that are not timed run together, then the others one by one."""
     untimed = [name for name, part in chosen.items() if not part.timed]
     with ThreadPoolExecutor(max(1, len(untimed))) as pool:
         under_way = {pool.submit(ran, chosen[name]): name for name in untimed}
@@ -143,7 +143,7 @@ def in_order(chosen: dict[str, Part]) -> Iterator[tuple[str, Result]]:
 
 
 def logged(folder: Path) -> list[str]:
-    """What a run logged of its speed and of its verification."""
+    """The speed and the verification that a run logged."""
     file = folder / "metrics.jsonl"
     records = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
     rates = [record["images_per_second"] for record in records if "images_per_second" in record]
@@ -153,7 +153,7 @@ def logged(folder: Path) -> list[str]:
 
 
 def many(photos: Path, folder: Path) -> Path:
-    """Links to the photographs in a folder, many times over, in classes."""
+    """Make many links to the photographs of a folder, in classes."""
     for number, path in enumerate(sorted(file.resolve() for file in photos.rglob("*") if file.is_file())):
         into = folder / "train" / f"class{number % CLASSES}"
         into.mkdir(parents=True, exist_ok=True)
@@ -169,7 +169,7 @@ def write(out: Path, found: dict[str, object], lines: list[str]) -> None:
 
 
 def report(out: Path, chosen: dict[str, Part], work: Path) -> int:
-    """Run parts, and write what they gave after each; the status is that of the first that fails."""
+    """Run parts, and write the report after each; returns the status of the first failed part, otherwise 0."""
     begin, status = time.monotonic(), 0
     machine = {
         "gpu": torch.cuda.get_device_name(),
@@ -184,7 +184,7 @@ def report(out: Path, chosen: dict[str, Part], work: Path) -> int:
         about = [*logged(work / name), *result.told]
         lines += ["", f"## {name}", "", *about]
         found[name] = result._asdict()
-        shutil.rmtree(work / name, ignore_errors=True)  # of a run, with its checkpoints
+        shutil.rmtree(work / name, ignore_errors=True)  # a run folder with checkpoints
         if (figures := work / f"{name}.json").exists() and (text := figures.read_text(encoding="utf-8")):
             found[f"{name}, figures"] = {b["name"]: b["extra_info"] for b in json.loads(text)["benchmarks"]}
         write(out, found, lines)
@@ -198,12 +198,12 @@ def main() -> int:
     """Entry point."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("gpu-report"), help="folder for report.md and report.json")
-    parser.add_argument("--photos", type=Path, help="folder with photographs; what needs them is left out without it")
+    parser.add_argument("--photos", type=Path, help="folder with photographs; needed by some parts")
     names = list(parts(Path(), Path()))
     parser.add_argument("--only", nargs="+", choices=names, default=names, help="parts to run; all unless given")
     options = parser.parse_args()
     if not torch.cuda.is_available():
-        print("make gpu needs a CUDA device, and torch finds none; `make test` runs everything that does without")
+        print("make gpu needs a CUDA device, and torch finds none; `make test` runs everything that needs none")
         return 2
     options.out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as folder:
@@ -211,7 +211,7 @@ def main() -> int:
         chosen = parts(work, options.photos and many(options.photos, work / "photos"))
         chosen = {name: part for name, part in chosen.items() if name in options.only}
         for name in [name for name, part in chosen.items() if part.photos and options.photos is None]:
-            print(f"{name}: left out, since no --photos is given")
+            print(f"{name}: left out, because --photos is not given")
             del chosen[name]
         return report(options.out, chosen, work)
 

@@ -1,8 +1,8 @@
-"""What only a GPU can show of the loader, of several processes and of an evaluation; parts of ``make gpu``.
+"""Checks of the loader, several processes and an evaluation that need a GPU; parts of ``make gpu``.
 
     python -m benchmarks.gpu_checks crops --photos FOLDER
 
-Each prints a table or raises. Figures are of the photographs in FOLDER, many times over.
+Each prints a table or raises an error. Figures are measured with many copies of the photographs in FOLDER.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ from fastrm.run.step import AUTOCAST, Step
 from fastrm.settings.config import build
 
 CROPPED = View(jitter_probability=0.0, grayscale_probability=0.0, blur_probability=0.0, solarize_probability=0.0)
-"""Nothing but the crop and the flip: the part that DALI does."""
+"""A view with crop and flip only, which is the part that DALI does."""
 CROPS = Augmentation(views=(CROPPED, CROPPED))
 BATCH, SIZE = 256, 224
 RATE, SHARE = 3000, 0.02
@@ -73,7 +73,7 @@ def first(loader: DaliLoader, count: int) -> list[Batch]:
 
 
 def crops(photos: Path) -> None:
-    """Crops of DALI on the GPU against those of its CPU pipeline; none is decoded again, none by Pillow."""
+    """Compare crops of DALI on the GPU and on the CPU; no image may be decoded again or by Pillow."""
     std = torch.tensor(IMAGENET_STD).view(-1, 1, 1)
     with warnings.catch_warnings(), mock.patch.object(dali_loader, "pipeline", wraps=dali.pipeline) as built:
         warnings.simplefilter("error", UserWarning)
@@ -90,7 +90,7 @@ def crops(photos: Path) -> None:
 
 
 def rates(photos: Path) -> None:
-    """Images per second of the loader alone, by what share the hardware decoder gets and by what is decoded."""
+    """Images per second of the loader, by the share of the hardware decoder and by the decoded part."""
     best, recipe = 0.0, find("mocov3").augmentation(0.2)
     for regions, share in itertools.product((False, True), (0.5, 0.65, 0.9)):
         with mock.patch.object(dali, "HARDWARE", share):
@@ -117,7 +117,7 @@ def forever(loader: DaliLoader) -> Iterator[Batch]:
 
 
 def copies(photos: Path) -> None:
-    """How long the host takes to copy crops out of DALI while the training stream is busy."""
+    """Time of the host to copy crops out of DALI while the training stream is busy."""
     from nvidia.dali.plugin import pytorch
 
     batches = forever(loader_on(DEVICE, photos, CROPS))
@@ -148,7 +148,7 @@ def copies(photos: Path) -> None:
 
 @contextmanager
 def joined(backend: str) -> Iterator[None]:
-    """A process group of those that torchrun started, or of this process alone."""
+    """A process group of the processes that torchrun started, or of this process."""
     alone = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29511", "RANK": "0", "WORLD_SIZE": "1"}
     for name, value in alone.items():
         os.environ.setdefault(name, value)
@@ -160,7 +160,7 @@ def joined(backend: str) -> Iterator[None]:
 
 
 def ranks(_: Path) -> None:
-    """Two processes on one GPU: compiled steps under DDP, their graphs, and how often the host waits for the GPU."""
+    """Two processes on one GPU: compiled steps under DDP, their graphs, and the number of waits for the GPU."""
     counters = torch._dynamo.utils.counters
     with joined("gloo"):
         rank = distributed.world().rank
@@ -189,7 +189,7 @@ def ranks(_: Path) -> None:
             weights = torch.cat([p.detach().flatten() for p in built.student.parameters()])
             assert weights.isfinite().all()
             own, _ = distributed.gather_rows(weights[None])
-            assert torch.equal(own[0], own[1]), f"{method}: the processes have other weights"
+            assert torch.equal(own[0], own[1]), f"{method}: the processes have different weights"
             if rank == 0:
                 graphs, breaks = counters["stats"]["unique_graphs"], sum(counters["graph_break"].values())
                 took = time.perf_counter() - begin
@@ -199,7 +199,7 @@ def ranks(_: Path) -> None:
 
 
 def counted_waits(step: Callable[[], object], steps: int = 2) -> str:
-    """How often the host waits for the GPU in a step, and where."""
+    """Number and places of the host's waits for the GPU in a step."""
     if DEVICE.type != "cuda":
         step()
         return "unknown"
@@ -218,7 +218,7 @@ def counted_waits(step: Callable[[], object], steps: int = 2) -> str:
 
 
 def nccl(_: Path) -> None:
-    """One process over NCCL: DDP, what is gathered and exchanged, the meeting, the signals."""
+    """One process over NCCL: DDP, collectives, meetings and signals."""
     device = torch.device("cuda", 0)
     torch.cuda.set_device(device)
     with joined("nccl"):
@@ -239,9 +239,10 @@ def nccl(_: Path) -> None:
 
 
 def evaluation(photos: Path) -> None:
-    """How fast an evaluation of ResNet-50 goes, and which share of a run of 100 epochs on ImageNet and 8 GPUs it takes.
+    """Speed of an evaluation of ResNet-50, and its share of a run of 100 epochs on ImageNet with 8 GPUs.
 
-    Ten evaluations of 100,000 images to look up in and 50,000 to try; a GPU trains 1,500 images per second.
+    Assumes ten evaluations with a bank of 100,000 images and 50,000 test images, and 1,500 trained images per second
+    and GPU.
     """
     source = settled(open_source(str(photos)))
     network = named_backbone("resnet50", image_size=SIZE, stem="imagenet", channels=3).to(DEVICE)

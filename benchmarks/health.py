@@ -1,8 +1,8 @@
-"""How a healthy run looks beside three that went wrong, on the patches of `make demo`.
+"""Plots a healthy run and three failed ones, on the patches of `make demo`.
 
     python -m benchmarks.health
 
-Takes about two minutes of one core per run. Runs that are complete in ``--out`` are not made again.
+Takes about two minutes of one core per run. Runs that are complete in ``--out`` are skipped.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ PANELS = {
 
 
 def figure(runs: Mapping[str, Path], untrained: float) -> Figure:
-    """A panel per metric, a curve per run."""
+    """A panel per metric with a curve per run."""
     drawn = Figure(figsize=(8.0, 5.6), layout="constrained")
     for place, (metric, title) in enumerate(PANELS.items(), start=1):
         axes = drawn.add_subplot(2, 2, place)

@@ -1,4 +1,4 @@
-"""Read the compiled kernels, without a GPU: registers, spills, width of the memory accesses, bytes per element.
+"""Reads compiled kernels, without a GPU: registers, spills, width of the memory accesses, bytes per element.
 
     python benchmarks/kernel_report.py [--arch 80 90 100 120] [--json FILE]
 
@@ -29,22 +29,22 @@ ARCHS = (80, 90, 100, 120)
 
 @dataclass(frozen=True)
 class Case:
-    """A kernel as the library launches it.
+    """A kernel with the arguments of one of its launches in the library.
 
     Attributes:
-        name: what the report calls it.
+        name: name in the report.
         kernel: the ``triton.jit`` function.
         types: Triton types of the arguments that are passed at run time, ``{"x_ptr": "*fp32", "rows": "i32"}``.
         constants: values of all other arguments.
-        options: of the launch, such as ``num_warps``.
-        elements: elements that the main path handles with the memory accesses seen in the code, or ``None`` where
-            that cannot be read off (a loop over tiles, say).
-        floor: bytes per element that have to move.
-        aligned: pointers that are known to be at 16-byte addresses; all of them unless given.
+        options: options of the launch, such as ``num_warps``.
+        elements: elements that the main path processes with the memory accesses in the code, or ``None`` if this
+            cannot be read, for example in a loop over tiles.
+        floor: minimum bytes per element.
+        aligned: pointers that are known to be 16-byte aligned; all unless given.
         even: numbers that are multiples of 16.
-        archs: compute capabilities that it is launched on; all of them unless given.
-        stores: bits of its widest stores, of a kernel that reads bytes in places which it finds out; those of the
-            others are judged by ``elements``, and their loads are of 128 bits.
+        archs: compute capabilities on which it is launched; all unless given.
+        stores: bits of the widest stores, for kernels that read single bytes at computed addresses. Other kernels are
+            judged by ``elements``, and their loads have 128 bits.
     """
 
     name: str
@@ -62,7 +62,8 @@ class Case:
 
 @dataclass(frozen=True)
 class Reading:
-    """What the machine code of a case says. Widths are in bits; ``bytes_per_element`` counts 128-bit accesses only.
+    """Values read from the machine code of a case. Widths are in bits; ``bytes_per_element`` counts 128-bit accesses
+    only.
 
     ``product`` is the instruction of the matrix products: HGMMA is Hopper's wgmma, UTC…MMA Blackwell's tcgen05.
     """
@@ -207,7 +208,7 @@ def contrastive_cases() -> Iterable[Case]:
         assert plan is not None
         finish = _sweep.finishing(dim, plan.bank_splits)
         warps = finish.pop("num_warps")
-        in_memory = dim == 256  # temperature and weights, as tensors: a trainer's weight is one
+        in_memory = dim == 256  # temperature and weights are tensors, like the weight in a trainer
         number = "*fp32" if in_memory else "fp32"
         name = f"{_short(dtype)} {n} x {size} x {dim}{' in batch' * in_batch}{', no gradient' * (not gradient)}"
         name += ", numbers in memory" * in_memory
@@ -327,7 +328,7 @@ def wide_cases() -> Iterable[Case]:
     for dtype, kind, n, dim, in_batch, gradient in (
         (bf16, "half", 256, 1024, False, True),
         (bf16, "half", 256, 1024, False, False),
-        (f16, "half", 64, 128, False, True),  # of a queue in 8 bits, say
+        (f16, "half", 64, 128, False, True),  # for example for an 8-bit queue
         (f32, "tf32", 256, 1000, True, True),
         (f32, "tf32x3", 256, 512, False, True),
         (bf16, "half", 16384, 2048, True, True),
@@ -574,7 +575,7 @@ def table(readings: Iterable[Reading]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--arch", type=int, nargs="+", default=ARCHS, help="compute capabilities, 90 for sm_90")
-    parser.add_argument("--json", type=Path, help="write the readings there, too")
+    parser.add_argument("--json", type=Path, help="also write the readings to this file")
     args = parser.parse_args()
     readings = report(args.arch)
     print(table(readings))

@@ -1,9 +1,9 @@
-"""How much a run of examples/cifar10.py learns per hour of processor time.
+"""Plots what a run of examples/cifar10.py learns per hour of processor time.
 
     python -m benchmarks.learning runs/cifar10
 
-Writes the points of its kNN curve, and draws them beside the raw pixels and the untrained network. Of a run that is not
-complete these two are scored here.
+Writes the points of its kNN curve, and draws them with the raw pixels and the untrained network as baselines. If the
+run is not complete, the baselines are scored here.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def beside(run: Path) -> dict[str, float]:
 
 
 def learned(run: Path) -> dict[str, Any]:
-    """The evaluations of a run: steps, epochs, hours of processor time, kNN of student and teacher; how long it is."""
+    """The length of a run, and its evaluations: steps, epochs, hours of processor time, kNN of student and teacher."""
     hours = dict(zip(*curve(run, "cpu_hours"), strict=True))
     steps, students = curve(run, "knn_student")
     epochs, teachers = curve(run, "knn_teacher", by="epoch")

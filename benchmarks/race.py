@@ -1,10 +1,10 @@
-"""Who reaches a kNN accuracy first: fastrm, lightly's example loop, or the official MoCo-v3's style.
+"""Measures which reaches a kNN accuracy first: fastrm, lightly's example loop, or the official MoCo-v3's style.
 
     python -m benchmarks.race --data FOLDER
 
 Each trains the network of examples/cifar10.py from the same first weights, with the same heads, recipe and views, on
-the same cores: MoCo-v3 against the official style, MoCo-v2 against lightly. The clock stands still while a network is
-scored, in one way for all. Each finished run leaves its figures as a file in ``--results``, and is not made again.
+the same cores: MoCo-v3 against the official style, MoCo-v2 against lightly. The clock is stopped while a network is
+scored, in the same way for all. Each finished run writes its figures to a file in ``--results``, and is then skipped.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ from fastrm.terminal import shell
 RESULTS = ROOT / "docs" / "study" / "race"
 MARKS = (0.40, 0.45, 0.50)
 SCORED = 5000
-"""Images that neighbours are looked up in, and images that are tried."""
+"""Images in the kNN bank, and test images."""
 RECIPE: dict[str, Any] = {
     **SETTINGS, "batch_size": 128, "workers": 0, "queue_size": 4096, "residual_weight": 0.0, "eval_every": 0,
     "log_every": 100,
@@ -57,13 +57,13 @@ RECIPE: dict[str, Any] = {
 _FLAGS = {name: value for name, value in RECIPE.items() if name != "augmentation"}
 METHODS = {"mocov3": "MoCo-v3", "mocov2": "MoCo-v2"}
 Record = dict[str, Any]
-"""A run's seed, its points, and how it was made."""
+"""Seed, points and source of a run."""
 Watch = Callable[[nn.Module], bool]
-"""Is told of the backbone after each step, and says whether the run is over."""
+"""Called with the backbone after each step; returns whether to end the run."""
 
 
 def ours(data: str, method: str, epochs: int, seed: int, watch: Watch, folder: Path) -> None:
-    """The real trainer."""
+    """Train with fastrm."""
 
     class Watching:
         def on_step(self, run: Any, *_: object) -> None:
@@ -76,7 +76,7 @@ def ours(data: str, method: str, epochs: int, seed: int, watch: Watch, folder: P
 
 
 def rival(data: str, method: str, epochs: int, seed: int, watch: Watch, folder: Path) -> None:
-    """A loop of another project, with the same networks, recipe and views; ``folder`` is not used."""
+    """Train with the loop of another project, with the same networks, recipe and views; ``folder`` is not used."""
     config: Config = build(**{**_FLAGS, "data": data, "method": method, "epochs": epochs, "seed": seed})
     torch.manual_seed(seed)
     built = build_method(config.replace(channels_last=False), device=DEVICE, arch=SmallResNet()).train()
@@ -113,13 +113,13 @@ CONTENDERS = {
 
 
 class Clock:
-    """Counts the seconds of training, and scores the network every so many steps while it stands still.
+    """Measures the seconds of training, and scores the network every ``every`` steps while the clock is stopped.
 
     Args:
-        score: of a backbone.
-        every: steps.
-        until: the score at which the run is over.
-        limit: seconds after which it is.
+        score: function that scores a backbone.
+        every: steps between two scores.
+        until: score at which the run ends.
+        limit: seconds after which the run ends.
     """
 
     def __init__(self, score: Callable[[nn.Module], float], *, every: int, until: float, limit: float) -> None:
@@ -129,7 +129,7 @@ class Clock:
         """Steps, seconds, score."""
 
     def __call__(self, backbone: nn.Module) -> bool:
-        """Say whether the run is over."""
+        """Return whether to end the run."""
         self._steps += 1
         if self._steps % self._every:
             return False
@@ -142,7 +142,7 @@ class Clock:
 
 
 def reached(points: Iterable[tuple[int, float, float]], mark: float) -> float | None:
-    """Seconds until a score, on the straight line between the points around it; None if it was not reached."""
+    """Seconds until a score, linearly interpolated; None if it was not reached."""
     seconds = score = 0.0
     for _, then, found in points:
         if found >= mark:
@@ -152,7 +152,7 @@ def reached(points: Iterable[tuple[int, float, float]], mark: float) -> float | 
 
 
 def table(found: Mapping[str, Mapping[str, Sequence[Record]]], pixels: float) -> str:
-    """Medians of seconds to each mark, and of the ratio to fastrm paired by seed."""
+    """Medians of the seconds to each mark, and of the ratios to fastrm, paired by seed."""
     lines = [f"kNN (k = 20) of the raw pixels: {100 * pixels:.1f} %"]
     for method, contenders in found.items():
         names = [f"{100 * mark:g} %, s" for mark in MARKS]
@@ -173,13 +173,13 @@ def table(found: Mapping[str, Mapping[str, Sequence[Record]]], pixels: float) ->
 
 
 def median(seconds: Sequence[float | None]) -> str:
-    """Of the seconds of all seeds; empty where one of them did not get there."""
+    """Median over all seeds, as text; empty if one of them did not reach the mark."""
     reached = [value for value in seconds if value is not None]
     return f"{statistics.median(reached):.0f}" if reached and len(reached) == len(seconds) else ""
 
 
 def figure(found: Mapping[str, Mapping[str, Sequence[Record]]], pixels: float) -> Figure:
-    """Accuracy over the minutes of training, a line per seed."""
+    """Accuracy over the minutes of training, with a line per seed."""
     drawn = Figure(figsize=(8.4, 3.4), layout="constrained")
     for axes, (method, contenders) in zip(drawn.subplots(1, len(found), squeeze=False)[0], found.items(), strict=True):
         for (name, records), colour in zip(contenders.items(), COLOURS, strict=False):
@@ -210,14 +210,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--data", required=True, help="a folder with train/CLASS/… and val/CLASS/…")
     parser.add_argument("--out", type=Path, default=Path("runs/race"), help="folder for fastrm's runs")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder for the figures of finished runs")
-    parser.add_argument("--epochs", type=int, default=5, help="that the schedules span")
+    parser.add_argument("--epochs", type=int, default=5, help="epochs that the schedules span")
     parser.add_argument("--every", type=int, default=100, help="steps between two scores")
-    parser.add_argument("--minutes", type=float, default=30, help="of training, after which a run is over")
+    parser.add_argument("--minutes", type=float, default=30, help="minutes of training after which a run ends")
     parser.add_argument("--methods", nargs="+", choices=tuple(CONTENDERS), default=list(CONTENDERS))
     parser.add_argument("--seeds", type=int, default=3)
     options = parser.parse_args(argv)
     options.results.mkdir(parents=True, exist_ok=True)
-    source, _ = scan(settled(open_source(options.data)), workers=available_cores())  # which the cache then knows
+    source, _ = scan(settled(open_source(options.data)), workers=available_cores())  # so that the results are cached
     source = source.limited(SCORED)
     setting = Setting(32, DEVICE, workers=0)
 

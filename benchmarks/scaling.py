@@ -1,4 +1,4 @@
-"""The cost model of a step that docs/scaling.md describes: checked on this machine, and applied to clusters.
+"""The cost model of a step in docs/scaling.md: checked on this machine, and applied to clusters.
 
 python -m benchmarks.scaling
 """
@@ -23,52 +23,52 @@ from fastrm.settings.fields import RunConfig
 
 @dataclass(frozen=True)
 class Machine:
-    """What a GPU and its links do, in units a second: assumed, not measured."""
+    """Rates of a GPU and its links per second, which are assumed, not measured."""
 
     name: str = "H100 SXM"
-    flops: float = 75e12  # of 989e12 in dense bf16: between its convolutions a ResNet waits for memory
+    flops: float = 75e12  # of 989e12 in dense bf16, because a ResNet is partly bound by memory
     memory: float = 0.9 * 3.35e12
     inside: float = 0.8 * 450e9  # bytes to another GPU of the same machine, one direction
     outside: float = 0.8 * 50e9  # to one of another machine: 400 Gbit/s per GPU
     latency: float = 20e-6  # of a small collective over machines
-    gpus: int = 8  # a machine
-    exact: float = 50e12  # FLOPs in float32, which kNN computes in
-    decoded: float = 8 * 150  # images that the loader processes of a GPU decode: 8 of them, 150 each
+    gpus: int = 8  # per machine
+    exact: float = 50e12  # FLOPs in float32, for kNN
+    decoded: float = 8 * 150  # images that the 8 loader processes of a GPU decode, 150 each
 
 
 @dataclass(frozen=True)
 class Run:
-    """What is trained."""
+    """The size of a training run."""
 
     forward: float  # FLOPs of one network on one image
     trained: int  # parameters with a gradient
-    averaged: int  # of those, with a counterpart in the teacher
+    averaged: int  # those with a counterpart in the teacher
     norms: int  # BatchNorm layers of the student
     batch: int  # images per process
     width: int = 256
-    queue: int = 0  # 0: the negatives are the keys of the batch of all processes
+    queue: int = 0  # rows of the queue; 0 for in-batch negatives of all processes
     directions: int = 2
     image_bytes: int = 3 * 224 * 224 * 2
 
 
 def flops(run: Run, ranks: int) -> dict[str, float]:
-    """FLOPs of a process in a step. A backward is two forwards; the sweep over the bank makes two products of it."""
+    """FLOPs of a process per step. A backward pass counts as two forward passes, and the loss as two products."""
     bank = run.queue or run.batch * ranks
     return {
         "student": run.directions * run.batch * run.forward,
-        "teacher": 2 * run.batch * run.forward,  # the residual term wants both views
+        "teacher": 2 * run.batch * run.forward,  # the residual term needs both views
         "backward": 2 * run.directions * run.batch * run.forward,
         "loss": run.directions * 4 * run.batch * bank * run.width,
     }
 
 
 def moved(run: Run) -> float:
-    """Bytes of the step of LARS with the teacher in it, all float32: a pass for the norms, one for the rest."""
+    """Bytes of a LARS step with teacher in float32: one pass for the norms, and one for the rest."""
     return run.trained * 4 * (2 + 5) + run.averaged * 4 * 2
 
 
 def exchanged(run: Run, ranks: int) -> dict[str, float]:
-    """Bytes that a process receives in a step; what it sends is as much."""
+    """Bytes that a process receives per step; it sends as many."""
     others = (ranks - 1) / ranks
     keys = run.directions * run.batch * (ranks - 1) * run.width * 4
     exchange = {"all-reduce": 2 * others * run.trained * 4, "keys": keys}
@@ -78,26 +78,26 @@ def exchanged(run: Run, ranks: int) -> dict[str, float]:
 
 
 def predict(run: Run, ranks: int, machine: Machine) -> dict[str, float]:
-    """Milliseconds of the parts of a step, none of them overlapped."""
+    """Milliseconds of the parts of a step, without overlap."""
     link = machine.inside if ranks <= machine.gpus else machine.outside
     times = {name: count / machine.flops for name, count in flops(run, ranks).items()}
     times["optimizer, teacher"] = moved(run) / machine.memory
     if ranks > 1:
         times |= {name: count / link for name, count in exchanged(run, ranks).items()}
-        if not run.queue:  # SyncBN: one small exchange forward and one back for each layer, view and network
+        if not run.queue:  # SyncBN: one small exchange per direction, layer, view and network
             times["SyncBN"] = run.norms * (2 * run.directions + 2) * machine.latency
     return {name: 1e3 * value for name, value in times.items()}
 
 
 def evaluation(run: Run, ranks: int, machine: Machine, bank: int, *, test: int = 50_000, width: int = 2048) -> float:
-    """Seconds of a kNN evaluation of student and teacher: decoding, which the forward hides behind, and the look-up."""
+    """Seconds of a kNN evaluation of student and teacher: decoding, which hides the forward passes, and the search."""
     images = bank + test
     read = max(images / machine.decoded, 2 * images * run.forward / machine.flops)
     return (read + 2 * 2 * bank * test * width / machine.exact) / ranks
 
 
 def share_of_evaluations(run: Run, ranks: int, machine: Machine, bank: int, *, every: int = 10) -> float:
-    """Of the time of a run on ImageNet, evaluated each so many epochs."""
+    """Share of the evaluations in the time of a run on ImageNet that is evaluated every ``every`` epochs."""
     epoch = 1_281_167 / (ranks * run.batch) * sum(predict(run, ranks, machine).values()) / 1e3
     spent = evaluation(run, ranks, machine, bank) / every
     return spent / (epoch + spent)
@@ -122,7 +122,7 @@ def milliseconds(call: Callable[[], object]) -> float:
 
 
 def checks() -> list[tuple[str, float, float]]:
-    """(what grows, the factor that the model says, the factor that is measured here)."""
+    """(what grows, factor by the model, measured factor)."""
     method = build_method(build(data="synthetic", method="mocov2", arch="resnet18", image_size=32, queue_size=1024))
     images = {n: torch.randn(n, 3, 32, 32).contiguous(memory_format=torch.channels_last) for n in (16, 64)}
 
@@ -158,7 +158,7 @@ def checks() -> list[tuple[str, float, float]]:
 
 
 def runs() -> dict[str, Run]:
-    """ResNet-50 at 224 pixels by MoCo-v3 with 4,096 images on all, and by MoCo-v2 with 32 a process."""
+    """ResNet-50 at 224 pixels: MoCo-v3 with 4,096 images in total, and MoCo-v2 with 32 images per process."""
     found = {}
     for name, method, options in (
         ("MoCo-v3", "mocov3", {}),

@@ -2,9 +2,9 @@
 
     python -m benchmarks.study --data-root /usr/share/datasets/fashion-mnist --out runs/study
 
-Trains with several seeds on Fashion-MNIST what :data:`QUESTIONS` lists, scores student and teacher, and writes
-``study.json``, ``tables.md`` and two figures to the folder. The same command again goes on where it was cut off.
-What is compared shares its seed: first weights, order of the images and augmentation.
+Trains the trials in :data:`QUESTIONS` with several seeds on Fashion-MNIST, scores student and teacher, and writes
+``study.json``, ``tables.md`` and two figures to the folder. The same command continues an interrupted study. Compared
+runs share their seed, and so initial weights, order of the images and augmentation.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ from fastrm.reports.plots import COLOURS
 from fastrm.terminal import shell
 
 Results = dict[str, list[dict[str, float]]]
-"""Scores by trial, one a seed."""
+"""Scores by trial, one entry per seed."""
 
 
 class Scale(NamedTuple):
-    """How large the study is."""
+    """The size of the study."""
 
     images: int | None
-    """Pictures that are trained on; None: all 60,000."""
+    """Number of training images; None means all 60,000."""
     settings: dict[str, Any]
 
 
@@ -44,7 +44,7 @@ _SETTINGS = {"image_size": 28, "crop_min": 0.5, "output_dim": 128, "temperature"
 _CPU = {"arch": "test_resnet", "stem": "imagenet", "batch_size": 128, "epochs": 10, "hidden_dim": 512}
 _GPU = {"arch": "resnet18", "stem": "small", "batch_size": 256, "epochs": 100, "hidden_dim": 2048}
 SCALES = {"cpu": Scale(4000, _SETTINGS | _CPU), "gpu": Scale(None, _SETTINGS | _GPU)}
-# MoCo-v3's rate, and the crops above: the best of a few for the plain method at the scale of the CPU.
+# MoCo-v3's learning rate and the crops above are the best of a few that were tried with the plain method.
 _OF_METHOD: dict[str, dict[str, Any]] = {
     "mocov3": {"lr": 3.0},
     "mocov2": {"lr": 0.3, "queue_size": 1024},
@@ -53,7 +53,7 @@ _OF_METHOD: dict[str, dict[str, Any]] = {
 
 
 class Question(NamedTuple):
-    """Trials that belong into one table, each with what its row is called."""
+    """The trials of one table, by the name of their row."""
 
     title: str
     rows: dict[str, Trial]
@@ -93,9 +93,9 @@ QUESTIONS = (
 
 
 def subset(data_root: Path, images: int | None, folder: Path) -> Path:
-    """Leave the IDX files of so many training pictures, in a random order, and of all test pictures.
+    """Write IDX files with ``images`` random training images, and all test images.
 
-    A linear classifier and the kNN see no other labels either.
+    The linear classifier and kNN use only these labels too.
     """
     if images is None:
         return data_root
@@ -133,7 +133,7 @@ def tables(results: Results) -> str:
 
 
 def figures(results: Results, curves: Mapping[float, Sequence[Curve]], out: Path) -> None:
-    """``gap.svg``, the gap in the course of training by weight; ``weight.svg``, kNN by weight and momentum."""
+    """Draw ``gap.svg``, the gap during training by weight, and ``weight.svg``, kNN by weight and momentum."""
     figure = Figure(figsize=(6.4, 3.4), layout="constrained")
     axes = figure.add_subplot()
     for (weight, runs), colour in zip(curves.items(), COLOURS, strict=False):
@@ -161,7 +161,7 @@ def figures(results: Results, curves: Mapping[float, Sequence[Curve]], out: Path
 
 
 def study(data_root: Path, folder: Path, *, scale: str, seeds: int, jobs: int) -> Results:
-    """Run what is missing and write what was found."""
+    """Run the missing trials, and write the results."""
     size = SCALES[scale]
     setup = Setup("fashion-mnist", subset(data_root, size.images, folder), size.settings, _OF_METHOD)
     trials = {trial.name: trial for question in QUESTIONS for t in question.rows.values() for trial in (t.plain, t)}
@@ -180,12 +180,12 @@ def study(data_root: Path, folder: Path, *, scale: str, seeds: int, jobs: int) -
 def main(argv: Sequence[str] | None = None) -> None:
     """Entry point."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.study", description=(__doc__ or "").split("\n")[0])
-    where = "where Fashion-MNIST lies or is downloaded to"
+    where = "folder of Fashion-MNIST, to which it is downloaded if missing"
     parser.add_argument("--data-root", type=Path, default=cache_root(), help=where)
     parser.add_argument("--out", type=Path, default=Path("runs/study"), help="folder for the runs and the results")
     gpu = torch.cuda.is_available()
     parser.add_argument("--scale", choices=tuple(SCALES), default="gpu" if gpu else "cpu", help="size of the study")
-    parser.add_argument("--seeds", type=int, default=3, help="seeds a trial")
+    parser.add_argument("--seeds", type=int, default=3, help="seeds per trial")
     parser.add_argument("--jobs", type=int, default=1 if gpu else available_cores(), help="runs at a time")
     options = parser.parse_args(argv)
     if min(options.seeds, options.jobs) < 1:

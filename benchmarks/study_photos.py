@@ -2,10 +2,10 @@
 
     python -m benchmarks.study_photos --data FOLDER
 
-Each finished run leaves its figures as a small file in ``--results``, which belongs into the repository: a run whose
-file is there is not made again, so that an interrupted study goes on anywhere. One that was cut off goes on from its
-checkpoint in ``--out``. ``tables.md`` beside the files says what was found, and what was not run. What is compared
-shares its seed.
+Each finished run writes its figures to a small file in ``--results``, which is meant for the repository. Runs that have
+a file are skipped, so an interrupted study can continue anywhere. An interrupted run continues from its checkpoint in
+``--out``. ``tables.md`` in the same folder has the results, and the rows that were not run. Compared runs share their
+seed.
 """
 
 from __future__ import annotations
@@ -31,14 +31,14 @@ METHODS = {"mocov3": "MoCo-v3", "mocov2": "MoCo-v2"}
 _CPU = {"batch_size": 128, "workers": 0, "eval_every": 1, "eval_images": 10_000}
 _SMALL = {"batch_size": 256, "workers": 1}
 _RESNET = {"arch": "resnet18", "stem": "small", "batch_size": 256, "workers": 1, "hidden_dim": 2048}
-# The two methods take about the same time: MoCo-v2 trains on one of a picture's views.
+# The two methods take about the same time, since MoCo-v2 trains on one view per image.
 SCALES: dict[str, dict[str, dict[str, Any]]] = {
     "cpu": {"mocov3": {**_CPU, "epochs": 2}, "mocov2": {**_CPU, "epochs": 4}},
     "gpu": {"mocov3": {**_SMALL, "epochs": 20, "eval_every": 5}, "mocov2": {**_SMALL, "epochs": 40, "eval_every": 10}},
     "gpu-40": {method: {**_RESNET, "epochs": 40, "eval_every": 5} for method in METHODS},
     "gpu-200": {method: {**_RESNET, "epochs": 200, "eval_every": 20} for method in METHODS},
 }
-"""What differs from the example. ``timeout --signal INT 480`` before the command makes pieces of eight minutes."""
+"""Differences from the example. With ``timeout --signal INT 480`` before it, a command runs for 8 minutes."""
 
 
 def _rows(method: str) -> dict[str, Trial]:
@@ -50,16 +50,16 @@ def _rows(method: str) -> dict[str, Trial]:
 
 ROWS = {title: _rows(method) for method, title in METHODS.items()}
 FIRST = ("weight 0", "weight 0.1", "weight 1")
-"""What is run first, and on a CPU alone; the others only where a GPU is at hand."""
+"""Rows that are run first, and the only ones on a CPU."""
 
 Record = dict[str, Any]
-"""What a finished run leaves: ``scores``, ``curves`` with a point [epoch, value] each, and how it was made."""
+"""The results of a run: ``scores``, ``curves`` of points [epoch, value], and its source."""
 Found = Mapping[str, Mapping[int, Record]]
 """Records by trial and seed."""
 
 
 def setup_of(scale: str, data: str, data_root: Path | None) -> Setup:
-    """What the example trains with, at a scale; MoCo-v2 has a queue in the place of the predictor."""
+    """The setup of the example at a scale; MoCo-v2 has a queue instead of the predictor."""
     settings = {**SETTINGS, "log_every": 100, "log_to": ()}
     del settings["method"], settings["teacher_momentum"], settings["predictor_hidden_dim"]
     of_method = {**SCALES[scale], "mocov2": {**SCALES[scale]["mocov2"], "queue_size": 4096}}
@@ -68,7 +68,7 @@ def setup_of(scale: str, data: str, data_root: Path | None) -> Setup:
 
 
 def record(trial: Trial, seed: int, setup: Setup, folder: Path, results: Path, threads: int) -> Record:
-    """Run a trial, and leave what it found."""
+    """Run a trial, and write its results."""
     scores = run(trial, seed, setup, folder, threads)
     curves = {}
     for metric in ("gap", "knn_student", "knn_teacher"):
@@ -93,7 +93,7 @@ def interval(differences: Sequence[float]) -> str:
 
 
 def leads_from(record: Record) -> float:
-    """The epoch of the first evaluation from which on the teacher's kNN is above the student's; infinite if of none."""
+    """The first epoch from which the teacher's kNN is above the student's in all evaluations; infinite if none."""
     first = math.inf
     pairs = zip(record["curves"]["knn_student"], record["curves"]["knn_teacher"], strict=True)
     for (epoch, student), (_, teacher) in reversed(list(pairs)):
@@ -104,7 +104,7 @@ def leads_from(record: Record) -> float:
 
 
 def tables(found: Found, beside: Mapping[str, Mapping[str, float]]) -> str:
-    """All rows as Markdown; those without a run say so."""
+    """All rows as Markdown, including those that were not run."""
     names = ("seeds", "gap", *SCORE_NAMES, "kNN student against plain", "teacher leads from epoch")
     lines = ["| without training | kNN | linear |", "|---|--:|--:|"]
     for name, scores in beside.items():
@@ -130,7 +130,7 @@ def _cells(runs: Mapping[int, Record], plain: Mapping[int, Record]) -> list[str]
 
 
 def study(setup: Setup, folder: Path, results: Path, *, rows: Sequence[str], seeds: int, jobs: int) -> str:
-    """Run what has no file yet; write and return the tables of all that have one."""
+    """Run the trials without a file; write and return the tables of all trials with a file."""
     results.mkdir(parents=True, exist_ok=True)
     beside = results / "untouched.json"
     trials = [trial for of_method in ROWS.values() for row, trial in of_method.items() if row in rows]
@@ -144,7 +144,7 @@ def study(setup: Setup, folder: Path, results: Path, *, rows: Sequence[str], see
 
 
 def told(results: Path) -> str:
-    """The tables of all runs that have a file."""
+    """The tables of all finished runs."""
     every = [trial for of_method in ROWS.values() for trial in of_method.values()]
     files = {trial.name: sorted(results.glob(f"{trial.name}-[0-9]*.json")) for trial in every}
     found = {
@@ -160,12 +160,14 @@ def main(argv: Sequence[str] | None = None) -> None:
         prog="python -m benchmarks.study_photos", description=(__doc__ or "").split("\n")[0]
     )
     parser.add_argument("--data", default="cifar10", help="cifar10, or a folder with train/CLASS/… and val/CLASS/…")
-    parser.add_argument("--data-root", type=Path, default=cache_root(), help="where cifar10 lies or is downloaded to")
+    parser.add_argument(
+        "--data-root", type=Path, default=cache_root(), help="folder of cifar10, or where to download it"
+    )
     parser.add_argument("--out", type=Path, default=Path("runs/study-photos"), help="folder for the runs")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder for the figures of finished runs")
     parser.add_argument("--scale", choices=tuple(SCALES), default="cpu", help="size of the study")
     parser.add_argument("--rows", choices=("first", "all"), default="first", help="weights 0, 0.1 and 1, or all trials")
-    parser.add_argument("--seeds", type=int, default=3, help="seeds a trial")
+    parser.add_argument("--seeds", type=int, default=3, help="seeds per trial")
     gpu = torch.cuda.is_available()
     parser.add_argument("--jobs", type=int, default=1 if gpu else available_cores(), help="runs at a time")
     options = parser.parse_args(argv)

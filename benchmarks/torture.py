@@ -1,10 +1,10 @@
-"""Kill runs at random moments, go on with the same command, and compare with the run that nobody disturbed.
+"""Kills runs at random moments, continues them with the same command, and compares them with uninterrupted runs.
 
 python -m benchmarks.torture --kills 60
 
-Two data sets (digits in memory, JPEG files through a loader process) and three methods share the kills. SIGKILL falls
-before the first step as well as in steps and in saves, which follow each other without a pause. In the end every
-tensor, random state and logged number must be the same, bit for bit.
+The kills are divided among two data sets (digits in memory, JPEG files through a loader process) and three methods.
+SIGKILL may hit before the first step, in steps and in saves, which follow each other without a pause. In the end, every
+tensor, random state and logged number must have the same bits.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def finish(run: subprocess.Popen[str]) -> None:
 
 
 def killed(run: subprocess.Popen[str], moment: random.Random) -> bool:
-    """Kill a run before its first step or shortly after it; whether it was alive then."""
+    """Kill a run before or shortly after its first step; returns whether it was still alive."""
     assert run.stdout is not None
     if moment.random() < 0.2:
         time.sleep(moment.uniform(0, 4))
@@ -70,7 +70,7 @@ def metrics(out: Path) -> list[dict[str, Any]]:
 
 
 def trial(method: str, data: str, kills: int, folder: Path, moment: random.Random) -> tuple[int, int]:
-    """(kills, of these inside a save) of a run that must end as the undisturbed one."""
+    """Kill a run repeatedly, and compare its end; returns (kills, kills during a save)."""
     whole, cut = folder / f"{method}-whole", folder / f"{method}-cut"
     finish(start(method, data, whole))
     done = saving = 0
@@ -87,7 +87,7 @@ def trial(method: str, data: str, kills: int, folder: Path, moment: random.Rando
         for free in FREE_ON_RESUME:
             state["config"].pop(free, None)
     if checkpoint.checksum(states[0]) != checkpoint.checksum(states[1]) or metrics(whole) != metrics(cut):
-        raise SystemExit(f"{method} on {data}: the run that was killed {done} times ended otherwise")
+        raise SystemExit(f"{method} on {data}: the run that was killed {done} times ended differently")
     return done, saving
 
 
@@ -111,8 +111,8 @@ def main() -> None:
             share = (options.kills * (number + 1)) // len(trials) - (options.kills * number) // len(trials)
             done, saving = trial(method, data, share, folder, moment)
             total, inside = total + done, inside + saving
-            print(f"{method:7} {Path(data).name:9} {done:3} kills, {saving} inside a save: bit for bit", flush=True)
-    print(f"{total} kills, {inside} inside a save, in {time.monotonic() - begin:.0f} s: all runs ended bit for bit")
+            print(f"{method:7} {Path(data).name:9} {done:3} kills, {saving} during a save: the same bits", flush=True)
+    print(f"{total} kills, {inside} during a save, in {time.monotonic() - begin:.0f} s: all with the same bits")
 
 
 if __name__ == "__main__":

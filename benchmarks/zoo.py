@@ -1,10 +1,11 @@
-"""Train the smallest model of each of timm's classes two steps with each method, and take it to a file and back.
+"""Trains the smallest model of each timm class for two steps with each method, and writes and reads its weights.
 
 python -m benchmarks.zoo --out build/zoo/latest --shard 1/4
 
-Each answer is a line in ``--out``, and is not asked for again: a stopped sweep goes on, and shards may run side by
-side. ``--table docs/backbones.md`` writes what is there into the page. The command ends with status 1 if something
-crashed: each model is to be trained, or refused with a reason.
+Each result is a line in ``--out``, and is not computed again: a stopped sweep continues, and shards may run in
+parallel.
+``--table docs/backbones.md`` writes the results into the page. The command ends with status 1 if something crashed:
+each model must be trained, or refused with a reason.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ from fastrm.settings.config import Config, build
 
 METHODS = ("mocov3", "mocov2", "byol", "densecl")
 ROUND = "file"
-"""The column of what is not a method: weights written, read, started from, exported to timm."""
+"""Name of the column for files: weights are written, read, used as a start, and exported to timm."""
 BEGUN = "crash: the process ended"
 LARGEST = 30_000_000
 SIZES = (32, 64, 96, 128, 160, 192, 224, 256, 288, 320, 384, 448, 512)
@@ -70,7 +71,7 @@ def smallest(found: list[Model]) -> list[Model]:
 
 
 def census(out: Path, archs: list[str]) -> list[Model]:
-    """Every model's class and size, kept beside ``out``; what is known is read, and the rest counted and added."""
+    """Class and size of every model, cached next to ``out``; missing models are counted and added."""
     path = out.parent / f"census-timm-{timm.__version__}.jsonl"
     known = {row[0]: Model(*row) for row in _lines(path)}
     for arch in archs:
@@ -81,7 +82,7 @@ def census(out: Path, archs: list[str]) -> list[Model]:
 
 
 def settings(arch: str, method: str, image_size: int) -> Config:
-    """Two steps of a small run."""
+    """Settings of a small run of two steps."""
     return build(
         data="digits", arch=arch, method=method, image_size=image_size, batch_size=BATCH, epochs=1, optimizer="adamw",
         hidden_dim=16, output_dim=16, predictor_hidden_dim=16, queue_size=32, device="cpu", lr=1e-3, stem="imagenet",
@@ -89,10 +90,10 @@ def settings(arch: str, method: str, image_size: int) -> Config:
 
 
 def size_of(arch: str) -> int:
-    """The smallest of the sizes that the model takes, or its own.
+    """The smallest image size that the model takes, or its own.
 
     Raises:
-        UsageError: it takes none of them.
+        UsageError: it takes none of the sizes.
     """
     published = timm.models.get_pretrained_cfg(arch, allow_unregistered=True)
     own = published.input_size[-1] if published is not None else 224
@@ -107,7 +108,7 @@ def size_of(arch: str) -> int:
 
 
 def two_steps(config: Config) -> Method[Any]:
-    """Train, and see that the loss is a number and that every trained parameter moved, the teacher with it."""
+    """Train, and check that the loss is finite and that the trained parameters and the teacher changed."""
     torch.manual_seed(0)
     method = build_method(config)
     start = {name: p.detach().clone() for name, p in method.named_parameters()}
@@ -127,10 +128,10 @@ def two_steps(config: Config) -> Method[Any]:
         led = "student." + name.removeprefix("teacher.") if name.startswith("teacher.") else name
         if has and led not in trained:
             raise ArithmeticError(f"{name} is frozen and moved")
-    # Not all: a bias of relative positions has no gradient where a window has one position.
+    # Not all parameters change: a bias of relative positions has no gradient if a window has one position.
     for names in (trained, {"teacher." + n.removeprefix("student.") for n in trained if n.startswith("student.")}):
         if sum(moved[name] for name in names) < len(names) / 2:
-            raise ArithmeticError(f"of {len(names)} parameters less than half moved, not {min(names)} for one")
+            raise ArithmeticError(f"fewer than half of {len(names)} parameters changed; {min(names)} did not")
     return method
 
 
@@ -151,7 +152,7 @@ def there_and_back(arch: str, image_size: int) -> None:
             raise AssertionError("a stage has no row per image")
         other = build_method(config)
         if left_out := load_weights(other.student.backbone, read_weights(path)[0], source="--init-from"):
-            raise AssertionError(f"{left_out} were taken for a classifier")
+            raise AssertionError(f"{left_out} were treated as a classifier")
         torch.testing.assert_close(other.student.backbone.eval()(images), want, rtol=1e-4, atol=1e-5)
         classifier = timm.create_model(arch, num_classes=5, **again.options).state_dict()
         load_weights(again, classifier, source="a classifier of timm's")
@@ -175,7 +176,7 @@ def outcome(ask: Callable[[], object]) -> str:
 def tried(
     model: Model, columns: tuple[str, ...], known: dict[tuple[str, str], dict[str, Any]]
 ) -> Iterator[dict[str, Any]]:
-    """Answers for the columns of a model that are not known yet."""
+    """Yield the results of a model for the columns that are missing."""
     left = [column for column in columns if (model.arch, column) not in known]
     if not left:
         return
@@ -231,7 +232,7 @@ def table(models: list[Model], known: dict[tuple[str, str], dict[str, Any]]) -> 
 
 
 def _general(reason: str, arch: str) -> str:
-    """A reason without what differs between models that share it."""
+    """A reason without the parts that differ between models."""
     return re.sub(r"--image-size \d+", "--image-size N", reason.replace(arch, "ARCH"))[:300]
 
 
@@ -247,11 +248,11 @@ def _append(path: Path, answer: Any) -> None:
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("build/zoo/latest"), help="folder of the answers")
-    parser.add_argument("--shard", default="1/1", help="which part of the classes, such as 2/4")
+    parser.add_argument("--shard", default="1/1", help="part of the classes, such as 2/4")
     parser.add_argument("--only", nargs="+", choices=(*METHODS, ROUND), default=(*METHODS, ROUND))
-    parser.add_argument("--models", nargs="+", help="these, whatever their class and size")
-    parser.add_argument("--table", type=Path, help="page whose table is made anew; nothing is trained")
-    parser.add_argument("--again", action="store_true", help="forget answers that are crashes")
+    parser.add_argument("--models", nargs="+", help="only these models, whatever their class and size")
+    parser.add_argument("--table", type=Path, help="page whose table is written again; nothing is trained")
+    parser.add_argument("--again", action="store_true", help="repeat models that crashed")
     options = parser.parse_args(argv)
     warnings.filterwarnings("ignore")
     options.out.mkdir(parents=True, exist_ok=True)
@@ -275,7 +276,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             continue
         for answer in tried(model, tuple(options.only), known):
             _append(options.out / f"answers-{number}.jsonl", answer)
-            if answer["outcome"] == BEGUN:  # what stays if the process does not live to say more
+            if answer["outcome"] == BEGUN:  # left by a process that died
                 continue
             crashes += answer["outcome"].startswith("crash")
             print(f"{answer['column']:8} {model.arch:40} {answer['size']} {answer['outcome']}", flush=True)
