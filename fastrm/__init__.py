@@ -21,7 +21,7 @@ _HOME = {"load": "fastrm.pretrained", "pretrain": "fastrm.pretraining", "Trainer
 
 
 def __getattr__(name: str) -> Any:
-    """The Python API, imported when it is asked for: whoever borrows an operation needs none of the trainer."""
+    """Import the Python API on first use, so that programs that only use operations do not import the trainer."""
     if name in _HOME:
         return getattr(import_module(_HOME[name]), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

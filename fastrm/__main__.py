@@ -20,14 +20,14 @@ COMMANDS = {
     "data": "draw some images and their augmented views",
     "doctor": "report what this machine will use, and what is missing",
 }
-"""Modules of this package, and what each does."""
+"""The commands, which are modules of this package, and their descriptions."""
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """List the commands, or print the version.
 
     Raises:
-        UsageError: something else is asked for.
+        UsageError: an argument is unknown.
     """
     words = sys.argv[1:] if argv is None else argv
     if list(words) == ["--version"]:

@@ -1,4 +1,4 @@
-"""Where the sources keep fastrm.kernels: in kernels/ at their root, of which nothing else becomes importable."""
+"""Makes ``kernels/`` at the root of a checkout importable as ``fastrm.kernels``."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ NAME = "fastrm.kernels"
 
 
 class _Kernels:
-    """A finder that knows this one package, of which Python then finds the modules by itself."""
+    """A finder for this package only; Python finds its modules itself."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -21,16 +21,16 @@ class _Kernels:
     def find_spec(
         self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        """As :meth:`importlib.abc.MetaPathFinder.find_spec`."""
+        """See :meth:`importlib.abc.MetaPathFinder.find_spec`."""
         if name != NAME:
             return None
         return spec_from_file_location(name, self.folder / "__init__.py", submodule_search_locations=[str(self.folder)])
 
 
 def find_kernels() -> None:
-    """Let Python find the package where it is not inside this one, as it is in an installed fastrm.
+    """Register the finder, unless the package is inside this one, as in an installed fastrm.
 
-    It is asked first, so that another checkout which is installed as editable does not lend its own.
+    It comes first, so that another checkout with an editable installation is not used instead.
     """
     here = Path(__file__).parent
     if not (here / "kernels").is_dir():

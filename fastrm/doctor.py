@@ -1,4 +1,4 @@
-"""Say what this machine will use, and where something is missing, why and what to install.
+"""Reports what this machine will use, and for missing parts the reason and what to install.
 
 python -m fastrm.doctor
 """
@@ -48,7 +48,7 @@ def _triton() -> str:
 
 def _kernels() -> str:
     if torch.cuda.is_available() and importlib.util.find_spec("triton") is not None:
-        return "triton: fused, a launch or two an operation"
+        return "triton: fused, one or two launches per operation"
     if torch.cuda.is_available():
         return "reference (plain PyTorch), since Triton is not installed"
     return "cpu: foreach and cache-blocked PyTorch; triton needs an NVIDIA GPU"
@@ -103,7 +103,7 @@ def _version(package: str) -> str | None:
 def _copies() -> str:
     if not (size := copies.held()):
         return f"none in {copies.root()}"
-    return f"{in_words(size)} of tables and remote files in {copies.root()}; delete it for room: they are made again"
+    return f"{in_words(size)} of tables and remote files in {copies.root()}; delete it to free space"
 
 
 PARTS: dict[str, Callable[[], str]] = {

@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all, and where fastrm keeps its own."""
+"""Writes files atomically, and finds the folders for fastrm's own files."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ _PAUSES = (0.1, 0.5, 2.5)  # seconds
 
 
 def write_whole(path: Path, write: Callable[[Path], object], *, before: Callable[[], object] = lambda: None) -> None:
-    """Let ``write`` fill a file beside ``path``, and give it that name once it is safely on the disk.
+    """Let ``write`` write a temporary file, and rename it to ``path`` once it is on the disk.
 
-    ``before`` is called when it is, and may move what has the name.
+    ``before`` is called before the renaming, and may move an existing file away.
     """
     partial = path.with_name(f".{path.name}.partial")
     try:
@@ -44,7 +44,7 @@ def write_whole(path: Path, write: Callable[[Path], object], *, before: Callable
 
 @contextmanager
 def writing(out: Path, flag: str = "--out") -> Iterator[None]:
-    """Say in one line why what ``--out``, or another flag, names cannot be written."""
+    """Report in one line why the path of ``--out``, or of another flag, cannot be written."""
     try:
         yield
     except OSError as error:
@@ -58,10 +58,10 @@ def check_folder(flag: str, out: Path) -> None:
 
 
 def insistent(read: Callable[[], T]) -> T:
-    """Read something, and again after a while where the error is one that passes, as networks have them.
+    """Call ``read``, and retry after a pause if the error is temporary, as on network file systems.
 
     Raises:
-        OSError: it is another one, or did not pass.
+        OSError: the error is not temporary, or did not pass.
     """
     for pause in _PAUSES:
         try:
@@ -74,18 +74,18 @@ def insistent(read: Callable[[], T]) -> T:
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Write a JSON file, whole."""
+    """Write a JSON file atomically."""
     write_whole(path, lambda partial: partial.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8"))
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Read what :func:`write_json` wrote."""
+    """Read a file that :func:`write_json` wrote."""
     content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     return content
 
 
 def load_tensors(path: Path) -> Any:
-    """Read what torch.save wrote, onto the CPU. Only plain data is read: no code in the file can run.
+    """Read a file that torch.save wrote, to the CPU. Only plain data is read; no code in the file can run.
 
     Raises:
         UsageError: there is no such file, or it is damaged or holds more than plain data.
@@ -100,29 +100,31 @@ def load_tensors(path: Path) -> Any:
         if exhausted(error):
             raise
         why = error.strerror or str(error)
-    except Exception as error:  # damaged bytes lead the reader of pickles to errors of every kind
+    except Exception as error:  # the unpickler raises errors of any type for damaged bytes
         if exhausted(error):
             raise
-        # Torch's own words for them advise to let the file run its code.
+        # Not torch's own message, which suggests to let the file run its code.
         foreign = re.search(r"nsupported (?:global: )?GLOBAL (\S+)", str(error))
-        why = f"it holds {foreign[1]}, and only plain data is read" if foreign else "it is of another kind, or damaged"
+        why = (
+            f"it holds {foreign[1]}, and only plain data is read" if foreign else "it has another format or is damaged"
+        )
     raise UsageError(f"{path} cannot be read as a checkpoint: {why}")
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a text file, whole; file names that are no text keep their bytes."""
+    """Write a text file atomically; undecodable bytes in file names are preserved."""
     write_whole(path, lambda partial: partial.write_text(text, encoding="utf-8", errors="surrogateescape"))
 
 
 def as_utf8(text: str) -> str:
-    """The same text, where bytes of a file's name that are no text are spelled out (``\\xff``): what UTF-8 can hold."""
+    """The text with undecodable bytes of file names escaped (``\\xff``), so that UTF-8 can encode it."""
     return text.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
 
 
 def at_home(value: T) -> T:
-    """A path, as text or not, with its ``~`` or ``~user`` written out, which a shell does not do in ``--flag=~/x``.
+    """Expand ``~`` or ``~user`` in a path or its text, which a shell does not do in ``--flag=~/x``.
 
-    Anything else, and paths without, as they are; of a tuple each.
+    Other values are returned unchanged; a tuple is expanded element by element.
 
     Raises:
         UsageError: there is no such user, or no home folder.
@@ -142,14 +144,14 @@ def at_home(value: T) -> T:
 
 
 def without_key(data: str) -> str:
-    """What ``--data`` says, without what follows the ``?`` of a URL: it may be a key, which weights do not pass on."""
+    """The value of ``--data`` without the query of a URL, which may hold a key that files must not pass on."""
     return data.partition("?")[0] if "://" in data else data
 
 
 def cache_root() -> Path:
-    """Where named sets and what was found out about folders are kept; a container's unknown user has no home for it."""
+    """The cache folder, for named sets and information about folders; also for users without a home folder."""
     cache = os.environ.get("XDG_CACHE_HOME", "")
-    if os.path.isabs(cache):  # others are to be ignored, by the XDG Base Directory Specification
+    if os.path.isabs(cache):  # the XDG Base Directory Specification ignores relative paths
         return Path(cache, "fastrm")
     return Path(home() or temporary(), ".cache", "fastrm")
 
@@ -163,13 +165,13 @@ def home() -> Path | None:
 
 
 def temporary() -> Path:
-    """A folder among the temporary files that is this user's alone, the same one as long as that is possible."""
+    """A private folder of this user among the temporary files, the same one in each call if possible."""
     try:
         if hasattr(os, "getuid"):
             path = Path(tempfile.gettempdir(), f"fastrm-{os.getuid()}")
             with contextlib.suppress(OSError):
                 path.mkdir(mode=0o700, exist_ok=True)
-                state = path.lstat()  # others may have made it, or a link there, to lend us files of theirs
+                state = path.lstat()  # another user may have created it, or a link, to inject files
                 if stat.S_ISDIR(state.st_mode) and state.st_uid == os.getuid():
                     return path
         return Path(tempfile.mkdtemp(prefix="fastrm-"))

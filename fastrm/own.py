@@ -1,7 +1,7 @@
-"""Whether fastrm wrote a file, by what is in it: nothing else is ever written over or removed.
+"""Recognises files that fastrm wrote by their content, since it never overwrites or removes any other file.
 
-Files say it themselves. Those of runs that were written before they did are known by their content too; where that is
-no proof, in that their folder is a run's.
+New files carry a mark. Older files without one are recognised by their content or, if that is not sufficient, by lying
+in a run folder.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from fastrm.errors import UsageError
 from fastrm.files import as_utf8, read_json
 
 MARK = "fastrm"
-"""What a file says of who wrote it: the name of a field, whose value is the version, or of the software."""
+"""The mark in a file: the name of a field whose value is the version, or the name of the software."""
 METRICS = "metrics.jsonl"
 TENSORBOARD = "tensorboard"
 EXPORT = "fastrm_export"
-"""The attribute of an exported ``.pth``'s state dict that says the same."""
-_HEAD = 2**16  # bytes in which a file says what it is
+"""The attribute with the mark of the state dict in an exported ``.pth``."""
+_HEAD = 2**16  # bytes at the start of a file that hold its mark
 
 
 def require(
@@ -31,11 +31,11 @@ def require(
     """Raise a UsageError that names the file if there is one that fastrm did not write.
 
     Args:
-        flag: the setting that the path was given by.
+        flag: the setting with the path.
         out: its value.
-        wrote: whether fastrm wrote the file, which exists.
-        what: of which kind it is to be.
-        holds: the file in question, where it lies in ``out``.
+        wrote: function that says whether fastrm wrote an existing file.
+        what: the kind of the file, for the message.
+        holds: the file to check, if it lies in the folder ``out``.
     """
     path = holds or out
     dangling = path.is_symlink() and not path.exists()
@@ -51,7 +51,7 @@ def require(
 
 
 def safely(wrote: Callable[[Path], bool], path: Path) -> bool:
-    """A file that cannot be read, or is of another format, is none of fastrm's."""
+    """Apply ``wrote``; a file that cannot be read or has another format was not written by fastrm."""
     try:
         return wrote(path)
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
@@ -65,23 +65,23 @@ def head(path: Path) -> bytes:
 
 
 def _json(path: Path, *names: str) -> dict[str, Any] | None:
-    """The object in a JSON file that has these names; None where it is another one."""
+    """The object in a JSON file if it has these names, otherwise None."""
     found = read_json(path)
     return found if isinstance(found, dict) and found.keys() >= set(names) else None
 
 
 def config(path: Path) -> bool:
-    """``config.json``: a run's settings."""
+    """``config.json``, the settings of a run."""
     return _json(path, "data", "arch", "method", "residual_weight", "teacher_momentum", "resume") is not None
 
 
 def run(folder: Path) -> bool:
-    """Whether a folder is a run's."""
+    """Whether a folder is a run folder."""
     return (folder / "config.json").is_file() and safely(config, folder / "config.json")
 
 
 def metrics(path: Path) -> bool:
-    """``metrics.jsonl``: records of a run. Where not even the first was finished, its folder decides."""
+    """``metrics.jsonl``, the records of a run. If not even the first record is complete, the folder decides."""
     first, end, _ = head(path).partition(b"\n")
     if not end:
         return run(path.parent)
@@ -90,13 +90,13 @@ def metrics(path: Path) -> bool:
 
 
 def checkpoint(path: Path) -> bool:
-    """``checkpoint.pt`` and those before it; also one that was cut off: the settings are at its beginning."""
+    """``checkpoint.pt`` and earlier checkpoints, also truncated ones, since the settings are at the start."""
     start = head(path)
     return start.startswith(b"PK") and all(name in start for name in (b"format", b"method", b"residual_weight"))
 
 
 def weights(path: Path) -> bool:
-    """Safetensors with a backbone, of a run or exported."""
+    """Safetensors with a backbone, from a run or an export."""
     import safetensors
 
     try:
@@ -107,29 +107,29 @@ def weights(path: Path) -> bool:
 
 
 def summary(path: Path) -> bool:
-    """``summary.json``: what a complete run ended with."""
+    """``summary.json``, the results of a complete run."""
     return _json(path, MARK, "step", "residual_weight") is not None
 
 
 def evaluation(path: Path) -> bool:
-    """``evaluation.json``, whatever its name."""
+    """The results of an evaluation, under any file name."""
     found = _json(path, MARK, "sets")
     return found is not None and isinstance(found["sets"], dict)
 
 
 def features(path: Path) -> bool:
-    """The file beside features that says what they are of."""
+    """The description of a file of features."""
     return _json(path, MARK, "about", "checkpoint") is not None
 
 
 def skipped(path: Path) -> bool:
-    """``skipped.txt``: a broken file and what is wrong with it a line, in a run's folder."""
+    """``skipped.txt`` in a run folder, with one broken file and the reason per line."""
     lines = path.read_text(encoding="utf-8", errors="surrogateescape").splitlines()
     return run(path.parent) and all("\t" in line for line in lines)
 
 
 def trace(path: Path) -> bool:
-    """``trace.json``: a run's profile. Those of old runs do not say it, but that the run had one."""
+    """``trace.json``, the profile of a run; old ones have no mark, and the settings of the run decide."""
     start = head(path)
     said = f'"{MARK}":'.encode() in start
     old = b'"schemaVersion"' in start and run(path.parent) and read_json(path.parent / "config.json")["profile"] > 0
@@ -137,11 +137,11 @@ def trace(path: Path) -> bool:
 
 
 EVENTS = f".{MARK}"
-"""How the name of a TensorBoard file ends."""
+"""Ending of the names of TensorBoard files."""
 
 
 def events(path: Path) -> bool:
-    """A file below ``tensorboard/``. Those of old runs end otherwise, and begin with what a run records, or nothing."""
+    """A file in ``tensorboard/``. Old files have another ending, and begin with a run's values or are empty."""
     if not path.is_file() or not path.name.startswith("events.out.tfevents."):
         return False
     start = head(path)
@@ -150,37 +150,37 @@ def events(path: Path) -> bool:
 
 
 def board(path: Path) -> bool:
-    """``tensorboard/``: it is empty, or holds events of a run; whatever else is in it is not touched."""
+    """``tensorboard/``, if it is empty or holds events of a run; other files in it are not touched."""
     there = list(path.iterdir())
     return not there or run(path.parent) or any(safely(events, file) for file in there)
 
 
 def page(path: Path) -> bool:
-    """The report's page."""
+    """The page of a report."""
     start = head(path)
     old = b"<!doctype html>\n<html lang='en'><head><meta charset='utf-8'><meta name='viewport' "
     return f"<meta name='generator' content='{MARK} ".encode() in start or start.startswith(old)
 
 
 def pages(path: Path) -> bool:
-    """``report/`` in a run's folder: it holds no page, or fastrm's."""
+    """``report/`` in a run folder, with no page or a page by fastrm."""
     return path.is_dir() and (not (path / "index.html").exists() or page(path / "index.html"))
 
 
 SHEET_FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG"}
-"""Formats of contact sheets by file ending: those that can hold the comment by which fastrm knows them again."""
+"""Formats of contact sheets by file ending; they can hold the comment by which fastrm recognises them."""
 SHEET = b"contact sheet of fastrm"
-"""What such a picture says of itself, in a comment."""
+"""The comment in a contact sheet."""
 
 
 def sheet(path: Path) -> bool:
     """A contact sheet of ``fastrm.data``."""
-    with open(path, "rb") as file:  # of each picture in a folder
+    with open(path, "rb") as file:  # fast, because it is called for each image in a folder
         return SHEET in file.read(512)
 
 
 MAP = "map"
-"""The name of what a file with a map of images holds."""
+"""The kind of a file with a map of images."""
 
 
 def points(path: Path) -> bool:
@@ -197,12 +197,12 @@ def card(path: Path) -> bool:
 
 
 def exported(path: Path) -> bool:
-    """Safetensors that were exported: not what a run left in its folder."""
+    """Exported safetensors, as opposed to the backbone in a run folder."""
     return weights(path) and not (path.name == "backbone.safetensors" and run(path.parent))
 
 
 def onnx(path: Path) -> bool:
-    """An exported graph: its metadata are at its end."""
+    """An exported ONNX graph, whose metadata are at its end."""
     with open(path, "rb") as file:
         file.seek(0, 2)
         file.seek(max(0, file.tell() - _HEAD))
@@ -211,7 +211,7 @@ def onnx(path: Path) -> bool:
 
 
 def state(path: Path) -> bool:
-    """A ``.pth`` with weights, which says so; or old ones that do not, by the card beside them that names them."""
+    """An exported ``.pth``; old ones have no mark, and are recognised by the model card beside them."""
     beside = path.with_suffix(".md")
     if beside.is_file() and card(beside) and f'"{path.name}"' in beside.read_text(encoding="utf-8"):
         return True
@@ -262,11 +262,11 @@ def of_export(path: Path) -> bool:
 
 
 BEST, BEST_SCORE = "checkpoint-best.pt", "best.json"
-"""The checkpoint with the best score, and which score that is."""
+"""The checkpoint with the best score, and the file with that score."""
 
 
 def best(path: Path) -> bool:
-    """``best.json``: which step scored best."""
+    """``best.json``, the step with the best score."""
     return _json(path, MARK, "step", "score", "value") is not None
 
 
@@ -284,11 +284,11 @@ RUN: dict[str, Callable[[Path], bool]] = {
     "evaluation.json": evaluation,
     "report": pages,
 }
-"""What fastrm writes into a run's folder; besides them ``checkpoint-STEP.pt``."""
+"""Files that fastrm writes to a run folder, in addition to ``checkpoint-STEP.pt``."""
 
 
 def names(folder: Path) -> Iterable[tuple[Path, Callable[[Path], bool]]]:
-    """What in a folder has a name that fastrm writes there, and how to tell that it did."""
+    """Yield the entries of a folder whose names fastrm uses, with the function that recognises its own."""
     for path in sorted(folder.iterdir()):
         known = checkpoint if re.fullmatch(r"checkpoint-\d+\.pt", path.name) else RUN.get(path.name)
         if known is not None:

@@ -1,4 +1,4 @@
-"""Packages that only some uses of fastrm need."""
+"""Imports packages that only some uses of fastrm need."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from fastrm.errors import UsageError, first_line
 
 
 def optional(name: str, *, extra: str, wanted_by: str, package: str = "") -> Any:
-    """Import a module of a package that may not be there.
+    """Import a module of a package that may be missing.
 
     Args:
-        name: the module's.
-        extra: of fastrm, with which it is installed.
-        wanted_by: the flag with its value, or the file, that cannot do without.
-        package: that the module is of, if its name is another.
+        name: name of the module.
+        extra: extra of fastrm that installs it.
+        wanted_by: the flag with its value, or the file, that needs it.
+        package: name of the package, if it differs from that of the module.
 
     Raises:
         UsageError: it is not installed, or cannot be imported.
@@ -30,16 +30,16 @@ def optional(name: str, *, extra: str, wanted_by: str, package: str = "") -> Any
 
 
 def failure(name: str) -> Exception | None:
-    """What importing a module raises; None where it can be imported."""
+    """The error of importing a module; None if it can be imported."""
     try:
         importlib.import_module(name)
-    except Exception as error:  # a package that is broken, or older than what it needs, raises whatever comes first
+    except Exception as error:  # broken packages raise errors of any type
         return error
     return None
 
 
 def lack(name: str, extra: str, error: BaseException, package: str = "") -> str:
-    """Say of a package of whose modules one could not be imported that it is missing, or broken and why."""
+    """Describe why a module could not be imported: its package is missing, or broken for a reason."""
     module = name.partition(".")[0]
     package = package or module
     if find_spec(module) is None:
@@ -49,11 +49,11 @@ def lack(name: str, extra: str, error: BaseException, package: str = "") -> str:
 
 
 def _command(extra: str, package: str) -> str:
-    """What installs the packages of an extra, from wherever fastrm itself was installed."""
+    """The command that installs the packages of an extra, in the way in which fastrm was installed."""
     try:
         requirements = metadata.requires("fastrm") or []
     except metadata.PackageNotFoundError:  # a checkout that is not installed
         requirements = []
     names = [re.split(r"[^\w.-]", each)[0] for each in requirements if re.search(f"extra == .{extra}.$", each)]
-    there = any(name.startswith(package) for name in names)  # not where the extra is newer than what is installed
+    there = any(name.startswith(package) for name in names)  # false if the extra is newer than the installed fastrm
     return f"pip install {' '.join(names if there else [package])}"

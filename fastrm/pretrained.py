@@ -1,4 +1,4 @@
-"""Trained networks from what a run leaves: its folder, its checkpoint, or a file with a backbone."""
+"""Loads trained networks from a run folder, a checkpoint, a file with a backbone, or published weights."""
 
 from __future__ import annotations
 
@@ -28,24 +28,25 @@ from fastrm.settings.of_run import OfRunAndImages
 
 NETWORKS = ("student", "teacher")
 WEIGHTS = "weights"
-"""What a network is called that no run of fastrm trained."""
+"""Name of a network that was not trained by fastrm."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Pretrained:
-    """What can be scored or exported.
+    """Trained networks, with information about them, for scores and exports.
 
     Attributes:
-        path: where it came from.
-        networks: ``student`` and ``teacher``; of an exported file only the one that it holds; ``weights`` of others.
-        about: of the networks in general, as :func:`fastrm.models.weights.metadata` has it.
-        arch: what the networks are built of: timm's name, or a module.
-        settings: of the run, if it is one, by name: what ``config.json`` holds.
-        step: optimizer steps that the run has made.
-        state: of the run's method, by name.
-        pixels: what the values of pictures mean to the networks.
-        license: of weights of others, as their publisher calls it.
-        said: how much of weights of others was taken.
+        path: the path they were loaded from.
+        networks: ``student`` and ``teacher``, only one of them for an exported file, or ``weights`` for
+            published weights.
+        about: metadata of the networks, as in :func:`fastrm.models.weights.metadata`.
+        arch: timm's name of the network, or a module.
+        settings: settings of the run by name, as in ``config.json``, if it is a run.
+        step: optimizer steps of the run so far.
+        state: state dict of the run's method.
+        pixels: pixel format of the images.
+        license: license of published weights, as their publisher names it.
+        said: description of how much of published weights was loaded.
     """
 
     path: Path
@@ -61,16 +62,16 @@ class Pretrained:
 
     @property
     def folder(self) -> Path:
-        """Where what is found out about it belongs."""
+        """The folder for results about it."""
         if on_a_hub(self.path):
             return Path()
         return self.path if self.path.is_dir() else self.path.parent
 
     def network(self, which: str, flag: str) -> Backbone:
-        """The student's or the teacher's backbone, or that of weights of others.
+        """The backbone of the student or the teacher, or that of published weights.
 
         Raises:
-            UsageError: the file does not hold it.
+            UsageError: the file does not hold this network.
         """
         found = self.networks.get(WEIGHTS) or self.networks.get(which)
         if found is None:
@@ -79,19 +80,19 @@ class Pretrained:
 
     @property
     def image_size(self) -> int:
-        """Side of the images that it was trained on, in pixels."""
+        """Side of the training images, in pixels."""
         return int(self.about["image_size"])
 
     def untrained(self) -> Backbone:
-        """The same backbone with new weights, on the CPU, and without what a run does to it for speed.
+        """The same backbone with random weights, on the CPU, without optimisations for speed.
 
-        Of a module those are new that belong to layers of ``torch.nn``; others are as they were given.
+        In a module, only the weights of ``torch.nn`` layers are random; others stay as given.
         """
         size, channels = self.image_size, self.pixels.channels
         return untrained(self.arch, image_size=size, stem=self.about["stem"], channels=channels)
 
     def start(self) -> tuple[Backbone | None, str]:
-        """The backbone as a run that starts from weights began, or why that cannot be had; empty if it did not."""
+        """The backbone with a run's starting weights, or the reason why it is missing; empty without such weights."""
         given = (self.settings or {}).get("init_from")
         if given is None:
             return None, ""
@@ -104,12 +105,12 @@ class Pretrained:
         return backbone, ""
 
     def images(self, options: OfRunAndImages) -> Source:
-        """Open the images that ``options`` name, or those of the run.
+        """Open the images in ``options``, or those of the run.
 
-        Columns that are not given are those of the run only if the images are its own.
+        Columns that are not given default to those of the run only if the images are the run's.
 
         Raises:
-            UsageError: no images are named, or they cannot be opened.
+            UsageError: no images are given, or they cannot be opened.
         """
         run = self.settings or {}
         columns = {} if options.data else run
@@ -127,7 +128,7 @@ class Pretrained:
         """Student and teacher with their heads, on a device.
 
         Raises:
-            UsageError: the run's method is not known here.
+            UsageError: the method of the run is not registered.
         """
         assert self.settings is not None
         module = self.arch if isinstance(self.arch, nn.Module) else None
@@ -146,17 +147,17 @@ def read_pretrained(
     image_size: int | None = None,
     networks: Sequence[str] = NETWORKS,
 ) -> Pretrained:
-    """Rebuild the networks of a run folder, a checkpoint, a file with a backbone, or weights of others, on the CPU.
+    """Load the networks of a run folder, a checkpoint, a file with a backbone, or published weights, to the CPU.
 
     Args:
-        path: what fastrm wrote; or what ``--init-from`` takes.
-        arch: where a module of the user's was trained, another one that is built alike; its weights do not matter. Of
-            weights of others timm's name of the network, where they do not say it.
-        image_size: for weights of others: :func:`fastrm.models.published.published`.
-        networks: which of a run's are wanted; a file holds one.
+        path: a path that fastrm wrote, or weights as for ``--init-from``.
+        arch: a module of the same class, if the trained network is the user's module; its weights do not matter. For
+            published weights, timm's name of the network, if they do not say it.
+        image_size: as in :func:`fastrm.models.published.published`, for published weights.
+        networks: the networks of a run to load; an exported file holds one.
 
     Raises:
-        UsageError: it is missing, damaged, or of another layout; or ``arch`` is missing, or is another network.
+        UsageError: the path is missing, damaged or has another format, or ``arch`` is missing or another network.
     """
     if isinstance(arch, str) or image_size is not None or describes_itself(path):
         if isinstance(arch, nn.Module):
@@ -212,7 +213,7 @@ def _part(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
 def open_pretrained(
     path: Path, device: torch.device, *, arch: nn.Module | str | None = None, image_size: int | None = None
 ) -> Pretrained:
-    """Rebuild the networks as :func:`read_pretrained` does, on a device, and laid out for it as the run's were."""
+    """Load networks like :func:`read_pretrained`, to a device, with the memory format of the run."""
     trained = read_pretrained(path, arch=arch, image_size=image_size)
     settings = trained.settings or {"channels_last": False}
     small_maps = device.type == "cpu" and settings.get("precision", "auto") in ("auto", "fp32")
@@ -233,25 +234,25 @@ def load(
     """Load a trained backbone, ready to use.
 
     Args:
-        run_or_file: a run folder, of which the newest checkpoint is taken; a checkpoint; or a file of safetensors with
-            a backbone, as runs leave it and ``python -m fastrm.export`` writes it; or weights of others, as
-            ``--init-from`` takes them (``"timm:resnet50.a1_in1k"``).
-        which: ``"student"`` or ``"teacher"``, of what a run left.
-        arch: where a module of yours was trained: another one that is built alike, of which a copy gets the weights. Of
-            weights of others timm's name of the network, where they do not say it.
-        image_size: side of the images in pixels, of weights of others; None: what timm publishes.
+        run_or_file: a run folder, whose newest checkpoint is loaded; a checkpoint; a safetensors file with a backbone,
+            from a run or from ``python -m fastrm.export``; or published weights, as for ``--init-from``
+            (``"timm:resnet50.a1_in1k"``).
+        which: ``"student"`` or ``"teacher"``, for a run or a checkpoint.
+        arch: a module of the same class, if the trained network is your own module; a copy of it gets the weights. For
+            published weights, timm's name of the network, if they do not say it.
+        image_size: side of the images in pixels, for published weights; None for the size that timm lists.
 
     Returns:
-        A module on the CPU, in evaluation mode. For normalised images [B, C, H, W], ``model(images)`` gives pooled
-        features [B, D], and ``model.feature_map(images)`` a feature per position, [B, D, h, w]; of a ViT these are its
-        patch tokens. ``model.forward_features(images)`` gives the last layer's output as timm does.
+        A module on the CPU, in evaluation mode. For normalised images [B, C, H, W], ``model(images)`` returns pooled
+        features [B, D], and ``model.feature_map(images)`` features per position [B, D, h, w], which for a ViT are its
+        patch tokens. ``model.forward_features(images)`` returns the output of the last layer, as in timm.
 
     Raises:
-        UsageError: there is nothing to load, it does not hold that network, or it is of a module that ``arch`` is not.
+        UsageError: there is nothing to load, the file does not hold this network, or ``arch`` is another network.
     """
     check_choice("which", which, NETWORKS)
     check_path("run_or_file", run_or_file)
     path = Path(at_home(run_or_file))
-    with torch.random.fork_rng(devices=[]):  # first weights are drawn, which the file's take the place of
+    with torch.random.fork_rng(devices=[]):  # random weights are drawn before the file's are loaded
         found = read_pretrained(path, arch=arch, image_size=image_size, networks=[which])
     return found.network(which, f"which={which!r}").eval()

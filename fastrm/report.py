@@ -27,7 +27,7 @@ from fastrm.terminal import shell
 
 @dataclass(frozen=True, kw_only=True)
 class ReportConfig:
-    """Write a page about one run, or several over each other."""
+    """Write a page about one run, or a comparison of several."""
 
     runs: Positional[Annotated[tuple[Path, ...], arg(metavar="RUN [RUN ...]", help_behavior_hint="")]] = ()
     """Run folders."""

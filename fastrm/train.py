@@ -17,7 +17,7 @@ from fastrm.terminal import shell
 
 
 def train(config: Config) -> dict[str, Any]:
-    """Train as configured and return what ``summary.json`` holds.
+    """Train as configured, and return the content of ``summary.json``.
 
     Raises:
         UsageError: a setting, the data, the machine or the output folder does not allow the run; nothing was written.

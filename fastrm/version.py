@@ -1,4 +1,4 @@
-"""The version, in a module of its own: it is found too where Python takes the folder of a checkout for ``fastrm``."""
+"""The version, in a separate module, so that it works even if Python imports the checkout's folder as ``fastrm``."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 
 
 def _version() -> str:
-    """A checkout's own, from its pyproject.toml, whatever else is installed; else that of what is installed."""
+    """The version in the pyproject.toml of a checkout, otherwise that of the installed package."""
     try:
         project = (Path(__file__).parent.parent / "pyproject.toml").read_text(encoding="utf-8")
     except (OSError, ValueError):

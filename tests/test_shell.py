@@ -270,8 +270,8 @@ def test_a_file_of_another_kind_is_refused_without_advice_to_run_its_code(tmp_pa
     text.write_text("# A project\n")
     pickled.write_bytes(pickle.dumps({"a": 1}))
     for path, why in (
-        (text, "it is of another kind, or damaged"),
-        (pickled, "it is of another kind, or damaged"),
+        (text, "it has another format or is damaged"),
+        (pickled, "it has another format or is damaged"),
         (foreign, "it holds argparse.Namespace, and only plain data is read"),
         (tmp_path, "Is a directory"),
     ):

@@ -1,1 +1,1 @@
-"""What a person at a terminal sees: progress, and how a command ends."""
+"""The terminal: progress display, and the end of a command."""

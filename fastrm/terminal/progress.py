@@ -1,4 +1,4 @@
-"""What is under way: bars with the time left on a terminal, and elsewhere a line at the start and now and then."""
+"""Shows progress: bars with the remaining time on a terminal, otherwise a line at the start and at intervals."""
 
 from __future__ import annotations
 
@@ -14,30 +14,30 @@ from fastrm.machine.distributed import world
 
 T = TypeVar("T")
 EVERY = 30.0
-"""Seconds between two lines where there is no terminal."""
+"""Seconds between two lines without a terminal."""
 
 
 class Task:
-    """Something that takes a while: how much of ``total`` is done."""
+    """A task with an amount ``total``, and how much of it is done."""
 
     def __init__(self, total: float, shown: Callable[[float], None]) -> None:
         self.total, self.done = total, 0.0
         self._shown = shown
 
     def reach(self, done: float) -> None:
-        """Say that this much is done."""
+        """Set the completed amount."""
         self.done = done
         self._shown(done)
 
     def advance(self, amount: float) -> None:
-        """Say that this much more is done."""
+        """Add to the completed amount."""
         self.reach(self.done + amount)
 
 
 class Display:
-    """All bars of one console, below each other: a terminal takes one live display at a time.
+    """All bars of one console in one live display, since a terminal can show only one at a time.
 
-    While one is entered, what is opened by :func:`bar` joins it.
+    While a display is entered, tasks of :func:`bar` are added to it.
 
     Attributes:
         live: whether the console can draw bars.
@@ -69,7 +69,7 @@ class Display:
 
     @contextmanager
     def task(self, text: str, total: float, *, start: float = 0.0, lines: bool = True) -> Iterator[Task]:
-        """Show a task while this is entered; with ``lines`` also where there is no terminal."""
+        """Show a task while this context is entered; with ``lines``, also without a terminal."""
         if self.live:
             bar = self._bars.add_task(text, total=total)
             self._bars.update(bar, completed=start)
@@ -99,19 +99,19 @@ class Display:
         return show
 
     def _say(self, line: str) -> None:
-        with suppress(OSError):  # nothing ends because nobody can read how far it is
+        with suppress(OSError):  # a closed output must not end the task
             self.console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
 def console(**options: Any) -> Console:
-    """A console, which in a notebook writes lines of text alone: there no cursor moves, whatever the kernel says."""
+    """A console; in a notebook it only writes plain lines, because the cursor cannot move there."""
     made = Console(**options)
     return Console(**options, force_jupyter=False, force_terminal=False) if made.is_jupyter else made
 
 
 @contextmanager
 def bar(text: str, total: float = 1.0) -> Iterator[Task]:
-    """Show a task on the display that is there, or on one of its own on standard error; only in the first process."""
+    """Show a task on the current display, or on a new one on standard error; only in the first process."""
     if Display.current is not None:
         with Display.current.task(text, total) as task:
             yield task
@@ -121,7 +121,7 @@ def bar(text: str, total: float = 1.0) -> Iterator[Task]:
 
 
 def tracked(items: Iterable[T], text: str, total: float) -> Iterator[T]:
-    """Yield the items, of which there are ``total``, and show how many are done."""
+    """Yield the ``total`` items, and show how many are done."""
     with bar(text, total) as task:
         for item in items:
             yield item

@@ -1,4 +1,4 @@
-"""What a shell, a pipe or a container gives a command, or fails to: streams, a home folder, a current folder."""
+"""Runs a command, and copes with closed or limited streams, and a missing home or current folder."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ _CLOSED = 128 + 13  # as a shell shows SIGPIPE
 
 
 def run(main: Callable[[], object]) -> NoReturn:
-    """Run an entry point: the user's own mistakes end it with one line and status 2, a failed training with 1.
+    """Run an entry point. A usage error ends it with one line and status 2, a failed training with status 1.
 
-    Where nobody reads its standard output any more it ends as other programs do by SIGPIPE, without a word.
+    If the reader of its standard output is gone, it ends silently, like other programs by SIGPIPE.
     """
     stdout = sys.stdout
     try:
@@ -59,20 +59,20 @@ def _status(main: Callable[[], object]) -> Any:
 
 
 def _complain(message: str, status: int) -> int:
-    """Say what ended the command, where there still is somebody to say it to, and return the status."""
+    """Print the error if standard error is open, and return the status."""
     with contextlib.suppress(OSError):
-        if sys.stderr is not None:  # which print would take for standard output
+        if sys.stderr is not None:  # print(file=None) would write to standard output
             print(message, file=sys.stderr, flush=True)
     return status
 
 
 def _prepare() -> None:
-    """Make up for what the surroundings lack.
+    """Replace closed streams and a missing home folder.
 
     Raises:
-        UsageError: the current folder is gone.
+        UsageError: the current folder does not exist.
     """
-    # A file that is opened next would otherwise take the number of a closed stream, and get what others print.
+    # Otherwise the next opened file would get the number of a closed stream, and receive printed output.
     while (spare := os.open(os.devnull, os.O_RDWR)) <= 2:
         pass
     os.close(spare)
@@ -89,7 +89,7 @@ def _prepare() -> None:
 
 
 def _spelled(error: UnicodeError) -> tuple[str, int]:
-    """What a stream gets for characters that its encoding has not."""
+    """The replacement for characters that the encoding of a stream does not have."""
     if not isinstance(error, UnicodeEncodeError):
         raise error
     text = error.object[error.start : error.end]
@@ -98,7 +98,7 @@ def _spelled(error: UnicodeError) -> tuple[str, int]:
 
 
 def _lend_home() -> None:
-    """Give the libraries below a name and a home for the caches of a user who has none, as in many containers."""
+    """Set a user name and a home folder for the caches of libraries, if the user has none, as in many containers."""
     if not hasattr(os, "getuid"):
         return
     import pwd
@@ -115,13 +115,13 @@ def _lend_home() -> None:
 
 
 def _to_nowhere(stream: Any) -> None:
-    """Drop what a stream holds back, and all that it gets later."""
+    """Discard the buffer of a stream and everything written to it later."""
     with contextlib.suppress(OSError, ValueError), open(os.devnull, "wb") as nowhere:
         os.dup2(nowhere.fileno(), stream.fileno())
 
 
 class _OutputLostError(Exception):
-    """Standard output cannot be written; no OSError, since commands take those for their files'."""
+    """Standard output cannot be written. Not an OSError, because commands attribute those to their files."""
 
     def __init__(self, error: OSError) -> None:
         super().__init__(f"standard output cannot be written: {error.strerror or error}")
@@ -129,7 +129,7 @@ class _OutputLostError(Exception):
 
 
 class _Output:
-    """Standard output, or what has its place."""
+    """Standard output, or its replacement."""
 
     def __init__(self, stream: Any) -> None:
         self.stream = stream
@@ -146,7 +146,7 @@ class _Output:
         return len(text)
 
     def flush(self) -> None:
-        """Write what is held back."""
+        """Write the buffer."""
         try:
             self.stream.flush()
         except OSError as error:
@@ -164,5 +164,5 @@ class _Screen(_Output):
 
 
 def screen() -> Any:
-    """Standard output that a run outlives: when it cannot be written any more that is said, and the run goes on."""
+    """Standard output for a run, which continues with a notice if the output can no longer be written."""
     return None if sys.stdout is None else _Screen(getattr(sys.stdout, "stream", sys.stdout))
