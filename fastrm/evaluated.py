@@ -1,4 +1,4 @@
-"""The scores of a run in its ``evaluation.json``, and in tables beside what was not trained and the start weights."""
+"""The scores of a run, as read from its folder, and the tables that show them."""
 
 from __future__ import annotations
 
@@ -10,9 +10,11 @@ from fastrm.errors import UsageError
 from fastrm.files import read_json
 
 EVALUATION = "evaluation.json"
-"""File in the run folder."""
+"""The file in the run folder with the scores of ``fastrm.evaluate``."""
+SUMMARY = "summary.json"
+"""The file in the run folder with the results of a complete run."""
 Scored = Mapping[str, Mapping[str, Mapping[str, Any]]]
-"""By network and score: ``value``, ``interval``, and ``above_start`` where the run started from weights."""
+"""For each network and score: ``value``, ``interval``, and ``above_start`` if the run started from weights."""
 
 NAMES = {
     "random": "untrained network",
@@ -22,11 +24,13 @@ NAMES = {
     "student": "student",
     "teacher": "teacher",
 }
-"""What is scored, in the order of a table."""
+"""The rows of a table, in their order."""
+_IN_SUMMARY = {"untrained": "random"}
+"""Networks with another name in the summary."""
 
 
 def rows(scores: Scored, title: str) -> list[list[str]]:
-    """A table of one set of images: its head, a row per network, and the differences to the start weights.
+    """Return the table of one set of images: its head, a row per network, and the differences to the start weights.
 
     Numbers are in percent, with half of the width of their 95 % interval.
     """
@@ -49,18 +53,42 @@ def _cell(found: Mapping[str, Any] | None, sign: str = "") -> str:
     return f"{100 * found['value']:{sign}.2f} ±{50 * (high - low):.2f}"
 
 
-def evaluated(folder: Path) -> dict[str, Scored]:
-    """What ``fastrm.evaluate`` found out about a run, by set of images; nothing where it was not called.
+def evaluated(folder: Path, step: int | None = None) -> dict[str, Scored]:
+    """Read the scores at the end of the run, and those of ``fastrm.evaluate``, per set of images.
+
+    Args:
+        folder: the run folder; without scores, the result is empty.
+        step: leave out scores of weights of another step; None takes all scores.
 
     Raises:
-        UsageError: the file is another's.
+        UsageError: fastrm did not write one of the files.
     """
-    path = folder / EVALUATION
-    try:
-        sets = read_json(path)["sets"] if path.is_file() else {}
-        found = {name: parts["scores"] for name, parts in sets.items() if parts.get("scores")}
-        for scores in found.values():
-            rows(scores, "")
-        return found
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        raise UsageError(f"{path} is no evaluation that fastrm wrote; move it away") from None
+    found: dict[str, Scored] = {}
+    for name, scores_in in ((SUMMARY, _at_the_end), (EVALUATION, _per_set)):
+        path = folder / name
+        try:
+            content = read_json(path) if path.is_file() else {}
+            if step is None or content.get("step") in (None, step):
+                found |= scores_in(content)
+            for scores in found.values():
+                rows(scores, "")
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            raise UsageError(f"{path} was not written by fastrm; move it away") from None
+    return found
+
+
+def _at_the_end(summary: Mapping[str, Any]) -> dict[str, Scored]:
+    above = summary.get("knn_above_start", {})
+    scores = {
+        _IN_SUMMARY.get(name, name): {
+            "kNN, k = 20": {"value": summary[f"knn_{name}"], "interval": interval}
+            | ({"above_start": above[name]} if name in above else {})
+        }
+        for name, interval in summary.get("knn_intervals", {}).items()
+    }
+    return {"at the end of the run": scores} if scores else {}
+
+
+def _per_set(evaluation: Mapping[str, Any]) -> dict[str, Scored]:
+    sets = evaluation["sets"] if evaluation else {}
+    return {name: parts["scores"] for name, parts in sets.items() if parts.get("scores")}

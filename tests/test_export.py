@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -139,6 +140,21 @@ def test_a_card_has_the_scores(runs: dict[str, Path], tmp_path: Path) -> None:
         score = found[network]["linear_quick"]
         low, high = score["interval"]
         assert f"| {title} | {100 * score['value']:.2f} ±{50 * (high - low):.2f} |" in card
+
+
+def test_a_card_has_the_scores_of_its_own_step(runs: dict[str, Path], tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    shutil.copytree(runs["test_resnet"], folder)
+    step = checkpoint.load(folder)["step"]
+    (folder / "evaluation.json").unlink()
+    for at in (step, step + 1):
+        summary = {"step": at, "knn_student": 0.625, "knn_untrained": 0.5, "knn_above_start": {}}
+        summary["knn_intervals"] = {"student": [0.6, 0.65], "untrained": [0.4, 0.6]}
+        (folder / "summary.json").write_text(json.dumps(summary))
+        out = write(folder, "safetensors", "student", tmp_path / "it.safetensors")
+        card = out.with_name(f"{out.name}.md").read_text()
+        assert ("| at the end of the run, % right | kNN, k = 20 |" in card) == (at == step)
+        assert ("| student | 62.50 ±2.50 |" in card) == ("| untrained network | 50.00 ±10.00 |" in card) == (at == step)
 
 
 @pytest.mark.usefixtures("few_digits")

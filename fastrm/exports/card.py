@@ -87,9 +87,9 @@ def _trained_how(subject: Subject) -> list[str]:
 
 
 def _scored(subject: Subject) -> list[str]:
-    """The tables of ``evaluation.json`` of the run, if there is one."""
+    """The tables of scores of these weights, if there are any."""
     lines = []
-    for images, scores in evaluated(subject.folder).items():
+    for images, scores in evaluated(subject.folder, subject.step).items():
         head, *body = rows(scores, f"{images}, % right")
         lines += ["", *(f"| {' | '.join(row)} |" for row in (head, ["---", *["--:"] * (len(head) - 1)], *body))]
     note = "With 95 % intervals by the bootstrap over test images, paired where two networks are compared."

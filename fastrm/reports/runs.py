@@ -11,13 +11,12 @@ from typing import Any, NamedTuple
 
 from fastrm import own
 from fastrm.errors import UsageError
-from fastrm.evaluated import Scored, evaluated
+from fastrm.evaluated import SUMMARY, Scored, evaluated
 from fastrm.files import read_json
 from fastrm.reports import maps
 from fastrm.reports.maps import Map
 from fastrm.settings.config import DeviceConfig, InputConfig, MethodConfig, ModelConfig, OptimConfig
 
-_ALIKE = {"untrained": "random"}  # what a run and an evaluation call the same
 _MINOR = frozenset({"data_root", "scan", "workers"})
 _SHOWN = [
     field.name
@@ -76,29 +75,16 @@ def read_run(folder: Path) -> Run:
         raise UsageError(f"{folder / own.METRICS} holds other lines than a run records")
     if not any("loss" in record for record in records):
         raise UsageError(f"{folder} has recorded nothing yet")
-    complete, scores = _complete(folder, records[-1].get("step", 0)), {**_of_run(folder), **evaluated(folder)}
+    complete, scores = _complete(folder, records[-1].get("step", 0)), evaluated(folder)
     files = sorted(folder.iterdir())
     sheets = [path for path in files if path.suffix.lower() in own.SHEET_FORMATS and own.sheet(path)]
     drawn = [maps.read(path) for path in files if path.suffix == maps.POINTS and own.safely(own.points, path)]
     return Run(folder.resolve().name, settings, records, complete, scores, tuple(sheets), tuple(drawn))
 
 
-def _of_run(folder: Path) -> dict[str, Any]:
-    """The scores that a complete run ended with."""
-    summary = read_json(folder / "summary.json") if (folder / "summary.json").is_file() else {}
-    intervals, above = summary.get("knn_intervals", {}), summary.get("knn_above_start", {})
-    found = {}
-    for name, interval in intervals.items():
-        score = {"value": summary[f"knn_{name}"], "interval": interval}
-        if name in above:
-            score["above_start"] = above[name]
-        found[_ALIKE.get(name, name)] = {"kNN, k = 20": score}
-    return {"at the end of the run": found} if found else {}
-
-
 def _complete(folder: Path, step: int) -> bool:
     """Whether the summary is from the last step; the run may have continued since."""
-    path = folder / "summary.json"
+    path = folder / SUMMARY
     try:
         return path.is_file() and bool(read_json(path).get("step", step) >= step)
     except (ValueError, TypeError, AttributeError):

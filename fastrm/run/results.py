@@ -12,13 +12,12 @@ import torch
 from fastrm.data import Source
 from fastrm.data.formats import PixelFormat
 from fastrm.errors import UsageError
+from fastrm.evaluated import SUMMARY
 from fastrm.files import read_json, write_json
 from fastrm.models import Backbone
 from fastrm.models.weights import BACKBONE, metadata, write_backbone
 from fastrm.settings.config import Config
 from fastrm.version import __version__
-
-SUMMARY = "summary.json"
 
 
 class Results:
