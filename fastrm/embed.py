@@ -1,4 +1,4 @@
-"""Write the features of all images of a collection, in their order, for search, clustering and classifiers.
+"""Write the features of all images of a collection, in order, for search, clustering and classifiers.
 
 python -m fastrm.embed runs/mine --data photos --out features.npy
 """
@@ -46,7 +46,7 @@ _AT_ONCE = 2**16  # rows of a table that are written at a time
 
 @dataclass(frozen=True, kw_only=True)
 class EmbedConfig(OfRunAndImages):
-    """Write features of images, a row per image, and beside them what each row is of."""
+    """Write the features of images, a row per image, with the names of the images beside them."""
 
     out: Path
     """Array file NAME.npy, or table NAME.parquet.
@@ -78,17 +78,18 @@ class EmbedConfig(OfRunAndImages):
 
 
 def features(options: EmbedConfig, *, arch: nn.Module | None = None) -> NDArray[Any]:
-    """Write the features, and draw what is asked for.
+    """Write the features, and draw the neighbours and the map if the options ask for them.
 
     Args:
-        options: what is written, and of what.
-        arch: where a module of yours was trained, another one that is built alike.
+        options: network, images and files.
+        arch: for a run with a module of yours, another module that is built alike.
 
     Returns:
-        The features [N, D] or [N, h, w, D], mapped from the file, or from the one that a table was made of.
+        The features [N, D] or [N, h, w, D], memory-mapped from the array file; with ``--out NAME.parquet`` from
+        ``NAME.npy``.
 
     Raises:
-        UsageError: the network, the images or a file cannot be used; files of others are left alone.
+        UsageError: the network, the images or a file cannot be used. Files that fastrm did not write stay unchanged.
     """
     options = checked(options)
     _check(options)
@@ -110,7 +111,7 @@ def _features(options: EmbedConfig, device: torch.device, arch: nn.Module | None
         found = np.asarray(np.load(array, mmap_mode="r"))
         print(f"complete   {array} has these features")
     else:
-        # What stands beside the array is there first, so that whatever is cut off is known as fastrm's.
+        # The description is written first, so that an interrupted array is recognised as fastrm's.
         array.unlink(missing_ok=True)
         of = {"checkpoint": str(options.path), "which": options.which, "data": options.data}
         written = {own.MARK: __version__, "about": described, **of}
@@ -165,7 +166,7 @@ def _check(options: EmbedConfig) -> None:
 
 
 def _earlier(out: Path) -> dict[str, Any] | None:
-    """What stands beside features that fastrm wrote; None where it wrote none."""
+    """The description beside features that fastrm wrote; None if there are none."""
     path = out.with_suffix(".json")
     return read_json(path) if path.is_file() and own.safely(own.features, path) else None
 
@@ -184,13 +185,13 @@ def _images(options: EmbedConfig, trained: Pretrained) -> tuple[str, Images]:
 
 
 def _list(path: Path, images: Images) -> None:
-    """Write the name of each row, and its label where there are any."""
+    """Write the name of each row, and its label if there are labels."""
     labels = None if images.labels is None else images.labels.tolist()
 
     def write(partial: Path) -> None:
         with open(partial, "w", encoding="utf-8") as file:
             for index in range(len(images)):
-                # A name that is no text keeps its bytes as lone surrogates, which JSON can write as ASCII.
+                # Bytes of a name that are not UTF-8 are lone surrogates, which JSON can write as ASCII.
                 row = {"name": images.name(index)} | ({} if labels is None else {"label": labels[index]})
                 file.write(json.dumps(row) + "\n")
 
@@ -198,7 +199,7 @@ def _list(path: Path, images: Images) -> None:
 
 
 def _table(path: Path, found: NDArray[Any], images: Images) -> None:
-    """Write name, label and features as Parquet."""
+    """Write names, labels and features as Parquet."""
     arrow, parquet = (
         optional(name, extra="tables", wanted_by=f"--out {path}") for name in ("pyarrow", "pyarrow.parquet")
     )
@@ -224,7 +225,7 @@ def _nearest(
     options: EmbedConfig, backbone: nn.Module, trained: Pretrained, setting: Setting, images: Images,
     found: NDArray[Any],
 ) -> Image.Image:  # fmt: skip
-    """The contact sheet of the queries."""
+    """Draw the contact sheet of the queries."""
     queries = formatted(open_source([*options.queries]), trained.pixels).train
     rows, indices = directions(backbone, queries, setting)
     near = looked_up(found, rows.cpu(), k=options.k).tolist()
@@ -235,7 +236,7 @@ def _nearest(
 
 
 def _map(options: EmbedConfig, trained: Pretrained, found: NDArray[Any], images: Images, data: str) -> maps.Map:
-    """Place images in a plane: all of them, or so many that are drawn at random."""
+    """Place the readable images in a plane; of many, a random sample."""
     known = np.flatnonzero(np.isfinite(found[:, 0]))
     chosen = np.sort(np.random.default_rng(0).permutation(known)[:_DRAWN])
     points, axes = projected(found[chosen], options.projection)

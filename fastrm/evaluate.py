@@ -45,8 +45,8 @@ class EvaluateConfig(OfRunAndImages):
     started from, and the raw pixels."""
 
     eval_images: Annotated[int, Range(at_least=1)] | None = None
-    """Largest number of images to build classifiers from, and to test them on;
-    of larger sets, this many are drawn at random, the same ones each time. If not given, all images."""
+    """Largest number of images to build classifiers from, and to test them on.
+    From a larger set this many are drawn at random, the same ones each time. If not given, all images."""
     knn: bool = False
     """Weighted kNN accuracy (cosine, temperature 0.07) for k 10, 20, 100 and 200."""
     linear: bool = False
@@ -65,8 +65,8 @@ class EvaluateConfig(OfRunAndImages):
     """1 - mean cosine between student and teacher on the same image, layer by layer."""
     neighbours: Path | None = None
     """Image file to draw.
-    It has test images in a column, and beside each the five nearest images of the bank by the student's features;
-    those of the same class have a green frame."""
+    Each row has a test image, and the five nearest images of the bank by the student's features.
+    Those of the same class have a green frame."""
     out: Path | None = None
     """JSON file that the scores are added to.
     If not given, evaluation.json beside the checkpoint, or in this folder for timm:NAME and hf:OWNER/NAME."""
@@ -77,14 +77,14 @@ class EvaluateConfig(OfRunAndImages):
 
 
 def evaluate(options: EvaluateConfig, *, arch: nn.Module | None = None) -> dict[str, Any]:
-    """Compute the scores that are asked for and add them to ``evaluation.json``.
+    """Compute the scores in the options, and add them to ``evaluation.json``.
 
-    Processes that torchrun started share the work: the images, and for ``linear`` and ``semi`` the networks. The
-    numbers are those of one process.
+    Processes that torchrun started share the images and, for ``linear`` and ``semi``, the networks. The scores are
+    those of a single process.
 
     Args:
-        options: what is scored, and on what.
-        arch: where a module of yours was trained, another one that is built alike.
+        options: networks, images and scores.
+        arch: for a run with a module of yours, another module that is built alike.
 
     Returns:
         A dict per data set. ``scores`` has an :class:`fastrm.probes.Estimate` per network and score, and ``gap`` one
@@ -92,7 +92,7 @@ def evaluate(options: EvaluateConfig, *, arch: nn.Module | None = None) -> dict[
         classifiers are built from and tested on.
 
     Raises:
-        UsageError: the checkpoint or the data cannot be used, or nothing is asked for.
+        UsageError: the checkpoint or the data cannot be used, or the options name no score.
     """
     options = checked(options)
     _check(options)
@@ -117,7 +117,7 @@ def _evaluate(options: EvaluateConfig, device: torch.device, arch: nn.Module | N
         made = f"views of {trained.pixels.channels} channels, which a callable made of images of others"
         raise UsageError(f"{options.path} was trained on {made}: an evaluation sees the images as they are")
     out = options.out or trained.folder / EVALUATION
-    _earlier(out)  # so that what is in the way is found at once
+    _earlier(out)  # before the work, since a file of the user would be in the way
     setting = Setting(trained.image_size, device, options.workers)
     scoring = options.knn or options.linear or options.linear_quick or options.semi is not None
 
@@ -185,7 +185,7 @@ def _check(options: EvaluateConfig) -> None:
 
 
 def _earlier(out: Path) -> dict[str, Any]:
-    """What earlier evaluations wrote; of another score or set it stays. What cannot be written is said beforehand."""
+    """Read the scores of earlier evaluations, which stay; raise a UsageError if the file cannot be written."""
     check_folder("--out", out)
     own.require("--out", out, own.evaluation, what="an evaluation")
     return read_json(out) if out.exists() else {}
@@ -224,7 +224,7 @@ def _scores(options: EvaluateConfig, trained: Pretrained, source: Source, settin
 
 
 def _protocol(method: str) -> LinearProtocol:
-    """How the publication of a method trains a linear classifier; a file may name one that is not known here."""
+    """The linear protocol in the publication of a method, or the default if the method is not registered."""
     if method in names():
         return find(method).linear_protocol
     protocol = LinearProtocol()

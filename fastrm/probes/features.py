@@ -21,7 +21,7 @@ BATCH = 256
 
 
 class Setting(NamedTuple):
-    """How images reach a network."""
+    """Size, device and loading of the images for a network."""
 
     image_size: int
     device: torch.device

@@ -41,11 +41,11 @@ def frozen_scores(
 
     Args:
         networks: images to features [B, D], by name.
-        source: with labels.
+        source: labelled data set.
         setting: how images reach the networks.
-        knn, linear: which classifiers; the linear one is the quick one.
-        others: more of them, ready made, by network.
-        name: of what is under way, for the person who waits.
+        knn, linear: classifiers to build; the linear one is that of :func:`fitted_heads`.
+        others: further classifiers per network, already trained.
+        name: title of the progress bar.
     """
     assert source.bank is not None
     assert source.test is not None
@@ -53,7 +53,7 @@ def frozen_scores(
     tried = networks if made else {each: networks[each] for each in others or {}}
     scores: dict[str, dict[str, Estimate]] = {each: {} for each in networks}
     rows = len(source.bank) if made else 0
-    fitting = rows if linear else 0  # as long as the bank's features take, for want of something better
+    fitting = rows if linear else 0  # a guess for the progress bar: as long as the features of the bank
     for group in _groups(tried, source, setting, rows):
         text = f"{name} ({', '.join(group)}), {rows + len(source.test):,} images"
         with bar(text, rows + fitting * len(group) + len(source.test)) as task:
@@ -76,7 +76,7 @@ def frozen_scores(
 
 
 def _fitted(share: Share, task: Task, size: int) -> Classifier:
-    """The quick linear classifier, which takes as long as the features of so many images."""
+    """Fit the quick linear classifier; ``size`` is its share of the progress bar."""
     begin = task.done
     return fitted_heads(
         share.features,
@@ -89,7 +89,7 @@ def _fitted(share: Share, task: Task, size: int) -> Classifier:
 def _groups(
     networks: Mapping[str, nn.Module], source: Source, setting: Setting, rows: int
 ) -> Iterator[dict[str, nn.Module]]:
-    """Networks whose features of so many images are held at once."""
+    """Yield groups of networks whose features of ``rows`` images fit into memory together."""
     assert source.bank is not None
     there = capacity(setting.device)
     here = float("inf") if there is None else _HELD * there

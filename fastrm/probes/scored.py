@@ -1,4 +1,4 @@
-"""All scores of several networks on labelled images: of frozen ones, and of what is trained on them or on top."""
+"""All scores of several networks on labelled images: frozen, with trained classifiers, and fine-tuned."""
 
 from __future__ import annotations
 
@@ -33,17 +33,17 @@ def scored(
     protocol: LinearProtocol | None,
     semi: float | None,
 ) -> Scores:
-    """Scores of networks and, where these need no training, of the raw pixels; compared with the network ``start``.
+    """Score networks and raw pixels, with the differences to the network ``start``.
 
-    To be called in all processes, with the same networks.
+    Raw pixels get only scores that train no network. Call this in all processes, with the same networks.
 
     Args:
         networks: by name.
-        source: with labels.
+        source: labelled data set.
         setting: how images reach the networks.
         knn, quick: as for :func:`frozen_scores`.
-        protocol: how linear classifiers are trained on crops; None: they are not.
-        semi: share of the labels that the whole networks are fine-tuned on; None: they are not.
+        protocol: settings of the linear classifiers on crops; None trains none.
+        semi: fraction of the labels for fine-tuning whole networks; None trains none.
     """
     frozen: dict[str, nn.Module] = {**networks, "pixels": Pixels()}
     scores = frozen_scores(frozen, source, setting, knn=knn, linear=quick, name=source.name)
@@ -68,7 +68,7 @@ def _trained(
     protocol: LinearProtocol | None,
     semi: float | None,
 ) -> Scores:
-    """Those that this process alone trains something for."""
+    """Train classifiers or fine-tune, for the networks of this process, and score the results."""
     scores: Scores = {name: {} for name in networks}
     assert source.test is not None
     if protocol is not None and networks:

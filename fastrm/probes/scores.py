@@ -1,4 +1,4 @@
-"""Numbers with the interval that a finite test set leaves them."""
+"""Accuracies and means with confidence intervals over the test images."""
 
 from __future__ import annotations
 
@@ -24,22 +24,22 @@ _RESAMPLES = 10_000
 
 @dataclass(frozen=True)
 class Estimate:
-    """A number and its 95 % interval over the choice of test images."""
+    """A number with its 95 % interval over the choice of test images."""
 
     value: float
     low: float
     high: float
     right: NDArray[np.bool_] | None = field(default=None, compare=False, repr=False)
-    """Of an accuracy, which test images were predicted right, in the order of those that can be read."""
+    """For an accuracy: whether each readable test image was predicted right, in order."""
     above_start: Estimate | None = field(default=None, compare=False, repr=False)
-    """By how much it is more than that of the weights that a run started from."""
+    """The difference to the weights that the run started from."""
 
     @classmethod
     def of(cls, right: NDArray[np.bool_]) -> Estimate:
-        """An accuracy, from which test images were predicted right, with the percentile bootstrap's interval.
+        """An accuracy with the interval of the percentile bootstrap, from whether each test image was predicted right.
 
-        To draw the images again with replacement is to draw the number of right ones from a binomial distribution. The
-        interval has no width where all or none are right.
+        Resampling the images with replacement makes the number of right ones binomial. If all or none are right, the
+        interval has no width.
         """
         total = len(right)
         share = int(right.sum()) / total
@@ -56,8 +56,8 @@ class Estimate:
     def above(self, other: Estimate) -> Estimate | None:
         """The difference of two accuracies on the same test images, with the interval of the paired bootstrap.
 
-        To draw the pairs again is to draw from a multinomial distribution how many images only the one, only the other,
-        and both or none have right. None where it is not known which images were right.
+        Resampling the images makes three counts multinomial: right in the first only, in the second only, and in both
+        or none. None if it is unknown which images were right.
         """
         if self.right is None or other.right is None or len(self.right) != len(other.right):
             return None
@@ -67,7 +67,7 @@ class Estimate:
         return Estimate((more - less) / total, *_percentiles((drawn[:, 0] - drawn[:, 1]) / total))
 
     def json(self) -> dict[str, Any]:
-        """As it is written down."""
+        """JSON-compatible values."""
         found: dict[str, Any] = {"value": self.value, "interval": [self.low, self.high]}
         return found | ({} if self.above_start is None else {"above_start": self.above_start.json()})
 
@@ -77,7 +77,7 @@ class Estimate:
 
 
 def _random() -> np.random.Generator:
-    """The same draws for every number, so that the same images give the same interval."""
+    """A new generator with a fixed seed, so that the same images give the same interval."""
     return np.random.default_rng(0)
 
 
@@ -88,11 +88,11 @@ def _percentiles(values: NDArray[np.float64]) -> tuple[float, float]:
 
 @torch.no_grad()
 def accuracies(batches: Iterable[tuple[Tensor, Tensor]], classifiers: Sequence[Classifier]) -> dict[str, Estimate]:
-    """Accuracy of several classifiers in one pass over the features; an image and classifier take a byte of memory.
+    """Accuracy of several classifiers in one pass over the features, with one byte of memory per image and classifier.
 
     Args:
         batches: features [B, C] and labels int64 [B], on the same device.
-        classifiers: what is tried; their scores' names must differ.
+        classifiers: classifiers with different names of scores.
     """
     tally = Tally(classifiers)
     for batch, truth in batches:
@@ -101,10 +101,10 @@ def accuracies(batches: Iterable[tuple[Tensor, Tensor]], classifiers: Sequence[C
 
 
 class Tally:
-    """How often several classifiers were right.
+    """Counts the right predictions of several classifiers.
 
     Args:
-        classifiers: what is tried; their scores' names must differ.
+        classifiers: classifiers with different names of scores.
     """
 
     def __init__(self, classifiers: Sequence[Classifier]) -> None:
@@ -115,11 +115,11 @@ class Tally:
 
     @torch.no_grad()
     def add(self, features: Tensor, truth: Tensor, indices: Sequence[int] | None = None) -> None:
-        """Try them on features [B, C] of labels int64 [B], on the same device.
+        """Add the predictions for features [B, C] with labels int64 [B], on the same device.
 
         Args:
             features, truth: of the images.
-            indices: which of the test images they are; None: those that follow.
+            indices: indices of the test images; None continues after the last ones.
         """
         self._indices += range(self._count, self._count + len(truth)) if indices is None else indices
         self._count += len(truth)
@@ -128,7 +128,7 @@ class Tally:
                 self._right.setdefault(name, []).append(predicted == truth)
 
     def estimates(self, *, shared: bool = False) -> dict[str, Estimate]:
-        """Accuracy by score; with ``shared`` of what all processes tried, each of them as often."""
+        """Accuracy per score; with ``shared`` over all processes, each of which must call this."""
         if not self._right:
             return {}
         own = torch.stack([torch.cat(parts) for parts in self._right.values()]).cpu().numpy()
