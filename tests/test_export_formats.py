@@ -40,7 +40,8 @@ def backbone_in(path: Path, arch: str, channels: int = 3, size: int = 32, data: 
     backbone = build_backbone(arch, image_size=size, stem="imagenet", channels=channels).eval()
     for name, value in backbone.net.state_dict().items():
         if value.is_floating_point() and value.ndim == 1:
-            value.uniform_(0.5, 1.5) if "var" in name or "weight" in name else value.normal_(0, 0.3)
+            low = 0.5 if "var" in name else 0.2  # features of the size of 1
+            value.uniform_(low, low + 1) if "var" in name or "weight" in name else value.normal_(0, 0.1)
     settings = {"arch": arch, "stem": "imagenet", "image_size": size, "method": "byol", "data": data}
     write_backbone(path, backbone, metadata(settings, "student", pixels_of(channels)))
     return backbone

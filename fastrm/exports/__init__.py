@@ -9,6 +9,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
+import torch
+
 from fastrm import own
 from fastrm.exports import detection, onnx, safetensors, timm, torchvision, transformers
 from fastrm.exports.base import Subject, Target
@@ -64,6 +66,22 @@ def write(
         card = model_card(subject, kind, target.loading(subject, staged), checked)
         write_text(_card(staged), card)
     return Written(_card(out), checked)
+
+
+def try_out(subject: Subject, kind: str) -> None:
+    """Write an export to a temporary folder and remove it, without the comparison.
+
+    Loading a model with transformers before the first call of an operation of fastrm.kernels broke that call (torch
+    2.14, transformers 5.24), so that nothing is loaded before a run.
+
+    Raises:
+        UsageError: the format cannot hold the network, or a package is missing that writes it.
+    """
+    TARGETS[kind].refuse(subject)
+    with tempfile.TemporaryDirectory(prefix="fastrm-export-") as folder, torch.random.fork_rng(devices=[]):
+        out = place(Path(folder), kind)
+        with writing(out, "TMPDIR"):
+            TARGETS[kind].write(subject, out)
 
 
 def claim(out: Path, flag: str = "--out") -> None:
