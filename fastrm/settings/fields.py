@@ -203,7 +203,7 @@ class RunConfig:
         Literal["timm", "torchvision", "safetensors", "onnx", "transformers", "detectron2", "mmdet"], ...
     ] = ()
     """Formats to export the student to at the end, in the folder export of the run; see fastrm.export.
-    They are tried out before the run starts."""
+    Each is written once before the run starts, to find out what cannot be exported."""
     dry_run: bool = False
     """Make a few steps, print their memory and time and those of an epoch, and stop; nothing is written."""
     allow_changed_data: bool = False
