@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import safetensors.torch
+import torch
 from torch import Tensor
 
 from fastrm import own
@@ -18,6 +19,7 @@ from fastrm.exports import native, timm
 from fastrm.exports.base import Loaded, Subject, Target
 from fastrm.exports.check import LARGEST
 from fastrm.files import as_utf8, read_json, write_json
+from fastrm.kernels import residual_info_nce
 from fastrm.packages import optional
 from fastrm.version import __version__
 
@@ -95,6 +97,8 @@ def load(_: Subject, out: Path) -> Loaded:
     """Load the folder with ``AutoModel``, and with the class of its backbone, whose map must be the same."""
     from transformers import AutoModel
 
+    # Loading before the first call of an operation broke that call (torch 2.14, transformers 5.24).
+    residual_info_nce(torch.eye(2, requires_grad=True), torch.eye(2), torch.eye(2))
     with _quiet():
         model = AutoModel.from_pretrained(str(out)).eval()
         kind = model.config.model_type
