@@ -22,6 +22,7 @@ import torch
 from PIL import Image
 
 import fastrm
+from examples.dino_vit import small_vit
 from fastrm import export
 from fastrm.data import open_source
 from fastrm.run import checkpoint
@@ -52,6 +53,12 @@ def test_quickstart(digits: str, request: pytest.FixtureRequest, run: Callable[.
     assert "kNN of the teacher" in shown
     assert "features (4, 96)" in shown
     assert (tmp_path / "runs" / "quickstart" / "evaluation.json").is_file()
+
+
+def test_dino_with_a_small_vit(pictures: Path, run: Callable[..., str], tmp_path: Path) -> None:
+    shown = run("dino_vit.py", pictures / "split", "--epochs", "2", "--batch-size", "4", "--out", tmp_path / "dino")
+    assert "'knn_untrained'" in shown
+    assert fastrm.load(tmp_path / "dino", arch=small_vit())(torch.zeros(2, 3, 32, 32)).shape == (2, 64)
 
 
 def test_fine_tuning_with_timm(pictures: Path, run: Callable[..., str], tmp_path: Path) -> None:
