@@ -321,7 +321,7 @@ def test_a_run_of_a_module_from_python(tmp_path: Path, capsys: pytest.CaptureFix
         UsageError, match="run is of another Sequential than arch=Sequential: 2 tensors are of other sh"
     ):
         fastrm.load(out, arch=mapped(width=9))
-    with pytest.raises(UsageError, match="--format timm holds networks of timm's, and Sequential is none"):
+    with pytest.raises(UsageError, match="--format timm holds networks of timm only, and Sequential is not one"):
         export.export(export.ExportConfig(run=out, format="timm", out=tmp_path / "timm"), arch=mapped())
     capsys.readouterr()
     for main, flags in (
