@@ -27,7 +27,7 @@ from fastrm.version import __version__
 def refuse(subject: Subject) -> None:
     """Raise a UsageError unless transformers has the network, or loads it through timm."""
     optional("transformers", extra="transformers", wanted_by="--format transformers")
-    if native.native(subject) is None:
+    if native.native(subject, compare=False) is None:
         timm.require(subject, "transformers")
 
 
@@ -35,6 +35,7 @@ def write(subject: Subject, out: Path) -> None:
     """Write the folder with transformers' own ``save_pretrained``, or that of timm, which transformers wraps."""
     model = native.native(subject)
     if model is None:
+        timm.require(subject, "transformers")
         timm.write(subject, out)
         return
     out.mkdir(parents=True, exist_ok=True)
@@ -142,4 +143,4 @@ def _quiet() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-TARGET = Target(("",), refuse, write, loading, "transformers", load)
+TARGET = Target(("",), refuse, write, loading, "transformers", load, tried=False)
