@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import safetensors.torch
-import torch
 from torch import Tensor
 
 from fastrm import own
@@ -19,7 +18,6 @@ from fastrm.exports import native, timm
 from fastrm.exports.base import Loaded, Subject, Target
 from fastrm.exports.check import LARGEST
 from fastrm.files import as_utf8, read_json, write_json
-from fastrm.kernels import residual_info_nce
 from fastrm.packages import optional
 from fastrm.version import __version__
 
@@ -35,7 +33,6 @@ def write(subject: Subject, out: Path) -> None:
     """Write the folder with transformers' own ``save_pretrained``, or that of timm, which transformers wraps."""
     model = native.native(subject)
     if model is None:
-        timm.require(subject, "transformers")
         timm.write(subject, out)
         return
     out.mkdir(parents=True, exist_ok=True)
@@ -98,8 +95,6 @@ def load(_: Subject, out: Path) -> Loaded:
     """Load the folder with ``AutoModel``, and with the class of its backbone, whose map must be the same."""
     from transformers import AutoModel
 
-    # Loading before the first call of an operation broke that call (torch 2.14, transformers 5.24).
-    residual_info_nce(torch.eye(2, requires_grad=True), torch.eye(2), torch.eye(2))
     with _quiet():
         model = AutoModel.from_pretrained(str(out)).eval()
         kind = model.config.model_type
