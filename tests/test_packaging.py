@@ -248,3 +248,14 @@ def test_the_version_is_the_same_everywhere() -> None:
         for name, pattern in {"pyproject.toml": r'^version = "(.+)"', "CITATION.cff": r"^version: (.+)"}.items()
     }
     assert {name: found and found[1] for name, found in named.items()} == dict.fromkeys(named, fastrm.__version__)
+
+
+def test_the_folder_of_the_kernels_is_imported_once() -> None:
+    """transformers looks for a package "kernels", and finds that of a checkout."""
+    lines = [
+        "import importlib, torch, fastrm.kernels",
+        "assert importlib.import_module('kernels') is fastrm.kernels",
+        "query = torch.randn(4, 8, requires_grad=True)",
+        "fastrm.kernels.residual_info_nce(query, query.detach(), query.detach())[0].backward()",
+    ]
+    subprocess.run([sys.executable, "-c", "\n".join(lines)], check=True, cwd=ROOT)

@@ -9,8 +9,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
-import torch
-
 from fastrm import own
 from fastrm.exports import detection, onnx, safetensors, timm, torchvision, transformers
 from fastrm.exports.base import Subject, Target
@@ -66,25 +64,6 @@ def write(
         card = model_card(subject, kind, target.loading(subject, staged), checked)
         write_text(_card(staged), card)
     return Written(_card(out), checked)
-
-
-def try_out(subject: Subject, kind: str) -> None:
-    """Write an export to a temporary folder and remove it, without the comparison.
-
-    That for transformers is not written: running one of its ViTs before the first call of an operation of
-    fastrm.kernels makes that call fail at times, inside torch (2.14, transformers 5.24).
-
-    Raises:
-        UsageError: the format cannot hold the network, or a package is missing that writes it.
-    """
-    target = TARGETS[kind]
-    target.refuse(subject)
-    if not target.tried:
-        return
-    with tempfile.TemporaryDirectory(prefix="fastrm-export-") as folder, torch.random.fork_rng(devices=[]):
-        out = place(Path(folder), kind)
-        with writing(out, "TMPDIR"):
-            target.write(subject, out)
 
 
 def claim(out: Path, flag: str = "--out") -> None:

@@ -84,8 +84,6 @@ class Target(NamedTuple):
     """Package that loads the file."""
     load: Callable[[Subject, Path], Loaded]
     """Loads the file with that package, as :attr:`loading` does."""
-    tried: bool = True
-    """Whether a run writes an export to a temporary folder before it starts, or only calls :attr:`refuse`."""
 
 
 def anything(_: Subject) -> None:

@@ -25,7 +25,7 @@ from fastrm.version import __version__
 def refuse(subject: Subject) -> None:
     """Raise a UsageError unless transformers has the network, or loads it through timm."""
     optional("transformers", extra="transformers", wanted_by="--format transformers")
-    if native.native(subject, compare=False) is None:
+    if native.native(subject) is None:
         timm.require(subject, "transformers")
 
 
@@ -138,4 +138,4 @@ def _quiet() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-TARGET = Target(("",), refuse, write, loading, "transformers", load, tried=False)
+TARGET = Target(("",), refuse, write, loading, "transformers", load)

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from fastrm.data.formats import PixelFormat
 from fastrm.data.sources import Images
 from fastrm.errors import TrainingError, UsageError
-from fastrm.exports import claim, place, try_out, write
+from fastrm.exports import claim, place, write
 from fastrm.exports.base import Subject
 from fastrm.exports.check import Seen, made, of_images
 from fastrm.hooks.base import Hook
@@ -63,10 +66,11 @@ class Exports(Hook):
         subject = self._subject(self._untrained(), out, settings)
         for kind in self._formats:
             claim(place(out, kind), "--export")
-            try:
-                try_out(subject, kind)
-            except UsageError as error:
-                raise UsageError(f"--export {kind}: {error}") from None
+            with tempfile.TemporaryDirectory(prefix="fastrm-export-") as folder, torch.random.fork_rng(devices=[]):
+                try:
+                    write(lambda: subject, kind, place(Path(folder), kind), self._seen)
+                except UsageError as error:
+                    raise UsageError(f"--export {kind}: {error}") from None
 
     def on_end(self, run: Run, summary: Mapping[str, Any]) -> None:
         """Export the student from the file in the run folder.
