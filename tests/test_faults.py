@@ -19,6 +19,7 @@ import torch
 
 from fastrm import Trainer, train
 from fastrm.errors import Stopped, TrainingError, UsageError
+from fastrm.machine.lock import NAME, Lock
 from fastrm.machine.signals import Signals
 from fastrm.methods import build_method
 from fastrm.methods.verify import verify
@@ -322,6 +323,33 @@ def test_a_pipe_that_breaks_before_torch_sees_the_death_is_said_alike(
     stop_after(2, broken)
     with pytest.raises(TrainingError, match="loader process ended"):
         train.train(small(max_steps=4))
+
+
+def test_torch_does_not_report_a_loader_process_that_ended_while_the_run_is_closed(
+    small: Small, tmp_path: Path, stop_after: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def torchs(*_: object) -> None:
+        raise RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed.")
+
+    def broken() -> None:
+        raise EOFError
+
+    plain = Lock.release
+
+    def release(self: Lock) -> None:
+        os.kill(os.getpid(), signal.SIGCHLD)
+        plain(self)
+
+    monkeypatch.setattr(Lock, "release", release)
+    stop_after(2, broken)
+    before = signal.signal(signal.SIGCHLD, torchs)
+    try:
+        with pytest.raises(TrainingError, match="loader process ended"):
+            train.train(small(max_steps=4))
+        assert signal.getsignal(signal.SIGCHLD) is torchs
+    finally:
+        signal.signal(signal.SIGCHLD, before)
+    assert not (tmp_path / "run" / NAME).exists()
 
 
 def test_a_clock_that_is_set_back_changes_nothing(

@@ -92,6 +92,30 @@ class Signals:
         return Asked(bool(together[0]), together[1], bool(together[2]), bool(together[3]))
 
 
+class Deaths:
+    """Context in which :meth:`mute` stops torch from reporting the deaths of loader processes, until the context ends.
+
+    torch reports them in a handler of SIGCHLD, which raises a RuntimeError wherever the main thread is. While a run
+    that failed is closed, this would interrupt the closing.
+    """
+
+    def __init__(self) -> None:
+        self._handler: Any = None
+
+    def mute(self) -> None:
+        """Ignore the deaths of processes from here to the end of the context."""
+        in_main_thread = threading.current_thread() is threading.main_thread()
+        if hasattr(signal, "SIGCHLD") and in_main_thread and self._handler is None:
+            self._handler = signal.signal(signal.SIGCHLD, lambda *_: None)  # SIG_IGN would reap the processes too
+
+    def __enter__(self) -> Deaths:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._handler is not None:
+            signal.signal(signal.SIGCHLD, self._handler)
+
+
 def _numbers() -> list[int]:
     """Signals to handle; SIGHUP is excluded under nohup."""
     wanted = [number for number in (SAVING, *ENDING) if number is not None]

@@ -11,6 +11,7 @@ import torch.distributed as dist
 from fastrm.errors import TrainingError
 from fastrm.machine.distributed import World
 from fastrm.machine.memory import exhausted
+from fastrm.machine.signals import Deaths
 
 LOWER = (
     "Lower --batch-size, or raise --accumulate, which takes fewer images at a time, or lower --image-size; on the host "
@@ -20,12 +21,13 @@ LOWER = (
 
 
 @contextmanager
-def faults(out: Path, world: World, *, resumes: bool) -> Iterator[None]:
+def faults(out: Path, world: World, deaths: Deaths, *, resumes: bool) -> Iterator[None]:
     """Report in one line a fault of the machine that ended the run.
 
     Args:
         out: the run folder.
         world: the processes of the run.
+        deaths: muted after a fault, since torch reports a loader process that ended a second time, at any later point.
         resumes: whether the same command continues from the saved state.
 
     Raises:
@@ -34,7 +36,11 @@ def faults(out: Path, world: World, *, resumes: bool) -> Iterator[None]:
     kept = "what was saved before is kept, and " + again(resumes)
     loader_ended = f"a loader process ended unexpectedly, perhaps for lack of memory; {kept}, or with fewer --workers"
     try:
-        yield
+        try:
+            yield
+        except BaseException:
+            deaths.mute()
+            raise
     except (ConnectionError, EOFError):  # the pipe from a loader process may break before torch notices its death
         raise TrainingError(loader_ended) from None
     except OSError as error:

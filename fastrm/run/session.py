@@ -15,7 +15,7 @@ from fastrm.hooks.base import Hooks
 from fastrm.hooks.metrics import recorded
 from fastrm.machine.distributed import gather_objects
 from fastrm.machine.lock import Lock
-from fastrm.machine.signals import Signals
+from fastrm.machine.signals import Deaths, Signals
 from fastrm.optim.groups import LR_SCALE
 from fastrm.run import checkpoint, folder, said
 from fastrm.run.assemble import Parts, built_in
@@ -78,6 +78,7 @@ def begin(parts: Parts, theirs: Iterable[Any], opened: ExitStack) -> Session:
         UsageError: another run holds the folder, or its run has other settings, images or processes.
     """
     config, out, world, wish = parts.config, parts.out, parts.machine.world, parts.config.run.resume
+    deaths = opened.enter_context(Deaths())
     lock = opened.enter_context(folder.held(out))
     states: dict[str, Any] = {"method": parts.method, "optimizer": parts.step.optimizer, "scaler": parts.step.scaler}
     metrics = JsonLines()
@@ -134,7 +135,7 @@ def begin(parts: Parts, theirs: Iterable[Any], opened: ExitStack) -> Session:
         return session
     if world.rank == 0:
         folder.prepare(out, {**config.flat(), VIEWS: made}, fresh=start == 0 or moved)
-    opened.enter_context(faults(out, world, resumes=session.resumes))
+    opened.enter_context(faults(out, world, deaths, resumes=session.resumes))
     opened.enter_context(parts.display)
     opened.enter_context(closing(hooks))
     opened.enter_context(closing(saver))
