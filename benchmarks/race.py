@@ -47,7 +47,8 @@ from fastrm.settings.config import Config, build
 from fastrm.terminal import shell
 
 RESULTS = ROOT / "docs" / "study" / "race"
-MARKS = (0.40, 0.45, 0.50)
+MARKS = (0.36, 0.39, 0.42)
+"""kNN accuracies. Raw pixels reach about the first, and two cores the last in two minutes."""
 SCORED = 5000
 """Images in the kNN bank, and test images."""
 RECIPE: dict[str, Any] = {
@@ -210,9 +211,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--data", required=True, help="a folder with train/CLASS/… and val/CLASS/…")
     parser.add_argument("--out", type=Path, default=Path("runs/race"), help="folder for fastrm's runs")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder for the figures of finished runs")
-    parser.add_argument("--epochs", type=int, default=5, help="epochs that the schedules span")
-    parser.add_argument("--every", type=int, default=100, help="steps between two scores")
-    parser.add_argument("--minutes", type=float, default=30, help="minutes of training after which a run ends")
+    parser.add_argument("--epochs", type=int, default=3, help="epochs that the schedules span")
+    parser.add_argument("--every", type=int, default=50, help="steps between two scores")
+    parser.add_argument("--minutes", type=float, default=15, help="minutes of training after which a run ends")
     parser.add_argument("--methods", nargs="+", choices=tuple(CONTENDERS), default=list(CONTENDERS))
     parser.add_argument("--seeds", type=int, default=3)
     options = parser.parse_args(argv)
