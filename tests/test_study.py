@@ -163,6 +163,7 @@ def test_a_race_is_timed_without_the_scoring_and_goes_on(
     pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(race, "MARKS", (0.40, 0.45, 0.50))
     monkeypatch.setattr(race, "frozen_scores", lambda *_, **__: scored())
     now, scores, runs = [0.0], iter([0.31, 0.3, 0.5, 0.36, 0.44, 0.52]), list[str]()
 
