@@ -14,10 +14,7 @@ $(VENV)/installed: pyproject.toml
 	touch $@
 
 demo: install
-	$(BIN)/python -m fastrm.train --data photo-patches --arch test_resnet --stem imagenet --image-size 32 \
-		--batch-size 128 --epochs 6 --optimizer adamw --lr 0.004 --weight-decay 0.0001 --temperature 0.2 \
-		--hidden-dim 512 --predictor-hidden-dim 512 --teacher-momentum 0.9 --eval-every 3 --log-every 10 \
-		--resume never --out runs/demo
+	$(BIN)/python -m fastrm.train --config examples/demo.toml --resume never --out runs/demo
 	$(BIN)/python -m fastrm.evaluate runs/demo --knn --gap --neighbours runs/demo/neighbours.png
 	@$(BIN)/python -m fastrm.report runs/demo
 	@echo "The files above show nearest neighbours and curves. Try --residual-weight 0 or 1, or your own"

@@ -18,26 +18,12 @@ import fastrm
 from benchmarks._study import ROOT, curve, made, save
 from fastrm.files import write_json
 from fastrm.reports.plots import COLOURS
+from fastrm.settings.config_file import read_settings
 from fastrm.terminal import shell
 
 SETTINGS: dict[str, Any] = {
-    "arch": "test_resnet",
-    "stem": "imagenet",
-    "image_size": 32,
-    "batch_size": 128,
-    "epochs": 6,
-    "optimizer": "adamw",
-    "lr": 0.004,
-    "weight_decay": 1e-4,
-    "temperature": 0.2,
-    "hidden_dim": 512,
-    "predictor_hidden_dim": 512,
-    "teacher_momentum": 0.9,
-    "eval_every": 1,
-    "log_every": 5,
-    "log_to": (),
-    "workers": 0,
-}
+    **read_settings(ROOT / "examples" / "demo.toml"), "eval_every": 1, "log_every": 5, "log_to": (), "workers": 0,
+}  # fmt: skip
 CASES: dict[str, dict[str, Any]] = {
     "healthy: MoCo-v3, learning rate 0.004, teacher momentum 0.9": {},
     "learning rate 0.2": {"lr": 0.2},
@@ -75,10 +61,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--svg", type=Path, default=ROOT / "docs" / "images" / "health.svg", help="for the picture")
     options = parser.parse_args(argv)
     runs = {name: options.out / str(number) for number, name in enumerate(CASES)}
-    scores = {
-        name: fastrm.pretrain("photo-patches", out=out, **{**SETTINGS, **CASES[name]}).scores
-        for name, out in runs.items()
-    }
+    scores = {name: fastrm.pretrain(out=out, **{**SETTINGS, **CASES[name]}).scores for name, out in runs.items()}
     names = ("loss", "gap", "effective_rank", "feature_std", "knn_student", "knn_teacher")
     last = {name: {metric: round(found[metric], 4) for metric in names} for name, found in scores.items()}
     untrained, pixels = (next(iter(scores.values()))[f"knn_{name}"] for name in ("untrained", "pixels"))

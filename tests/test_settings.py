@@ -16,6 +16,7 @@ from fastrm import evaluate, export, report, train
 from fastrm.errors import UsageError
 from fastrm.settings import command_line
 from fastrm.settings.config import Config, build, from_flat
+from fastrm.settings.config_file import read_settings
 from fastrm.settings.fields import KINDS
 from fastrm.settings.flags import read_flags
 from fastrm.settings.kinds import Range, check_fields, checked, problem
@@ -25,6 +26,11 @@ from fastrm.version import __version__
 from tests.test_cli import fails
 
 ROOT = Path(__file__).parent.parent
+
+
+def test_the_settings_of_make_demo_are_valid() -> None:
+    config = build(**read_settings(ROOT / "examples" / "demo.toml"))
+    assert (config.data.data, config.model.arch, config.optim.epochs) == ("photo-patches", "test_resnet", 6)
 
 
 @pytest.mark.parametrize(
