@@ -29,8 +29,8 @@ ROOT = Path(__file__).parent.parent
 
 
 def test_the_settings_of_make_demo_are_valid() -> None:
-    config = build(**read_settings(ROOT / "examples" / "demo.toml"))
-    assert (config.data.data, config.model.arch, config.optim.epochs) == ("photo-patches", "test_resnet", 6)
+    settings = build(**read_settings(ROOT / "examples" / "demo.toml")).flat()
+    assert [settings[name] for name in ("data", "arch", "epochs")] == ["photo-patches", "test_resnet", 6]
 
 
 @pytest.mark.parametrize(
