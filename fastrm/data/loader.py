@@ -69,7 +69,6 @@ class Loader(ABC):
 
     Attributes:
         sizes: height and width of each view.
-        views: number of views per image.
         channels: number of channels C of the views.
         notes: messages for the user, one sentence each.
         broken: images that were left out while reading, by name, with the reason.
@@ -80,7 +79,7 @@ class Loader(ABC):
 
     @property
     def views(self) -> int:
-        """How many there are of each image."""
+        """Number of views per image."""
         return len(self.sizes)
 
     def __init__(self, length: int, *, batch_size: int, seed: int, rank: int, world_size: int) -> None:
