@@ -188,13 +188,15 @@ def main() -> None:
             sized = Run(**{**run.__dict__, "batch": batch})
             times = predict(sized, ranks, machine)
             rows.append((ranks, batch, times))
-        names = list(rows[0][2])
-        print(f"| GPUs | images each | {' | '.join(names)} | sum | images per second |")
-        print(f"|--:|--:|{'--:|' * (len(names) + 2)}")
-        for ranks, batch, times in rows:
-            total = sum(times.values())
-            cells = " | ".join(f"{times[n]:.2f}" for n in names)
-            print(f"| {ranks} | {batch} | {cells} | {total:.1f} | {1e3 * ranks * batch / total:,.0f} |")
+        sums = [sum(times.values()) for *_, times in rows]
+        print(f"| GPUs | {' | '.join(str(ranks) for ranks, *_ in rows)} |")
+        print(f"|---|{'--:|' * len(rows)}")
+        print(f"| images per GPU | {' | '.join(str(batch) for _, batch, _ in rows)} |")
+        for name in rows[0][2]:
+            print(f"| {name} | {' | '.join(f'{times[name]:.2f}' for *_, times in rows)} |")
+        print(f"| sum | {' | '.join(f'{total:.1f}' for total in sums)} |")
+        speeds = (1e3 * ranks * batch / total for (ranks, batch, _), total in zip(rows, sums, strict=True))
+        print(f"| images per second | {' | '.join(f'{speed:,.0f}' for speed in speeds)} |")
         whole, part = 1_281_167, RunConfig().eval_images
         sized = Run(**{**run.__dict__, "batch": rows[0][1]})
         for bank in (part, whole):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -35,12 +36,19 @@ _SHOWN = {
 }  # fmt: skip
 
 
-def recipes_table() -> str:
-    """The published settings as a Markdown table."""
-    lines = [f"| recipe | {' | '.join(_SHOWN.values())} |", "|---|" + "--:|" * len(_SHOWN)]
+def recipes_tables() -> str:
+    """The published settings as Markdown: a table per method, with a column per recipe."""
+    lines = []
+    of_method: dict[str, dict[str, Mapping[str, Any]]] = {}
     for name, values in recipes().items():
-        lines.append(f"| `{name}` | {' | '.join(str(values.get(key, '')) for key in _SHOWN)} |")
-    return "\n".join(lines) + "\n"
+        of_method.setdefault(values["method"], {})[name] = values
+    for named in of_method.values():
+        lines += [f"| | {' | '.join(f'`{name}`' for name in named)} |", "|---|" + "--:|" * len(named)]
+        for key, title in _SHOWN.items():
+            if any(key in values for values in named.values()):
+                lines.append(f"| {title} | {' | '.join(str(values.get(key, '')) for values in named.values())} |")
+        lines.append("")
+    return "\n".join(lines)
 
 
 def setup(app: Any) -> None:
@@ -48,4 +56,4 @@ def setup(app: Any) -> None:
     app.add_css_file("tables.css")
     generated = Path(app.srcdir, "_generated")
     generated.mkdir(exist_ok=True)
-    (generated / "recipes.md").write_text(recipes_table(), encoding="utf-8")
+    (generated / "recipes.md").write_text(recipes_tables(), encoding="utf-8")
