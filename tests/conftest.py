@@ -1,4 +1,4 @@
-"""What several tests need: pictures on disk and a small configuration that trains in seconds."""
+"""Shared fixtures and helpers: images on disk, small configurations that train in seconds, and a browser."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ from tests.interpreted import INTERPRETED
 
 FASHION_MNIST = Path(os.environ.get("FASHION_MNIST", "/usr/share/datasets/fashion-mnist"))
 
-# The ordinary profile tries the same cases each time. `make nightly` takes the other one, which tries new ones.
-# Triton's interpreter takes a second for some of them.
+# The ordinary profile tries the same cases each time, and `make nightly` tries new ones. The interpreter of Triton gets
+# fewer cases, because some take it a second.
 CASES = 8 if INTERPRETED else 25
 settings.register_profile("ordinary", max_examples=CASES, derandomize=True, database=None, deadline=None)
 settings.register_profile("nightly", max_examples=400, deadline=None)
@@ -37,13 +37,14 @@ CACHES = ("XDG_CACHE_HOME", "MPLCONFIGDIR", "TRITON_CACHE_DIR", "TORCHINDUCTOR_C
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Caches of this session alone, shared by its processes: what the user keeps is neither read nor written."""
+    """Point all caches to a folder of this session, which its processes share. The user's caches are not touched."""
     if hasattr(config, "workerinput"):
-        return  # a process of pytest-xdist, which has the environment of the one that started it
+        return  # a process of pytest-xdist, which inherits the environment
     folder = Path(tempfile.mkdtemp(prefix="fastrm-tests-"))
     config.add_cleanup(lambda: shutil.rmtree(folder, ignore_errors=True))
     os.environ.update({name: str(folder / name.lower()) for name in CACHES})
-    os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"  # else each process starts others, and waits for them
+    # without this, each process starts compile workers and waits for them
+    os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"
 
 
 @pytest.fixture(autouse=True)
@@ -54,7 +55,7 @@ def _no_cuda_surprises(request: pytest.FixtureRequest) -> None:
 
 @pytest.fixture(scope="session")
 def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """96 JPEGs of real digits in three layouts: split (train and val), classes, flat."""
+    """A folder of 96 JPEGs of digits, 40x36 pixels, in three layouts: split (train and val), classes, flat."""
     root = tmp_path_factory.mktemp("pictures")
     train = open_source("digits").train
     assert train.labels is not None
@@ -71,7 +72,7 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def browser() -> Iterator[Any]:
-    """A headless Chromium, driven by Selenium."""
+    """A headless Chromium that Selenium controls."""
     webdriver = pytest.importorskip("selenium.webdriver")
     found = {name: shutil.which(name) for name in ("chromium", "chromedriver")}
     if missing := [name for name, path in found.items() if path is None]:
@@ -87,7 +88,7 @@ def browser() -> Iterator[Any]:
 
 
 def run_of_one_step(arch: str, image_size: int, out: Path) -> Path:
-    """A run folder with a network of this kind."""
+    """Train the network ``arch`` for one step on digits, and return the run folder ``out``."""
     train.train(
         build(
             data="digits", arch=arch, image_size=image_size, batch_size=4, epochs=1, max_steps=1, workers=0,
@@ -98,7 +99,7 @@ def run_of_one_step(arch: str, image_size: int, out: Path) -> Path:
 
 
 def leave_few_digits(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Make the set of digits one with a few of them."""
+    """Reduce the data set "digits" to 128 training and 32 test images."""
     every = named_sets._digits()
     assert isinstance(every.train, ArrayImages)
     assert isinstance(every.test, ArrayImages)
@@ -108,7 +109,7 @@ def leave_few_digits(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def small_heads(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What takes the most time of a short run is small in each call of fastrm.pretrain, and nothing runs beside it."""
+    """Make fastrm.pretrain use small heads and no worker processes, so that short runs are quick."""
     pretrain, small = (
         pretraining.pretrain,
         {"hidden_dim": 16, "predictor_hidden_dim": 16, "output_dim": 8, "workers": 0},
@@ -118,20 +119,20 @@ def small_heads(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def few_digits(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The set of digits, with a few of them."""
+    """The data set "digits" has 128 training and 32 test images."""
     leave_few_digits(monkeypatch)
 
 
 @pytest.fixture
 def small(tmp_path: Path) -> Callable[..., Config]:
-    """Settings of a run of a few steps; keywords override."""
+    """A function that returns the settings of a run of three steps; its keywords override them."""
 
     def make(**leaves: Any) -> Config:
         quick = {
             "data": "digits", "arch": "test_resnet", "image_size": 32, "batch_size": 32, "epochs": 4, "workers": 0,
             "hidden_dim": 64, "output_dim": 32, "predictor_hidden_dim": 64, "queue_size": 96, "warmup_epochs": 0.0,
             "log_every": 1, "eval_every": 0, "max_steps": 3, "out": tmp_path / "run",
-            "stem": "imagenet",  # its steps take a quarter of the time that those of the small one take
+            "stem": "imagenet",  # a step takes a quarter of the time of one with the small stem
         }  # fmt: skip
         return build(**{**quick, **leaves})
 
@@ -140,7 +141,7 @@ def small(tmp_path: Path) -> Callable[..., Config]:
 
 @pytest.fixture
 def idx_folder(tmp_path: Path) -> Path:
-    """A folder of four IDX files like Fashion-MNIST's, one of them plain and the others gzip."""
+    """A folder of four IDX files like those of Fashion-MNIST: one is plain, three are compressed with gzip."""
     import gzip
     import struct
 
@@ -161,7 +162,7 @@ def idx_folder(tmp_path: Path) -> Path:
 
 
 def natural_pictures(count: int, height: int, width: int) -> torch.Tensor:
-    """uint8 [count, 3, height, width] with edges, gradients and saturated colours, as photographs have."""
+    """uint8 images [count, 3, height, width] with edges, gradients and saturated colours, as photographs have."""
     rng = np.random.default_rng(0)
     coarse = torch.from_numpy(rng.uniform(-0.3, 1.3, (count, 3, 6, 8)))
     smooth = torch.nn.functional.interpolate(coarse, (height, width), mode="bicubic")

@@ -1,4 +1,4 @@
-"""What tests/test_distributed.py starts in several processes."""
+"""The parts of the distributed tests: tests/test_distributed.py starts this file in several processes."""
 
 from __future__ import annotations
 
@@ -44,8 +44,8 @@ from fastrm.probes import Pixels, frozen_scores
 from fastrm.probes.features import Setting
 from fastrm.settings.config import Config, DeviceConfig, build
 
-EVAL_IMAGES = 300  # two batches
-QUEUE, STEPS = 48, 4  # with 16 keys each they fill the queue, and begin it anew
+EVAL_IMAGES = 300  # two batches of evaluation images
+QUEUE, STEPS = 48, 4  # 4 steps of 16 keys fill the queue and wrap around
 SMALL: dict[str, Any] = {
     "data": "digits", "arch": "test_resnet", "image_size": 32, "batch_size": 16, "epochs": 1, "workers": 0,
     "hidden_dim": 24, "output_dim": 12, "predictor_hidden_dim": 24, "queue_size": QUEUE, "warmup_epochs": 0.0,
@@ -54,7 +54,7 @@ SMALL: dict[str, Any] = {
 
 
 class Tiny(nn.Module):
-    """A backbone of two convolutions."""
+    """A backbone of two convolutions with one normalisation, "batchnorm" or a GroupNorm: [B, 3, H, W] to [B, 8]."""
 
     dim = map_dim = 8
     transformer = False
@@ -68,12 +68,13 @@ class Tiny(nn.Module):
         return self.encode(images)[0]
 
     def encode(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Pooled features [B, 8] and the feature map [B, 8, h, w]."""
         features = self.second(self.norm(self.first(images)).relu())
         return features.mean(dim=(2, 3)), features
 
 
 def layer_norms(module: nn.Module) -> None:
-    """Heads without BatchNorm."""
+    """Replace each BatchNorm1d of the heads by a LayerNorm."""
     for name, child in module.named_children():
         if isinstance(child, nn.BatchNorm1d):
             setattr(module, name, nn.LayerNorm(child.num_features))
@@ -82,6 +83,7 @@ def layer_norms(module: nn.Module) -> None:
 
 
 def made(method: str, norm: str) -> Method[Any]:
+    """A float64 method on the Tiny backbone, the same in each process."""
     torch.manual_seed(0)
     backbone = Tiny(norm)
     config: Config = build(**{**SMALL, "method": method})
@@ -89,14 +91,17 @@ def made(method: str, norm: str) -> Method[Any]:
     if norm == "layernorm":
         layer_norms(built)
         built.teacher.requires_grad_(False)
-    with torch.no_grad():  # a teacher that differs from the student
+    with torch.no_grad():  # make the teacher different from the student
         for p in built.teacher.parameters():
             p.add_(0.1 * torch.randn_like(p))
     return built.double()
 
 
 def gradients(folder: Path) -> None:
-    """Each process on its half of a batch, averaged by DDP, against one on the whole."""
+    """Gradients of DDP, where each process has a part of the batch, against those of one process on the whole batch.
+
+    The largest differences of loss and gradient go to gradients.json.
+    """
     rank, size = world()
     results = {}
     cases = [(m, "layernorm") for m in ("mocov3", "mocov2", "byol", "dino")] + [
@@ -122,7 +127,7 @@ def gradients(folder: Path) -> None:
         alone = made(method, norm)
         want = whole_batch(alone, views, weight, list(small))
         worst = 0.0
-        # Of the whole gradient: a bias in front of a normalisation has none but rounding.
+        # Errors are relative to the largest gradient: the true gradient of a bias before a normalisation is 0.
         largest = max(float(q.grad.abs().max()) for q in alone.parameters() if q.grad is not None)
         for p, q in zip(shared.parameters(), alone.parameters(), strict=True):
             if p.requires_grad:
@@ -137,7 +142,7 @@ def gradients(folder: Path) -> None:
 
 
 def whole_batch(method: Method[Any], views: Tensor, weight: Tensor, more: list[Tensor]) -> Tensor:
-    """Loss of one process without the others: what the group does is taken away."""
+    """Loss on the whole batch in this process alone: the collectives are replaced by functions for one process."""
     alone = {"gather_rows": lambda rows: (rows, 0), "world": lambda: (0, 1)}
     alone["world"] = lambda: mock.Mock(size=1, rank=0)
     with (
@@ -153,7 +158,7 @@ def whole_batch(method: Method[Any], views: Tensor, weight: Tensor, more: list[T
 
 
 def shuffle(folder: Path) -> None:
-    """Rows come back in their order, and every batch that the network saw was a mixture."""
+    """Shuffled batches mix the rows of all processes, and the encodings return in the original order."""
     rank, size = world()
     images = torch.arange(8.0 * rank, 8.0 * rank + 8)[:, None, None, None].expand(8, 3, 4, 4)
     seen: list[Tensor] = []
@@ -171,7 +176,7 @@ def shuffle(folder: Path) -> None:
             encoding = shuffled(network, mine)
         assert torch.equal(encoding.backbone, images.mean(dim=(2, 3)))
         assert torch.equal(encoding.output, 2 * images.mean(dim=(2, 3)))
-        # One batch there and its two encodings back, whatever the number of processes.
+        # One exchange for the batch and two for its encodings, whatever the number of processes.
         assert exchanges.get_total_counts() == len(moved.call_args_list) == 3
         assert [rows.numel() for call in moved.call_args_list for rows in call.args[:2]] == 2 * [8 * 48] + 4 * [8 * 3]
     everyone = gather_rows(torch.stack(seen).T.contiguous())[0].T
@@ -183,13 +188,16 @@ def shuffle(folder: Path) -> None:
 
 
 def normalised(folder: Path) -> None:
-    """Layers on unequal shares of 7 images against torch's on all in float64, and how often they meet the others."""
+    """Synchronised BatchNorm on unequal shares of 7 images against torch's BatchNorm on all 7 in float64.
+
+    Largest errors and the number of collectives go to normalised.json.
+    """
     rank, size = world()
     mine = slice(*{2: (0, 5, 7), 4: (0, 3, 5, 6, 7)}[size][rank : rank + 2])
     results = {}
     for (name, (layer, shape)), dtype in product(LAYERS.items(), (torch.float32, torch.float64)):
         torch.manual_seed(2)
-        images = torch.randn(7, *shape) + 300  # far from 0
+        images = torch.randn(7, *shape) + 300  # a mean far from 0, where a naive variance loses its digits
         upstream = torch.randn(7, *shape)
         whole, own = layer().double(), nn.Sequential(layer().to(dtype))
         synchronise_norms(own)
@@ -219,7 +227,7 @@ def normalised(folder: Path) -> None:
 
 
 def compiled(folder: Path, *methods: str) -> None:
-    """Student, teacher and predictor as one graph each, under DDP: the gradient of the plain ones."""
+    """Compiling student, teacher and predictor as one graph each under DDP does not change the gradients."""
     for method in methods:
         gradients = []
         for fast in (False, True):
@@ -237,12 +245,12 @@ def compiled(folder: Path, *methods: str) -> None:
 
 
 def signals(folder: Path) -> None:
-    """A signal to one process reaches all with the question after it, for which none of them waits."""
+    """A signal to one process reaches all at their next call of ``asked``, and no call waits for the others."""
     rank, _ = world()
     with Signals() as heard:
         if rank == 1:
             os.kill(os.getpid(), signal.SIGUSR1)
-            dist.barrier()  # the others come here only if their question does not wait for this one's
+            dist.barrier()  # the others reach this barrier only if their call does not wait for this process
         assert heard.asked() == Asked(save=False, end=0, stop=False, failed=False)
         if rank != 1:
             dist.barrier()
@@ -253,8 +261,8 @@ def signals(folder: Path) -> None:
 
 
 def reads(folder: Path) -> None:
-    """How many values the host reads in a step of each method."""
-    from tests.test_step import Reads, ready  # which takes a while
+    """Write the number of values that the host reads in one step of each method to reads{rank}.json."""
+    from tests.test_step import Reads, ready  # imported here because it takes a while
 
     counts = {}
     for method in names():
@@ -276,12 +284,12 @@ LAYERS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
 
 
 def resumed(out: Path, steps: int) -> Config:
-    """Settings of a run that is made in one part or in two."""
+    """Settings of a MoCo-v2 run up to ``steps``, which the tests make in one part or in two."""
     return build(**{**SMALL, "method": "mocov2", "epochs": 2, "eval_every": 0, "max_steps": steps, "out": out})
 
 
 def going_on(folder: Path, name: str, steps: int) -> None:
-    """A run up to a step, in which each process has random numbers of its own."""
+    """Train up to ``steps``, with a different state of torch's random numbers in each process."""
 
     def apart(*args: Any, **options: Any) -> Method[Any]:
         built = build_method(*args, **options)
@@ -293,11 +301,12 @@ def going_on(folder: Path, name: str, steps: int) -> None:
 
 
 def trained(folder: Path, method: str, arch: str) -> None:
-    """Steps of the trainer, and what each process holds afterwards."""
+    """Train a few steps, and save the state of the method in each process."""
     built: list[Method[Any]] = []
     ranks: list[int] = []
 
     def kept(*args: Any, **options: Any) -> Method[Any]:
+        """Build the method, and keep it and its rank; rank 0 saves its initial state."""
         built.append(build_method(*args, **options))
         ranks.append(world().rank)
         if ranks == [0]:
@@ -312,19 +321,19 @@ def trained(folder: Path, method: str, arch: str) -> None:
 
 
 def scores(run: Path, out: Path, **more: Any) -> dict[str, Any]:
-    """Scores of a run on the images that it trained on."""
+    """Scores of a run on 300 images of its data set."""
     wanted: dict[str, Any] = {"knn": True, "linear_quick": True, "gap": True, **more}
     return evaluate(EvaluateConfig(run=run, out=out, eval_images=EVAL_IMAGES, device="cpu", workers=0, **wanted))
 
 
 def evaluated(folder: Path) -> None:
-    """Scores of a run by all processes."""
+    """Evaluate a run in all processes together."""
     with mock.patch("fastrm.evaluate.processes", return_value=nullcontext(world())):
         scores(folder / "mocov3 test_resnet", folder / "evaluation.json", neighbours=folder / "neighbours.png")
 
 
 def slowed(folder: Path) -> None:
-    """A run whose evaluation keeps one process 40 s in a group with a limit of 15 s."""
+    """A run whose evaluation delays one process by 40 s, in a group with a timeout of 15 s."""
     from fastrm.data.eval_loader import eval_view
 
     waits = [40.0] if world().rank == 1 else []
@@ -339,7 +348,7 @@ def slowed(folder: Path) -> None:
 
 
 class Disturbed(Pixels):
-    """Does something besides in one of the processes, once."""
+    """A network of raw pixels that calls ``do`` once, in process 1."""
 
     def __init__(self, do: Callable[[], object]) -> None:
         super().__init__(8)
@@ -352,7 +361,7 @@ class Disturbed(Pixels):
 
 
 def slow(folder: Path) -> None:
-    """An evaluation for which one process takes longer than any collective may."""
+    """An evaluation in which one process takes 5 s, in a group with a timeout of 3 s."""
     group = dist.distributed_c10d
     limits = getattr(group, "set_timeout", None) or group._set_pg_timeout  # the name before torch 2.14
     source, setting = settled(open_source("digits")).limited(EVAL_IMAGES), Setting(16, torch.device("cpu"), 0)
@@ -370,7 +379,7 @@ def raised(error: Exception) -> None:
 
 
 def failing(folder: Path) -> None:
-    """What each process says of an evaluation that one of them cannot go on with."""
+    """Write what each process raises if process 1 fails in an evaluation to failing{rank}.json."""
     source, setting = settled(open_source("digits")).limited(EVAL_IMAGES), Setting(16, torch.device("cpu"), 0)
     said = []
     for error in (UsageError("--data is wrong"), KeyError("a bug")):
@@ -384,7 +393,7 @@ def failing(folder: Path) -> None:
 
 
 def refused(call: Callable[[], object]) -> str:
-    """What is said of a wrong call."""
+    """The message of the UsageError that a call raises, or "" if it raises none."""
     try:
         call()
     except UsageError as error:
@@ -393,7 +402,10 @@ def refused(call: Callable[[], object]) -> str:
 
 
 def started(folder: Path) -> None:
-    """A run on files that the first process lists, with nothing in the cache of the second, which misses some."""
+    """A run on files that rank 0 lists. The cache of rank 1 is empty, and 4 of the files do not exist there.
+
+    Also a run that is refused, because the files of rank 1 differ from those of rank 0.
+    """
     rank, pictures = world().rank, folder / "pictures"
     if rank == 0:
         for number in range(48):
@@ -429,7 +441,7 @@ def started(folder: Path) -> None:
 
 
 def agreeing(folder: Path) -> None:
-    """What two unlike GPUs agree on, and what all say where one cannot do what is asked for."""
+    """Two GPUs that differ choose a precision that both have. If one cannot meet a request, all raise its error."""
     rank = world().rank
 
     def lacking(*_: object) -> str:
@@ -445,7 +457,7 @@ def agreeing(folder: Path) -> None:
     (folder / f"agreeing{rank}.json").write_text(json.dumps([found, said]))
 
 
-# Behind the pooling of the last two are layers that DenseCL's loss does not reach.
+# These two networks have layers behind the pooling, which DenseCL's loss does not reach.
 TRAINED = [*((m, "test_resnet") for m in names()), ("densecl", "test_convnext"), ("densecl", "mobilenetv3_small_050")]
 SLOW: dict[str, Callable[[Path], object]] = {
     "slowed": slowed,
@@ -470,7 +482,7 @@ PARTS: dict[str, Callable[[Path], object]] = {
 
 
 def main(where: Path, *names: str) -> None:
-    """Parts by name, in one process group: leaving one and joining the next is a race."""
+    """Run parts by name in one process group, because leaving a group and joining the next is a race."""
     limit = 15 if names == ("slowed",) else 1800
     with (
         mock.patch("fastrm.machine.distributed.TIMEOUT", datetime.timedelta(seconds=limit)),
@@ -482,7 +494,7 @@ def main(where: Path, *names: str) -> None:
 
 
 def rank_of_two(rank: int, port: int, where: Path, names: Sequence[str]) -> None:
-    """What torchrun would start."""
+    """Run the parts as the process ``rank`` of two, in the environment that torchrun would set."""
     numbers = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2, "MASTER_PORT": port}
     os.environ.update({name: str(number) for name, number in numbers.items()})
     os.environ.update({"MASTER_ADDR": "localhost", "TORCHELASTIC_USE_AGENT_STORE": "True"})
@@ -493,8 +505,8 @@ if __name__ == "__main__":
     folder, parts = Path(sys.argv[1]), sys.argv[2:]
     if "RANK" in os.environ:
         main(folder, *parts)
-    else:  # two that are forked here, since each would import the same for ten seconds
-        import sklearn.datasets  # noqa: F401 - which the parts import
+    else:  # fork two processes here, because importing everything in each takes ten seconds
+        import sklearn.datasets  # noqa: F401 - the parts import it
 
         store = dist.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
         start_processes(rank_of_two, (store.port, folder, parts), nprocs=2, start_method="fork")

@@ -1,6 +1,7 @@
-"""Triton cases: on the GPU where there is one, else in Triton's interpreter, in a process of its own for each file.
+"""Run the Triton cases of a test file on the GPU if there is one, else in Triton's interpreter.
 
-The interpreter is chosen when Triton is imported, for a whole process; the other tests need the real compiler.
+Triton chooses its interpreter for a whole process when it is imported, and the other tests need the real compiler. So
+the cases of each file run in a process of their own.
 """
 
 from __future__ import annotations
@@ -25,12 +26,12 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() and not INTERPRETED el
 
 TRITON = pytest.param("triton", marks=() if INTERPRETED else pytest.mark.gpu)
 BACKENDS = ["reference", "cpu", TRITON]
-# What takes the interpreter long, beside cases of the same behaviour that do not.
+# For cases that the interpreter takes long to run, if quicker ones cover the same behaviour.
 SLOW_TRITON = pytest.param("triton", marks=[*TRITON.marks, *([pytest.mark.slow] if INTERPRETED else [])])
 
 
 def with_backends(cases: Iterable[str], often: Collection[str]) -> list[Any]:
-    """(case, backend) on the CPU and with Triton; the interpreter runs the cases that are not ``often`` by night."""
+    """Parameters (case, backend) for the CPU and Triton. In the interpreter, cases not in ``often`` are marked slow."""
     return [
         pytest.param(case, *backend.values, marks=backend.marks, id=f"{case}-{backend.values[0]}")
         for case in cases
@@ -39,7 +40,7 @@ def with_backends(cases: Iterable[str], often: Collection[str]) -> list[Any]:
 
 
 def device_of(backend: str) -> torch.device:
-    """Where the tensors of a case lie."""
+    """The device of the tensors of a case. Skips a Triton case without a GPU outside the interpreter."""
     if backend != "triton":
         return torch.device("cpu")
     if DEVICE.type == "cpu" and not INTERPRETED:
@@ -48,7 +49,7 @@ def device_of(backend: str) -> torch.device:
 
 
 class Launches:
-    """A kernel that counts how often it is launched."""
+    """A kernel that appends its name to ``counts`` at each launch."""
 
     def __init__(self, kernel: Any, counts: list[str], name: str) -> None:
         self.kernel, self.counts, self.name = kernel, counts, name
@@ -62,7 +63,7 @@ often_and_slow = pytest.mark.parametrize("cases", ["not slow", pytest.param("slo
 
 
 def run_triton_cases(file: str, cases: str = "not slow") -> None:
-    """Run the Triton cases of a test file in the interpreter: those that are not marked slow, or those that are."""
+    """Run the Triton cases of a test file in the interpreter. ``cases`` is a pytest marker expression."""
     if INTERPRETED:
         pytest.skip("this is that run")
     server = _interpreter()
@@ -76,7 +77,7 @@ def run_triton_cases(file: str, cases: str = "not slow") -> None:
 
 @cache
 def _interpreter() -> Any:
-    """A process that has imported what the tests need, which takes longer than the cases of many a file."""
+    """A process that has imported the test modules once: the imports take longer than the cases of many files."""
     return subprocess.Popen(
         [sys.executable, "-m", "tests.interpreted"], env={**os.environ, "TRITON_INTERPRET": "1"}, text=True, bufsize=1,
         cwd=Path(__file__).parent.parent, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
@@ -84,7 +85,10 @@ def _interpreter() -> Any:
 
 
 def _serve() -> None:
-    """For each line, the name of a file and arguments, fork a process in which pytest writes to the file."""
+    """For each line of stdin, fork a process that runs pytest with the given arguments and writes to the given file.
+
+    A line is a JSON list of the name of the output file and the arguments. The exit status goes to stdout.
+    """
     importlib.import_module("tests.conftest")
     for line in sys.stdin:
         name, *arguments = json.loads(line)

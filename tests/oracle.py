@@ -1,4 +1,4 @@
-"""Definitions of the operations in float64 NumPy, written from the formulas and apart from the code that is tested."""
+"""Definitions of the operations in float64 NumPy, written from the formulas and independent of the tested code."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ Array = NDArray[np.float64]
 
 
 def unit(rows: ArrayLike) -> Array:
-    """Rows at length 1; zero rows stay zero."""
+    """Rows [N, D] divided by their lengths; zero rows stay zero."""
     out = np.asarray(rows, dtype=np.float64).copy()
     for i, row in enumerate(out):
         length = float(np.sqrt(np.dot(row, row)))
@@ -22,7 +22,9 @@ def unit(rows: ArrayLike) -> Array:
 
 
 def info_nce(query: ArrayLike, key: ArrayLike, queue: ArrayLike | None, temperature: float, offset: int = 0) -> Array:
-    """Loss a row: log of the sum over all candidates, less the positive's logit."""
+    """InfoNCE loss per row [N]: the log of the sum of exponentials over all candidates, minus the logit of the
+    positive.
+    """
     q, k = unit(query), unit(key)
     losses = []
     for i, row in enumerate(q):
@@ -38,7 +40,7 @@ def info_nce(query: ArrayLike, key: ArrayLike, queue: ArrayLike | None, temperat
 
 
 def through_unit(rows: ArrayLike, pull: Array) -> Array:
-    """Gradient to rows from the gradient ``pull`` to the unit rows; zero for a zero row."""
+    """Gradient with respect to the rows, given the gradient ``pull`` to the unit rows; zero for a zero row."""
     x, u = np.asarray(rows, dtype=np.float64), unit(rows)
     lengths = np.sqrt((x * x).sum(axis=1, keepdims=True))
     across = pull - (pull * u).sum(axis=1, keepdims=True) * u
@@ -48,7 +50,10 @@ def through_unit(rows: ArrayLike, pull: Array) -> Array:
 def info_nce_gradient(
     query: ArrayLike, key: ArrayLike, queue: ArrayLike | None, temperature: float, offset: int = 0
 ) -> Array:
-    """Gradient of the summed losses to the queries: the candidates' mean by their chances, less the positive."""
+    """Gradient [N, D] of the summed losses with respect to the queries.
+
+    For a unit query it is (the mean of the candidates, weighted by their softmax, minus the positive) / temperature.
+    """
     q, k = unit(query), unit(key)
     pull = np.zeros_like(q)
     for i, row in enumerate(q):
@@ -61,12 +66,12 @@ def info_nce_gradient(
 
 
 def residual(student: ArrayLike, teacher: ArrayLike) -> Array:
-    """Loss a row: squared distance of the unit vectors, where neither is zero."""
+    """Residual loss per row [N]: 2 - 2 cos(student, teacher), which is 2 if either row is zero."""
     return np.array([2 - 2 * float(a @ b) for a, b in zip(unit(student), unit(teacher), strict=True)])
 
 
 class Distilled(NamedTuple):
-    """A loss over prototypes, its gradients, and the mean of the teacher's logits."""
+    """A loss over prototypes, its gradients [N, D] and [K, D], and the mean of the teacher's logits [K]."""
 
     loss: float
     to_student: Array
@@ -83,7 +88,7 @@ def prototype_cross_entropy(
     pairs: Iterable[tuple[int, int]],
     temperatures: tuple[float, float],
 ) -> Distilled:
-    """DINO's loss, pair by pair: dloss/dlogits of a softmax's cross-entropy is its chances less the targets."""
+    """DINO's loss, pair by pair. The gradient of the cross-entropy to the student's logits is softmax minus targets."""
     s, t, w, v = (
         unit(student),
         unit(teacher),
@@ -107,12 +112,12 @@ def prototype_cross_entropy(
 
 
 def ema(teacher: ArrayLike, student: ArrayLike, momentum: float) -> Array:
-    """The moving average."""
+    """The moving average: momentum * teacher + (1 - momentum) * student."""
     return momentum * np.asarray(teacher, np.float64) + (1 - momentum) * np.asarray(student, np.float64)
 
 
 def enqueue(queue: ArrayLike, pointer: int, keys: ArrayLike) -> tuple[Array, int]:
-    """The ring after the keys were written one by one."""
+    """The ring queue and its pointer after the unit keys were written one by one."""
     ring = np.asarray(queue, dtype=np.float64).copy()
     for row in unit(keys):
         ring[pointer] = row
@@ -121,7 +126,7 @@ def enqueue(queue: ArrayLike, pointer: int, keys: ArrayLike) -> tuple[Array, int
 
 
 def central_difference(loss: Callable[[Array], float], at: ArrayLike, step: float = 1e-6) -> Array:
-    """Gradient of a scalar function, element by element."""
+    """Gradient of a scalar function by central differences, element by element."""
     point = np.asarray(at, dtype=np.float64).copy()
     gradient = np.zeros_like(point)
     for index in np.ndindex(*point.shape):

@@ -1,8 +1,8 @@
-"""CUDA graphs without a GPU: what a capture launches is recorded, has not run when it ends, and is replayed.
+"""CUDA graphs without a GPU: the launches of a capture are recorded, undone when it ends, and repeated by a replay.
 
-Operations and Triton launches (in the interpreter) are recorded with their very tensors. A replay makes them again on
-what these hold by then; Python of the captured code does not run again. So whatever a step rebinds, or remembers on the
-host of what it wrote, goes wrong as it would on a GPU.
+Operations and Triton launches (in the interpreter) are recorded with their tensors. A replay repeats them on the
+current values of these tensors; Python code of the capture does not run again. So a step that rebinds a tensor, or
+remembers on the host what it wrote, goes wrong as it would on a GPU.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def _memory(tensor: Tensor) -> Any:
 
 
 class Graph(TorchDispatchMode):
-    """What ``torch.cuda.CUDAGraph`` would hold."""
+    """A stand-in for ``torch.cuda.CUDAGraph``."""
 
     capturing: Graph | None = None
 
@@ -42,8 +42,11 @@ class Graph(TorchDispatchMode):
         self._before: dict[Any, tuple[Tensor, Tensor]] = {}
 
     def record(self, launch: Callable[[], Any], given: list[Tensor]) -> Any:
-        """Note an operation, keep what it may overwrite, and make it, for what follows to have its shapes."""
-        for tensor in given:  # not all of what is written is in the schema: batch_norm's running statistics are not
+        """Record an operation, keep a copy of what it may overwrite, and run it, because later operations need its
+        shapes.
+        """
+        # the schema does not list all that is written: batch_norm's running statistics, for example
+        for tensor in given:
             if (place := _memory(tensor)) not in self._made and place not in self._before:
                 whole = torch.empty(0, dtype=torch.uint8).set_(tensor.untyped_storage())
                 self._before[place] = whole, whole.clone()
@@ -62,7 +65,8 @@ class Graph(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if func.namespace == "fastrm":  # what it is made of is recorded, not itself
+        # record the operations that a fastrm operation consists of, and not that operation
+        if func.namespace == "fastrm":
             with self:
                 return OPDEFS[func._schema.name]._init_fn(*args, **kwargs)
         assert func._schema.name.partition("::")[2] not in READS, f"the host reads a value in a capture: {func}"
@@ -71,7 +75,7 @@ class Graph(TorchDispatchMode):
         return self.record(lambda: func(*args, **kwargs), _tensors((args, kwargs)))
 
     def finish(self) -> None:
-        """Nothing has run: what was there is as it was, and what was made holds nothing of use."""
+        """End the capture: restore what existed before, and fill what was created with NaN, because nothing has run."""
         for whole, before in self._before.values():
             whole.copy_(before)
         for tensor in self._made.values():
@@ -80,7 +84,7 @@ class Graph(TorchDispatchMode):
 
     @torch.no_grad()
     def replay(self) -> None:
-        """Make all launches again."""
+        """Repeat all recorded launches."""
         for launch in self.launches:
             launch()
 
@@ -99,7 +103,7 @@ def _capture(graph: Graph, **_: Any) -> Iterator[None]:
 
 @pytest.fixture
 def cuda_graphs(monkeypatch: pytest.MonkeyPatch) -> type[Graph]:
-    """``torch.cuda.CUDAGraph``, ``graph`` and streams, for tensors on the CPU."""
+    """Replace ``torch.cuda.CUDAGraph``, ``graph`` and streams by stand-ins for tensors on the CPU."""
     stream = SimpleNamespace(wait_stream=lambda other: None)
     monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
     monkeypatch.setattr(torch.cuda, "graph", _capture)
@@ -116,7 +120,8 @@ def cuda_graphs(monkeypatch: pytest.MonkeyPatch) -> type[Graph]:
         if graph is None:
             return plain(self, *args, **kwargs)
 
-        graph.launches.append(lambda: plain(self, *args, **kwargs))  # its results are tensors that are there already
+        # a kernel writes only to tensors that exist already
+        graph.launches.append(lambda: plain(self, *args, **kwargs))
         return None
 
     monkeypatch.setattr(interpreter.InterpretedFunction, "run", run)

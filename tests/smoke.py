@@ -1,4 +1,4 @@
-"""What an installed fastrm has to do, away from its sources: `python smoke.py` in an empty folder."""
+"""Checks an installed fastrm away from its sources: run `python smoke.py` in an empty folder."""
 
 import json
 import pathlib

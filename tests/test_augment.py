@@ -1,4 +1,4 @@
-"""augment_views against torchvision's v2 functional transforms, on every backend; what it launches and moves."""
+"""augment_views equals torchvision's v2 functional transforms on every backend; its launches and memory traffic."""
 
 from __future__ import annotations
 
@@ -25,21 +25,22 @@ from tests.test_batched import composed
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 CHANGES = (F.adjust_brightness, F.adjust_contrast, F.adjust_saturation, F.adjust_hue)
-# In steps of 255. A blur is a product in fp16 in Triton, whose values are up to an eighth apart.
+# In steps of 1/255. The Triton blur is a matrix product in fp16, whose values have errors of up to 1/8 step.
 MEAN_ERROR, LARGEST = 0.1, 0.5
 
 
 def pictures(count: int, height: int, width: int, bands: int = 3) -> Tensor:
-    """uint8 [count, height, width, bands]."""
+    """uint8 images [count, height, width, bands]."""
     planes = natural_pictures(count, height, width)
     return torch.cat([planes] * (bands // 3 + 1), dim=1)[:, :bands].permute(0, 2, 3, 1).contiguous()
 
 
 def parameters(count: int, seed: int, *, widest: float = 1.0, **fixed: Any) -> ViewParameters:
-    """Everything of some of the images."""
+    """View parameters of ``count`` images, in which each change applies to some of the images."""
     draw = torch.Generator().manual_seed(seed)
 
     def share(*shape: int) -> Tensor:
+        """Uniform random numbers in [0, 1)."""
         return torch.rand(*shape, generator=draw)
 
     drawn = {
@@ -55,6 +56,7 @@ def parameters(count: int, seed: int, *, widest: float = 1.0, **fixed: Any) -> V
 
 
 def boxes(count: int, height: int, width: int, seed: int) -> Tensor:
+    """Random boxes int64 [count, 4] (top, left, height, width) within a picture."""
     draw = np.random.default_rng(seed)
     sides = draw.integers(1, (height + 1, width + 1), (count, 2))
     return torch.from_numpy(np.hstack([draw.integers(0, np.array([height, width]) - sides + 1), sides]))
@@ -63,7 +65,10 @@ def boxes(count: int, height: int, width: int, seed: int) -> Tensor:
 def torchvisions(
     image: Tensor, drawn: ViewParameters, i: int, size: int, mode: str, radius: int, *, in_bytes: bool
 ) -> Tensor:
-    """A view [3, size, size] from 0 to 1 of an image [H, W, 3], in float32, but for a crop that is made in bytes."""
+    """A view [3, size, size] in [0, 1] of an image [H, W, 3] by torchvision, in float32.
+
+    ``in_bytes`` makes the crop in uint8.
+    """
     out = image.permute(2, 0, 1) if in_bytes else image.permute(2, 0, 1).float()
     of = {name: None if value is None else value[i] for name, value in vars(drawn).items()}
     if of["box"] is not None:
@@ -82,7 +87,7 @@ def torchvisions(
 
 
 def off(views: Tensor, want: Tensor, std: tuple[float, ...] = STD) -> Tensor:
-    """How far views are off, in steps of 255."""
+    """Absolute differences of normalised views, in steps of 1/255."""
     return (views.cpu().float() - want.float()).abs() * 255 * torch.tensor(std)[:, None, None]
 
 
@@ -90,6 +95,7 @@ def check_torchvisions(
     images: Tensor, drawn: ViewParameters, size: int, backend: str, *, mode: str = "bilinear", radius: int = 3,
     dtype: torch.dtype = F32,
 ) -> None:  # fmt: skip
+    """Assert that augment_views equals torchvision within the tolerance of the dtype."""
     views = augment_views(
         images.to(device_of(backend)), drawn, out_size=size, dtype=dtype, mean=MEAN, std=STD, interpolation=mode,
         blur_radius=radius, backend=backend,
@@ -97,7 +103,7 @@ def check_torchvisions(
     assert views.shape == (len(images), 3, size, size)
     assert views.dtype == dtype
     assert views.is_contiguous(memory_format=torch.channels_last)
-    in_bytes = backend == "cpu" and images[0].numel() >= 2**11  # as crops of larger images are made there
+    in_bytes = backend == "cpu" and images[0].numel() >= 2**11  # the CPU backend crops larger images in uint8
     want = [torchvisions(image, drawn, i, size, mode, radius, in_bytes=in_bytes) for i, image in enumerate(images)]
     error = off(views, F.normalize(torch.stack(want), list(MEAN), list(STD)))
     coarse = {F32: 0.0, F16: 0.1, BF16: 0.8}[dtype]
@@ -125,7 +131,7 @@ ALONE: dict[str, dict[str, Tensor]] = {
 
 @pytest.mark.parametrize("backend", ["reference", "cpu", SLOW_TRITON])
 @pytest.mark.parametrize("name", ALONE)
-def test_each_operation_is_torchvisions(name: str, backend: str) -> None:
+def test_each_operation_equals_torchvision(name: str, backend: str) -> None:
     given = ALONE[name]
     whole = {**given}
     if "factors" in given:
@@ -142,14 +148,14 @@ def test_each_operation_is_torchvisions(name: str, backend: str) -> None:
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("size", [16, pytest.param(72, marks=[pytest.mark.slow] if INTERPRETED else [])])
-def test_whole_views_of_crops_are_torchvisions(size: int, backend: str) -> None:
+def test_whole_views_of_crops_equal_torchvision(size: int, backend: str) -> None:
     check_torchvisions(pictures(6, size, size), parameters(6, 0), size, backend)
 
 
 @pytest.mark.parametrize("backend", ["reference", "cpu", SLOW_TRITON])
 @pytest.mark.parametrize("mode", ["bilinear", "bicubic"])
 @pytest.mark.parametrize(("height", "width", "size"), [(20, 20, 24), (40, 31, 16), (50, 60, 75)])
-def test_whole_views_of_boxes_are_torchvisions(height: int, width: int, size: int, mode: str, backend: str) -> None:
+def test_whole_views_of_boxes_equal_torchvision(height: int, width: int, size: int, mode: str, backend: str) -> None:
     count = 2 if INTERPRETED else 5
     drawn = parameters(count, 1, box=boxes(count, height, width, 1))
     check_torchvisions(pictures(count, height, width), drawn, size, backend, mode=mode)
@@ -157,13 +163,13 @@ def test_whole_views_of_boxes_are_torchvisions(height: int, width: int, size: in
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", [BF16, pytest.param(F16, marks=pytest.mark.slow)])
-def test_half_precision(dtype: torch.dtype, backend: str) -> None:
+def test_half_precision_views_equal_torchvision(dtype: torch.dtype, backend: str) -> None:
     check_torchvisions(pictures(2, 16, 16), parameters(2, 2), 16, backend, dtype=dtype)
 
 
 @pytest.mark.parametrize("backend", ["reference", SLOW_TRITON])
 @pytest.mark.parametrize("radius", [24, 25])
-def test_blurs_as_wide_as_a_tile_takes_and_wider(radius: int, backend: str) -> None:
+def test_blurs_at_and_above_the_widest_that_fits_a_tile(radius: int, backend: str) -> None:
     check_torchvisions(pictures(1, 88, 88), ViewParameters(sigma=torch.tensor([7.0])), 88, backend, radius=radius)
 
 
@@ -173,7 +179,7 @@ def test_views_are_near_those_that_torchvision_makes_in_bytes() -> None:
     views = augment_views(images, drawn, out_size=48, mean=(0,) * 3, std=(1,) * 3, blur_radius=3)
     want = [composed(image.permute(2, 0, 1), drawn, i, "bilinear", 48, 3) for i, image in enumerate(images)]
     error = off(views, torch.stack(want), (1, 1, 1))
-    # torchvision cuts bytes off at each change, on average by half a step: five times where colours are changed.
+    # torchvision truncates to bytes after each change, half a step on average, and colour changes take five of them.
     assert drawn.jitter is not None
     assert float(error.mean()) < 1.5
     assert float(error[~drawn.jitter].mean()) < 0.5
@@ -197,8 +203,10 @@ CASES = st.fixed_dictionaries(
 
 
 def check_against_the_reference(case: dict[str, Any], backend: str) -> None:
+    """Assert that a backend equals the reference backend on a random case, and that two calls give the same bits."""
     count, (height, width) = case["count"], case["whole"] or case["size"]
-    in_bytes = case["bytes"] and backend != "cpu"  # which makes crops in bytes, as torchvision does
+    # the CPU backend would crop uint8 images in uint8, as torchvision does
+    in_bytes = case["bytes"] and backend != "cpu"
     images = pictures(count, height, width, case["bands"]).to(torch.uint8 if in_bytes else F32)
     if case["planar"]:
         images = images.permute(0, 3, 1, 2).contiguous().permute(0, 2, 3, 1)
@@ -226,28 +234,28 @@ def check_against_the_reference(case: dict[str, Any], backend: str) -> None:
 
 
 @given(case=CASES)
-def test_sizes_bands_orders_and_dtypes(case: dict[str, Any]) -> None:
+def test_random_sizes_bands_orders_and_dtypes_equal_the_reference(case: dict[str, Any]) -> None:
     check_against_the_reference(case, "cpu")
 
 
-# Each size is compiled anew.
+# Triton compiles each size anew.
 @pytest.mark.parametrize("backend", [SLOW_TRITON])
 @settings(max_examples=8)
 @given(case=CASES)
-def test_small_views(backend: str, case: dict[str, Any]) -> None:
+def test_small_triton_views_equal_the_reference(backend: str, case: dict[str, Any]) -> None:
     check_against_the_reference(case, backend)
 
 
 @pytest.mark.parametrize("backend", [SLOW_TRITON])
 @settings(max_examples=4)
 @given(case=CASES)
-def test_larger_views(backend: str, case: dict[str, Any]) -> None:
+def test_larger_triton_views_equal_the_reference(backend: str, case: dict[str, Any]) -> None:
     height, width = case["size"]
     check_against_the_reference({**case, "size": (height + 50, width + 50), "count": 2}, backend)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_what_is_given_is_written(backend: str) -> None:
+def test_out_autocast_float64_and_no_images(backend: str) -> None:
     device = device_of(backend)
     images, drawn = pictures(2, 16, 16).to(device), parameters(2, 4)
     out = torch.full((2, 3, 16, 16), float("nan"), device=device).to(memory_format=torch.channels_last)
@@ -265,7 +273,7 @@ def test_what_is_given_is_written(backend: str) -> None:
 @pytest.mark.gpu
 @pytest.mark.parametrize("loader", ["memory", "torch"])
 def test_loaders_make_the_same_views_on_a_gpu(loader: str) -> None:
-    """While the GPU is busy with something else, and whoever takes them changes them."""
+    """The views of a GPU equal those of the CPU, also if the GPU is busy and the caller overwrites each batch."""
     kept = []
     for device in ("cpu", "cuda"):
         batches = make_loader(
@@ -284,7 +292,7 @@ def test_loaders_make_the_same_views_on_a_gpu(loader: str) -> None:
 
 
 class Recorded:
-    """A kernel that is not launched."""
+    """A kernel that records its launches and runs nothing."""
 
     def __init__(self) -> None:
         self.launches: list[dict[str, Any]] = []
@@ -297,7 +305,7 @@ class Recorded:
 @pytest.mark.parametrize(
     ("size", "bands", "most"), [(224, 3, 3), (96, 3, 3), (64, 3, 2), (32, 1, 2), (32, 4, 3), (224, 1, 3)]
 )
-def test_launches(size: int, bands: int, most: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_number_and_grid_of_the_launches(size: int, bands: int, most: int, monkeypatch: pytest.MonkeyPatch) -> None:
     kernel = Recorded()
     monkeypatch.setattr(_augment, "gray_kernel", kernel)
     monkeypatch.setattr(_augment, "view_kernel", kernel)
@@ -325,10 +333,13 @@ def test_launches(size: int, bands: int, most: int, monkeypatch: pytest.MonkeyPa
 
 @pytest.mark.skipif(not INTERPRETED, reason="counts what the interpreter loads and stores")
 @pytest.mark.parametrize(("size", "whole"), [(16, None), (72, None), pytest.param(20, 32, marks=pytest.mark.slow)])
-def test_triton_moves_the_images_once_and_twice_for_a_mean(
+def test_triton_reads_images_once_or_twice_for_a_mean(
     size: int, whole: int | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Bytes at different addresses of each launch: what lies beside a tile is read twice, from the cache."""
+    """Per launch, the bytes read and written at different addresses are those of the images and the views.
+
+    A mean for the contrast of a large image reads it a second time. Repeated reads of one address hit the cache.
+    """
     from triton.runtime.interpreter import interpreter_builder
 
     moved: list[list[set[int]]] = []
@@ -366,9 +377,9 @@ def test_triton_moves_the_images_once_and_twice_for_a_mean(
         drawn = replace(drawn, box=torch.tensor([0, 0, whole, whole]).repeat(count_, 1))
     augment_views(images, drawn, out_size=size, dtype=BF16, mean=MEAN, std=STD, blur_radius=3, backend="triton")
     read, written = (sum(len(launch[what]) for launch in moved) for what in (0, 1))
-    again = 2 * side * side * 3 if size > 64 else 0  # of the two whose contrast is changed
+    again = 2 * side * side * 3 if size > 64 else 0  # the two images whose contrast is changed are read twice
     views = count_ * size * size * 3 * 2
-    small = 1024  # table, numbers, sums
+    small = 1024  # bytes of the table, the numbers and the sums
     assert images.numel() + again <= read <= images.numel() + again + small
     assert views <= written <= views + small
     assert read + written <= 1.5 * (images.numel() + again + views)
