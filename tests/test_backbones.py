@@ -77,14 +77,14 @@ def test_images_of_any_number_of_channels(arch: str, stem: str, channels: int) -
     images = torch.randn(2, channels, 32, 32, requires_grad=True)
     backbone.eval()(images).square().sum().backward()
     assert images.grad is not None
-    assert (images.grad.abs().sum(dim=(0, 2, 3)) > 0).all()  # every band counts
+    assert (images.grad.abs().sum(dim=(0, 2, 3)) > 0).all()  # every band has an effect on the features
     if arch == "test_vit":
         find("mocov3").prepare(backbone, arch)
         assert not backbone.notes
         assert not backbone.net.patch_embed.proj.weight.requires_grad
 
 
-def test_channels_that_a_network_cannot_take_are_said(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_channels_that_a_network_cannot_take_are_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     def other(arch: str, **options: Any) -> Any:
         raise TypeError(f"unexpected keyword {', '.join(options)}")
 
@@ -106,7 +106,7 @@ def test_last_norm_of_each_residual_block_starts_at_zero() -> None:
 
 
 def fixed(arch: str, **options: Any) -> tuple[Any, set[str], list[str]]:
-    """A network prepared for MoCo-v3, what is frozen of it, and what was left out."""
+    """The timm network of ``arch`` prepared for MoCo-v3, the names of its frozen parameters, and the new notes."""
     backbone = build_backbone(arch, image_size=64, **options)
     before = len(backbone.notes)
     find("mocov3").prepare(backbone, arch)
@@ -131,7 +131,7 @@ PROJECTION = {"patch_embed.proj.weight", "patch_embed.proj.bias"}
 @pytest.mark.parametrize(
     ("arch", "frozen", "left_out"),
     [
-        ("test_vit2", {"pos_embed", *PROJECTION}, ()),  # no class token's position, registers
+        ("test_vit2", {"pos_embed", *PROJECTION}, ()),  # registers, and no position for the class token
         ("vit_dwee_patch16_reg1_gap_256", {"pos_embed", *PROJECTION}, ()),  # no class token
         ("vit_tiny_r_s16_p8_224", {"pos_embed"}, ("its stem is not a patch projection",)),
         ("vit_relpos_base_patch32_plus_rpn_256", PROJECTION, ("no table of absolute positions",)),
@@ -140,7 +140,9 @@ PROJECTION = {"patch_embed.proj.weight", "patch_embed.proj.bias"}
         ("swin_tiny_patch4_window7_224", set(), ()),
     ],
 )
-def test_a_vit_gets_of_moco_v3_what_it_has_a_part_for(arch: str, frozen: set[str], left_out: tuple[str, ...]) -> None:
+def test_each_vit_gets_the_parts_of_moco_v3_that_it_can_have(
+    arch: str, frozen: set[str], left_out: tuple[str, ...]
+) -> None:
     net, found, notes = fixed(arch)
     assert found == frozen
     assert len(notes) == len(left_out)
@@ -154,7 +156,7 @@ def test_a_vit_gets_of_moco_v3_what_it_has_a_part_for(arch: str, frozen: set[str
 
 def test_a_projection_without_bias_and_positions_on_a_grid() -> None:
     class Flexible(nn.Module):
-        """A ViT as NaFlexViT is built, small."""
+        """A small ViT that is built like NaFlexViT: a projection without bias, and positions on a grid."""
 
         def __init__(self) -> None:
             super().__init__()
@@ -188,19 +190,19 @@ def test_an_unknown_name_suggests_the_nearest() -> None:
         build_backbone("resnet51", image_size=64)
 
 
-def test_a_size_that_does_not_fit_is_said() -> None:
+def test_an_image_size_that_does_not_fit_is_reported() -> None:
     with pytest.raises(UsageError, match=r"--arch vit_tiny_patch16_224 cannot .*--image-size 8"):
         build_backbone("vit_tiny_patch16_224", image_size=8)
 
 
 @pytest.mark.parametrize("name", ["resnet50.a1_in1k", "timm/resnet50.a1_in1k", "hf-hub:timm/resnet50.ram_in1k"])
-def test_a_name_of_published_weights_is_answered_with_the_networks(name: str) -> None:
+def test_a_name_of_published_weights_suggests_the_name_of_the_network(name: str) -> None:
     with pytest.raises(UsageError, match=f"--arch {re.escape(name)} names published weights; .* is resnet50$"):
         build_backbone(name, image_size=64)
 
 
 class Odd(nn.Module):
-    """A network that fails, or gives what no vector can be read from."""
+    """A network that fails, or returns the given features and pooled features."""
 
     def __init__(self, features: Any, pooled: Any = None, error: Exception | None = None) -> None:
         super().__init__()
@@ -219,7 +221,7 @@ class Odd(nn.Module):
 @pytest.mark.parametrize(
     "error", [KeyError("x"), IndexError(), AttributeError("no"), ZeroDivisionError("division")], ids=str
 )
-def test_whatever_a_network_raises_becomes_one_line(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_any_error_of_a_network_becomes_one_line(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(timm, "create_model", lambda *_, **__: Odd(None, error=error))
     with pytest.raises(
         UsageError, match=r"^--arch test_vit cannot take --image-size 32: .+; timm's own size for it is"
@@ -238,7 +240,7 @@ def test_whatever_a_network_raises_becomes_one_line(error: Exception, monkeypatc
     ("features", "pooled", "found"),
     [
         (torch.zeros(1, 6, 2, 2), torch.zeros(1, 6), (6, 6, False)),
-        (torch.zeros(1, 2, 2, 6), torch.zeros(1, 6), (6, 6, True)),  # [B, H, W, C], and it does not say so
+        (torch.zeros(1, 2, 2, 6), torch.zeros(1, 6), (6, 6, True)),  # [B, H, W, C] without an attribute that says so
         (torch.zeros(1, 6, 6, 6), torch.zeros(1, 6, 1, 1), (6, 6, False)),
         (torch.zeros(1, 5, 6), torch.zeros(1, 6), (6, None, True)),
         ([torch.zeros(1, 6, 2, 2), torch.zeros(1, 6, 1, 1)], torch.zeros(1, 6), (6, None, True)),
@@ -247,7 +249,7 @@ def test_whatever_a_network_raises_becomes_one_line(error: Exception, monkeypatc
         (torch.zeros(1, 6, 2, 2), (torch.zeros(1, 6), torch.zeros(1, 6)), None),
     ],
 )
-def test_features_of_any_form_are_measured_or_refused(
+def test_output_shapes_are_detected_or_refused(
     features: Any, pooled: Any, found: tuple[int | None, ...] | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(timm, "create_model", lambda *_, **__: Odd(features, pooled))
@@ -260,13 +262,14 @@ def test_features_of_any_form_are_measured_or_refused(
         assert backbone(torch.zeros(1, 3, 32, 32)).shape == (1, 6)
 
 
-def test_convolutions_of_small_maps_are_contiguous_and_give_the_same() -> None:
+def test_contiguous_convolutions_of_small_maps_give_the_same_features() -> None:
     plain = build_backbone("resnet18", image_size=64, stem="imagenet").eval().to(memory_format=torch.channels_last)
     mixed = copy.deepcopy(plain)
     small_maps_contiguous(mixed, 64)
     layers = dict(mixed.net.named_modules())
     wide = {name: m.weight for name, m in layers.items() if isinstance(m, nn.Conv2d) and m.kernel_size != (1, 1)}
-    # 64 pixels leave maps of 4x4 before the last stage; its shortcut and all before stay as they were.
+    # An image of 64 pixels gives maps of 4x4 from the second convolution of layer3 on. Everything before, and the 1x1
+    # shortcuts, stay channels-last.
     for name, weight in wide.items():
         small = name.startswith("layer4") or (name.startswith("layer3") and name != "layer3.0.conv1")
         assert weight.is_contiguous() == small, name
@@ -278,7 +281,7 @@ def test_convolutions_of_small_maps_are_contiguous_and_give_the_same() -> None:
 
 
 def test_convolutions_that_would_damage_memory_are_contiguous() -> None:
-    """In input and weight, also of a copy, and after the format of the whole was changed."""
+    """A thin convolution gets contiguous inputs and weights, also in a copy and after a change of memory format."""
     net = nn.Sequential(nn.Conv2d(3, 16, 1, 2), nn.Conv2d(16, 4, 1, 2), nn.Conv2d(4, 8, 3, 2), nn.Conv2d(8, 8, 1, 1))
     guard_thin_convolutions(net)
     net = copy.deepcopy(net).to(memory_format=torch.channels_last)
@@ -292,8 +295,8 @@ def test_convolutions_that_would_damage_memory_are_contiguous() -> None:
 
 
 @pytest.mark.slow
-def test_a_network_with_such_a_convolution_is_trained() -> None:
-    """In a process of its own, which damaged memory would end."""
+def test_a_network_with_a_thin_convolution_can_be_trained() -> None:
+    """Training runs in a process of its own, because damaged memory would end it."""
     program = """
 import torch
 from fastrm.settings.config import build

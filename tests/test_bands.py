@@ -1,4 +1,4 @@
-"""Networks for images of other bands than RGB: weights in and out, and what files say of the pixels."""
+"""Networks for images with other bands than RGB: their weights in files, and how files describe the pixels."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ ARCHS = {
 
 @pytest.fixture(scope="module")
 def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[Path, Any]]:
-    """A checkpoint of a run on scenes, and its student and teacher, for each of the networks."""
+    """A function from a name in ARCHS to the run folder of an untrained network for 8 bands, and its two backbones."""
     made: dict[str, tuple[Path, Any]] = {}
 
     def of(name: str) -> tuple[Path, Any]:
@@ -74,17 +74,20 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tup
 
 
 def write_checkpoint(folder: Path, config: Config, tensors: dict[str, Tensor], **more: Any) -> None:
+    """Write a checkpoint of one step with these settings and tensors."""
     state: dict[str, Any] = {"format": checkpoint.FORMAT, "config": config.flat(), "step": 1, "random": [{}], **more}
     state["method"] = tensors
     torch.save({**state, "checksum": checkpoint.checksum(state)}, folder / "checkpoint.pt")
 
 
 def images(channels: int = BANDS, size: int = 32) -> Tensor:
+    """Random images float32 [3, channels, size, size]."""
     return torch.randn(3, channels, size, size, generator=torch.Generator().manual_seed(0))
 
 
 @torch.no_grad()
 def features(network: nn.Module) -> Tensor:
+    """Features [3, D] of a network on the random images."""
     found: Tensor = network.eval()(images())
     assert found.std() > 1e-3
     return found
@@ -92,7 +95,7 @@ def features(network: nn.Module) -> Tensor:
 
 @pytest.mark.parametrize("which", ["student", "teacher"])
 @pytest.mark.parametrize("name", list(ARCHS))
-def test_a_run_loads(name: str, which: str, checkpoints: Callable[[str], tuple[Path, Any]]) -> None:
+def test_a_run_on_eight_bands_is_loaded(name: str, which: str, checkpoints: Callable[[str], tuple[Path, Any]]) -> None:
     run, networks = checkpoints(name)
     model = fastrm.load(run, which)
     assert model.channels == BANDS
@@ -117,7 +120,7 @@ def test_a_run_loads(name: str, which: str, checkpoints: Callable[[str], tuple[P
         ("vit", "timm", "it.pth"),
     ],
 )
-def test_round_trips(
+def test_weights_of_eight_bands_survive_export_and_loading(
     name: str, kind: str, out: str, checkpoints: Callable[[str], tuple[Path, Any]], tmp_path: Path
 ) -> None:
     run, networks = checkpoints(name)
@@ -129,7 +132,7 @@ def test_round_trips(
         got = torch.from_numpy(session.run(["features"], {"images": images().numpy()})[0])
         about = session.get_modelmeta().custom_metadata_map
     elif kind == "timm":
-        # As the card says, which names the file from where it lies.
+        # Run the code of the card, with the full path of the file.
         (line,) = re.findall(r"^timm\.create_model\(.*\)$", card, re.MULTILINE)
         network = eval(line.replace(f'"{out}"', f'"{path}"').replace(f":{out}", f":{path}"), {"timm": timm})
         got = features(network)
@@ -137,7 +140,7 @@ def test_round_trips(
             settings = timm.data.resolve_model_data_config(network)
             assert tuple(settings["input_size"]) == (BANDS, 32, 32)
             assert (tuple(settings["mean"]), tuple(settings["std"])) == (SCENES.mean, SCENES.std)
-            config = json.loads((path / "config.json").read_text())  # which older versions of timm go by
+            config = json.loads((path / "config.json").read_text())  # older versions of timm read this file
             assert config["pretrained_cfg"]["input_size"] == [BANDS, 32, 32]
             assert "first_conv" not in config["pretrained_cfg"]
             path = path / "model.safetensors"
@@ -156,7 +159,7 @@ def test_round_trips(
 
 
 @pytest.mark.parametrize("dtype", ["uint16", "float32"])
-def test_the_card_prepares_a_picture(
+def test_the_code_of_the_card_prepares_an_image(
     dtype: str, checkpoints: Callable[[str], tuple[Path, Any]], tmp_path: Path
 ) -> None:
     run, _ = checkpoints("resnet")
@@ -175,7 +178,7 @@ def test_the_card_prepares_a_picture(
     np.testing.assert_allclose(got[0], want.transpose(2, 0, 1), atol=1e-5)
 
 
-def test_a_card_of_rgb(tmp_path: Path, small: Small) -> None:
+def test_the_card_of_an_rgb_network_states_mean_and_std(tmp_path: Path, small: Small) -> None:
     path = tmp_path / "it.safetensors"
     backbone = build_backbone("test_resnet", image_size=32, stem="imagenet")
     write_backbone(path, backbone, metadata(small().flat(), "student"))
@@ -184,7 +187,9 @@ def test_a_card_of_rgb(tmp_path: Path, small: Small) -> None:
     assert "**Images:** RGB in [0, 1], 32x32 pixels, less the mean [0.485, 0.456, 0.406], divided by [0.229, " in said
 
 
-def test_torchvision_holds_three_channels(checkpoints: Callable[[str], tuple[Path, Any]], tmp_path: Path) -> None:
+def test_export_to_torchvision_refuses_eight_bands(
+    checkpoints: Callable[[str], tuple[Path, Any]], tmp_path: Path
+) -> None:
     path = tmp_path / "backbone.safetensors"
     about = {
         "which": "student",
@@ -204,7 +209,7 @@ def test_torchvision_holds_three_channels(checkpoints: Callable[[str], tuple[Pat
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_files_of_before_are_of_rgb(tmp_path: Path, small: Small) -> None:
+def test_files_of_older_versions_are_read_as_rgb(tmp_path: Path, small: Small) -> None:
     config = small()
     method = build_method(config)
     write_checkpoint(tmp_path, config, method.state_dict())
@@ -224,7 +229,7 @@ def test_files_of_before_are_of_rgb(tmp_path: Path, small: Small) -> None:
 @pytest.mark.parametrize("channels", [1, 2, 8])
 @pytest.mark.parametrize("arch", ["test_resnet", "test_convnext", "test_vit", "resnet10t", "repvgg_a0"])
 def test_weights_of_rgb_are_adapted_as_timm_does(arch: str, channels: int, tmp_path: Path) -> None:
-    """Against timm's own loading of the same file; RepVGG has two first layers."""
+    """The adapted weights equal those that timm loads from the same file; RepVGG has two first layers."""
     backbone = build_backbone(arch, image_size=32, stem="imagenet", channels=channels)
     size = {name: value for name, value in backbone.options.items() if name != "in_chans"}
     rgb = timm.create_model(arch, num_classes=0, **size)
@@ -243,8 +248,8 @@ def test_weights_of_rgb_are_adapted_as_timm_does(arch: str, channels: int, tmp_p
     assert any(value.shape != rgb.state_dict()[name].shape for name, value in want.items())
 
 
-def test_a_first_layer_that_timm_does_not_know(tmp_path: Path) -> None:
-    """A small stem, and a module."""
+def test_a_first_layer_that_timm_does_not_know_is_adapted(tmp_path: Path) -> None:
+    """The first layers of a small stem and of a module, which timm cannot adapt, are adapted by timm's rule."""
 
     def module(channels: int) -> nn.Sequential:
         return nn.Sequential(nn.Conv2d(channels, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 3))
@@ -262,7 +267,7 @@ def test_a_first_layer_that_timm_does_not_know(tmp_path: Path) -> None:
         np.testing.assert_allclose(next(iter(other.net.state_dict().values())), want, rtol=1e-6)
 
 
-def test_a_method_starts_from_weights_of_rgb_and_says_so(small: Small, tmp_path: Path) -> None:
+def test_a_method_starts_from_rgb_weights_and_notes_the_adaptation(small: Small, tmp_path: Path) -> None:
     rgb = build_backbone("test_resnet", image_size=32, stem="imagenet")
     moco = {"module.encoder_q." + name: value for name, value in rgb.net.state_dict().items()}
     path = tmp_path / "moco.pth.tar"
@@ -277,9 +282,7 @@ def test_a_method_starts_from_weights_of_rgb_and_says_so(small: Small, tmp_path:
     assert "channels" not in method.notes[-1]
 
 
-def test_weights_of_other_bands_are_adapted_to_nothing(
-    small: Small, checkpoints: Callable[[str], tuple[Path, Any]]
-) -> None:
+def test_weights_of_eight_bands_are_not_adapted(small: Small, checkpoints: Callable[[str], tuple[Path, Any]]) -> None:
     folder, networks = checkpoints("resnet")
     run = folder / "checkpoint.pt"
     same = build_method(small(init_from=run), channels=BANDS)
@@ -301,7 +304,7 @@ def pretrain(data: Any, out: Path, **settings: Any) -> Any:
 
 @pytest.fixture
 def scenes(tmp_path: Path) -> Path:
-    """24 pictures of 32x32 pixels, 8 bands and 16 bits, in two classes."""
+    """A folder of 24 uint16 TIFFs of 32x32 pixels and 8 bands, in two classes."""
     tifffile = pytest.importorskip("tifffile")
     rng = np.random.default_rng(0)
     for number in range(24):
@@ -313,7 +316,7 @@ def scenes(tmp_path: Path) -> Path:
 
 
 def test_a_run_on_files_of_eight_bands(scenes: Path, tmp_path: Path) -> None:
-    """Trained and scored; and the card's code gives what an evaluation shows the network."""
+    """A run trains and is scored, and the code of the card prepares the same pixels as an evaluation."""
     out = tmp_path / "run"
     pretrain(str(scenes), out)
     trained = read_pretrained(out / "backbone.safetensors")
@@ -337,15 +340,16 @@ def test_a_run_on_files_of_eight_bands(scenes: Path, tmp_path: Path) -> None:
 
 
 def five(image: Any) -> tuple[Tensor, Tensor]:
+    """Two float32 views [5, 32, 32] of a PIL image."""
     view = torch.from_numpy(np.array(image.resize((32, 32)), dtype=np.float32)).permute(2, 0, 1)[[0, 1, 2, 0, 1]] / 255
     return view, view.flip(-1)
 
 
-def test_a_callable_may_make_other_channels(tmp_path: Path) -> None:
+def test_an_augmentation_may_make_views_of_other_channels(tmp_path: Path) -> None:
     pictures = np.random.default_rng(0).integers(0, 256, (16, 32, 32, 3), dtype=np.uint8)
     result = pretrain(pictures, tmp_path / "run", augmentation=five)
     assert result.student(images(5)).shape == (3, result.student.dim)
-    again = pretrain(pictures, tmp_path / "run", augmentation=five, max_steps=2)  # goes on
+    again = pretrain(pictures, tmp_path / "run", augmentation=five, max_steps=2)  # the run continues
     with torch.no_grad():
         torch.testing.assert_close(fastrm.load(tmp_path / "run")(images(5)), again.student(images(5)))
     out = tmp_path / "it.safetensors"

@@ -1,4 +1,4 @@
-"""The batched operations against torchvision's v2 functional transforms, and the distributions that are drawn from."""
+"""The batched operations equal torchvision's v2 functional transforms; the distributions of random parameters."""
 
 from __future__ import annotations
 
@@ -22,31 +22,33 @@ from fastrm.kernels import batched
 from fastrm.methods import find
 from tests.conftest import natural_pictures
 
-# torchvision resizes bytes in fixed point and rounds to them: half a step of 255 at most, a quarter on average.
+# torchvision resizes bytes in fixed point and rounds the result: an error of at most 0.5/255, and of 0.25/255 on
+# average.
 ROUNDING = 0.5 / 255
-# In float32 there is nothing but the order of the sums.
+# In float32, results differ only by the order of summation.
 EXACT = 1e-5
 
 
 @pytest.fixture
 def pixels() -> Tensor:
-    """uint8 [6, 3, 60, 80]."""
+    """uint8 images [6, 3, 60, 80]."""
     return natural_pictures(6, 60, 80)
 
 
 @pytest.fixture
 def images(pixels: Tensor) -> Tensor:
+    """float32 images [6, 3, 48, 48] in [0, 1]."""
     return pixels[..., :48, :48].float() / 255
 
 
 def error(mine: Tensor, theirs: Tensor) -> float:
-    """Mean difference of pictures from 0 to 255 and pictures from 0 to 1."""
+    """Mean absolute difference between images in [0, 255] and images in [0, 1], on the scale of [0, 1]."""
     assert mine.shape == theirs.shape
     return float((mine / 255 - theirs).abs().mean())
 
 
 def changed(images: Tensor, change_: Callable[..., object], *parameters: object, **options: object) -> Tensor:
-    """What an operation in place makes of pictures from 0 to 1."""
+    """The images, given in [0, 1], after an in-place operation on [0, 255]; the result is in [0, 255]."""
     copy = images * 255
     change_(copy, *parameters, **options)
     return copy
@@ -59,7 +61,7 @@ def jitter_(images: Tensor, factors: Tensor, order: Tensor) -> None:
 
 @pytest.mark.parametrize("size", [24, 32, 112])
 @pytest.mark.parametrize("mode", ["bilinear", "bicubic"])
-def test_crop_with_antialiased_resize_and_flip(pixels: Tensor, mode: str, size: int) -> None:
+def test_crop_resize_and_flip_equal_torchvision(pixels: Tensor, mode: str, size: int) -> None:
     box = torch.tensor([[0, 0, 60, 80], [5, 7, 40, 31], [30, 2, 9, 70], [0, 0, 1, 1], [59, 79, 1, 1], [3, 3, 57, 20]])
     flip = torch.tensor([True, False, True, False, True, False])
     mine = batched.crop_resize(pixels, box, flip, size, bicubic=mode == "bicubic")
@@ -76,7 +78,9 @@ def test_crop_with_antialiased_resize_and_flip(pixels: Tensor, mode: str, size: 
     list(enumerate((F.adjust_brightness, F.adjust_contrast, F.adjust_saturation, F.adjust_hue))),
     ids=["brightness", "contrast", "saturation", "hue"],
 )
-def test_each_colour_change(images: Tensor, column: int, theirs: Callable[[Tensor, float], Tensor]) -> None:
+def test_each_colour_change_equals_torchvision(
+    images: Tensor, column: int, theirs: Callable[[Tensor, float], Tensor]
+) -> None:
     values = [-0.33, -0.1, -0.03, 0.0, 0.07, 0.33] if column == 3 else [0.0, 0.6, 0.8, 1.0, 1.2, 1.4]
     factors = torch.tensor([1.0, 1.0, 1.0, 0.0]).repeat(6, 1)
     factors[:, column] = torch.tensor(values)
@@ -85,7 +89,7 @@ def test_each_colour_change(images: Tensor, column: int, theirs: Callable[[Tenso
         assert error(mine[i], theirs(images[i], value)) < EXACT, value
 
 
-def test_colour_changes_come_in_each_images_own_order(images: Tensor) -> None:
+def test_colour_changes_follow_the_order_of_each_image(images: Tensor) -> None:
     changes = (F.adjust_brightness, F.adjust_contrast, F.adjust_saturation, F.adjust_hue)
     factors = torch.tensor([1.4, 0.6, 1.4, 0.1]).repeat(6, 1)
     orders = torch.tensor([[0, 1, 2, 3], [3, 2, 1, 0], [1, 3, 0, 2], [2, 0, 3, 1], [3, 1, 2, 0], [0, 3, 1, 2]])
@@ -97,13 +101,13 @@ def test_colour_changes_come_in_each_images_own_order(images: Tensor) -> None:
         assert error(mine[i], want) < EXACT
 
 
-def test_grayscale_blur_solarize_normalise(images: Tensor) -> None:
+def test_grayscale_blur_solarize_and_normalise_equal_torchvision(images: Tensor) -> None:
     assert error(changed(images, batched.saturation_, torch.zeros(6)), F.rgb_to_grayscale(images, 3)) < EXACT
     sigmas = torch.tensor([0.1, 0.43, 0.8, 1.2, 1.6, 2.0])
     mine = changed(images, batched.blur_, batched.gaussian(sigmas, 6))
     for i, sigma in enumerate(sigmas.tolist()):
         assert error(mine[i], F.gaussian_blur(images[i], [13, 13], [sigma, sigma])) < EXACT
-    large = torch.rand(1, 3, 130, 130)  # more than two blocks of the band
+    large = torch.rand(1, 3, 130, 130)  # more than two blocks of the band matrix of the blur
     mine = changed(large, batched.blur_, batched.gaussian(sigmas[-1:], 6))
     assert error(mine[0], F.gaussian_blur(large[0], [13, 13], [2.0, 2.0])) < EXACT
     as_bytes = (images * 255).round().to(torch.uint8)
@@ -118,7 +122,7 @@ def test_grayscale_blur_solarize_normalise(images: Tensor) -> None:
 
 
 @pytest.mark.parametrize("size", [32, 64, 112])
-def test_no_value_of_an_operation_is_off_by_more_than_rounding(size: int) -> None:
+def test_single_operations_on_some_images_equal_torchvision(size: int) -> None:
     images = natural_pictures(5, size, size).float() / 255
     sigma = torch.tensor([0.3, 0.7, 1.1, 1.5, 2.0])
     widths = [[value, value] for value in sigma.tolist()]
@@ -144,7 +148,7 @@ def test_no_value_of_an_operation_is_off_by_more_than_rounding(size: int) -> Non
 
 
 @pytest.mark.parametrize("size", [8, 32, 64, 96])
-def test_views_are_the_same_however_many_are_changed_at_a_time(size: int) -> None:
+def test_views_do_not_depend_on_the_number_changed_at_a_time(size: int) -> None:
     view = View(blur_probability=0.6, solarize_probability=0.3)
     sides = torch.full((8,), size)
     draws = draw(view, sides, sides, size, torch.Generator().manual_seed(2))
@@ -158,7 +162,7 @@ def test_views_are_the_same_however_many_are_changed_at_a_time(size: int) -> Non
 
 
 def composed(image: Tensor, draws: Draws, i: int, mode: str, size: int, radius: int) -> Tensor:
-    """One image's view by torchvision, in the order of the fields of View, in bytes as torchvision's users have it."""
+    """One image's view in [0, 1] by torchvision, in uint8 and in the order of the fields of View, as users have it."""
     top, left, height, width = draws.box[i].tolist()
     out = F.resized_crop(image, top, left, height, width, [size, size], InterpolationMode(mode), antialias=True)
     if draws.jitter[i]:
@@ -176,7 +180,7 @@ def composed(image: Tensor, draws: Draws, i: int, mode: str, size: int, radius: 
 
 @pytest.mark.parametrize("method", ["mocov2", "mocov3", "byol"])
 @pytest.mark.parametrize("channels", [1, 3])
-def test_whole_views(method: str, channels: int) -> None:
+def test_whole_views_equal_torchvision(method: str, channels: int) -> None:
     pixels = natural_pictures(64, 60, 80)[:, :channels]
     for view in find(method).augmentation(0.2).views:
         heights, widths = torch.full((64,), 60), torch.full((64,), 80)
@@ -185,13 +189,14 @@ def test_whole_views(method: str, channels: int) -> None:
         mine = batched.crop_resize(pixels, draws.box, draws.flip, 48, bicubic=bicubic)
         batched.recolour_(mine, draws, blur_radius=2)
         wants = [composed(p.expand(3, -1, -1), draws, i, view.interpolation, 48, 2) for i, p in enumerate(pixels)]
-        # Seven roundings to bytes, and a pixel on the solarizing threshold that falls on the other side.
+        # The tolerance covers seven roundings to bytes, and pixels that fall on the other side of the solarizing
+        # threshold.
         errors = [error(a.expand(3, -1, -1), b) for a, b in zip(mine, wants, strict=True)]
         assert np.median(errors) < 1.5 / 255
         assert max(errors) < 6 / 255
 
 
-def test_what_is_drawn_follows_the_description() -> None:
+def test_random_parameters_have_the_described_distributions() -> None:
     count, side = 5000, 10_000
     view = View(crop_scale=(0.08, 0.5), solarize_probability=0.2)
     sides = torch.full((count,), side)
@@ -201,7 +206,7 @@ def test_what_is_drawn_follows_the_description() -> None:
     def uniform(values: Tensor, low: float, high: float) -> None:
         assert stats.kstest(values.double().numpy(), stats.uniform(low, high - low).cdf).pvalue > 1e-3
 
-    uniform(height * width / side**2, 0.08, 0.5)  # half of a large square: every try fits
+    uniform(height * width / side**2, 0.08, 0.5)  # a crop of at most half of a large square always fits
     uniform((width / height).log(), float(np.log(3 / 4)), float(np.log(4 / 3)))
     uniform(top / (side - height), 0, 1)
     uniform(left / (side - width), 0, 1)
@@ -217,7 +222,7 @@ def test_what_is_drawn_follows_the_description() -> None:
     assert stats.chisquare(counts.numpy()).pvalue > 1e-3
 
 
-def test_crops_lie_inside_the_strangest_pictures() -> None:
+def test_crops_lie_inside_images_of_extreme_shapes() -> None:
     heights, widths = torch.tensor([2, 20, 4000, 1, 1, 300]), torch.tensor([3, 4000, 20, 1, 500, 200])
     for seed in range(50):
         top, left, height, width = draw(View(), heights, widths, 224, torch.Generator().manual_seed(seed)).box.unbind(1)
@@ -230,7 +235,7 @@ def test_crops_lie_inside_the_strangest_pictures() -> None:
 def test_the_contact_sheet(tmp_path: Path) -> None:
     main(["--data", "digits", "--image-size", "32", "--images", "4", "--out", str(tmp_path / "views.png")])
     with Image.open(tmp_path / "views.png") as sheet:
-        assert sheet.width > 3 * 128  # a picture and two views, each enlarged
+        assert sheet.width > 3 * 128  # an image and two views, each enlarged
         assert sheet.height > 4 * 128
     for wrong in (["--images", "0"], ["--image-size", "0"], ["--data", "nowhere"], ["--loader", "dali"]):
         with pytest.raises(UsageError, match=wrong[0]):

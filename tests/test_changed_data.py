@@ -1,4 +1,4 @@
-"""A run that goes on: the same images wherever they lie, others only if that is asked for."""
+"""Resuming a run: the same images may have moved, and other images need --allow-changed-data."""
 
 from __future__ import annotations
 
@@ -30,18 +30,18 @@ Small = Callable[..., Config]
 
 @pytest.fixture
 def images(pictures: Path, tmp_path: Path) -> Path:
-    """A copy of 96 pictures that a test may change."""
+    """A copy of the 96 images in class folders that a test may change."""
     return Path(shutil.copytree(pictures / "classes", tmp_path / "images"))
 
 
 def listed(data: Path | str) -> Inventory:
-    """The inventory of a run with 24 images a step."""
+    """The inventory of a run on ``data`` with 24 images per step."""
     source, broken = scan(open_source(str(data)), workers=1)
     return inventory(source.train, left_out=len(broken), steps_per_epoch=len(source.train) // 24)
 
 
 def saved(small: Small, data: Path, step: int) -> Path:
-    """Save a checkpoint of a run that was not made, and return the run's folder."""
+    """Save a checkpoint without training, and return the run folder."""
     config = small(data=str(data))
     assert config.run.out is not None
     config.run.out.mkdir()
@@ -53,12 +53,13 @@ def saved(small: Small, data: Path, step: int) -> Path:
 
 
 def resumed(small: Small, data: Path | str, **leaves: Any) -> Start:
+    """Resume the saved run with ``data`` and these settings."""
     config = small(data=str(data), **leaves)
     assert config.run.out is not None
     return resume(config.flat(), config.run.out, listed(data), {"method": torch.nn.Linear(1, 1)})
 
 
-def test_a_run_goes_on_with_the_same_images_at_another_path(small: Small, images: Path, tmp_path: Path) -> None:
+def test_a_run_continues_with_the_same_images_at_another_path(small: Small, images: Path, tmp_path: Path) -> None:
     leaves = {"batch_size": 24, "accumulate": 1}
     train.train(small(data=str(images), max_steps=1, **leaves))
     train.train(small(data=str(images), max_steps=2, out=tmp_path / "whole", **leaves))
@@ -67,7 +68,9 @@ def test_a_run_goes_on_with_the_same_images_at_another_path(small: Small, images
     assert_as_uninterrupted(tmp_path / "run", tmp_path / "whole")
 
 
-def test_spellings_of_one_path(small: Small, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_other_spellings_of_one_path_are_the_same_data(
+    small: Small, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     saved(small, images, 3)
     (tmp_path / "link").symlink_to(images)
     (tmp_path / "split").mkdir()
@@ -95,7 +98,7 @@ def test_changed_images_are_refused_with_both_counts(small: Small, images: Path)
     assert resumed(small, images, resume="never").step == 0
 
 
-def test_a_file_that_broke_since_is_said(small: Small, images: Path) -> None:
+def test_a_file_that_broke_since_the_checkpoint_is_reported(small: Small, images: Path) -> None:
     saved(small, images, 3)
     broken = min(images.rglob("*.jpg"))
     broken.write_bytes(b"x" * broken.stat().st_size)
@@ -103,7 +106,7 @@ def test_a_file_that_broke_since_is_said(small: Small, images: Path) -> None:
         resumed(small, images)
 
 
-def test_a_checkpoint_without_an_inventory_goes_on_with_a_notice(small: Small, images: Path, tmp_path: Path) -> None:
+def test_a_checkpoint_without_an_inventory_continues_with_a_notice(small: Small, images: Path, tmp_path: Path) -> None:
     path = saved(small, images, 3) / "checkpoint.pt"
     state = checkpoint.load(path)
     del state["images"], state["config"]["allow_changed_data"]
@@ -123,13 +126,13 @@ def test_with_other_images_epochs_never_count_backwards(
     def run(steps: int | None, **leaves: Any) -> Any:
         return train.train(small(data=str(images), batch_size=24, epochs=3, max_steps=steps, **leaves))
 
-    run(5)  # 1.25 epochs of 4 steps
+    run(5)  # 1.25 epochs of 4 steps each
     for path in sorted((pictures / "flat").glob("top*.jpg"))[:48]:
         shutil.copy(path, images / "digit0")
     run(7, allow_changed_data=True)
     said = "notice     other images from epoch 2 on: 96 images then, 144 now; 48 new or changed, 0 missing or changed"
     assert said in capsys.readouterr().out
-    # From here on it is a run on those: it goes on without the flag, and as if it had not been stopped.
+    # Now the run is one on the new images: it resumes without the flag, and ends like an uninterrupted one.
     run(None, out=tmp_path / "whole", resume=str(tmp_path / "run"))
     run(9)
     summary = run(None)
@@ -140,7 +143,7 @@ def test_with_other_images_epochs_never_count_backwards(
     assert all(torch.equal(value, ends[1][name]) for name, value in ends[0].items())
 
 
-def test_the_same_shards_elsewhere(images: Path, tmp_path: Path) -> None:
+def test_the_same_shards_at_another_path_have_the_same_inventory(images: Path, tmp_path: Path) -> None:
     for number, part in enumerate(("digit0", "digit1")):
         with tarfile.open(tmp_path / f"{number}.tar", "w") as tar:
             tar.add(images / part, part)
@@ -153,19 +156,19 @@ def test_the_same_shards_elsewhere(images: Path, tmp_path: Path) -> None:
     assert set(every) == set(turned)
 
 
-def test_what_tells_images_apart() -> None:
+def test_an_inventory_detects_changed_and_reordered_images() -> None:
     assert len(set(listed("digits").hashes.tolist())) > 1400
     plain = Inventory(hashes=torch.tensor([1, 2, 3]), left_out=0, steps_per_epoch=3)
     assert plain.continued(plain.state_dict(), 5) == (plain, "")
     mixed = Inventory(hashes=torch.tensor([2, 1, 3]), left_out=0, steps_per_epoch=3)
     moved, words = mixed.continued(plain.state_dict(), 7)
     assert words == "3 images then, 3 now in another order"
-    assert (7 + moved.shift) / 3 == 3  # the third epoch, of which one step was made, is not gone on with
+    assert (7 + moved.shift) / 3 == 3  # the rest of the third epoch, of which one step was made, is dropped
     assert mixed.continued(plain.state_dict(), 6)[0].shift == 0
 
 
-def test_schedules_after_a_change(small: Small) -> None:
-    """Shifted, every schedule is where the unshifted one is at the same epoch."""
+def test_schedules_are_shifted_after_a_change_of_images(small: Small) -> None:
+    """After a shift, every schedule has the value of the unshifted one at the same epoch."""
     config = resolved(small(batch_size=24, warmup_epochs=1.0, residual_warmup_epochs=2.0, max_steps=None), 1)
     plain = Schedule(config.optim, config.method, 24, 6)
     shifted = replace(plain, shift=6)

@@ -26,7 +26,7 @@ TINY += ["--predictor-hidden-dim", "16", "--workers", "0", "--batch-size", "16"]
 
 
 def fails(entry: Callable[[list[str]], None], flags: list[str], capsys: pytest.CaptureFixture[str]) -> str:
-    """Run an entry point that must refuse its flags, and return what it says."""
+    """Run an entry point that must refuse its flags, and return its error message."""
     with pytest.raises(SystemExit) as stop:
         shell.run(lambda: entry(flags))
     said = capsys.readouterr()
@@ -92,7 +92,7 @@ def test_wrong_use_is_named_and_writes_nothing(
     assert sorted(tmp_path.rglob("*")) == before
 
 
-def test_gpu_wishes_without_a_gpu(
+def test_settings_that_need_a_gpu_are_refused_without_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     if torch.cuda.is_available():
@@ -130,7 +130,9 @@ def test_compile_has_short_forms(given: str, meant: str) -> None:
 
 @pytest.mark.slow
 def test_a_picture_folder_from_the_shell(tmp_path: Path) -> None:
-    """The real thing once: another process, a folder with an odd name, the default output folder."""
+    """Run the command once as users do: in another process, on a folder with an odd name, with the default output
+    folder.
+    """
     folder = tmp_path / "my pictures ü"
     folder.mkdir()
     for i in range(20):
@@ -153,7 +155,8 @@ def test_evaluate_scores_student_and_teacher(
     evaluate.main(["--checkpoint", str(tmp_path / "run"), "--knn", "--gap", "--workers", "0"])
     shown = capsys.readouterr().out
     table = {line.split()[0]: line.split() for line in shown.splitlines() if "±" in line or "knn20" in line}
-    column = next(row for row in table.values() if "knn20" in row).index("knn20") - 3  # behind "digits, % right"
+    # the row starts with "digits, % right"
+    column = next(row for row in table.values() if "knn20" in row).index("knn20") - 3
     for name in ("student", "teacher"):
         assert table[name][1 + 2 * column] == f"{100 * summary[f'knn_{name}']:.2f}"
     for place in ("output", "projector", "backbone", "layer4"):
@@ -207,7 +210,7 @@ def test_evaluate_refuses_what_it_cannot_do(
     assert not (tmp_path / "run" / "evaluation.json").exists()
 
 
-def test_doctor_prints_a_line_a_part(capsys: pytest.CaptureFixture[str]) -> None:
+def test_doctor_prints_one_line_per_part(capsys: pytest.CaptureFixture[str]) -> None:
     doctor.main()
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in lines] == list(doctor.PARTS)

@@ -1,4 +1,4 @@
-"""Lists, tables, Hugging Face datasets, URLs and arrays in files: the same pictures, however they are collected."""
+"""Lists, tables, Hugging Face datasets, URLs and arrays in files give the same images, however they are stored."""
 
 from __future__ import annotations
 
@@ -39,6 +39,7 @@ ARRAY: NDArray[np.uint8] = natural_pictures(COUNT, 20, 24).permute(0, 2, 3, 1).c
 
 
 def png(pixels: NDArray[np.uint8]) -> bytes:
+    """The PNG file of uint8 pixels [H, W, 3]."""
     written = io.BytesIO()
     Image.fromarray(pixels).save(written, "PNG", compress_level=1)
     return written.getvalue()
@@ -49,7 +50,7 @@ PNGS = [png(pixels) for pixels in ARRAY]
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The pictures as files."""
+    """A folder with the images as PNG files in files/."""
     folder = tmp_path_factory.mktemp("collections")
     (folder / "files").mkdir()
     for i, content in enumerate(PNGS):
@@ -58,6 +59,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def parquet(path: Path, rows: slice = slice(None), /, **columns: list[Any]) -> Path:
+    """Write columns to a Parquet file, with 7 rows per row group."""
     pa, pq = (pytest.importorskip(name) for name in ("pyarrow", "pyarrow.parquet"))
     path.parent.mkdir(exist_ok=True)
     pq.write_table(pa.table({name: values[rows] for name, values in columns.items()}), path, row_group_size=7)
@@ -65,6 +67,7 @@ def parquet(path: Path, rows: slice = slice(None), /, **columns: list[Any]) -> P
 
 
 def csv(path: Path, *lines: str) -> Path:
+    """Write lines to a UTF-8 text file."""
     pytest.importorskip("pyarrow")
     path.parent.mkdir(exist_ok=True)
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
@@ -72,6 +75,7 @@ def csv(path: Path, *lines: str) -> Path:
 
 
 def tar(path: Path) -> Path:
+    """Write a WebDataset shard of the images and their labels."""
     path.parent.mkdir(exist_ok=True)
     with tarfile.open(path, "w") as file:
         for i, content in enumerate(PNGS):
@@ -83,20 +87,23 @@ def tar(path: Path) -> Path:
 
 
 def in_memory(path: Path) -> str:
-    """A file as fsspec's file system in memory has it."""
+    """Copy a file to fsspec's in-memory file system, and return its URL."""
     pytest.importorskip("fsspec").filesystem("memory").pipe(f"/{path.parent.name}/{path.name}", path.read_bytes())
     return f"memory://{path.parent.name}/{path.name}"
 
 
 def names() -> list[str]:
+    """The paths of the image files relative to the root."""
     return [f"files/{i}.png" for i in range(COUNT)]
 
 
 def texts() -> list[str]:
+    """The class name of each image."""
     return [CLASSES[label] for label in LABELS]
 
 
 def structs() -> list[dict[str, Any]]:
+    """The images as Hugging Face stores them in Parquet files."""
     return [{"bytes": content, "path": f"{i}.png"} for i, content in enumerate(PNGS)]
 
 
@@ -173,7 +180,7 @@ ENCODED = (as_list, as_csv, as_tsv, as_paths, as_bytes, as_folder, as_hub, as_ur
 ARRAYS = (as_npy, as_hdf5, as_packed_hdf5)
 forms = pytest.mark.parametrize("form", [*ENCODED, *ARRAYS], ids=lambda form: form.__name__)
 
-# A run on each is long; these differ most.
+# A run on each form takes long; these three differ most.
 some_forms = pytest.mark.parametrize(
     "form",
     [
@@ -195,7 +202,7 @@ def settings(data: str, out: Path, **leaves: Any) -> Config:
 
 @pytest.fixture(scope="module")
 def whole(root: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[bool], Path]:
-    """Runs on the pictures as files, and as an array in a file, that were not interrupted."""
+    """A function that returns an uninterrupted run on the images, as files or as one array in a file."""
     done: dict[bool, Path] = {}
 
     def run(array: bool) -> Path:
@@ -210,7 +217,7 @@ def whole(root: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[boo
 
 
 @forms
-def test_the_pictures_and_their_labels(form: Callable[[Path], str], root: Path) -> None:
+def test_every_form_gives_the_same_images_and_labels(form: Callable[[Path], str], root: Path) -> None:
     source = open_source(form(root))
     assert len(source.train) == COUNT
     for i in (0, 7, 21, COUNT - 1):
@@ -228,10 +235,10 @@ def test_the_pictures_and_their_labels(form: Callable[[Path], str], root: Path) 
 
 
 @some_forms
-def test_a_run_is_resumed_to_the_bit_evaluated_and_exported(
+def test_a_run_on_each_form_resumes_bit_for_bit_and_is_evaluated_and_exported(
     form: Callable[[Path], str], root: Path, whole: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What it learns is what the files teach, or the array."""
+    """Its weights equal those of a run on the same images as files, or as one array."""
     data, out = form(root), tmp_path / "run"
     if "://" not in data:
         mark = next((mark for mark in ("@", "hf:") if data.startswith(mark)), "")
@@ -249,7 +256,7 @@ def test_a_run_is_resumed_to_the_bit_evaluated_and_exported(
     assert (tmp_path / "student.safetensors").is_file()
 
 
-def test_a_list_as_windows_writes_it(root: Path) -> None:
+def test_a_list_written_on_windows_is_read(root: Path) -> None:
     lines = [
         "# made by hand",
         *(name.replace("/", "\\") + f",{text}" for name, text in zip(names(), texts(), strict=True)),
@@ -264,7 +271,7 @@ def test_a_list_as_windows_writes_it(root: Path) -> None:
         assert "skipped: 1 comments" in source.about
 
 
-def test_what_follows_a_comma_is_a_label_unless_it_ends_like_an_image(root: Path) -> None:
+def test_text_after_a_comma_is_a_label_unless_it_ends_like_an_image(root: Path) -> None:
     (root / "odd, names").mkdir()
     for name in ("a, b.png", "#1.png"):
         (root / "odd, names" / name).write_bytes(PNGS[0])
@@ -278,7 +285,7 @@ def test_what_follows_a_comma_is_a_label_unless_it_ends_like_an_image(root: Path
     assert "skipped: 2 repeated paths" in source.about
 
 
-def test_labels_that_are_missing_and_paths_that_are_repeated(root: Path) -> None:
+def test_missing_labels_and_repeated_paths_are_counted(root: Path) -> None:
     rows = [f"{name},{label}" for name, label in zip(names(), LABELS, strict=True)]
     rows[4] = "files/4.png,"
     rows[5] = "files/5.png,NaN"
@@ -289,7 +296,7 @@ def test_labels_that_are_missing_and_paths_that_are_repeated(root: Path) -> None
     assert source.bank is not None
     assert source.test is not None
     assert source.bank.labels is not None
-    assert len(source.bank) + len(source.test) == COUNT - 3  # of the seventh two labels are said
+    assert len(source.bank) + len(source.test) == COUNT - 3  # two different labels are given for the seventh image
     assert "33 of them have a label" in source.about
     assert "skipped: 2 repeated paths, 1 rows without a path" in source.about
 
@@ -312,7 +319,7 @@ def test_labels_are_numbers_or_text(given: list[str], labels: list[int], root: P
     assert found.tolist() == labels
 
 
-def test_labels_that_are_no_classes_are_not_used_unless_they_are_asked_for(root: Path) -> None:
+def test_labels_that_are_not_classes_are_ignored_or_refused_if_requested(root: Path) -> None:
     data = str(csv(root / "scores.csv", "path,label", *(f"files/{i}.png,{i / 7}" for i in range(9))))
     assert "labels are not used, since they hold" in open_source(data).about
     with pytest.raises(UsageError, match=r"which is not a class: labels are whole numbers or text"):
@@ -321,7 +328,7 @@ def test_labels_that_are_no_classes_are_not_used_unless_they_are_asked_for(root:
     assert "labels are not used, since they are of type list" in open_source(nested).about
 
 
-def test_parts_of_a_table(root: Path) -> None:
+def test_a_table_may_have_a_training_and_a_validation_part(root: Path) -> None:
     parts = ["train"] * 20 + ["val"] * 9 + ["test"] * 4 + [None] * 3  # type: ignore[list-item]
     data = parquet(root / "split.parquet", image=PNGS, label=texts(), split=parts)
     source = open_source(str(data))
@@ -343,7 +350,7 @@ def test_parts_of_a_table(root: Path) -> None:
         open_source(str(root / "beside" / "train.csv"))
 
 
-def test_splits_of_a_dataset(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_splits_of_a_hugging_face_dataset(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     datasets = pytest.importorskip("datasets")
 
     def part(rows: slice, labels: list[int]) -> Any:
@@ -387,7 +394,7 @@ def test_splits_of_a_dataset(root: Path, tmp_path: Path, monkeypatch: pytest.Mon
 
 @pytest.mark.filterwarnings("ignore:left out")
 @pytest.mark.parametrize("form", [as_bytes, as_hub], ids=lambda form: form.__name__)
-def test_broken_rows_are_left_out_by_name(
+def test_broken_rows_are_left_out_and_named(
     form: Callable[[Path], str], root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(globals(), "PNGS", [*PNGS[:17], b"", *PNGS[18:30], PNGS[30][:200], *PNGS[31:]])
@@ -400,7 +407,7 @@ def test_broken_rows_are_left_out_by_name(
     assert source.train.labels.tolist() == [label for i, label in enumerate(LABELS) if i not in (17, 30)]
 
 
-def test_empty_cells_are_passed_over(root: Path) -> None:
+def test_rows_without_an_image_are_skipped_and_counted(root: Path) -> None:
     cells: list[Any] = [*PNGS]
     cells[3] = cells[11] = None
     source = open_source(str(parquet(root / "empty.parquet", image=cells, label=texts())))
@@ -409,7 +416,7 @@ def test_empty_cells_are_passed_over(root: Path) -> None:
     assert source.train.name(3).endswith("row 4")
 
 
-def test_images_in_a_table_are_known_again_and_read_from_where_they_were_copied(root: Path, tmp_path: Path) -> None:
+def test_images_in_a_table_are_identified_by_their_content(root: Path, tmp_path: Path) -> None:
     def hashes(data: Any) -> list[int]:
         found: list[int] = inventory(open_source(str(data)).train, left_out=0, steps_per_epoch=1).hashes.tolist()
         return found
@@ -486,7 +493,7 @@ def saved(root: Path, array: NDArray[Any]) -> Path:
 
 
 @pytest.mark.parametrize("what", WRONG)
-def test_what_is_wrong_is_said_in_one_line(what: str, tmp_path: Path) -> None:
+def test_wrong_data_gives_an_error_of_one_line(what: str, tmp_path: Path) -> None:
     make, message = WRONG[what]
     data = str(make(tmp_path))
     with pytest.raises(UsageError, match=message) as caught:
@@ -494,7 +501,7 @@ def test_what_is_wrong_is_said_in_one_line(what: str, tmp_path: Path) -> None:
     assert "\n" not in str(caught.value)
 
 
-def test_columns_are_asked_of_what_has_some(root: Path) -> None:
+def test_column_names_are_refused_for_data_without_columns(root: Path) -> None:
     for data in ("digits", as_list(root), str(root / "files"), as_npy(root)):
         with pytest.raises(UsageError, match=r"--label-column kind: --data .* has no columns"):
             open_source(data, label_column="kind")
@@ -506,7 +513,7 @@ def test_columns_are_asked_of_what_has_some(root: Path) -> None:
         open_source(str(table), image_column="colour")
 
 
-def test_arrays_of_hdf5_are_found_or_named(tmp_path: Path) -> None:
+def test_arrays_in_an_hdf5_file_are_found_or_listed(tmp_path: Path) -> None:
     h5py = pytest.importorskip("h5py")
     with h5py.File(tmp_path / "several.h5", "w") as file:
         file["images"], file["masks"] = ARRAY, ARRAY[..., 0]
@@ -526,7 +533,7 @@ def test_arrays_of_hdf5_are_found_or_named(tmp_path: Path) -> None:
         open_source(str(tmp_path / "several.h5"), image_column="a/x", label_column="images")
 
 
-def test_labels_beside_an_array(tmp_path: Path) -> None:
+def test_labels_in_a_file_beside_an_array(tmp_path: Path) -> None:
     np.save(tmp_path / "photos.npy", ARRAY.astype(np.uint16) * 257)
     np.save(tmp_path / "labels.npy", np.zeros(5))
     source = open_source(str(tmp_path / "photos.npy"))
@@ -541,7 +548,7 @@ def test_labels_beside_an_array(tmp_path: Path) -> None:
         open_source(str(tmp_path / "photos.npy"))
 
 
-def test_an_array_in_a_file_travels_as_its_place(tmp_path: Path) -> None:
+def test_an_array_in_a_file_is_pickled_as_its_path(tmp_path: Path) -> None:
     import pickle
 
     np.save(tmp_path / "a.npy", ARRAY)
@@ -555,7 +562,7 @@ def test_an_array_in_a_file_travels_as_its_place(tmp_path: Path) -> None:
         np.testing.assert_array_equal(pickle.loads(pickle.dumps(images.arrays[3:5])), ARRAY[3:5])
 
 
-def test_what_was_copied_is_used_where_the_url_is_out_of_reach(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_earlier_copies_are_used_if_the_url_cannot_be_reached(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     memory = type(pytest.importorskip("fsspec").filesystem("memory"))
     data = as_url_of_shards(root)
     first = open_source(data)
@@ -575,14 +582,14 @@ def test_what_was_copied_is_used_where_the_url_is_out_of_reach(root: Path, monke
     assert not fetched
 
 
-def test_files_at_a_local_url_are_read_where_they_lie(root: Path) -> None:
+def test_files_at_a_local_url_are_not_copied(root: Path) -> None:
     pytest.importorskip("fsspec")
     data = as_bytes(root)
     assert open_source(f"file://{data}").about == open_source(data).about
 
 
 @pytest.mark.parametrize("form", [as_bytes, as_url_of_shards, as_packed_hdf5])
-def test_copies_are_counted_and_made_again_where_they_were_deleted(
+def test_deleted_copies_are_made_again_and_their_size_is_reported(
     form: Callable[[Path], str], root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
@@ -602,7 +609,7 @@ def test_copies_are_counted_and_made_again_where_they_were_deleted(
     assert copies.held() == size
 
 
-def test_no_room_for_a_copy_is_said_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_is_reported_before_a_copy_starts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     data = parquet(tmp_path / "large.parquet", image=PNGS[:9])
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr("shutil.disk_usage", lambda _: type("Usage", (), {"free": 10}))
@@ -619,7 +626,7 @@ def test_no_room_for_a_copy_is_said_before(tmp_path: Path, monkeypatch: pytest.M
         ("s3://a/b.tar", "fsspec", "remote"),
     ],
 )
-def test_a_package_that_is_missing_is_named(
+def test_a_missing_package_of_a_data_format_is_named(
     data: str, package: str, extra: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -633,7 +640,7 @@ def test_a_package_that_is_missing_is_named(
         open_source(data)
 
 
-def test_places_are_found_from_elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_relative_data_paths_become_absolute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     Path("held").mkdir()
     assert located("@a.txt") == f"@{tmp_path / 'a.txt'}"
@@ -642,7 +649,9 @@ def test_places_are_found_from_elsewhere(tmp_path: Path, monkeypatch: pytest.Mon
     assert located("a-{0..3}.parquet") == str(tmp_path / "a-{0..3}.parquet")
 
 
-def test_an_array_that_a_gpu_has_no_room_for_is_read_by_workers(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_array_larger_than_half_the_gpu_memory_is_read_by_workers(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     images: Any = open_source(as_npy(root)).train
     for memory, loader in ((2 * ARRAY.nbytes, "memory"), (2 * ARRAY.nbytes - 1, "torch")):
         held = type("Properties", (), {"total_memory": memory})
@@ -650,14 +659,14 @@ def test_an_array_that_a_gpu_has_no_room_for_is_read_by_workers(root: Path, monk
         assert _kind("auto", images, SUPERVISED, torch.device("cuda")) == loader
 
 
-def test_what_may_be_a_key_in_a_url_is_not_passed_on_with_weights(tmp_path: Path) -> None:
+def test_the_query_of_a_url_is_not_written_to_weight_files(tmp_path: Path) -> None:
     flat = settings("https://host/train-{0..3}.tar?signature=secret", tmp_path).flat()
     assert metadata(flat, "student")["data"] == "https://host/train-{0..3}.tar"
     assert metadata({**flat, "data": "/photos?"}, "student")["data"] == "/photos?"
 
 
 @pytest.mark.parametrize("write", [*ARRAYS, as_deep_npy])
-def test_an_array_is_read_once_for_what_tells_its_images_apart(
+def test_the_hashes_of_an_array_are_computed_once(
     write: Callable[[Path], str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
@@ -672,7 +681,7 @@ def test_an_array_is_read_once_for_what_tells_its_images_apart(
         monkeypatch.setattr(kind, "identities", reading)
     data = write(tmp_path)
     hashes = open_source(data, keep=False).train.hashes()
-    for changed, times in ((1e9, 1), (1.1e9, 1), (time.time() + 9, 2)):  # the last of them is not over yet
+    for changed, times in ((1e9, 1), (1.1e9, 1), (time.time() + 9, 2)):  # the last time is in the future
         os.utime(data, (changed, changed))
         read.clear()
         for _ in range(2):

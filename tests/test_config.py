@@ -1,4 +1,4 @@
-"""Settings: the published recipes, what beats what, and what is refused."""
+"""Settings: the published recipes, the precedence of flags, recipes and defaults, and the errors for wrong values."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ R18_MOCOV2 = {
     "teacher_momentum": 0.99, "teacher_momentum_end": 0.999, "symmetric": True,
 }  # fmt: skip
 R18_MOCOV3 = {"method": "mocov3", "lr": 0.3, "weight_decay": 1e-6, "temperature": 0.2, "predictor_hidden_dim": 4096}
-# The defaults of main_dino.py, and what the README of its repository changes for 300 epochs and for ResNet-50.
+# The defaults of main_dino.py, and the changes that the README of its repository states for 300 epochs and ResNet-50.
 DINO = {
     "method": "dino", "batch_size": 512, "epochs": 100, "warmup_epochs": 10, "min_lr": 1e-6, "clip_norm": 3.0,
     "teacher_momentum": 0.996, "temperature": 0.1, "teacher_temperature": 0.04, "prototypes": 65536,
@@ -82,7 +82,7 @@ PUBLISHED: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
-def test_every_recipe_is_held_against_its_publication() -> None:
+def test_every_recipe_is_compared_with_its_publication() -> None:
     assert recipes().keys() == PUBLISHED.keys()
 
 
@@ -92,13 +92,13 @@ def test_recipe_has_the_published_numbers(name: str) -> None:
     assert {key: config[key] for key in PUBLISHED[name]} == PUBLISHED[name]
 
 
-def test_leaves_have_unique_names() -> None:
+def test_settings_have_unique_names() -> None:
     groups = [getattr(Config(), group.name) for group in dataclasses.fields(Config)]
     names = [leaf.name for group in groups for leaf in dataclasses.fields(group)]
     assert len(names) == len(set(names))
 
 
-def test_no_flag_at_all_is_mocov3_with_residual_momentum() -> None:
+def test_the_default_is_mocov3_with_residual_momentum() -> None:
     config = read_flags(["--arch", "resnet50", "--data", "/imagenet"]).flat()
     expected = {**PUBLISHED["mocov3-r50-100ep"], "batch_size": None, "residual_weight": 0.1, "recipe": None}
     assert {key: config[key] for key in expected} == expected
@@ -118,12 +118,12 @@ def test_no_flag_at_all_is_mocov3_with_residual_momentum() -> None:
         (["--epochs", "400"], {"warmup_epochs": 10.0}),
     ],
 )
-def test_flags_beat_the_recipe(flags: list[str], expected: dict[str, Any]) -> None:
+def test_flags_override_recipes_and_defaults(flags: list[str], expected: dict[str, Any]) -> None:
     config = read_flags(["--data", "digits", *flags]).flat()
     assert {key: config[key] for key in expected} == expected
 
 
-def test_settings_survive_being_written_down() -> None:
+def test_settings_survive_writing_and_reading() -> None:
     config = build(data="digits", out="somewhere", batch_size=64)
     assert from_flat(config.flat()).flat() == config.flat()
 
@@ -150,7 +150,7 @@ def test_wrong_settings_are_named(leaves: dict[str, Any], message: str) -> None:
         build(**{"data": "digits", **leaves})
 
 
-def test_batch_must_divide() -> None:
+def test_batch_size_must_be_a_multiple_of_accumulate() -> None:
     with pytest.raises(UsageError, match="--batch-size 10 must be a multiple of 4"):
         resolved(build(data="digits", batch_size=10, accumulate=4), 1)
 
