@@ -1,4 +1,4 @@
-"""The losses of each backend against float64 definitions, and every line under "Losses and queue" about them."""
+"""The contrastive losses of each backend against float64 definitions; their memory, launches and errors."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ FUSED = ["cpu", TRITON]
 Array = NDArray[np.float64]
 
 
-LARGE = [pytest.mark.slow] if INTERPRETED else []  # beside smaller cases of the same kernels
+LARGE = [pytest.mark.slow] if INTERPRETED else []  # smaller cases cover the same kernels
 
 
 class Case(NamedTuple):
@@ -54,7 +54,7 @@ class Case(NamedTuple):
         return f"{self.n}x{self.size}x{self.dim}-{form}-t{self.temperature}-{str(self.dtype)[6:]}"
 
     def inputs(self, device: torch.device | str = "cpu") -> tuple[Tensor, Tensor, Tensor | None]:
-        """Queries, keys and queue, of which the lengths differ from row to row."""
+        """Queries [n, dim] of several lengths, keys [n or size, dim] and a queue of unit rows [size, dim]."""
         query = rows(1, self.n, self.dim) * torch.linspace(0.5, 3, self.n, dtype=F64)[:, None]
         key = rows(2, self.n if self.queued else self.size, self.dim)
         queue = torch.from_numpy(oracle.unit(rows(3, self.size, self.dim))) if self.queued else None
@@ -90,6 +90,7 @@ CASES = [
 
 
 def rows(seed: int, *shape: int, dtype: torch.dtype = F64) -> Tensor:
+    """Normally distributed numbers of the given shape."""
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=F64).to(dtype)
 
 
@@ -98,12 +99,13 @@ def numpy(x: Tensor) -> Array:
 
 
 def unit(x: Array) -> Array:
+    """Rows [N, D] divided by their lengths; zero rows stay zero."""
     length = np.sqrt((x * x).sum(axis=1, keepdims=True))
     return np.divide(x, length, out=np.zeros_like(x), where=length > 0)
 
 
 def definition(query: Array, key: Array, queue: Array | None, temperature: float, offset: int = 0) -> Array:
-    """InfoNCE a row; like the oracle's, for many rows."""
+    """InfoNCE loss per row [N], vectorised; test_the_definition_equals_the_oracle compares it with the oracle."""
     q, k = unit(query), unit(key)
     positives = (q * k[offset : offset + len(q)]).sum(axis=1, keepdims=True) / temperature
     logits = q @ k.T / temperature if queue is None else np.hstack([positives, q @ queue.T / temperature])
@@ -112,7 +114,10 @@ def definition(query: Array, key: Array, queue: Array | None, temperature: float
 
 
 def slopes(loss: Callable[[Array], Array], at: Array, columns: list[int], step: float = 1e-6) -> Array:
-    """Central differences of each row's loss, which is its own only, to its element in each of the columns."""
+    """Gradient [N, columns] of the losses with respect to some columns of ``at``, by central differences.
+
+    The loss of a row must depend on that row only.
+    """
     found = []
     for column in columns:
         ahead, behind = at.copy(), at.copy()
@@ -123,27 +128,28 @@ def slopes(loss: Callable[[Array], Array], at: Array, columns: list[int], step: 
 
 
 def tolerances(dtype: torch.dtype, temperature: float, backend: str) -> tuple[float, float]:
-    """Of a loss, and of a gradient as a part of its largest element.
+    """Absolute tolerance of the loss, and tolerance of the gradient relative to its largest element.
 
-    The float32 paths round cosines; Triton also rounds the queries, and the weights of their candidates, to the dtype
-    of a 16-bit bank. A logit carries the rounding of a cosine over the temperature.
+    The float32 paths round cosines. Triton also rounds the queries, and the weights of their candidates, to the dtype
+    of a 16-bit bank. A logit has the rounding error of a cosine divided by the temperature.
     """
     if dtype == F64:
-        return 1e-9, 1e-6  # of the central differences
+        return 1e-9, 1e-6  # the errors of the central differences
     if backend == "triton" and dtype in (BF16, F16):
-        rounding = torch.finfo(dtype).eps * (2 if INTERPRETED else 1)  # the interpreter cuts bfloat16 off
+        rounding = torch.finfo(dtype).eps * (2 if INTERPRETED else 1)  # the interpreter truncates bfloat16
         return 0.5 * rounding / temperature, rounding * (1 + 0.5 / temperature)
     return 2e-6 + 5e-7 / temperature, 1e-5 + 1e-6 / temperature
 
 
 def assert_gradient(got: Tensor, want: Array, relative: float, floor: float) -> None:
+    """Assert that a gradient equals ``want`` within these tolerances and the rounding of its dtype."""
     bound = relative * np.abs(want).max(initial=0) + floor
     if got.dtype in (F16, BF16):
         bound += torch.finfo(got.dtype).eps * np.abs(want)
     assert (np.abs(numpy(got) - want) <= bound).all(), np.abs(numpy(got) - want).max() / np.max(bound)
 
 
-def test_the_definition_is_the_oracles() -> None:
+def test_the_definition_equals_the_oracle() -> None:
     for case in (Case(4, 9, 5), Case(3, 8, 5, queued=False, offset=4)):
         query, key, queue = (None if x is None else numpy(x) for x in case.inputs())
         want = oracle.info_nce(query, key, queue, 0.2, case.offset)
@@ -152,7 +158,7 @@ def test_the_definition_is_the_oracles() -> None:
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_value_and_gradient(case: Case, backend: str) -> None:
+def test_loss_and_gradient_equal_the_definition(case: Case, backend: str) -> None:
     query, key, queue = case.inputs(device_of(backend))
     query.requires_grad_()
     upstream = torch.linspace(-1, 2, case.n, dtype=F64)
@@ -189,7 +195,9 @@ def test_value_and_gradient(case: Case, backend: str) -> None:
     n=st.integers(1, 64), size=st.integers(1, 1000), dim=st.integers(1, 140), temperature=st.floats(0.02, 1),
     queued=st.booleans(), data=st.data(),
 )  # fmt: skip
-def test_any_size(n: int, size: int, dim: int, temperature: float, queued: bool, data: st.DataObject) -> None:
+def test_random_sizes_equal_the_definition(
+    n: int, size: int, dim: int, temperature: float, queued: bool, data: st.DataObject
+) -> None:
     size = size if queued else size + n
     offset = 0 if queued else data.draw(st.integers(0, size - n))
     case = Case(n, size, dim, temperature, queued, offset)
@@ -214,7 +222,7 @@ def test_any_size(n: int, size: int, dim: int, temperature: float, queued: bool,
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 @pytest.mark.parametrize("queued", [True, False])
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_reductions(backend: str, queued: bool, reduction: str) -> None:
+def test_reductions_equal_the_definition(backend: str, queued: bool, reduction: str) -> None:
     case = Case(9, 50, 20, queued=queued, offset=0 if queued else 30)
     query, key, queue = case.inputs(device_of(backend))
     query.requires_grad_()
@@ -248,7 +256,7 @@ def test_reductions(backend: str, queued: bool, reduction: str) -> None:
 @pytest.mark.parametrize("weights", ["numbers", "tensors"])
 @pytest.mark.parametrize("queued", [True, False])
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_residual_info_nce_is_the_weighted_sum(backend: str, queued: bool, weights: str) -> None:
+def test_residual_info_nce_is_the_weighted_sum_of_its_parts(backend: str, queued: bool, weights: str) -> None:
     case = Case(6, 40, 24, 0.3, queued=queued, offset=0 if queued else 11)
     device = device_of(backend)
     query, key, queue = case.inputs(device)
@@ -279,7 +287,7 @@ def test_residual_info_nce_is_the_weighted_sum(backend: str, queued: bool, weigh
 @pytest.mark.parametrize("pointer", [0, 13, 36])
 @pytest.mark.parametrize("pushed", [None, 1, 90])
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_keys_enter_the_ring_only_after_they_were_scored(backend: str, pushed: int | None, pointer: int) -> None:
+def test_keys_enter_the_queue_after_the_scores_are_computed(backend: str, pushed: int | None, pointer: int) -> None:
     device = device_of(backend)
     query, key, queue = Case(6, 37, 24).inputs(device)
     assert queue is not None
@@ -303,14 +311,14 @@ def test_keys_enter_the_ring_only_after_they_were_scored(backend: str, pushed: i
 
 @pytest.mark.parametrize("queued", [True, False])
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_nothing_given_is_changed_and_the_graph_lasts(backend: str, queued: bool) -> None:
+def test_inputs_are_not_changed_and_backward_can_run_twice(backend: str, queued: bool) -> None:
     query, key, queue = Case(9, 90, 32, queued=queued).inputs(device_of(backend))
     query.requires_grad_()
     before = [None if x is None else x.detach().clone() for x in (query, key, queue)]
     loss = residual_info_nce(query, key, query.detach().roll(1, 0), queue, backend=backend)[0]
     (first,) = torch.autograd.grad(loss, query, retain_graph=True)
     kept = first.clone()
-    if queue is not None and backend != "reference":  # a push before the backward pass does it no harm
+    if queue is not None and backend != "reference":  # a push before the backward pass does not change the gradient
         queue.add_(1)
     (second,) = torch.autograd.grad(loss, query, retain_graph=True)
     assert torch.equal(kept, second)
@@ -363,12 +371,12 @@ def test_gathered_keys_give_the_gradient_of_one_process(backend: str) -> None:
     for rank, shard in enumerate(shards):
         part = shard.clone().requires_grad_()
         loss = info_nce(part, key, key_offset=4 * rank, backend=backend)
-        (got,) = torch.autograd.grad(loss / 3, part)  # DDP averages the ranks
+        (got,) = torch.autograd.grad(loss / 3, part)  # DDP averages over the ranks
         torch.testing.assert_close(got, want[4 * rank : 4 * rank + 4], rtol=1e-5, atol=1e-7)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_strided_inputs(backend: str) -> None:
+def test_strided_inputs_give_the_same_loss_and_queue(backend: str) -> None:
     query, key, queue = Case(6, 30, 16).inputs(device_of(backend))
     assert queue is not None
 
@@ -384,7 +392,7 @@ def test_strided_inputs(backend: str) -> None:
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_no_rows(backend: str) -> None:
+def test_empty_inputs_have_zero_loss(backend: str) -> None:
     device = device_of(backend)
     none, some = torch.zeros(0, 8, device=device, requires_grad=True), torch.ones(3, 8, device=device)
     for loss in (info_nce(none, some, backend=backend), info_nce(none, none.detach(), some, backend=backend),
@@ -407,6 +415,7 @@ def test_autocast_does_not_lower_the_precision(backend: str) -> None:
 def step(
     query: Tensor, key: Tensor, queue: Tensor, pointer: Tensor, temperature: float | Tensor, backend: str
 ) -> Tensor:
+    """A scalar from all three losses, to be compiled."""
     loss, contrastive, residual = residual_info_nce(
         query * 2, key, query.detach().roll(1, 0), queue, pointer, temperature=temperature, backend=backend
     )
@@ -415,6 +424,7 @@ def step(
 
 
 def compiled_as_eager(compiler: str, backend: str) -> None:
+    """Assert that the compiled function returns the losses, gradients and queue of the eager one."""
     device = device_of(backend)
     query, key, _ = Case(6, 20, 16).inputs(device)
     query.requires_grad_()
@@ -475,7 +485,9 @@ def test_the_operators_pass_opcheck(backend: str, gradient: bool, reduction: str
 
 
 @pytest.mark.parametrize("backend", [TRITON])
-def test_everything_takes_two_launches_and_in_batch_keys_a_third(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_loss_gradient_and_queue_take_two_launches_and_in_batch_keys_three(
+    backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from fastrm.kernels import _push
 
     counts: list[str] = []
@@ -493,7 +505,7 @@ def test_everything_takes_two_launches_and_in_batch_keys_a_third(backend: str, m
 
 
 @pytest.mark.parametrize("backend", [TRITON])
-def test_wide_rows_take_two_launches_a_part_and_a_few_more(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_wide_rows_take_four_launches(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
     from fastrm.kernels import _push
 
     counts: list[str] = []
@@ -514,10 +526,13 @@ def test_wide_rows_take_two_launches_a_part_and_a_few_more(backend: str, monkeyp
     ids=lambda c: c.name,
 )
 @pytest.mark.parametrize("backend", [TRITON])
-def test_wide_and_narrow_agree(backend: str, case: Case, gradient: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The two ways of a GPU, on rows that both take; the wide one in several parts of queries and of the bank."""
+def test_wide_and_narrow_kernels_agree(
+    backend: str, case: Case, gradient: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The narrow and the wide Triton path agree on rows that both accept. The wide path works in several parts."""
     query, key, queue = case.inputs(device_of(backend))
-    ring = None if queue is None else torch.cat([queue, queue], dim=1)[:, : case.dim]  # with other strides: wide
+    # other strides, which only the wide path accepts
+    ring = None if queue is None else torch.cat([queue, queue], dim=1)[:, : case.dim]
     query.requires_grad_(gradient)
     found = []
     for bank in (queue, ring):
@@ -539,7 +554,7 @@ def test_wide_and_narrow_agree(backend: str, case: Case, gradient: bool, monkeyp
 @pytest.mark.parametrize("form", ["queue", "batch"])
 @pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
 @pytest.mark.parametrize("backend", ["cpu", TRITON])
-def test_rows_of_8_bits(backend: str, dtype: torch.dtype, form: str) -> None:
+def test_float8_banks_equal_the_definition(backend: str, dtype: torch.dtype, form: str) -> None:
     query, key, queue = Case(9, 300, 64, 0.3).inputs(device_of(backend))
     query.requires_grad_()
     bank = None if form == "batch" or queue is None else queue.to(dtype)
@@ -557,7 +572,7 @@ def test_rows_of_8_bits(backend: str, dtype: torch.dtype, form: str) -> None:
 
 
 class Counted:
-    """A kernel that is not launched, but counts that it would be, and the bytes of its tensors."""
+    """A kernel that appends the number of bytes of its tensors to ``launches`` and runs nothing."""
 
     def __init__(self, launches: list[int]) -> None:
         self.launches = launches
@@ -582,7 +597,7 @@ class Counted:
         (16_384, 16_384, 1_024, BF16, False, 68),
     ],
 )
-def test_any_width_takes_few_launches_and_bytes(
+def test_wide_rows_take_few_launches_and_bytes(
     n: int, size: int, dim: int, dtype: torch.dtype, queued: bool, launches: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from fastrm.kernels import _push
@@ -597,13 +612,13 @@ def test_any_width_takes_few_launches_and_bytes(
     queue = torch.empty(size, dim, dtype=dtype, device="meta") if queued else None
     _sweep.swept_losses(Scoring(query, key, key, queue, None, None, 0.2, 1.0, 1.0), True)
     assert len(counted) <= launches
-    width = 4 if dtype == F32 else 2  # of an element in the products
+    width = 4 if dtype == F32 else 2  # bytes per element in the matrix products
     products = 2 * width * (size * dim + n * size + n * dim)
-    rows = n * dim * (3 * query.itemsize + 4)  # queries and keys of two views in, the gradient out
+    rows = n * dim * (3 * query.itemsize + 4)  # bytes of the queries and keys of two views, and of the gradient
     assert sum(counted) <= 2 * products + rows
 
 
-def test_few_operations_where_no_kernel_knows_the_dtype() -> None:
+def test_float64_takes_at_most_130_operations() -> None:
     class Count(torch.utils._python_dispatch.TorchDispatchMode):
         calls = 0
 
@@ -618,7 +633,7 @@ def test_few_operations_where_no_kernel_knows_the_dtype() -> None:
     assert count.calls <= 130
 
 
-def test_no_block_of_the_cpu_path_grows_with_the_bank() -> None:
+def test_the_largest_tensor_of_the_cpu_path_does_not_grow_with_the_bank() -> None:
     class Largest(torch.utils._python_dispatch.TorchDispatchMode):
         def __init__(self, given: Tensor) -> None:
             super().__init__()
@@ -648,7 +663,9 @@ def test_no_block_of_the_cpu_path_grows_with_the_bank() -> None:
     [Case(5, 1337, 20, 0.05), Case(70, 3000, 16, dtype=BF16), Case(9, 999, 24, 0.5, dtype=F64), Case(2, 10, 7)],
     ids=lambda c: c.name,
 )
-def test_a_bank_cut_among_threads(case: Case, threads: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_loss_does_not_depend_on_the_number_of_threads(
+    case: Case, threads: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(_blocked, "CONVERTED", 1700 * case.dim)
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
     query, key, queue = case.inputs()
@@ -663,7 +680,7 @@ def test_a_bank_cut_among_threads(case: Case, threads: int, monkeypatch: pytest.
 
 
 @pytest.mark.parametrize("layout", ["columns", "every second", "a cut"])
-def test_queries_of_any_layout_against_a_queue(layout: str) -> None:
+def test_gradients_do_not_depend_on_the_layout_of_the_queries(layout: str) -> None:
     query, key, queue = Case(6, 40, 10).inputs()
     wide = torch.randn(12, 30)
     laid_out = {
@@ -678,8 +695,8 @@ def test_queries_of_any_layout_against_a_queue(layout: str) -> None:
     torch.testing.assert_close(slopes[1], slopes[0], rtol=1e-5, atol=1e-7)
 
 
-def test_the_gradient_of_a_sure_positive_is_not_lost_in_rounding() -> None:
-    """Where the positive takes all but e^-20 of the probability, what is left is the gradient."""
+def test_the_gradient_of_an_almost_certain_positive_is_accurate() -> None:
+    """If the positive has all but e^-20 of the probability, the gradient is the rest, and it is accurate."""
     key = torch.eye(4, 8)
     query, queue = key.clone().requires_grad_(), torch.eye(8)[4:]
     loss = info_nce(query, key, queue, temperature=0.05, reduction="none", backend="cpu")
@@ -711,9 +728,9 @@ def test_a_plan_covers_the_work(n: int, size: int, dim: int, kind: str, slots: i
     assert plan is not None
     assert plan.query_blocks * plan.block_n >= n
     assert plan.bank_splits * plan.tiles_per_split * plan.block_k >= size
-    assert (plan.bank_splits - 1) * plan.tiles_per_split * plan.block_k <= max(size - 1, 0)  # none is idle
+    assert (plan.bank_splits - 1) * plan.tiles_per_split * plan.block_k <= max(size - 1, 0)  # no split is empty
     finish = _sweep.finishing(dim, plan.bank_splits)
-    assert finish["BLOCK_R"] * finish["CHUNK"] * dim <= 4096  # in registers while rows are finished
+    assert finish["BLOCK_R"] * finish["CHUNK"] * dim <= 4096  # the rows to be finished fit in registers
 
 
 @pytest.mark.skipif(triton is None, reason="the plan is that of the Triton kernels")
@@ -737,7 +754,7 @@ def test_a_plan_for_wide_rows_covers_the_work(
 
 
 @pytest.mark.skipif(triton is None, reason="the plan is that of the Triton kernels")
-def test_a_plan_fills_a_gpu_within_the_memory_that_was_promised() -> None:
+def test_a_plan_fills_a_gpu_in_less_than_4_mib() -> None:
     plan = _sweep.plan(256, 65536, 128, "half", 132, 9)
     assert plan is not None
     assert plan.query_blocks * plan.bank_splits >= 0.9 * 132
@@ -745,7 +762,7 @@ def test_a_plan_fills_a_gpu_within_the_memory_that_was_promised() -> None:
     assert _sweep.plan(16384, 16384, 256, "half", 132, 9).bank_splits == 1  # type: ignore[union-attr]
 
 
-def test_float32_products_follow_the_setting() -> None:
+def test_float32_products_follow_the_matmul_precision() -> None:
     precision = torch.get_float32_matmul_precision()
     try:
         for setting, want in (("highest", "tf32x3"), ("high", "tf32"), ("medium", "tf32")):
@@ -804,7 +821,7 @@ def test_no_operation_makes_the_host_wait() -> None:
         residual_info_nce(query, key, key, queue, pointer, residual_weight=weight)[0].backward()
         residual_info_nce(query, key, key, residual_weight=weight)[0].backward()
 
-    run()  # compiles
+    run()  # compile the kernels
     torch.cuda.set_sync_debug_mode("error")
     try:
         run()
@@ -813,7 +830,7 @@ def test_no_operation_makes_the_host_wait() -> None:
 
 
 @pytest.mark.gpu
-def test_extra_memory_at_moco_size() -> None:
+def test_extra_memory_for_65536_keys_is_below_4_mib() -> None:
     query, key, queue = Case(256, 65536, 128, dtype=BF16).inputs("cuda")
     query.requires_grad_()
     torch.cuda.reset_peak_memory_stats()

@@ -1,4 +1,4 @@
-"""What an evaluation sees through DALI: the views of the worker processes, the same images, and where it is used."""
+"""Evaluation with DALI: it gives the views of the worker processes, leaves out the same files, and is used on GPUs."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ SIZES = [(300, 400), (333, 250), (96, 96), (50, 41), (64, 1500), (1500, 64)]
 
 @pytest.fixture(scope="module")
 def photographs(tmp_path_factory: pytest.TempPathFactory) -> EncodedImages:
-    """Pictures of several shapes and kinds, lying and turned."""
+    """PNG and JPEG files of several sizes in RGB, CMYK and gray, some with an EXIF rotation."""
     folder = tmp_path_factory.mktemp("photographs")
     for number, size in enumerate(SIZES):
         picture = Image.fromarray(natural_pictures(1, *size)[0].permute(1, 2, 0).numpy())
@@ -53,6 +53,7 @@ def photographs(tmp_path_factory: pytest.TempPathFactory) -> EncodedImages:
 
 
 def seen(images: EncodedImages, image_size: int, where: torch.device | None) -> Tensor:
+    """The views [N, 3, size, size] of all images in order, by DALI on a device or by worker processes (None)."""
     loader = EvalLoader(images, image_size=image_size, batch_size=20, workers=0, dali=where)
     batches = list(loader)
     assert [index for batch in batches for index in batch.indices] == list(range(len(images)))
@@ -62,15 +63,19 @@ def seen(images: EncodedImages, image_size: int, where: torch.device | None) -> 
 
 @pytest.mark.parametrize("place", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 @pytest.mark.parametrize("image_size", [32, 80])
-def test_views_are_those_of_worker_processes(
+def test_views_equal_those_of_worker_processes(
     image_size: int, place: str, photographs: EncodedImages, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """There each of two passes rounds, here the last alone: the error is below a step, and on an average nothing."""
-    monkeypatch.setattr(dali_views, "_MOST", 7)  # of a batch of 20
+    """The views of DALI equal those of worker processes, within rounding.
+
+    Worker processes round after each of two passes, DALI after the last. So an error is below one step of 1/255, and
+    about 0 on average.
+    """
+    monkeypatch.setattr(dali_views, "_MOST", 7)  # a batch of 20 is decoded in parts of 7
     ours, theirs = (seen(photographs, image_size, where) for where in (torch.device(place), None))
     assert ours.shape == theirs.shape == (len(photographs), 3, image_size, image_size)
     errors = (ours - theirs) * STD[:, None, None] * 255
-    limits = (0.3, 0.1) if place == "cpu" else (1.0, 0.5)  # a GPU decodes a JPEG with another rounding
+    limits = (0.3, 0.1) if place == "cpu" else (1.0, 0.5)  # a GPU rounds differently when it decodes a JPEG
     for index, error in enumerate(errors):
         assert float(error.abs().mean()) < limits[0], photographs.name(index)
         assert abs(float(error.mean())) < limits[1], photographs.name(index)
@@ -78,12 +83,14 @@ def test_views_are_those_of_worker_processes(
 
 @pytest.fixture
 def by_dali(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is decoded on a GPU where there is one is decoded by DALI on the CPU."""
+    """Evaluations decode with DALI on the CPU, as they do on a GPU."""
     monkeypatch.setattr(data, "_decoded_there", lambda images, device: True)
 
 
-def test_what_cannot_be_read_is_left_out_and_the_rest_keeps_its_labels(tmp_path: Path, by_dali: None) -> None:
-    """A file that is gone, one without its end, and one whose header is sound: as the worker processes leave out."""
+def test_unreadable_files_are_left_out_and_the_others_keep_their_labels(tmp_path: Path, by_dali: None) -> None:
+    """A missing, a truncated and a damaged file are left out, as by worker processes, and labels stay with their
+    images.
+    """
     for part in ("train", "val"):
         write(tmp_path / part, 40)
     source, bank, test = opened(tmp_path)
@@ -103,14 +110,14 @@ def test_what_cannot_be_read_is_left_out_and_the_rest_keeps_its_labels(tmp_path:
     assert {Path(name).name for name in loader.broken} == {test.paths[index].name for index in lost}
     assert sum("left out" in str(warning.message) for warning in said) == len(lost)
     with warnings.catch_warnings():
-        warnings.simplefilter("error")  # the second pass knows
+        warnings.simplefilter("error")  # the second pass does not warn again
         assert [index for batch in eval_loader(test, image_size=16, batch_size=8, workers=1) for index in batch.indices]
     with pytest.warns(UserWarning, match="left out"):
         scores = frozen_scores({"it": Colour()}, source, HERE, knn=True)["it"]
     assert scores["knn20"] == Estimate.of(np.arange(37) < round(37 * scores["knn20"].value))
 
 
-def test_a_batch_of_lost_files_is_passed_over_and_many_are_refused(tmp_path: Path, by_dali: None) -> None:
+def test_a_batch_of_missing_files_is_skipped_and_too_many_are_refused(tmp_path: Path, by_dali: None) -> None:
     for part in ("train", "val"):
         write(tmp_path / part, 20)
     _, _, test = opened(tmp_path)
@@ -124,7 +131,7 @@ def test_a_batch_of_lost_files_is_passed_over_and_many_are_refused(tmp_path: Pat
         list(eval_loader(test, image_size=16, batch_size=2, workers=0))
 
 
-def test_a_file_that_only_pillow_decodes_is_said_and_no_fault_of_a_file_raised(photographs: EncodedImages) -> None:
+def test_a_batch_that_only_pillow_decodes_is_reported_and_other_errors_are_raised(photographs: EncodedImages) -> None:
     for error in (of_dali("decoders.image", "nvImageCodec failure: '#5'"), of_dali("resize", "CUDA allocation failed")):
         loader: Any = EvalLoader(photographs, image_size=32, batch_size=8, workers=0, dali=CPU)
         loader._loader._decoder._pipeline = Failing(error)
@@ -137,8 +144,8 @@ def test_a_file_that_only_pillow_decodes_is_said_and_no_fault_of_a_file_raised(p
             assert raised.value is error
 
 
-def test_it_is_used_where_training_uses_it(photographs: EncodedImages, monkeypatch: pytest.MonkeyPatch) -> None:
-    """RGB files on a GPU, unless another loader is asked for."""
+def test_evaluation_uses_dali_where_training_does(photographs: EncodedImages, monkeypatch: pytest.MonkeyPatch) -> None:
+    """DALI is used for RGB files on a GPU, unless another loader is requested."""
     monkeypatch.setattr(data, "decodes_on", lambda device: True)
     gpu, options = torch.device("cuda:1"), {"image_size": 32, "batch_size": 8, "workers": 0}
     deep = photographs.formatted(replace(RGB, channels=1, mean=(0.5,), std=(0.5,)))
@@ -160,7 +167,7 @@ def test_it_is_used_where_training_uses_it(photographs: EncodedImages, monkeypat
     assert data._kind("auto", photographs, mock.Mock(spec=data.Augmentation), gpu) == "torch"
 
 
-def test_where_dali_does_not_work_it_is_not_used_and_that_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_dali_that_cannot_decode_is_not_used_and_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     fresh = decodes_on.__wrapped__
     assert fresh(CPU)
     monkeypatch.setattr(dali, "pipeline", lambda *_: Failing(of_dali("decoders.image", "no libnvjpeg")))

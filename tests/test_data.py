@@ -1,4 +1,4 @@
-"""Sources, loaders and the augmentation as torchvision carries it out."""
+"""Data sources, loaders, published augmentations, and the views of an evaluation."""
 
 from __future__ import annotations
 
@@ -23,11 +23,12 @@ from tests.conftest import FASHION_MNIST
 
 
 def loader(data: str | Source, **options: object):
+    """A loader for MoCo-v2 with small defaults."""
     defaults = {"method": "mocov2", "image_size": 24, "batch_size": 16, "device": "cpu", "workers": 0, "seed": 5}
     return make_loader(data, **{**defaults, **options})
 
 
-def test_the_three_layouts(pictures: Path) -> None:
+def test_three_layouts_of_image_folders(pictures: Path) -> None:
     split, classes, flat = (open_source(str(pictures / name)) for name in ("split", "classes", "flat"))
     assert (len(split.train), len(classes.train), len(flat.train)) == (84, 96, 192)
     assert split.test is not None
@@ -47,7 +48,7 @@ def test_the_three_layouts(pictures: Path) -> None:
         assert path.parent.name == f"digit{label}"
 
 
-def test_what_is_not_a_data_set_is_refused(tmp_path: Path) -> None:
+def test_paths_without_images_are_refused(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     (tmp_path / "text").mkdir()
     (tmp_path / "text" / "a.txt").write_text("no image")
@@ -70,7 +71,7 @@ def test_a_validation_class_that_training_lacks_is_refused(pictures: Path, tmp_p
         open_source(str(tmp_path))
 
 
-def test_digits_are_the_real_ones() -> None:
+def test_digits_have_their_known_sizes() -> None:
     source = open_source("digits")
     assert source.test is not None
     assert (len(source.train), len(source.test)) == (1437, 360)
@@ -91,7 +92,7 @@ def test_fashion_mnist_from_idx_files_plain_or_gzip(idx_folder: Path) -> None:
         open_source("fashion-mnist", idx_folder)
 
 
-def test_the_real_fashion_mnist() -> None:
+def test_fashion_mnist_has_its_known_sizes() -> None:
     if not FASHION_MNIST.is_dir():
         pytest.skip(f"needs Fashion-MNIST in {FASHION_MNIST} (Debian: apt-get install dataset-fashion-mnist)")
     source = open_source("fashion-mnist", FASHION_MNIST)
@@ -101,7 +102,7 @@ def test_the_real_fashion_mnist() -> None:
     assert (np.bincount(source.train.labels) == 6000).all()
 
 
-def test_a_set_that_cannot_be_downloaded_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_data_set_that_cannot_be_downloaded_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def offline(*_: object, **__: object) -> None:
         raise OSError("no network")
 
@@ -110,7 +111,7 @@ def test_a_set_that_cannot_be_downloaded_says_so(tmp_path: Path, monkeypatch: py
         open_source("cifar10", tmp_path)
 
 
-def test_odd_pictures_are_read_as_they_look(tmp_path: Path) -> None:
+def test_unusual_image_formats_are_decoded_as_displayed(tmp_path: Path) -> None:
     grey = np.linspace(0, 255, 48 * 32).reshape(32, 48).astype(np.uint8)
     picture = Image.fromarray(grey)
     picture.convert("CMYK").save(tmp_path / "cmyk.jpg")
@@ -120,7 +121,7 @@ def test_odd_pictures_are_read_as_they_look(tmp_path: Path) -> None:
     picture.save(tmp_path / "UPPER CASE ü.JPG".replace("JPG", "WEBP"))
     Image.fromarray(grey.astype(np.uint16) << 8).save(tmp_path / "sixteen.png")
     exif = Image.Exif()
-    exif[0x0112] = 6  # shown turned by a quarter, clockwise
+    exif[0x0112] = 6  # shown rotated by 90 degrees clockwise
     picture.rotate(90, expand=True).save(tmp_path / "turned.jpg", exif=exif)
     for path in sorted(tmp_path.iterdir()):
         read = decode(path.read_bytes())
@@ -128,7 +129,7 @@ def test_odd_pictures_are_read_as_they_look(tmp_path: Path) -> None:
         assert np.abs(np.asarray(read).mean(axis=2) - grey).mean() < 4, path.name
 
 
-def test_an_unreadable_file_is_named_and_in_training_another_takes_its_place(tmp_path: Path) -> None:
+def test_an_unreadable_file_is_named_and_replaced_by_another_in_training(tmp_path: Path) -> None:
     Image.new("RGB", (8, 8), "red").save(tmp_path / "b.png")
     (tmp_path / "a.png").write_bytes(b"\x89PNG but cut")
     images = FileImages(sorted(tmp_path.iterdir()), None)
@@ -142,7 +143,7 @@ def test_an_unreadable_file_is_named_and_in_training_another_takes_its_place(tmp
         FileImages(images.paths, None).read(0, decode)
 
 
-def test_an_epoch_has_whole_batches_of_every_image_once() -> None:
+def test_an_epoch_has_whole_batches_and_each_image_at_most_once() -> None:
     pixels = np.arange(70, dtype=np.uint8)[:, None, None].repeat(8, axis=1).repeat(8, axis=2)
     source = Source(name="ramp", train=ArrayImages(pixels, None), bank=None, test=None, about="")
     made = loader(source, batch_size=16)
@@ -155,14 +156,14 @@ def test_an_epoch_has_whole_batches_of_every_image_once() -> None:
     assert len(list(made)) == 4
 
 
-def test_ranks_share_an_epoch_between_them() -> None:
+def test_ranks_read_different_images_of_an_epoch() -> None:
     shares = [[i for batch in BatchSampler(70, 8, 5, rank, 2) for i in batch.images] for rank in (0, 1)]
     assert len(shares[0]) == len(shares[1]) == 32
     assert not set(shares[0]) & set(shares[1])
 
 
 @pytest.mark.parametrize("kind", ["torch", "memory"])
-def test_the_seed_decides_and_the_workers_do_not(kind: str) -> None:
+def test_views_depend_on_the_seed_and_not_on_the_workers(kind: str) -> None:
     def views(**options: Any) -> list[torch.Tensor]:
         made = loader("digits", loader=kind, **options)
         return [torch.stack(batch.views) for batch, _ in zip(made, range(3), strict=False)]
@@ -175,7 +176,7 @@ def test_the_seed_decides_and_the_workers_do_not(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", ["torch", "memory"])
-def test_each_pass_is_another_epoch_and_seek_goes_anywhere(kind: str) -> None:
+def test_each_pass_is_a_new_epoch_and_seek_moves_to_any_batch(kind: str) -> None:
     digits = open_source("digits").train
     assert isinstance(digits, ArrayImages)
     few = Source(name="few", train=digits.subset(np.arange(40)), bank=None, test=None, about="")
@@ -187,7 +188,7 @@ def test_each_pass_is_another_epoch_and_seek_goes_anywhere(kind: str) -> None:
         assert torch.equal(torch.stack(next(iter(made)).views), every[batch])
 
 
-def test_drawing_views_leaves_the_global_generator_alone() -> None:
+def test_views_do_not_change_the_global_random_state() -> None:
     made = loader("digits", loader="torch")
     torch.manual_seed(1)
     want = torch.rand(3)
@@ -204,7 +205,7 @@ def test_a_batch_larger_than_the_data_is_refused() -> None:
         loader("digits", loader="dali")
 
 
-def test_published_augmentations() -> None:
+def test_augmentations_have_the_published_values() -> None:
     v2_first, v2_second = find("mocov2").augmentation(0.2).views
     assert v2_first == v2_second
     assert (v2_first.saturation, v2_first.hue, v2_first.blur_probability, v2_first.solarize_probability) == (
@@ -221,7 +222,7 @@ def test_published_augmentations() -> None:
             assert view.interpolation == interpolation
 
 
-def test_evaluation_sees_the_centre_of_large_pictures_and_all_of_small_ones() -> None:
+def test_evaluation_crops_the_centre_of_large_images_and_resizes_small_ones() -> None:
     rng = np.random.default_rng(0)
     pixels = rng.integers(0, 256, (3, 300, 260, 3), dtype=np.uint8)
     images = ArrayImages(pixels, None)
@@ -234,7 +235,7 @@ def test_evaluation_sees_the_centre_of_large_pictures_and_all_of_small_ones() ->
     assert small.shape == (3, 3, 32, 32)
 
 
-def test_hidden_files_are_passed_over(tmp_path: Path) -> None:
+def test_hidden_files_are_ignored(tmp_path: Path) -> None:
     for name in ("a.png", "._a.png", ".hidden.png"):
         Image.new("RGB", (8, 8)).save(tmp_path / name)
     os.mkdir(tmp_path / ".cache")

@@ -1,4 +1,4 @@
-"""What a file's bytes become: the picture that they are, or one line that says why they cannot be read as one."""
+"""Decoding: the bytes of a file become its image, or one line that says why they cannot be read."""
 
 from __future__ import annotations
 
@@ -29,18 +29,19 @@ from fastrm.data.settling import settled
 from fastrm.data.sources import Source
 from fastrm.data.stored import Look, examined
 
-RAMP = np.linspace(0, 1, 48 * 32).reshape(32, 48)  # from black to white
+RAMP = np.linspace(0, 1, 48 * 32).reshape(32, 48)  # values from 0 (black) to 1 (white), [32, 48]
 LOADERS = ["torch", pytest.param("dali", marks=pytest.mark.skipif(dali_problem() is not None, reason="needs DALI"))]
 
 
 def written(picture: Image.Image, kind: str, **options: Any) -> bytes:
+    """The bytes of a picture in this file format."""
     content = io.BytesIO()
     picture.save(content, kind, **options)
     return content.getvalue()
 
 
 def entries(tags: dict[int, tuple[int, bytes]], endian: str = "<") -> bytes:
-    """A TIFF directory: by tag, the type and the bytes of its values."""
+    """A TIFF file with one directory; ``tags`` maps a tag to the type and the bytes of its values."""
     sizes = {2: 1, 3: 2, 4: 4, 5: 8, 10: 8}
     start = 8 + 2 + 12 * len(tags) + 4
     directory, data = struct.pack(endian + "H", len(tags)), b""
@@ -53,7 +54,7 @@ def entries(tags: dict[int, tuple[int, bytes]], endian: str = "<") -> bytes:
 
 
 def tiff(values: NDArray[Any], *, white_is_zero: bool = False, planar: bool = False) -> bytes:
-    """A TIFF of [H, W] or [H, W, C] values in their own dtype and byte order, written from its specification."""
+    """A TIFF file of values [H, W] or [H, W, C] in their dtype and byte order, written from the specification."""
     endian = ">" if values.dtype.byteorder == ">" else "<"
     height, width = values.shape[:2]
     channels = 1 if values.ndim == 2 else values.shape[2]
@@ -80,7 +81,7 @@ def tiff(values: NDArray[Any], *, white_is_zero: bool = False, planar: bool = Fa
 
 
 def png(values: NDArray[Any], colour: int) -> bytes:
-    """A PNG of 16-bit [H, W, C] values."""
+    """A PNG file of 16-bit values [H, W, C] with this colour type, written from the specification."""
 
     def chunk(kind: bytes, data: bytes) -> bytes:
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
@@ -91,14 +92,17 @@ def png(values: NDArray[Any], colour: int) -> bytes:
 
 
 def colour(values: NDArray[Any]) -> NDArray[Any]:
+    """Gray values [H, W] as RGB values [H, W, 3]."""
     return np.stack([values] * 3, axis=-1)
 
 
 def with_alpha(values: NDArray[Any]) -> NDArray[Any]:
+    """The values with an opaque 16-bit alpha channel."""
     return np.concatenate([values, np.full((*values.shape[:2], 1), 65535)], axis=-1)
 
 
 def scaled(top: float, kind: str) -> NDArray[Any]:
+    """The ramp from 0 to ``top`` in the dtype ``kind``."""
     return (RAMP * top).round(0 if np.dtype(kind).kind in "ui" else 9).astype(kind)
 
 
@@ -134,7 +138,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_as_rgb_of_bytes_values_without_a_known_black_and_white_are_refused_in_one_line(name: str) -> None:
+def test_values_of_unknown_range_are_refused_in_one_line(name: str) -> None:
     content, why = REFUSED[name]
     with pytest.raises(BrokenImage, match=why) as caught:
         decode(content)
@@ -161,19 +165,19 @@ RIGHT = {
 
 
 @pytest.mark.parametrize("name", RIGHT)
-def test_values_whose_black_and_white_are_known_are_scaled_by_them(name: str) -> None:
+def test_values_of_known_range_are_scaled_to_8_bits(name: str) -> None:
     pixels = np.asarray(decode(RIGHT[name]))
     np.testing.assert_allclose(pixels, colour(RAMP * 255), atol=1.01)
-    assert inspect(RIGHT[name]) == ((32, 48), None)  # every loader reads it by these rules
+    assert inspect(RIGHT[name]) == ((32, 48), None)  # no special size or format: every loader reads it by these rules
 
 
-def test_a_dark_picture_of_a_stated_range_and_a_black_one_are_read() -> None:
+def test_a_dark_image_with_a_stated_range_and_a_black_image_are_read() -> None:
     dark = b"P5\n48 32\n4095\n" + scaled(100, ">u2").tobytes()
     np.testing.assert_allclose(np.asarray(decode(dark)), colour(RAMP * 255 * 100 / 4095), atol=1.01)
     assert not np.asarray(decode(png(np.zeros((32, 48, 1)), 0))).any()
 
 
-def test_what_is_drawn_in_transparency_alone_is_refused() -> None:
+def test_an_image_whose_content_is_only_in_its_transparency_is_refused() -> None:
     drawn = Image.new("RGBA", (48, 32))
     drawn.putalpha(Image.fromarray(scaled(255, "u1")))
     for picture in (drawn, drawn.convert("LA")):
@@ -197,7 +201,7 @@ CARRIERS = ["JPEG", "PNG", *(["WEBP"] if features.check("webp") else [])]
 
 
 @pytest.mark.parametrize(("carrier", "name"), [*itertools.product(CARRIERS, BAD_EXIF)])
-def test_damaged_exif_leaves_a_picture_sound(carrier: str, name: str) -> None:
+def test_damaged_exif_does_not_change_the_image(carrier: str, name: str) -> None:
     picture = Image.fromarray(colour(scaled(255, "u1")))
     plain = written(picture, carrier)
     damaged = written(picture, carrier, exif=b"Exif\0\0" + entries(BAD_EXIF[name]))
@@ -210,7 +214,7 @@ def test_damaged_exif_leaves_a_picture_sound(carrier: str, name: str) -> None:
 
 
 @pytest.mark.parametrize("value", [(2, b"6\0"), (3, b"\x09\0"), (5, struct.pack("<II", 6, 1))])
-def test_an_orientation_that_is_none_is_passed_over(value: tuple[int, bytes]) -> None:
+def test_an_invalid_orientation_is_ignored(value: tuple[int, bytes]) -> None:
     picture = Image.fromarray(colour(scaled(255, "u1")))
     content = written(picture, "JPEG", exif=b"Exif\0\0" + entries({0x0112: value}))
     assert inspect(content) == ((32, 48), "JPEG")
@@ -220,7 +224,7 @@ def test_an_orientation_that_is_none_is_passed_over(value: tuple[int, bytes]) ->
 @pytest.mark.parametrize(
     "carrier", ["JPEG", "PNG", "TIFF", *CARRIERS[2:], *(["AVIF"] if features.check("avif") else [])]
 )
-def test_every_carrier_of_an_orientation_is_turned_upright(carrier: str) -> None:
+def test_every_orientation_of_every_format_is_turned_upright(carrier: str) -> None:
     picture = Image.fromarray(colour(scaled(255, "u1")))
     right = np.asarray(decode(written(picture, carrier)))
     turns = {
@@ -232,7 +236,7 @@ def test_every_carrier_of_an_orientation_is_turned_upright(carrier: str) -> None
         exif[0x0112] = orientation
         content = written(picture, carrier, exif=exif)
         assert inspect(content).size == want.shape[:2]
-        # Lossy encoders see the same pixels, and AVIF writes the turn beside the picture.
+        # Lossless encoders store the same pixels; AVIF stores the rotation beside the image.
         np.testing.assert_allclose(np.asarray(decode(content)).astype(int), want, atol=0 if carrier != "WEBP" else 3)
 
 
@@ -246,7 +250,7 @@ def test_reasons_are_one_line_without_addresses() -> None:
 
 
 @pytest.mark.parametrize("error", [TypeError("odd"), RuntimeError("odd"), struct.error("odd")])
-def test_whatever_a_decoder_raises_the_file_is_broken(error: Exception) -> None:
+def test_any_error_of_a_decoder_marks_the_file_as_broken(error: Exception) -> None:
     content = written(Image.new("RGB", (8, 8)), "BMP")
     with mock.patch.object(Image.Image, "convert", side_effect=error), pytest.raises(BrokenImage, match="odd"):
         decode(content)
@@ -257,7 +261,7 @@ def test_whatever_a_decoder_raises_the_file_is_broken(error: Exception) -> None:
 
 @pytest.fixture
 def odd_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[FileImages, dict[str, str]]:
-    """54 sound pictures, and of each kind of file that is none but has the name of one; what is said of these."""
+    """A folder of 54 images, and one of each kind of file that only has the name of an image; the errors by name."""
     sound = written(Image.fromarray(colour(scaled(255, "u1"))), "PNG")
     for index in range(54):
         (tmp_path / f"sound{index}.png").write_bytes(sound)
@@ -266,7 +270,7 @@ def odd_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[FileImag
     os.mkfifo(tmp_path / "pipe.jpg")
     (tmp_path / "folder.jpg").mkdir()
     with socket.socket(socket.AF_UNIX) as made:
-        monkeypatch.chdir(tmp_path)  # a socket's path is short
+        monkeypatch.chdir(tmp_path)  # the path of a socket must be short
         made.bind("socket.jpg")
     (tmp_path / "empty.jpg").write_bytes(b"")
     why = {
@@ -277,7 +281,7 @@ def odd_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[FileImag
     return FileImages(sorted(tmp_path.iterdir()), None), why
 
 
-def test_files_that_are_none_are_broken_for_the_scan_and_for_every_loader(
+def test_special_and_empty_files_are_broken_for_the_scan_and_for_every_loader(
     odd_files: tuple[FileImages, dict[str, str]], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
@@ -290,7 +294,7 @@ def test_files_that_are_none_are_broken_for_the_scan_and_for_every_loader(
     assert {images.paths[index].name: said for index, said in images.unreadable.items()} == why
 
 
-def test_what_the_scan_found_is_kept_as_long_as_files_and_rules_are_the_same(
+def test_results_of_the_scan_are_cached_until_files_or_pillow_change(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
@@ -324,7 +328,7 @@ def test_what_the_scan_found_is_kept_as_long_as_files_and_rules_are_the_same(
     said = "1 files have several pages, of which only the first is read"
     assert said in settled(found).about
     assert len(looked) == 20
-    # The disk is well again: that file alone is looked at anew.
+    # The disk works again: only the file that failed is examined again.
     found, broken = scan(source, workers=2)
     assert [Path(name).name for name in broken] == ["00.png"]
     assert said in settled(found).about
@@ -348,7 +352,7 @@ WHOLE = Augmentation(
 
 
 @pytest.mark.parametrize("kind", LOADERS)
-def test_the_loaders_show_the_same_pixels_and_leave_the_same_out(kind: str, tmp_path: Path) -> None:
+def test_all_loaders_decode_the_same_pixels_and_leave_out_the_same_files(kind: str, tmp_path: Path) -> None:
     wide = {name: content for name, content in RIGHT.items() if not name.startswith("8 bits")}
     sound = {name: RIGHT[name] for name in RIGHT.keys() - wide.keys()} if kind == "dali" else dict(RIGHT)
     plain = written(Image.fromarray(colour(scaled(255, "u1"))), "PNG")

@@ -1,4 +1,4 @@
-"""DINO: one step against the publication in float64, its schedules, its first epoch, and resume."""
+"""DINO: one step against the published loss in float64, its schedules, its frozen first epoch, and resuming."""
 
 from __future__ import annotations
 
@@ -34,6 +34,7 @@ SMALL: dict[str, Any] = {
 
 
 def made(**leaves: Any) -> tuple[Any, Config]:
+    """A method with small settings whose teacher and centre differ from the student's, and its settings."""
     torch.manual_seed(0)
     config = build(**{**SMALL, **leaves})
     method = build_method(config)
@@ -45,11 +46,12 @@ def made(**leaves: Any) -> tuple[Any, Config]:
 
 
 def views() -> list[Tensor]:
+    """Two views [4, 3, 32, 32] and three views [4, 3, 16, 16]."""
     return [torch.randn(4, 3, side, side) for side in (32, 32, 16, 16, 16)]
 
 
 def published(method: Any, ours: list[Tensor], theirs: list[Tensor], temperature: float) -> tuple[Tensor, Tensor]:
-    """The loss with all logits, view by view, and the mean logits of the teacher."""
+    """The published loss in float64 from all logits, view by view, and the mean logits of the teacher [K]."""
 
     def weight(last: Any) -> Tensor:
         return F.normalize(last.directions.double(), dim=1) * (1 if last.norms is None else last.norms)
@@ -67,7 +69,7 @@ def published(method: Any, ours: list[Tensor], theirs: list[Tensor], temperature
 
 
 @pytest.mark.parametrize("leaves", [{"residual_weight": 0.0}, {"residual_weight": 0.5, "norm_prototypes": False}])
-def test_loss_gradient_and_centre_are_the_published_ones(leaves: dict[str, Any]) -> None:
+def test_loss_gradient_and_centre_equal_the_publication(leaves: dict[str, Any]) -> None:
     method, _ = made(**leaves)
     method.set_rates(Rates(0.0, 0.5, 1.0, teacher_temperature=0.06))
     given = views()
@@ -100,12 +102,12 @@ def test_loss_gradient_and_centre_are_the_published_ones(leaves: dict[str, Any])
     torch.testing.assert_close(method.center.double(), 0.9 * center.double() + 0.1 * mean, rtol=1e-4, atol=1e-6)
 
 
-def test_rows_are_paired_by_image() -> None:
+def test_pairs_join_rows_of_the_same_image() -> None:
     pairs = pairs_of(3, 2, 2, torch.device("cpu")).tolist()
     assert pairs == [[0, 2], [1, 3], [2, 0], [3, 1], [4, 0], [5, 1], [4, 2], [5, 3]]
 
 
-def test_schedules() -> None:
+def test_schedules_equal_the_publication() -> None:
     config = build(
         **{**SMALL, "epochs": 10, "lr": 0.5, "min_lr": 1e-3, "warmup_epochs": 0.0, "freeze_prototypes_epochs": 1.5},
         teacher_temperature=0.07, teacher_temperature_warmup_epochs=4.0,
@@ -121,7 +123,7 @@ def test_schedules() -> None:
     assert Schedule(build(data="x").optim, build(data="x").method, 128, steps_per_epoch=4).at(3).weight_decay is None
 
 
-def test_a_step_holds_the_prototypes_and_clips_each_gradient() -> None:
+def test_a_step_freezes_the_prototypes_and_clips_each_gradient() -> None:
     method, config = made()
     optimizer = build_optimizer(method, config.optim)
     step = Step(
@@ -147,7 +149,7 @@ def test_a_step_holds_the_prototypes_and_clips_each_gradient() -> None:
     assert not torch.equal(head, moved)
     assert len(norms[1]) == len(norms[0]) + 1
     assert max(norms[0] + norms[1]) <= 0.05 * (1 + 1e-4)
-    assert sum(norm > 0.049 for norm in norms[1]) > 1  # each by itself
+    assert sum(norm > 0.049 for norm in norms[1]) > 1  # each gradient is clipped by itself
 
 
 def test_the_fused_loss_is_verified_with_the_gradient_of_the_prototypes() -> None:
@@ -164,7 +166,7 @@ def test_the_fused_loss_is_verified_with_the_gradient_of_the_prototypes() -> Non
         assert verify(method, tuple(views()), torch.tensor(0.1))["verify_gradient"] > 1e-3
 
 
-def test_only_the_student_leaves_out_blocks() -> None:
+def test_only_the_student_has_stochastic_depth() -> None:
     vit = {"arch": "test_vit", "prototypes": 8, "drop_path": 0.2}
     method, _ = made(**vit)
     rates = [
@@ -179,7 +181,7 @@ def test_only_the_student_leaves_out_blocks() -> None:
         build_method(build(**{**SMALL, "drop_path": 0.1}), arch=torch.nn.Linear(2, 2))
 
 
-def test_defaults_are_those_of_the_kind_of_network() -> None:
+def test_defaults_depend_on_the_kind_of_network() -> None:
     vit, resnet, other = (build(data="x", method="dino", arch=a) for a in ("vit_tiny_patch16_224", "resnet18", "xcit"))
     assert (vit.optim.optimizer, vit.model.drop_path, vit.input.crop_min) == ("adamw", 0.1, 0.4)
     assert (resnet.optim.optimizer, resnet.model.drop_path, resnet.input.crop_min) == ("sgd", 0.0, 0.14)
@@ -188,7 +190,7 @@ def test_defaults_are_those_of_the_kind_of_network() -> None:
     assert DINO.recipes["dino-vits16-300ep"]["teacher_temperature"] == 0.07
 
 
-def test_a_run_is_resumed_to_the_bit(small: Callable[..., Config], tmp_path: Path) -> None:
+def test_a_dino_run_resumes_bit_for_bit(small: Callable[..., Config], tmp_path: Path) -> None:
     options = {
         **SMALL, "epochs": 2, "workers": 0, "log_every": 1, "eval_every": 0, "warmup_epochs": 0.0,
         "freeze_prototypes_epochs": 2 / 89, "augmentation": "2x32,2x16", "stem": "imagenet", "checkpoint_every": 1,

@@ -1,4 +1,4 @@
-"""Several processes on gloo: the full batch's gradient, one teacher and one queue everywhere, and the run folder."""
+"""Several processes on gloo: gradients of the full batch, one teacher and one queue in all, and the run folder."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ METHODS = ["mocov3", "mocov2", "byol", "densecl", "dino"]
 
 
 def worker(*arguments: str, launcher: Sequence[str] = (), timeout: int = 300) -> subprocess.CompletedProcess[str]:
-    """Two processes of their own making, or those of a launcher."""
+    """Run parts of tests/distributed_worker.py in two processes that it forks, or in those of a launcher."""
     command = [sys.executable, *launcher, "-m", "tests.distributed_worker"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
     return subprocess.run(
@@ -42,31 +42,35 @@ def worker(*arguments: str, launcher: Sequence[str] = (), timeout: int = 300) ->
 
 
 def torchrun(*arguments: str, processes: int = 2, timeout: int = 300) -> subprocess.CompletedProcess[str]:
+    """Run parts of tests/distributed_worker.py under torchrun."""
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
     return worker(*arguments, launcher=launcher, timeout=timeout)
 
 
 @pytest.fixture(scope="module")
 def done(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What two processes left behind that were started once, since a start takes longer than all they do."""
+    """The folder with the results of all parts in two processes. They are started once, because starting takes long."""
     folder = tmp_path_factory.mktemp("distributed")
     run = worker(str(folder), *PARTS, timeout=580)
     assert run.returncode == 0, run.stderr
     return folder
 
 
-def test_loss_and_gradient_are_those_of_the_full_batch(done: Path) -> None:
-    """Each method on a backbone with LayerNorm alone, and with BatchNorm over all processes; float64 and 1e-5."""
+def test_loss_and_gradient_equal_those_of_the_full_batch(done: Path) -> None:
+    """Loss and gradient of two processes equal those of one process on the whole batch within 1e-5, in float64.
+
+    Each method has a backbone without BatchNorm, and two methods also have one with synchronised BatchNorm.
+    """
     results = json.loads((done / "gradients.json").read_text())
-    # The plain backbone with every method; BatchNorm where it is synchronised.
+    # All methods but DenseCL on the plain backbone, and BatchNorm where it is synchronised.
     assert set(results) == {*(f"{m} layernorm" for m in (*METHODS[:3], "dino")), "mocov3 batchnorm", "byol batchnorm"}
     for name, (loss, gradient) in results.items():
         assert loss < 1e-5, name
         assert gradient < 1e-5, name
 
 
-def test_batchnorm_is_that_of_the_whole_batch_and_exchanges_once_each_way(done: Path) -> None:
-    """Far from 0, where E[x^2] - E[x]^2 has no digits left."""
+def test_batchnorm_equals_that_of_the_whole_batch_with_one_collective_per_pass(done: Path) -> None:
+    """The mean is far from 0, where E[x^2] - E[x]^2 would lose all its digits."""
     check_normalised(done)
 
 
@@ -76,19 +80,20 @@ def check_normalised(folder: Path, processes: int = 2) -> None:
     for name, found in results.items():
         assert found["exchanges"] == [1, 1], name
         for key, error in found["errors"].items():
-            # A mean of about 300 is rounded to half of 2^-15 where it is made and where it is added to the others, and
-            # the deviation is 1; gradients of parameters sum that over up to 140 values times gradients of theirs.
+            # A mean of about 300 is rounded to half of 2^-15 when it is computed and when it is added to the others,
+            # and the standard deviation is 1. Gradients of parameters sum this over up to 140 values, weighted by the
+            # upstream gradients.
             rounded = 2**-16 * 2 * processes * (140 if key.startswith("gradient of") else 1)
             assert error < (1e-11 if "float64" in name else rounded), (name, key)
 
 
-def test_a_signal_to_one_process_reaches_all_and_no_step_waits(done: Path) -> None:
+def test_a_signal_to_one_process_reaches_all_without_a_wait(done: Path) -> None:
     assert all((done / f"signals{rank}").exists() for rank in (0, 1))
 
 
 @pytest.mark.slow
-def test_one_value_a_step_is_read_in_two_processes_too(tmp_path: Path) -> None:
-    """That which says whether the gradient is finite; on a GPU it stays there."""
+def test_two_processes_read_one_value_per_step(tmp_path: Path) -> None:
+    """The value tells whether the gradient is finite; on a GPU it stays on the device."""
     run = torchrun(str(tmp_path), "reads", timeout=580)
     assert run.returncode == 0, run.stderr
     for rank in (0, 1):
@@ -102,18 +107,18 @@ def test_networks_compile_without_graph_breaks_under_ddp(tmp_path: Path) -> None
     assert {path.name for path in tmp_path.iterdir()} == {f"compiled {m} {rank}" for m in METHODS for rank in (0, 1)}
 
 
-def test_shuffled_batches_give_every_image_its_own_encoding(done: Path) -> None:
+def test_shuffled_batches_return_each_encoding_to_its_image(done: Path) -> None:
     assert all((done / f"shuffled{rank}").exists() for rank in (0, 1))
 
 
 @pytest.mark.parametrize(("method", "arch"), TRAINED)
-def test_teacher_and_queue_are_the_same_everywhere_after_steps(method: str, arch: str, done: Path) -> None:
+def test_teacher_and_queue_are_equal_in_all_processes(method: str, arch: str, done: Path) -> None:
     first, second = (torch.load(done / f"rank{rank} {method} {arch}.pt", weights_only=True) for rank in (0, 1))
     start = torch.load(done / f"start {method} {arch}.pt", weights_only=True)
     moved = 0
     for name, value in first.items():
         if name.endswith(("running_mean", "running_var")) and method in ("mocov2", "densecl"):
-            continue  # each process has its own, since its BatchNorm sees its own images
+            continue  # the BatchNorm of each process sees only the images of that process
         assert torch.equal(value, second[name]), name
         moved += name.startswith("teacher.") and not torch.equal(value, start[name])
     assert moved > 10
@@ -127,8 +132,8 @@ def test_teacher_and_queue_are_the_same_everywhere_after_steps(method: str, arch
     assert np.isfinite([line["loss"] for line in lines[:STEPS]]).all()
 
 
-def test_a_run_of_two_processes_goes_on_where_it_was(done: Path, tmp_path: Path) -> None:
-    """Bit for bit with as many processes; in one with the batches, the queue and the schedule of two."""
+def test_a_run_of_two_processes_resumes_in_two_and_in_one(done: Path, tmp_path: Path) -> None:
+    """A run continues bit for bit in two processes. In one process it keeps batch size, queue and schedule."""
     whole, parts = (torch.load(done / out / "checkpoint.pt", weights_only=True)["method"] for out in ("whole", "parts"))
     assert all(torch.equal(value, parts[name]) for name, value in whole.items())
     shutil.copytree(done / "parts", tmp_path / "parts")
@@ -138,7 +143,7 @@ def test_a_run_of_two_processes_goes_on_where_it_was(done: Path, tmp_path: Path)
     assert (after["step"], len(after["random"]), after["config"]["batch_size"]) == (7, 1, 16)
     assert int(after["method"]["queues.0.pointer"]) == 7 * 16 % QUEUE
     first, second = (state["method"]["queues.0.features"] for state in (before, after))
-    assert torch.equal(first[16:], second[16:])  # the seventh batch takes the place of the first
+    assert torch.equal(first[16:], second[16:])  # the seventh batch replaces the first
     assert not torch.equal(first[:16], second[:16])
 
 
@@ -154,7 +159,7 @@ def test_the_images_of_a_step_are_the_same_in_any_number_of_processes() -> None:
 
 
 @pytest.mark.slow
-def test_a_run_goes_on_in_four_processes_after_two_and_in_one_after_four(tmp_path: Path) -> None:
+def test_a_run_continues_in_four_processes_after_two_and_in_one_after_four(tmp_path: Path) -> None:
     for part, number in (("first half", 2), ("second half", 4)):
         run = torchrun(str(tmp_path), part, processes=number)
         assert run.returncode == 0, run.stderr
@@ -168,7 +173,7 @@ def test_a_run_goes_on_in_four_processes_after_two_and_in_one_after_four(tmp_pat
 
 
 @pytest.mark.slow
-def test_four_processes_do_what_two_do(tmp_path: Path) -> None:
+def test_four_processes_give_the_same_results(tmp_path: Path) -> None:
     run = torchrun(str(tmp_path), *PARTS, processes=4, timeout=1200)
     assert run.returncode == 0, run.stderr
     results = json.loads((tmp_path / "gradients.json").read_text())
@@ -183,7 +188,7 @@ def test_four_processes_do_what_two_do(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_run_outlives_an_evaluation_that_takes_longer_than_the_time_limit(tmp_path: Path) -> None:
+def test_a_run_survives_an_evaluation_longer_than_the_time_limit(tmp_path: Path) -> None:
     run = torchrun(str(tmp_path), "slowed")
     assert run.returncode == 0, run.stderr
     assert "knn_student" in json.loads((tmp_path / "slowed" / "summary.json").read_text())
@@ -197,7 +202,7 @@ def test_evaluations_of_imagenet_take_at_most_two_percent_by_the_cost_model() ->
 
 
 def numbers(scored: dict[str, Any]) -> dict[str, Any]:
-    """All that evaluation.json holds by the path to it, apart from the gaps."""
+    """All values of evaluation.json by their path, apart from the gaps."""
     flat: dict[str, Any] = {}
     for name, value in scored.items():
         inner = numbers(value) if isinstance(value, dict) else {"": value}
@@ -205,7 +210,7 @@ def numbers(scored: dict[str, Any]) -> dict[str, Any]:
     return flat
 
 
-def test_processes_together_score_what_one_scores(done: Path, tmp_path: Path) -> None:
+def test_two_processes_give_the_scores_of_one(done: Path, tmp_path: Path) -> None:
     run = done / "mocov3 test_resnet"
     scores(run, tmp_path / "alone.json", neighbours=tmp_path / "alone.png")
     ours, alone = (json.loads(path.read_text()) for path in (done / "evaluation.json", tmp_path / "alone.json"))
@@ -215,7 +220,7 @@ def test_processes_together_score_what_one_scores(done: Path, tmp_path: Path) ->
     for place, gap in gaps_alone.items():
         assert gaps[place]["value"] == pytest.approx(gap["value"], rel=1e-9)
     assert (done / "neighbours.png").read_bytes() == (tmp_path / "alone.png").read_bytes()
-    # The run's own evaluation took the same images.
+    # The evaluation within the run used the same images.
     summary = json.loads((run / "summary.json").read_text())
     for name in ("student", "teacher", "pixels"):
         assert summary[f"knn_{name}"] == ours["sets"]["digits"]["scores"][name]["knn20"]["value"]
@@ -237,7 +242,7 @@ def test_an_error_of_one_process_ends_all_with_one_line(done: Path) -> None:
 
 
 def test_the_first_process_lists_for_all(done: Path) -> None:
-    """Nothing is in the cache of the second, which lists nothing and misses some files."""
+    """The second process has an empty cache, lists nothing, and does not find some of the files."""
     first, second = (json.loads((done / f"started{rank}.json").read_text()) for rank in (0, 1))
     assert first[:2] == [2, [".index"]]
     assert second[:2] == [0, []]
@@ -249,12 +254,12 @@ def test_the_first_process_lists_for_all(done: Path) -> None:
     assert json.loads((done / "started" / "summary.json").read_text())["images"] == 48
 
 
-def test_unlike_machines_agree_on_a_precision(done: Path) -> None:
+def test_processes_on_different_gpus_choose_one_precision(done: Path) -> None:
     found = [json.loads((done / f"agreeing{rank}.json").read_text()) for rank in (0, 1)]
     assert found == [["fp16", "--precision bf16: this GPU does not have it; use fp16 or fp32"]] * 2
 
 
-def test_what_torchrun_did_not_set_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_variables_of_torchrun_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
     for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
         monkeypatch.delenv(name, raising=False)

@@ -1,4 +1,4 @@
-"""README and docs/: the code runs, the commands parse, the site builds, its links lead somewhere."""
+"""README and docs/: code blocks run, commands parse, the site builds, and its links and pictures exist."""
 
 from __future__ import annotations
 
@@ -25,7 +25,8 @@ from fastrm.train import train
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("[a-z]*.md"))]
-RUN = ("quickstart.md", "tutorial.md")  # their commands are run, shortened; those of other pages are parsed
+# the commands of these pages are run with small settings; those of other pages are only parsed
+RUN = ("quickstart.md", "tutorial.md")
 SMALL = {
     "arch": "test_resnet", "epochs": 1, "max_steps": 2, "batch_size": 8, "hidden_dim": 16, "predictor_hidden_dim": 16,
     "output_dim": 8,
@@ -39,7 +40,7 @@ COMMANDS: dict[str, tuple[Any, type]] = {
     "fastrm.data": (views, views.Options),
 }
 named = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
-# The quick start's commands are those of examples/quickstart.py and of the other pages.
+# The commands of the quick start are also in examples/quickstart.py and on other pages.
 SLOW = {ROOT / "docs" / "quickstart.md"}
 run = pytest.mark.parametrize(
     "page",
@@ -49,12 +50,12 @@ run = pytest.mark.parametrize(
 
 
 def blocks(page: Path) -> list[tuple[str, str]]:
-    """(language, text) of each fenced block."""
+    """The (language, text) of each fenced block."""
     return re.findall(r"^```(\w+)\n(.*?)^```", page.read_text(encoding="utf-8"), flags=re.DOTALL | re.MULTILINE)
 
 
 def command(line: str, run: bool) -> None:
-    """Run a line of a shell block or, at least, see that it could be."""
+    """Run a line of a shell block, or only check that its command exists and that its flags parse."""
     words = shlex.split(line.replace("…", "digits"), comments=True)
     match words:
         case []:
@@ -111,7 +112,7 @@ def test_inline_commands_parse(page: Path) -> None:
 
 
 @named
-def test_tests_and_files_that_are_named_exist(page: Path) -> None:
+def test_named_tests_and_files_exist(page: Path) -> None:
     text = page.read_text(encoding="utf-8")
     tests = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "tests").glob("*.py"))
     networks = timm.list_models("test_*")
@@ -121,7 +122,7 @@ def test_tests_and_files_that_are_named_exist(page: Path) -> None:
         assert "NAME" in name or list(ROOT.glob(name.rstrip("/"))), name
 
 
-def test_the_readmes_three_uses_are_there() -> None:
+def test_the_readme_shows_three_uses() -> None:
     said = (ROOT / "README.md").read_text(encoding="utf-8")
     assert "python -m fastrm.train --arch resnet50 --data /imagenet" in said
     assert "pytest benchmarks/ --benchmark-only" in said
@@ -130,7 +131,7 @@ def test_the_readmes_three_uses_are_there() -> None:
 
 @pytest.fixture(scope="module")
 def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The documentation, built from a copy; a warning is an error."""
+    """The folder of the documentation, built from a copy. Warnings are errors."""
     for name in ("sphinx", "furo", "myst_parser"):
         pytest.importorskip(name, reason=f"{name} is not installed")
     work = tmp_path_factory.mktemp("site")
@@ -145,7 +146,7 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.slow
-def test_the_site_says_what_the_code_is(site: Path) -> None:
+def test_the_site_lists_all_operations_and_recipes(site: Path) -> None:
     shown = {
         page: (site / f"{page}.html").read_text(encoding="utf-8") for page in ("api/kernels", "recipes", "drop-in")
     }
@@ -178,7 +179,7 @@ def test_pages_fit_a_phone_and_tables_fit_a_screen(width: int, site: Path, brows
 
 @pytest.mark.slow
 def test_no_dead_link_inside_the_site(site: Path, browser: Any) -> None:
-    """A browser loads every page that it can reach from the first, with its pictures, styles and scripts."""
+    """A browser loads every page that it can reach from the first, with its images, styles and scripts."""
     waiting, seen, targets = [(site / "index.html").as_uri()], set(), set()
     anchors: dict[str, set[str]] = {}
     while waiting:

@@ -1,4 +1,4 @@
-"""The changes in examples/drop_in apply, are as short as they say, and change no number."""
+"""The diffs in examples/drop_in apply, add at most five lines, and change no loss and no weight."""
 
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ pytestmark = [
 
 @pytest.fixture(scope="module")
 def compare() -> Any:
+    """The module examples/drop_in/compare.py."""
     sys.path.insert(0, str(FOLDER))
     try:
         import compare
@@ -30,30 +31,33 @@ def compare() -> Any:
     return compare
 
 
-def test_every_trainer_has_a_change(compare: Any) -> None:
+def test_every_trainer_has_a_diff(compare: Any) -> None:
     assert tuple(compare.NAMES) == NAMES
 
 
 @pytest.mark.filterwarnings("ignore:.*weight_norm.*:FutureWarning")
 @pytest.mark.parametrize("name", NAMES)
-def test_the_numbers_stay(name: str, compare: Any) -> None:
+def test_a_diff_changes_no_loss_and_no_weight(name: str, compare: Any) -> None:
     added = re.findall(r"^\+(?!\+\+).+$", (FOLDER / f"{name}.diff").read_text(), flags=re.MULTILINE)
     assert 0 < len(added) <= 5
     losses, weights = compare.differences(name, steps=2, arch="test_resnet")
-    # FeatureQueue holds float32, 6e-8 of a feature; a difference of s in a similarity is s / temperature in the loss.
+    # FeatureQueue stores float32, with an error of 6e-8 per feature. An error e of a similarity is an error of e /
+    # temperature in the loss.
     bound = 6e-7 if "FeatureQueue" in "".join(added) else 1e-12
     assert losses <= bound
     assert weights <= bound
 
 
-def test_a_wrong_number_would_be_seen(compare: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_comparison_detects_a_wrong_momentum(compare: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     versions = compare.versions("averaged_model")
     versions[1].ema_avg_fn = lambda momentum: versions[0].get_ema_multi_avg_fn(momentum + 1e-6)
     monkeypatch.setattr(compare, "versions", lambda _: versions)
     assert compare.differences("averaged_model", steps=3, arch="test_resnet")[1] > 1e-10
 
 
-def test_the_table(compare: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_comparison_prints_a_table(
+    compare: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     flags = ["--arch", "test_resnet", "--steps", "2", "--rounds", "1"]
     monkeypatch.setattr(sys, "argv", ["compare.py", "timm_ema", *flags])
     compare.main()

@@ -1,4 +1,4 @@
-"""fused_ema_ and EMA against a float64 definition, and every line under "Teacher update" that users ran into."""
+"""fused_ema_ and EMA against a float64 definition: dtypes, layouts, modules, prepared lists, compilation and errors."""
 
 from __future__ import annotations
 
@@ -27,6 +27,7 @@ Array = NDArray[np.float64]
 
 
 def numpy(tensor: Tensor) -> Array:
+    """A float64 NumPy copy of a tensor."""
     return tensor.detach().cpu().double().numpy().copy()
 
 
@@ -35,10 +36,10 @@ def definition(teacher: Array, student: Array, momentum: float) -> Array:
 
 
 def assert_close(got: Tensor, teacher: Array, student: Array, momentum: float) -> None:
-    """Within half a spacing of the dtype plus float32's own rounding, relative to the operands."""
+    """Assert that a tensor is the moving average, within the rounding of its dtype and of float32."""
     spacing = torch.finfo(got.dtype).eps
     if got.dtype in (BF16, F16):
-        spacing *= 2 if INTERPRETED else 1  # the interpreter cuts bfloat16 off instead of rounding it
+        spacing *= 2 if INTERPRETED else 1  # the interpreter truncates bfloat16 instead of rounding it
         spacing /= 2
     want = definition(teacher, student, momentum)
     slack = 0 if got.dtype == F64 else 2 * torch.finfo(F32).eps
@@ -47,6 +48,7 @@ def assert_close(got: Tensor, teacher: Array, student: Array, momentum: float) -
 
 
 def tensors(shapes: Sequence[tuple[int, ...]], dtype: torch.dtype, device: torch.device, seed: int) -> list[Tensor]:
+    """Normally distributed tensors of these shapes."""
     generator = torch.Generator().manual_seed(seed)
     return [torch.randn(shape, generator=generator).to(device, dtype) for shape in shapes]
 
@@ -54,7 +56,7 @@ def tensors(shapes: Sequence[tuple[int, ...]], dtype: torch.dtype, device: torch
 def check(
     teacher: list[Tensor], student: list[Tensor], momentum: float, backend: str, shadow: list[Tensor] | None = None
 ) -> None:
-    """Update and compare all, the student unchanged."""
+    """Update the teacher, and assert that teacher and shadow are right and that the student did not change."""
     old, source = [numpy(t) for t in teacher], [numpy(s) for s in student]
     fused_ema_(teacher, student, momentum, shadow=shadow, backend=backend)
     for i, t in enumerate(teacher):
@@ -75,7 +77,9 @@ def test_triton_cases_in_the_interpreter(cases: str) -> None:
     [(F32, F32, None), (F32, BF16, BF16), (F32, F16, None), (BF16, BF16, None), (F16, F16, F32), (BF16, F32, F16),
      (F64, F64, None), (F64, F32, F32), (F32, F64, None)],
 )  # fmt: skip
-def test_definition(teacher: torch.dtype, student: torch.dtype, shadow: torch.dtype | None, backend: str) -> None:
+def test_teacher_and_shadow_equal_the_definition(
+    teacher: torch.dtype, student: torch.dtype, shadow: torch.dtype | None, backend: str
+) -> None:
     device = device_of(backend)
     for seed, momentum in enumerate(MOMENTA[::2] if INTERPRETED else MOMENTA):
         t, s = tensors(SIZES, teacher, device, seed), tensors(SIZES, student, device, seed + 10)
@@ -98,15 +102,15 @@ def test_momentum_as_a_tensor_is_read_at_each_call(backend: str) -> None:
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_momentum_does_not_take_the_dtype_of_the_tensors(backend: str) -> None:
-    """0.999 in bfloat16 is 1, which would leave this teacher where it is."""
+def test_momentum_is_not_rounded_to_the_dtype_of_the_tensors(backend: str) -> None:
+    """0.999 in bfloat16 is 1, which would leave this teacher unchanged."""
     teacher, student = torch.zeros(9, dtype=BF16, device=device_of(backend)), torch.full((9,), 1000.0, dtype=BF16)
     fused_ema_([teacher], [student.to(teacher.device)], 0.999, backend=backend)
     np.testing.assert_allclose(numpy(teacher), 1.0, rtol=2**-7)
 
 
 def inside(view: Callable[[Tensor], Tensor], size: int, dtype: torch.dtype, device: torch.device) -> tuple[Any, ...]:
-    """A view into a larger block, the block, and where the view lies in it."""
+    """A view of a larger block, the block, and the indices of the view's elements in it."""
     block = torch.randn(size, generator=torch.Generator().manual_seed(size)).to(device, dtype)
     mine = view(torch.arange(size)).reshape(-1)
     return view(block), block, mine
@@ -125,7 +129,7 @@ VIEWS: dict[str, Callable[[Tensor], Tensor]] = {
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("student_view", [*VIEWS, "expanded"])
 @pytest.mark.parametrize("teacher_view", VIEWS)
-def test_layouts_and_nothing_outside_a_view(teacher_view: str, student_view: str, backend: str) -> None:
+def test_views_of_any_layout_are_updated_and_nothing_else(teacher_view: str, student_view: str, backend: str) -> None:
     device = device_of(backend)
     teacher, block, mine = inside(VIEWS[teacher_view], 20_000, F32, device)
     if student_view == "expanded":
@@ -143,14 +147,14 @@ def test_layouts_and_nothing_outside_a_view(teacher_view: str, student_view: str
 
 
 @pytest.mark.parametrize("backend", ["reference", "cpu", SLOW_TRITON])
-def test_300_tensors_of_several_dtypes(backend: str) -> None:
+def test_300_tensors_of_several_dtypes_are_updated(backend: str) -> None:
     device = device_of(backend)
     shapes = [(1 + 37 * i % 91, 1 + i % 5) for i in range(300)]
     t, s = tensors(shapes, F32, device, 0), tensors(shapes, F32, device, 1)
     s = [x.bfloat16() if i % 3 == 0 else x for i, x in enumerate(s)]
     t = [x.double() if i % 7 == 0 else x for i, x in enumerate(t)]
     check(t, s, 0.9, backend)
-    check(t, s, 0.9, backend)  # from the tables of the first call
+    check(t, s, 0.9, backend)  # uses the tables of the first call
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -162,7 +166,7 @@ def test_tied_tensors_are_updated_once(backend: str) -> None:
     tied, other = (nn.ModuleDict({"a": nn.Linear(3, 3), "b": nn.Linear(3, 3)}).to(device) for _ in range(2))
     tied["b"].weight, other["b"].weight = tied["a"].weight, other["a"].weight
     old, source = numpy(tied["a"].weight), numpy(other["a"].weight)
-    # A state_dict makes a new tensor for each name.
+    # state_dict() creates a new tensor for each name.
     fused_ema_(tied.state_dict().values(), other.state_dict().values(), 0.5, backend=backend)
     assert_close(tied["b"].weight, old, source, 0.5)
     with pytest.raises(ValueError, match="two students"):
@@ -170,7 +174,7 @@ def test_tied_tensors_are_updated_once(backend: str) -> None:
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_modules_with_wrappers_prefixes(backend: str) -> None:
+def test_prefixes_of_wrapped_modules_are_ignored(backend: str) -> None:
     class Wrapped(nn.Module):
         def __init__(self, module: nn.Module, name: str) -> None:
             super().__init__()
@@ -207,7 +211,7 @@ def test_integer_tensors_are_copied(backend: str) -> None:
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_nothing_to_do(backend: str) -> None:
+def test_empty_lists_and_tensors_are_allowed(backend: str) -> None:
     fused_ema_([], [], 0.5, backend=None if backend == "triton" else backend)
     empty = torch.empty(3, 0, device=device_of(backend))
     fused_ema_([empty], [empty.clone()], 0.5, shadow=[empty.half()], backend=backend)
@@ -243,26 +247,26 @@ def test_errors_name_the_argument_and_nothing_is_written(backend: str) -> None:
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_a_tensor_that_moves_is_followed(backend: str) -> None:
+def test_a_tensor_with_a_new_address_is_updated(backend: str) -> None:
     device = device_of(backend)
     t, s = tensors([(6, 4), (9,)], F32, device, 0), tensors([(6, 4), (9,)], F32, device, 1)
     prepared = EMA(t, s, backend=backend)
     prepared.update_(0.5)
     check(t, s, 0.5, backend)
     kept = t[0].data
-    t[0].data = kept.clone()  # elsewhere
+    t[0].data = kept.clone()  # the same values at another address
     before = kept.clone()
     check(t, s, 0.5, backend)
     want = definition(numpy(t[0]), numpy(s[0]), 0.5)
     prepared.update_(0.5)
     np.testing.assert_allclose(numpy(t[0]), want, rtol=1e-6, atol=1e-7)
     assert torch.equal(kept, before)
-    s[0].data = s[0].data.view(4, 6).t()  # in place, with other strides
+    s[0].data = s[0].data.view(4, 6).t()  # the same memory with other strides
     check(t, s, 0.5, backend)
 
 
 @pytest.mark.parametrize("guards", ["torch.compile's guards", "none"])
-def test_a_list_seen_before_is_known_by_all_of_its_tensors(guards: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_checks_are_repeated_only_for_lists_that_changed(guards: str, monkeypatch: pytest.MonkeyPatch) -> None:
     if guards == "none":
         monkeypatch.setattr(_seen, "_GUARDS", None)
     shapes = [(6, 4), (9,), (4, 4)]
@@ -285,7 +289,7 @@ def test_a_list_seen_before_is_known_by_all_of_its_tensors(guards: str, monkeypa
     assert plans(t, other) == 0
     for change in (
         lambda x: x.view(4, 6).t(),  # other strides at one address
-        lambda x: x.as_strided((6, 3), (4, 1)),  # another size, with the same strides
+        lambda x: x.as_strided((6, 3), (4, 1)),  # another size and other strides
         lambda x: x.clone(),
     ):
         for lists in (t, other):
@@ -295,7 +299,7 @@ def test_a_list_seen_before_is_known_by_all_of_its_tensors(guards: str, monkeypa
         fused_ema_(t, [*other[:2], 1], 0.5)  # type: ignore[list-item]
 
 
-def test_modules_seen_before_are_known_by_how_they_are_built() -> None:
+def test_modules_that_changed_are_matched_again() -> None:
     class Named(nn.Linear):
         def named_parameters(self, *args: Any, **options: Any) -> Any:
             return iter([("weight", self.weight)])
@@ -317,9 +321,9 @@ def test_modules_seen_before_are_known_by_how_they_are_built() -> None:
     teacher, student = twins()
     for _ in range(2):
         check_modules(teacher, student)
-    student[0].weight = nn.Parameter(torch.ones(3, 3))  # another object of the same name
+    student[0].weight = nn.Parameter(torch.ones(3, 3))  # a new parameter of the same name
     check_modules(teacher, student)
-    student[0], student[2][1] = student[2][1], student[0]  # the same objects by other names
+    student[0], student[2][1] = student[2][1], student[0]  # the same parameters with other names
     check_modules(teacher, student)
     for each in (teacher, student):
         each[2].add_module("late", nn.Linear(2, 2))
@@ -342,7 +346,7 @@ def test_modules_seen_before_are_known_by_how_they_are_built() -> None:
     assert len(pairing._MATCHES) == count
 
 
-def test_plans_go_with_their_tensors() -> None:
+def test_plans_are_freed_with_their_tensors() -> None:
     gc.collect()
     count = len(ema._PLANS)
     t, s = [torch.zeros(3)], [torch.ones(3)]
@@ -357,10 +361,10 @@ def test_plans_go_with_their_tensors() -> None:
 @pytest.mark.parametrize("momentum", [0.2, 0.75])
 @pytest.mark.parametrize("student_layout", [torch.contiguous_format, torch.channels_last])
 @pytest.mark.parametrize("dtype", [F32, F64])
-def test_layouts_that_differ_in_large_tensors(
+def test_large_tensors_of_different_layouts(
     dtype: torch.dtype, student_layout: torch.memory_format, momentum: float
 ) -> None:
-    """The CPU takes another way for those of one dtype whose layouts agree."""
+    """On the CPU, large tensors of one dtype take another path if their layouts agree."""
     teacher = torch.randn(8, 64, 10, 10, dtype=dtype).to(memory_format=torch.channels_last)
     student = torch.randn(8, 64, 10, 10, dtype=dtype).to(memory_format=student_layout)
     assert teacher.numel() > ema.LARGE
@@ -383,7 +387,7 @@ def test_autograd_sees_that_the_teacher_changed(backend: str, size: int) -> None
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_random_lists(backend: str) -> None:
+def test_random_lists_equal_the_definition(backend: str) -> None:
     hypothesis = pytest.importorskip("hypothesis")
     st = hypothesis.strategies
     device = device_of(backend)
@@ -409,14 +413,14 @@ def test_random_lists(backend: str) -> None:
 
 
 @pytest.mark.parametrize("backend", ["reference", "cpu"])
-def test_compiled_whole_and_not_again_for_another_momentum(backend: str) -> None:
+def test_compiled_without_graph_breaks_or_recompilation_for_another_momentum(backend: str) -> None:
     counter = importlib.import_module("torch._dynamo.testing").CompileCounterWithBackend("aot_eager")
     t, s = tensors([(5, 3), (7,)], F32, torch.device("cpu"), 0), tensors([(5, 3), (7,)], F32, torch.device("cpu"), 1)
     plain = [x.clone() for x in t]
     prepared = EMA(t, s, backend=backend)
 
     def step(momentum: float | Tensor) -> Tensor:
-        fused_ema_([*t, t[0]], [*s, s[0]], momentum, backend=backend)  # the last pair is tied to the first
+        fused_ema_([*t, t[0]], [*s, s[0]], momentum, backend=backend)  # the last pair repeats the first
         prepared.update_(momentum)
         return t[0].sum()
 
@@ -428,13 +432,13 @@ def test_compiled_whole_and_not_again_for_another_momentum(backend: str) -> None
         for x, want in zip(t, plain, strict=True):
             torch.testing.assert_close(x, want)
         torch.testing.assert_close(total, plain[0].sum())
-    assert counter.frame_count <= 3  # the first number, any number, any tensor
+    assert counter.frame_count <= 3  # once for the first number, for any number, and for any tensor
     with pytest.raises(ValueError, match="momentum=2"):
         compiled(2.0)
 
 
 @pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
-def test_compiled_with_parameters_and_shadow(backend: str) -> None:
+def test_compiled_with_modules_and_shadow(backend: str) -> None:
     teacher, student = nn.Linear(4, 4), nn.Linear(4, 4)
     shadow = [p.detach().bfloat16() for p in teacher.parameters()]
     want = [
@@ -455,7 +459,7 @@ def test_compiled_with_parameters_and_shadow(backend: str) -> None:
 
 @pytest.mark.parametrize("backend", [TRITON])
 def test_more_than_2_31_elements(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Offsets are 64-bit. Off the GPU the memory is only reserved, and only the last chunks are run."""
+    """Offsets have 64 bits. Without a GPU the memory is only reserved, and only the last chunks run."""
     device, size = device_of(backend), 2**31 + 5000
     if device.type == "cuda" and torch.cuda.mem_get_info()[0] < 12 * 2**30:
         pytest.skip("needs 12 GiB of GPU memory")
@@ -480,7 +484,7 @@ def test_the_launch_is_on_the_tensors_device() -> None:
 
 
 @pytest.mark.gpu
-def test_one_compilation_for_all_momenta() -> None:
+def test_triton_compiles_once_for_all_momenta() -> None:
     t, s = [torch.zeros(5000, device="cuda")], [torch.ones(5000, device="cuda")]
     fused_ema_(t, s, 0.5)
 
@@ -494,7 +498,7 @@ def test_one_compilation_for_all_momenta() -> None:
 
 
 @pytest.mark.gpu
-def test_in_a_cuda_graph_and_without_a_wait() -> None:
+def test_it_runs_in_a_cuda_graph_and_without_synchronisation() -> None:
     t, s = tensors(SIZES, F32, torch.device("cuda"), 0), tensors(SIZES, F32, torch.device("cuda"), 1)
     momentum = torch.tensor(0.5, device="cuda")
     fused_ema_(t, s, momentum)
@@ -516,7 +520,7 @@ def test_in_a_cuda_graph_and_without_a_wait() -> None:
 
 
 @pytest.mark.gpu
-def test_compiled_on_the_gpu() -> None:
+def test_compiled_on_a_gpu() -> None:
     t, s = tensors(SIZES, F32, torch.device("cuda"), 0), tensors(SIZES, BF16, torch.device("cuda"), 1)
     want = [definition(numpy(x), numpy(y), 0.5) for x, y in zip(t, s, strict=True)]
     torch.compile(lambda: fused_ema_(t, s, 0.5), fullgraph=True)()
@@ -535,17 +539,19 @@ def test_another_device_than_the_current_one() -> None:
 
 
 def part(name: str) -> Any:
-    """A module of another library, or a skip that says it is absent."""
+    """A module of another library; skips the test if it is not installed."""
     pytest.importorskip(name.split(".")[0], reason=f"{name.split('.')[0]} is not installed")
     return importlib.import_module(name)
 
 
 def network(seed: int) -> nn.Sequential:
+    """A small convolutional network with these random weights."""
     torch.manual_seed(seed)
     return nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Flatten(), nn.Linear(8 * 36, 5))
 
 
 def train_step(student: nn.Module, optimizer: torch.optim.Optimizer, seed: int) -> None:
+    """One step of the student on random images."""
     x = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(seed))
     optimizer.zero_grad()
     student(x).square().mean().backward()
@@ -553,6 +559,7 @@ def train_step(student: nn.Module, optimizer: torch.optim.Optimizer, seed: int) 
 
 
 def loop(theirs: Callable[[nn.Module, int], None], ours: Callable[[nn.Module, int], None]) -> None:
+    """Train a student for five steps, and update their teacher and ours after each."""
     student = network(0)
     optimizer = torch.optim.SGD(student.parameters(), 0.1)
     for step in range(5):
@@ -561,7 +568,7 @@ def loop(theirs: Callable[[nn.Module, int], None], ours: Callable[[nn.Module, in
         ours(student, step)
 
 
-def test_inside_lightlys_loop() -> None:
+def test_it_replaces_the_update_of_lightly() -> None:
     utils = part("lightly.models.utils")
     theirs, ours = network(1), network(1)
     loop(lambda s, _: utils.update_momentum(s, theirs, 0.9), lambda s, _: fused_ema_(ours, s, 0.9))
@@ -569,7 +576,7 @@ def test_inside_lightlys_loop() -> None:
         torch.testing.assert_close(a, b)
 
 
-def test_inside_timms_loop() -> None:
+def test_it_replaces_the_update_of_timm() -> None:
     timm = part("timm.utils")
     start = network(0)
     theirs = timm.ModelEmaV3(start, decay=0.9, use_warmup=True)
@@ -577,7 +584,7 @@ def test_inside_timms_loop() -> None:
 
     def fused(student: nn.Module, step: int) -> None:
         decay = theirs.get_decay(step)
-        # timm averages buffers like parameters and copies the integer ones.
+        # timm averages floating-point buffers like parameters, and copies integer ones.
         fused_ema_(ours.state_dict().values(), student.state_dict().values(), decay)
 
     loop(lambda s, step: theirs.update(s, step), fused)
@@ -586,7 +593,7 @@ def test_inside_timms_loop() -> None:
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_inside_torchs_averaged_model(backend: str) -> None:
+def test_it_replaces_the_update_of_averaged_model(backend: str) -> None:
     from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
     device = device_of(backend)
@@ -595,7 +602,7 @@ def test_inside_torchs_averaged_model(backend: str) -> None:
 
     def fused(student: nn.Module, step: int) -> None:
         nonlocal ours
-        if step == 3:  # as a checkpoint of the whole module is made
+        if step == 3:  # as a checkpoint of the whole module does
             ours = pickle.loads(pickle.dumps(copy.deepcopy(ours)))
         ours.update_parameters(student)
 
@@ -604,10 +611,10 @@ def test_inside_torchs_averaged_model(backend: str) -> None:
         if a.is_floating_point():
             torch.testing.assert_close(a, b, msg=lambda m, name=name: f"{name}: {m}")
         else:
-            assert a == 5  # copied: BatchNorm's number of batches
+            assert a == 5  # BatchNorm's number of batches is copied
 
 
-def test_averaged_models_groups_are_prepared_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_groups_of_averaged_model_are_prepared_once(monkeypatch: pytest.MonkeyPatch) -> None:
     prepared = []
     prepare = EMA._prepare
     monkeypatch.setattr(EMA, "_prepare", lambda self: (prepared.append(1), prepare(self)))
@@ -617,7 +624,7 @@ def test_averaged_models_groups_are_prepared_once(monkeypatch: pytest.MonkeyPatc
         average([x.detach() for x in a], [x.detach() for x in b], torch.tensor(1))
     assert len(prepared) == 1
     torch.testing.assert_close(a[0], torch.full((3,), 0.875))
-    average([a[0].view(3, 1), a[1]], [b[0].view(3, 1), b[1]])  # the same memory in another shape
+    average([a[0].view(3, 1), a[1]], [b[0].view(3, 1), b[1]])  # the same memory with another shape
     average([a[1], a[0]], [b[1], b[0]])
     assert len(prepared) == 3
     torch.testing.assert_close(a[0], torch.full((3,), 1 - 1 / 32))

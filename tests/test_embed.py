@@ -1,4 +1,4 @@
-"""Features of a collection: each row is that of its image, whatever was cut off in between."""
+"""Features of a collection: each row belongs to its image, also after an interruption."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ COUNT = 23
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run, and pictures in two classes, one of which has an odd name."""
+    """A run folder, and images in two classes, one of which has a line break in its name."""
     top = tmp_path_factory.mktemp("embed")
     run_of_one_step("test_resnet", SIDE, top / "run")
     rng = np.random.default_rng(0)
@@ -40,11 +40,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def given(folder: Path, out: Path, **more: Any) -> embed.EmbedConfig:
+    """Options of fastrm.embed for the run and images of ``folder``."""
     return embed.EmbedConfig(run=folder / "run", data=str(folder / "photos"), out=out, workers=0, **more)
 
 
 def one_by_one(folder: Path, *, patches: bool) -> list[np.ndarray]:
-    """By the network alone, a picture at a time, in the order of the names."""
+    """Features of each image by the network alone, in the order of the names: [D] or, as patches, [h, w, D]."""
     model, found = fastrm.load(folder / "run"), []
     for path in sorted((folder / "photos").rglob("*.png")):
         view = eval_view(torch.from_numpy(np.array(Image.open(path))).permute(2, 0, 1), SIDE)[None]
@@ -54,7 +55,7 @@ def one_by_one(folder: Path, *, patches: bool) -> list[np.ndarray]:
 
 
 @pytest.mark.parametrize("patches", [False, True])
-def test_rows_are_those_of_the_images_and_named(folder: Path, tmp_path: Path, patches: bool) -> None:
+def test_rows_equal_the_features_of_the_named_images(folder: Path, tmp_path: Path, patches: bool) -> None:
     found = embed.features(given(folder, tmp_path / "f.npy", patches=patches))
     np.testing.assert_allclose(found, np.stack(one_by_one(folder, patches=patches)), rtol=1e-4, atol=1e-5)
     rows = [json.loads(line) for line in (tmp_path / "f.jsonl").read_text().splitlines()]
@@ -63,7 +64,7 @@ def test_rows_are_those_of_the_images_and_named(folder: Path, tmp_path: Path, pa
     assert [row["label"] for row in rows] == ["ab".index(path.parent.name) for path in paths]
 
 
-def test_a_table_holds_the_same(folder: Path, tmp_path: Path) -> None:
+def test_a_parquet_file_has_the_same_features(folder: Path, tmp_path: Path) -> None:
     parquet = pytest.importorskip("pyarrow.parquet")
     found = embed.features(given(folder, tmp_path / "f.parquet"))
     table = parquet.read_table(tmp_path / "f.parquet")
@@ -71,7 +72,7 @@ def test_a_table_holds_the_same(folder: Path, tmp_path: Path) -> None:
     np.testing.assert_array_equal(np.array(table["features"].to_pylist(), dtype=np.float32), found)
 
 
-def test_what_was_cut_off_goes_on_and_what_is_complete_is_not_made_again(
+def test_an_interrupted_run_continues_and_a_complete_one_is_not_repeated(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(sys.modules["fastrm.probes.features"], "BATCH", 4)
@@ -93,7 +94,7 @@ def test_what_was_cut_off_goes_on_and_what_is_complete_is_not_made_again(
         assert not (tmp_path / "f.npy").exists()
         seen.clear()
         found = embed.features(options)
-        assert sum(seen) == COUNT - 8  # two of three batches were safe
+        assert sum(seen) == COUNT - 8  # two of three batches were already written
         seen.clear()
         embed.features(options)
         assert not seen
@@ -103,7 +104,7 @@ def test_what_was_cut_off_goes_on_and_what_is_complete_is_not_made_again(
     assert {path.name for path in tmp_path.iterdir()} == {"f.npy", "f.json", "f.jsonl", "again"}
 
 
-def test_an_image_that_is_lost_has_a_row_of_nan(folder: Path, tmp_path: Path) -> None:
+def test_an_unreadable_image_has_a_row_of_nan(folder: Path, tmp_path: Path) -> None:
     with (
         mock.patch("fastrm.embed.scan", lambda source, **_: (source, {})),
         mock.patch(
@@ -137,7 +138,7 @@ def test_neighbours_and_the_map_are_drawn_without_labels(folder: Path, tmp_path:
     assert Image.open(tmp_path / "map.png").width > 600
 
 
-def test_the_points_of_a_map_are_those_of_the_principal_components(folder: Path, tmp_path: Path) -> None:
+def test_the_points_of_a_map_are_principal_components(folder: Path, tmp_path: Path) -> None:
     found = np.array(embed.features(given(folder, tmp_path / "f.npy", map=tmp_path / "map.json"))).astype(np.float64)
     shown = maps.read(tmp_path / "map.json")
     centred = found - found.mean(axis=0)
@@ -152,7 +153,7 @@ def test_the_points_of_a_map_are_those_of_the_principal_components(folder: Path,
     assert shown.about == f"{COUNT} images of photos by the features of the student after 1 steps"
 
 
-def test_a_map_leaves_out_unreadable_images_and_takes_some_of_many(
+def test_a_map_leaves_out_unreadable_images_and_samples_large_sets(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     embed.features(given(folder, tmp_path / "f.npy"))
@@ -170,7 +171,7 @@ def test_a_map_leaves_out_unreadable_images_and_takes_some_of_many(
     assert shown.about.startswith(f"5 of {COUNT} images")
 
 
-def test_umap_keeps_clusters_apart_the_same_each_time() -> None:
+def test_umap_separates_clusters_and_is_reproducible() -> None:
     pytest.importorskip("umap", reason="needs umap-learn")
     rng = np.random.default_rng(0)
     rows = np.repeat(np.eye(8, dtype=np.float32)[:2], 20, axis=0) + 0.01 * rng.normal(size=(40, 8)).astype(np.float32)
@@ -183,7 +184,7 @@ def test_umap_keeps_clusters_apart_the_same_each_time() -> None:
     np.testing.assert_array_equal(projected(rows, "umap")[0], points)
 
 
-def test_umap_is_asked_for_before_the_features_are_made(
+def test_a_missing_umap_is_reported_before_the_features_are_computed(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "umap", None)
@@ -207,7 +208,7 @@ def test_umap_is_asked_for_before_the_features_are_made(
         ({"part": "test", "data": "bare"}, "has one part"),
     ],
 )
-def test_what_cannot_be_done_is_said(
+def test_wrong_options_are_refused_before_anything_is_written(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, more: dict[str, Any], said: str
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -226,7 +227,7 @@ def test_several_processes_are_refused(folder: Path, tmp_path: Path, monkeypatch
         embed.features(given(folder, tmp_path / "f.npy"))
 
 
-def test_an_array_of_the_users_is_left_alone(folder: Path, tmp_path: Path) -> None:
+def test_an_array_that_fastrm_did_not_write_is_not_overwritten(folder: Path, tmp_path: Path) -> None:
     np.save(tmp_path / "f.npy", np.zeros(3))
     before = (tmp_path / "f.npy").read_bytes()
     for name in ("f.npy", "f.parquet"):

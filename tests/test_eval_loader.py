@@ -76,7 +76,7 @@ def opened(folder: Path) -> tuple[Source, FileImages, FileImages]:
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_what_cannot_be_read_is_left_out_and_the_rest_keeps_its_labels(folder: Path, workers: int) -> None:
+def test_unreadable_files_are_left_out_and_the_others_keep_their_labels(folder: Path, workers: int) -> None:
     _, _, test = opened(folder)
     lost = harm(test)
     want = [index for index in range(20) if index not in lost]

@@ -486,7 +486,7 @@ def test_apex_absent_or_another_package(tmp_path: Any, monkeypatch: pytest.Monke
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", ["lars", "momentum", "adamw"])
-def test_in_a_cuda_graph_and_without_a_wait(name: str) -> None:
+def test_it_runs_in_a_cuda_graph_and_without_synchronisation(name: str) -> None:
     kind, _, options, _ = CASES[name]
     device = torch.device("cuda")
     params, plain = parameters(device), parameters(device)

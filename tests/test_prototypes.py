@@ -162,7 +162,7 @@ def test_value_and_gradients(name: str, backend: str) -> None:
     pairs=st.none() | st.integers(0, 40), dtype=st.sampled_from([F32, F64, BF16, F16]),
     temperature=st.floats(0.02, 1), center=st.none() | st.floats(0, 3), apart=st.booleans(), seed=st.integers(0, 9),
 )  # fmt: skip
-def test_any_size(
+def test_random_sizes_equal_the_definition(
     n: int, m: int, size: int, dim: int, pairs: int | None, dtype: torch.dtype, temperature: float,
     center: float | None, apart: bool, seed: int,
 ) -> None:  # fmt: skip
@@ -296,7 +296,7 @@ def test_a_sharp_teacher_and_a_large_centre(backend: str) -> None:
 
 
 @pytest.mark.parametrize("backend", SELDOM)
-def test_nothing_given_is_changed_and_the_graph_lasts(backend: str) -> None:
+def test_inputs_are_not_changed_and_backward_can_run_twice(backend: str) -> None:
     arguments = Case(9, 4, 50, 8, pairs=20).arguments(device_of(backend))
     before = {name: x.detach().clone() for name, x in arguments.items() if isinstance(x, Tensor)}
     loss, mean = prototype_cross_entropy(**arguments, backend=backend)
