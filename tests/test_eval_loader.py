@@ -1,4 +1,4 @@
-"""What an evaluation sees: a picture that cannot be read is left out, and is never scored with another's pixels."""
+"""The images of an evaluation: unreadable ones are left out, labels stay with their images, and memory is bounded."""
 
 from __future__ import annotations
 
@@ -35,18 +35,19 @@ MEAN, STD = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.2
 
 
 class Colour(nn.Module):
-    """The mean colour from 0 to 255: which file a picture is of."""
+    """The mean colour of each image [B, 3] from 0 to 255, which tells the file that it is from."""
 
     def forward(self, images: Tensor) -> Tensor:
         return 255 * (images.mean(dim=(2, 3)) * STD + MEAN)
 
 
 def gray(index: int) -> int:
+    """The gray value of the file with this index."""
     return 12 * (index + 1)
 
 
 def write(folder: Path, count: int, classes: int = 4) -> None:
-    """Pictures of one gray each, whose neighbours are of other classes."""
+    """Write ``count`` PNG files of 16x16 pixels of one gray each; neighbours have different classes."""
     for index in range(count):
         path = folder / f"class{index % classes}" / f"{index:02d}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -55,20 +56,21 @@ def write(folder: Path, count: int, classes: int = 4) -> None:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """20 pictures to learn from and 20 equal ones to be tried on."""
+    """A folder with 20 images for training and the same 20 for validation."""
     for part in ("train", "val"):
         write(tmp_path / "pictures" / part, 20)
     return tmp_path / "pictures"
 
 
 def harm(images: FileImages) -> list[int]:
-    """Break two of the files, in two ways, and return which."""
+    """Delete one file and truncate another, and return their indices."""
     images.paths[3].unlink()
     images.paths[10].write_bytes(images.paths[10].read_bytes()[:50])
     return [3, 10]
 
 
 def opened(folder: Path) -> tuple[Source, FileImages, FileImages]:
+    """The source of a folder, its training images and its validation images."""
     source = open_source(str(folder))
     assert isinstance(source.bank, FileImages)
     assert isinstance(source.test, FileImages)
@@ -81,7 +83,7 @@ def test_unreadable_files_are_left_out_and_the_others_keep_their_labels(folder: 
     lost = harm(test)
     want = [index for index in range(20) if index not in lost]
     setting = HERE._replace(workers=workers)
-    for _ in range(2):  # the second pass knows
+    for _ in range(2):  # the second pass does not warn again
         loader = eval_loader(test, image_size=16, batch_size=3, workers=workers)
         with warnings.catch_warnings(record=True) as said:
             warnings.simplefilter("always")
@@ -95,7 +97,7 @@ def test_unreadable_files_are_left_out_and_the_others_keep_their_labels(folder: 
     assert torch.cat([labels for _, labels in features(Colour(), test, setting)]).tolist() == test.labels[want].tolist()
 
 
-def test_a_whole_batch_of_lost_files_is_passed_over(folder: Path) -> None:
+def test_a_batch_of_missing_files_is_skipped(folder: Path) -> None:
     _, _, test = opened(folder)
     test.paths[0].unlink()
     loader = eval_loader(test, image_size=16, batch_size=1, workers=0)
@@ -104,7 +106,7 @@ def test_a_whole_batch_of_lost_files_is_passed_over(folder: Path) -> None:
     assert len(batches) == 19
 
 
-def test_kneighbours_quick_linear_and_gap_count_what_was_seen(folder: Path) -> None:
+def test_knn_quick_linear_and_gap_count_the_images_that_were_read(folder: Path) -> None:
     source, bank, test = opened(folder)
     for images in (bank, test):
         harm(images)
@@ -112,14 +114,14 @@ def test_kneighbours_quick_linear_and_gap_count_what_was_seen(folder: Path) -> N
         scores = frozen_scores({"it": Colour()}, source, HERE, knn=True, linear=True)["it"]
     method = build_method(build(data="digits", arch="test_resnet", image_size=32, method="mocov2", queue_size=8))
     apart = gap(method, test, HERE._replace(image_size=32))
-    # Wilson's interval says how many there were.
+    # The width of Wilson's interval depends on the number of images.
     assert scores["knn20"] == Estimate.of(np.arange(18) < round(18 * scores["knn20"].value))
     assert set(scores) == {"knn10", "knn20", "knn100", "knn200", "linear_quick"}
     assert all(abs(found.value) < 1e-6 for found in apart.values())
 
 
-def test_no_picture_is_scored_under_the_label_of_a_lost_one(folder: Path) -> None:
-    """A classifier that is always right about the pixels is always right: of a neighbour it would be wrong."""
+def test_no_image_is_scored_with_the_label_of_another(folder: Path) -> None:
+    """A classifier that is right about the pixels has accuracy 1, because no image has the label of another."""
     _, _, test = opened(folder)
     harm(test)
 
@@ -131,7 +133,7 @@ def test_no_picture_is_scored_under_the_label_of_a_lost_one(folder: Path) -> Non
     assert found["right"] == Estimate.of(np.ones(18, dtype=bool))
 
 
-def test_training_a_classifier_takes_the_label_of_the_picture_that_was_read(
+def test_training_a_classifier_uses_the_label_of_the_image_that_was_read(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source, bank, _ = opened(folder)
@@ -151,7 +153,7 @@ def test_training_a_classifier_takes_the_label_of_the_picture_that_was_read(
     assert all(label == (number - 1) % 4 for number, label in pairs)
 
 
-def test_more_than_a_tenth_is_refused(folder: Path) -> None:
+def test_more_than_a_tenth_of_broken_files_is_refused(folder: Path) -> None:
     _, _, test = opened(folder)
     harm(test)
     test.paths[5].write_bytes(b"")
@@ -159,7 +161,7 @@ def test_more_than_a_tenth_is_refused(folder: Path) -> None:
         list(features(Colour(), test, HERE))
 
 
-def test_a_run_and_its_evaluation_say_what_was_lost_after_the_scan(
+def test_a_run_and_its_evaluation_report_files_lost_after_the_scan(
     folder: Path, small: Callable[..., Config], tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
@@ -188,12 +190,13 @@ def test_a_run_and_its_evaluation_say_what_was_lost_after_the_scan(
 
 
 def noise(width: int, height: int) -> Image.Image:
+    """An RGB image of random pixels."""
     rng = np.random.default_rng(0)
     return Image.fromarray(rng.integers(0, 256, (height, width, 3), dtype=np.uint8))
 
 
 def torchvisions(picture: Image.Image, image_size: int) -> Tensor:
-    """The view as published: all of it resized, then cropped."""
+    """The published view in float32 [3, size, size]: the whole image is resized, and then cropped."""
     if image_size <= 64:
         resized = [v2.Resize((image_size, image_size), antialias=True)]
     else:
@@ -204,7 +207,7 @@ def torchvisions(picture: Image.Image, image_size: int) -> Tensor:
 
 @pytest.mark.parametrize("size", [(260, 300), (500, 375), (99, 160), (20, 300), (7, 100), (3, 2), (1, 1), (224, 224)])
 @pytest.mark.parametrize("image_size", [32, 65, 224])
-def test_the_view_is_torchvisions_to_the_bit(size: tuple[int, int], image_size: int) -> None:
+def test_views_equal_torchvision_bit_for_bit(size: tuple[int, int], image_size: int) -> None:
     assert torch.equal(
         eval_view(v2.functional.pil_to_tensor(noise(*size)), image_size), torchvisions(noise(*size), image_size)
     )
@@ -212,7 +215,7 @@ def test_the_view_is_torchvisions_to_the_bit(size: tuple[int, int], image_size: 
 
 @pytest.mark.parametrize("size", [(1, 30), (30, 1), (200, 5), (5, 201), (2000, 100), (100, 2001)])
 @pytest.mark.parametrize("image_size", [32, 96, 224])
-def test_the_view_of_a_long_picture_is_torchvisions(size: tuple[int, int], image_size: int) -> None:
+def test_views_of_long_images_equal_torchvision_within_rounding(size: tuple[int, int], image_size: int) -> None:
     off = (
         (
             eval_view(v2.functional.pil_to_tensor(noise(*size)), image_size) - torchvisions(noise(*size), image_size)
@@ -220,7 +223,7 @@ def test_the_view_of_a_long_picture_is_torchvisions(size: tuple[int, int], image
         * STD[:, None, None]
         * 255
     )
-    assert off.max() < 2.1  # of 255: Pillow rounds after rows or after columns, whichever come first
+    assert off.max() < 2.1  # in steps of 1/255: Pillow rounds between rows and columns, in either order
     assert off.mean() < 0.4
 
 
@@ -228,15 +231,18 @@ LONG = [(1, 30_000), (30_000, 1), (65_500, 20), (20, 65_500), (1, 1)]
 
 
 @pytest.mark.parametrize("image_size", [32, 224])
-def test_memory_is_bounded_whatever_the_shape(image_size: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In evaluation and in training: no picture on the way is larger than the view and the file together."""
+def test_memory_is_bounded_for_images_of_any_shape(
+    image_size: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In evaluation and training, no intermediate image is larger than the view and the file together."""
     for number in range(8):
         Image.new("RGB", LONG[number % len(LONG)], (200, 100, 50)).save(tmp_path / f"{number}.png")
     made: list[int] = []
     plain_resize, plain_interpolate = Image.Image.resize, nn.functional.interpolate
 
     def resize(picture: Image.Image, size: tuple[int, int], *args: Any, **options: Any) -> Image.Image:
-        # The rows first, then the columns: what lies between has the new width and as many old rows as are needed.
+        # Pillow resizes rows before columns. The intermediate image has the new width, and the old rows that are
+        # needed.
         box = options.get("box") or (0, 0, *picture.size)
         made.append(max(size[0] * min(picture.height, int(box[3] - box[1]) + 3), size[0] * size[1]))
         return plain_resize(picture, size, *args, **options)
@@ -262,14 +268,14 @@ def test_memory_is_bounded_whatever_the_shape(image_size: int, tmp_path: Path, m
     assert max(made) <= 65_500 * 20 * 2
 
 
-def test_above_pillows_limit_a_picture_is_refused(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_images_above_the_pixel_limit_of_pillow_are_refused(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     Image.new("1", (4000, 3000)).save(folder / "val" / "class0" / "00.png")
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 5_000_000)
     with pytest.warns(UserWarning, match=r"00\.png \(Image size \(12000000 pixels\) exceeds limit"):
         list(eval_loader(opened(folder)[2], image_size=32, batch_size=4, workers=0))
 
 
-def test_processes_get_the_batches_of_one_process_in_turn(folder: Path) -> None:
+def test_processes_take_turns_at_the_batches_of_one_process(folder: Path) -> None:
     _, _, test = opened(folder)
     whole = list(eval_loader(test, image_size=16, batch_size=3, workers=0))
     for size in (2, 3, 8):
@@ -285,7 +291,7 @@ def test_processes_get_the_batches_of_one_process_in_turn(folder: Path) -> None:
             assert torch.equal(same.views[0], batch.views[0])
 
 
-def test_a_part_of_the_labelled_images_is_the_same_each_time(folder: Path) -> None:
+def test_the_limited_set_of_labelled_images_is_reproducible(folder: Path) -> None:
     source, bank, _ = opened(folder)
     few = source.limited(7)
     assert few.bank is not None
@@ -299,7 +305,7 @@ def test_a_part_of_the_labelled_images_is_the_same_each_time(folder: Path) -> No
     assert source.limited(20).bank is bank
 
 
-def test_an_error_that_passes_is_no_broken_file(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_temporary_read_error_does_not_mark_a_file_as_broken(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     _, _, test = opened(folder)
     whole, failed = encoded._whole, list[str]()
 
@@ -315,7 +321,7 @@ def test_an_error_that_passes_is_no_broken_file(folder: Path, monkeypatch: pytes
     assert test.content(0) == test.paths[0].read_bytes()
     assert len(failed) == 2
     assert pauses == sorted(pauses)
-    test.paths[1].unlink()  # which does not pass
+    test.paths[1].unlink()  # a missing file is not a temporary error
     failed.extend([test.name(1)] * 2)
     with pytest.raises(FileNotFoundError):
         test.content(1)

@@ -1,4 +1,4 @@
-"""The examples run, on real networks and small data."""
+"""The examples run, on small networks and small data."""
 
 from __future__ import annotations
 
@@ -33,7 +33,9 @@ ROOT = Path(__file__).parent.parent
 
 @pytest.fixture
 def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
-    """Run an example in an empty folder, in this process, since importing torch anew takes longer than most of them."""
+    """Run an example in an empty folder, in this process, because importing torch again takes longer than most
+    examples.
+    """
     monkeypatch.chdir(tmp_path)
 
     def of_name(name: str, *arguments: str | Path) -> str:
@@ -46,7 +48,9 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureF
 
 
 @pytest.mark.parametrize("digits", ["few_digits", pytest.param("all", marks=pytest.mark.slow)])
-def test_quickstart(digits: str, request: pytest.FixtureRequest, run: Callable[..., str], tmp_path: Path) -> None:
+def test_the_quickstart_trains_and_evaluates(
+    digits: str, request: pytest.FixtureRequest, run: Callable[..., str], tmp_path: Path
+) -> None:
     if digits != "all":
         request.getfixturevalue(digits)
     shown = run("quickstart.py", "--epochs", "1")
@@ -55,25 +59,25 @@ def test_quickstart(digits: str, request: pytest.FixtureRequest, run: Callable[.
     assert (tmp_path / "runs" / "quickstart" / "evaluation.json").is_file()
 
 
-def test_dino_with_a_small_vit(pictures: Path, run: Callable[..., str], tmp_path: Path) -> None:
+def test_dino_trains_a_small_vit(pictures: Path, run: Callable[..., str], tmp_path: Path) -> None:
     shown = run("dino_vit.py", pictures / "split", "--epochs", "2", "--batch-size", "4", "--out", tmp_path / "dino")
     assert "'knn_untrained'" in shown
     assert fastrm.load(tmp_path / "dino", arch=small_vit())(torch.zeros(2, 3, 32, 32)).shape == (2, 64)
 
 
-def test_fine_tuning_with_timm(pictures: Path, run: Callable[..., str], tmp_path: Path) -> None:
+def test_an_exported_backbone_is_fine_tuned_with_timm(pictures: Path, run: Callable[..., str], tmp_path: Path) -> None:
     of = run_of_one_step("test_resnet", 96, tmp_path / "run")
     export.main(["--checkpoint", str(of), "--format", "timm", "--out", str(tmp_path / "mine")])
     data = ["--data", pictures / "split", "--epochs", "1", "--workers", "0"]
     assert "% of val right" in run("finetune_timm.py", "--backbone", "mine", *data)
 
 
-def test_the_small_network_in_half_precision(tmp_path: Path) -> None:
+def test_the_exported_half_precision_weights_give_the_same_features(tmp_path: Path) -> None:
     example = runpy.run_path(str(ROOT / "examples" / "cifar10.py"))
     settings = {**example["SETTINGS"], "batch_size": 4, "eval_every": 0, "epochs": 1, "log_to": ()}
     images, file = np.random.default_rng(0).integers(0, 256, (8, 32, 32, 3), np.uint8), tmp_path / "half.safetensors"
     clock = example["Clock"]()
-    clock.load_state_dict({"hours": 2.0})  # of a run that was cut off
+    clock.load_state_dict({"hours": 2.0})  # the state of an interrupted run
     result = fastrm.pretrain(images, arch=example["SmallResNet"](), hooks=[clock], out=tmp_path / "run", **settings)
     assert 2 < result.scores["cpu_hours"] < 2.1
     example["export_half"](result.folder, file, "student")
@@ -84,7 +88,7 @@ def test_the_small_network_in_half_precision(tmp_path: Path) -> None:
     torch.testing.assert_close(half(views), result.student(views), rtol=0.02, atol=0.02)
 
 
-def test_the_weights_that_lie_beside_the_example_are_those_of_their_card() -> None:
+def test_the_weights_of_the_cifar10_example_match_their_card() -> None:
     file, example = ROOT / "examples" / "cifar10.safetensors", runpy.run_path(str(ROOT / "examples" / "cifar10.py"))
     assert file.stat().st_size < 2e6
     assert hashlib.sha256(file.read_bytes()).hexdigest() in file.with_name(f"{file.name}.md").read_text("utf-8")
@@ -96,7 +100,7 @@ def test_the_weights_that_lie_beside_the_example_are_those_of_their_card() -> No
 
 
 def scenes(folder: Path, count: int) -> None:
-    """Dark pictures, with a green and a blue square on them that the masks tell; a frame is not counted."""
+    """Write dark images with a green and a blue square, and masks of the squares; rows with 255 are not counted."""
     rng = np.random.default_rng(count)
     for kind in ("images", "masks"):
         (folder / kind).mkdir(parents=True)
@@ -120,12 +124,12 @@ def test_segmentation_learns_from_the_map_of_a_vit(run: Callable[..., str], tmp_
     found = re.findall(r"epoch \d: loss ([\d.]+), mean IoU ([\d.]+) %", shown)
     assert len(found) == 5
     assert float(found[-1][0]) < float(found[0][0])
-    assert float(found[-1][1]) > 60  # a guess of one class has less than 20
+    assert float(found[-1][1]) > 60  # predicting one class has less than 20
 
 
 @pytest.fixture
 def resnet18(tmp_path: Path) -> Path:
-    """A backbone for torchvision."""
+    """The exported backbone of a run in torchvision's format."""
     of, out = run_of_one_step("resnet18", 96, tmp_path / "run"), tmp_path / "mine.safetensors"
     export.main(["--checkpoint", str(of), "--format", "torchvision", "--out", str(out)])
     return out
@@ -164,7 +168,7 @@ def test_detection_with_torchvision(run: Callable[..., str], tmp_path: Path) -> 
 
 
 @pytest.mark.usefixtures("small_heads")
-def test_a_dataset_of_ones_own(pictures: Path, run: Callable[..., str], tmp_path: Path) -> None:
+def test_a_custom_dataset_is_trained_on(pictures: Path, run: Callable[..., str], tmp_path: Path) -> None:
     files = sorted((pictures / "classes").rglob("*.jpg"))
     rows = [f"{file},{file.parent.name}" for file in files]
     (tmp_path / "labels.csv").write_text("\n".join(["file,label", *rows]))
@@ -178,7 +182,7 @@ def test_a_dataset_of_ones_own(pictures: Path, run: Callable[..., str], tmp_path
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("few_digits", "small_heads")
-def test_a_logger_of_ones_own(run: Callable[..., str], tmp_path: Path) -> None:
+def test_a_custom_logger_records_metrics(run: Callable[..., str], tmp_path: Path) -> None:
     for steps in ("1", "2"):
         run("own_logger.py", "--max-steps", steps, "--out", "run")
     logged = [line.split(",") for line in (tmp_path / "run" / "log.csv").read_text().splitlines()]
@@ -198,15 +202,15 @@ TINY = [
 
 
 @pytest.mark.parametrize("script", SHELL, ids=lambda script: script.name)
-def test_shell_scripts_are_sound(script: Path) -> None:
+def test_shell_scripts_have_valid_syntax(script: Path) -> None:
     subprocess.run(["bash", "-n", str(script)], check=True)
 
 
 def started(script: Path, out: Path, folder: Path, **variables: str) -> subprocess.Popen[str]:
-    """A script of the examples, with what stands for SLURM's commands in ``folder``."""
+    """Start a shell script of the examples, with stand-ins for SLURM's commands in ``folder``."""
     folder.mkdir(exist_ok=True)
     stubs = {
-        "srun": 'shift; exec "$@"\n',  # without its option
+        "srun": 'shift; exec "$@"\n',  # drops the option of srun
         "scontrol": f'if [ "$1" = show ]; then echo localhost; else echo "$@" >> {folder}/asked; fi\n',
     }
     for name, text in stubs.items():
@@ -224,7 +228,7 @@ def started(script: Path, out: Path, folder: Path, **variables: str) -> subproce
 
 
 def until_step(out: Path, step: int, process: subprocess.Popen[str]) -> None:
-    """Wait until a run has recorded a step."""
+    """Wait until a run has logged a step."""
     metrics = out / "metrics.jsonl"
     while not metrics.is_file() or metrics.read_text().count("\n") < step:
         assert process.poll() is None, process.communicate()[1][-2000:]
@@ -232,13 +236,13 @@ def until_step(out: Path, step: int, process: subprocess.Popen[str]) -> None:
 
 
 def below(pid: int) -> list[int]:
-    """Processes that a process started, and those that they did."""
+    """The ids of all descendants of a process."""
     found = subprocess.run(["pgrep", "-P", str(pid)], capture_output=True, text=True, check=False).stdout.split()
     return [each for child in map(int, found) for each in (child, *below(child))]
 
 
 @pytest.mark.slow
-def test_torchrun_starts_a_run_again_of_which_a_process_was_killed(tmp_path: Path) -> None:
+def test_torchrun_restarts_a_run_after_a_process_was_killed(tmp_path: Path) -> None:
     out = tmp_path / "run"
     agent = started(SHELL[0], out, tmp_path / "stubs", NODES="1:1", PROCESSES="2")
     until_step(out, 4, agent)
@@ -251,7 +255,7 @@ def test_torchrun_starts_a_run_again_of_which_a_process_was_killed(tmp_path: Pat
 
 
 @pytest.mark.slow
-def test_a_job_of_slurm_saves_asks_for_its_place_and_goes_on(tmp_path: Path) -> None:
+def test_a_slurm_job_saves_requeues_and_continues(tmp_path: Path) -> None:
     out, stubs = tmp_path / "run", tmp_path / "stubs"
     slurm = {"SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "x", "SLURM_NNODES": "1", "SLURM_GPUS_ON_NODE": "2"}
     job = started(SHELL[1], out, stubs, **slurm)

@@ -1,4 +1,4 @@
-"""What other programs load gives the same features, and what they publish can be started from."""
+"""Exports give the same features in other libraries, and a run can start from the weights that others publish."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ CPU = torch.device("cpu")
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """A run of a step for each of four networks, with an evaluation beside one."""
+    """A run of one step for each of four networks; "test_resnet" also has an evaluation."""
     sizes = {"resnet18": 96, "test_vit": 160, "test_resnet": 32, "test_convnext": 32}
     found = {arch: run_of_one_step(arch, size, tmp_path_factory.mktemp(arch)) for arch, size in sizes.items()}
     with pytest.MonkeyPatch.context() as patch:
@@ -45,7 +45,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 def wanted(run: Path, which: str, images: Tensor) -> Tensor:
-    """Features from the checkpoint itself."""
+    """Features [N, D] of the student or teacher, computed from the tensors of the checkpoint."""
     state = checkpoint.load(run)
     config = state["config"]
     backbone = build_backbone(config["arch"], image_size=config["image_size"], stem=config["stem"])
@@ -57,11 +57,12 @@ def wanted(run: Path, which: str, images: Tensor) -> Tensor:
 
 
 def write(run: Path, kind: str, which: str, out: Path) -> Path:
+    """Export the student or teacher of a run to ``out``."""
     export.main(["--checkpoint", str(run), "--format", kind, "--which", which, "--out", str(out)])
     return out
 
 
-# By day each form of each network with the student or the teacher; the other one by night.
+# Each network and format runs with the student or the teacher in the quick tests, and with the other in the slow ones.
 @pytest.mark.parametrize(
     ("arch", "kind", "name", "which"),
     [
@@ -78,14 +79,16 @@ def write(run: Path, kind: str, which: str, out: Path) -> Path:
             ("test_vit", "timm", "it.safetensors", "teacher"),
             ("test_resnet", "safetensors", "it.safetensors", "student"),
             ("test_resnet", "onnx", "it.onnx", "teacher"),
-            # A norm of its backbone is called head.norm.
+            # A norm of its backbone has the name head.norm.
             ("test_convnext", "timm", "folder", "teacher"),
             ("test_convnext", "safetensors", "it.safetensors", "student"),
         )
         for which in ("student", "teacher")
     ],
 )
-def test_round_trips(arch: str, kind: str, name: str, which: str, runs: dict[str, Path], tmp_path: Path) -> None:
+def test_other_libraries_load_an_export_and_give_the_same_features(
+    arch: str, kind: str, name: str, which: str, runs: dict[str, Path], tmp_path: Path
+) -> None:
     run = runs[arch]
     out = write(run, kind, which, tmp_path / name)
     size = checkpoint.load(run)["config"]["image_size"]
@@ -131,7 +134,7 @@ def test_round_trips(arch: str, kind: str, name: str, which: str, runs: dict[str
     assert "## Licence\n\nThe weights are yours" in card
 
 
-def test_a_card_has_the_scores(runs: dict[str, Path], tmp_path: Path) -> None:
+def test_a_card_has_the_scores_of_the_evaluation(runs: dict[str, Path], tmp_path: Path) -> None:
     out = write(runs["test_resnet"], "safetensors", "teacher", tmp_path / "it.safetensors")
     found = json.loads((runs["test_resnet"] / "evaluation.json").read_text())["sets"]["digits"]["scores"]
     card = out.with_name(f"{out.name}.md").read_text()
@@ -142,7 +145,7 @@ def test_a_card_has_the_scores(runs: dict[str, Path], tmp_path: Path) -> None:
         assert f"| {title} | {100 * score['value']:.2f} ±{50 * (high - low):.2f} |" in card
 
 
-def test_a_card_has_the_scores_of_its_own_step(runs: dict[str, Path], tmp_path: Path) -> None:
+def test_a_card_has_the_scores_of_the_summary_only_for_its_step(runs: dict[str, Path], tmp_path: Path) -> None:
     folder = tmp_path / "run"
     shutil.copytree(runs["test_resnet"], folder)
     step = checkpoint.load(folder)["step"]
@@ -158,7 +161,7 @@ def test_a_card_has_the_scores_of_its_own_step(runs: dict[str, Path], tmp_path: 
 
 
 @pytest.mark.usefixtures("few_digits")
-def test_an_exported_backbone_is_scored_as_its_run(runs: dict[str, Path], tmp_path: Path) -> None:
+def test_an_exported_backbone_has_the_scores_of_its_run(runs: dict[str, Path], tmp_path: Path) -> None:
     out = write(runs["test_resnet"], "safetensors", "teacher", tmp_path / "it.safetensors")
     arguments = ["--linear-quick", "--workers", "0"]
     evaluate.main(["--checkpoint", str(out), *arguments])
@@ -180,7 +183,7 @@ def test_an_exported_backbone_is_scored_as_its_run(runs: dict[str, Path], tmp_pa
         ("resnet18", ["--format", "timm", "--out", "file/a.safetensors"], ["--out file/a.safetensors cannot be"]),
     ],
 )
-def test_what_cannot_be_exported_is_said_and_leaves_nothing(
+def test_an_impossible_export_is_reported_and_writes_nothing(
     arch: str,
     arguments: list[str],
     says: list[str],
@@ -196,7 +199,7 @@ def test_what_cannot_be_exported_is_said_and_leaves_nothing(
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
-def test_files_that_do_not_say_what_they_are(runs: dict[str, Path], tmp_path: Path) -> None:
+def test_files_without_metadata_are_refused(runs: dict[str, Path], tmp_path: Path) -> None:
     plain = tmp_path / "plain.safetensors"
     save_file({"weight": torch.ones(2)}, plain)
     with pytest.raises(UsageError, match="does not say which network"):
@@ -210,7 +213,7 @@ def test_files_that_do_not_say_what_they_are(runs: dict[str, Path], tmp_path: Pa
 
 
 def official(layout: str) -> tuple[dict[str, object], dict[str, Tensor], str]:
-    """A checkpoint laid out as a published one, the backbone's weights in it, and timm's name of the backbone."""
+    """A checkpoint in a published layout, the weights of its backbone, and timm's name of the backbone."""
     torch.manual_seed(7)
     if layout == "mocov3-vit":
         arch, prefix = "test_vit", "module.base_encoder."
@@ -261,13 +264,13 @@ def test_a_run_starts_from_another(runs: dict[str, Path], small: Small, tmp_path
 def test_a_run_starts_from_the_backbone_of_a_convnext(
     runs: dict[str, Path], small: Small, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Each of the files that a run leaves; head.norm is one of the backbone's tensors."""
+    """From the folder, the backbone file and the checkpoint; head.norm is a tensor of the backbone."""
     first = open_pretrained(runs["test_convnext"], CPU).networks["student"].net.state_dict()
     assert "head.norm.weight" in first
     for number, name in enumerate(("", "backbone.safetensors", "checkpoint.pt")):
         path, out = runs["test_convnext"] / name, tmp_path / str(number)
         train.train(small(arch="test_convnext", max_steps=1, lr=1e-30, init_from=path, out=out))
-        said = "".join(capsys.readouterr().out.split())  # lines are broken to the terminal's width
+        said = "".join(capsys.readouterr().out.split())  # lines are wrapped at the width of the terminal
         assert f"startsfrom{len(first)}of{len(first)}tensors(" in said
         assert f"of{path}" in said
         assert "classifier" not in said
@@ -280,8 +283,11 @@ def test_a_run_starts_from_the_backbone_of_a_convnext(
 
 
 @pytest.mark.parametrize("arch", ["test_convnext", "test_efficientnet", "mobilenetv3_small_050", "edgenext_xx_small"])
-def test_a_family_goes_to_files_and_back(arch: str) -> None:
-    """Written, read, started from, exported to timm; and timm's own classifier. All families: benchmarks.zoo."""
+def test_weights_of_a_family_survive_every_format(arch: str) -> None:
+    """Weights are written, read, used as a start, exported to timm, and read from timm's own classifier.
+
+    benchmarks.zoo checks all families.
+    """
     zoo.there_and_back(arch, zoo.size_of(arch))
 
 
@@ -294,7 +300,7 @@ def test_a_family_goes_to_files_and_back(arch: str) -> None:
         ("resnet10t", ["fc.bias", "fc.weight"]),
     ],
 )
-def test_a_classifier_is_what_the_backbone_does_not_have(arch: str, classifier: list[str]) -> None:
+def test_only_the_tensors_of_the_classifier_are_left_out(arch: str, classifier: list[str]) -> None:
     backbone = build_backbone(arch, image_size=96, stem="imagenet").eval()
     other = timm.create_model(arch, num_classes=7, **backbone.options).eval()
     assert sorted(load_weights(backbone, other.state_dict(), source="it")) == classifier
@@ -311,7 +317,7 @@ def test_a_classifier_is_what_the_backbone_does_not_have(arch: str, classifier: 
 
 
 @pytest.mark.parametrize("name", ["onnx", "onnxscript"])
-def test_onnx_says_what_to_install(
+def test_export_to_onnx_names_the_package_to_install(
     name: str, runs: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, name, None)
@@ -319,7 +325,9 @@ def test_onnx_says_what_to_install(
         write(runs["test_resnet"], "onnx", "student", tmp_path / "it.onnx")
 
 
-def test_what_onnx_cannot_hold_is_said(runs: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_network_that_onnx_cannot_hold_is_reported(
+    runs: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def fails(*_: object, **__: object) -> None:
         raise NotImplementedError("no such operator\nand a page more")
 
@@ -328,7 +336,7 @@ def test_what_onnx_cannot_hold_is_said(runs: dict[str, Path], tmp_path: Path, mo
         write(runs["test_resnet"], "onnx", "student", tmp_path / "it.onnx")
 
 
-def test_weights_that_do_not_fit_are_said_and_nothing_is_written(
+def test_weights_that_do_not_fit_are_reported_and_nothing_is_written(
     runs: dict[str, Path], small: Small, tmp_path: Path
 ) -> None:
     for arch, says in (("resnet10t", "--init-from .* is of another network"), ("test_vit", "another network")):

@@ -1,4 +1,4 @@
-"""Exports are loaded by the libraries that they are for, and only what gives the same features is written."""
+"""The target libraries load the exports, and an export is kept only if it gives the same features."""
 
 from __future__ import annotations
 
@@ -29,18 +29,19 @@ from tests.test_cli import fails
 
 
 def pixels_of(channels: int) -> PixelFormat:
+    """The pixel format of images with 3 or 5 channels."""
     if channels == 3:
         return RGB
     return PixelFormat(channels=channels, mean=(0.4, 0.3, 0.2, 0.1, 0.5), std=(0.2, 0.3, 0.4, 0.5, 0.6))
 
 
 def backbone_in(path: Path, arch: str, channels: int = 3, size: int = 32, data: str = "digits") -> Backbone:
-    """Write a backbone whose every tensor has an effect, and return it."""
+    """Write a backbone whose tensors all have an effect on the features, and return it."""
     torch.manual_seed(0)
     backbone = build_backbone(arch, image_size=size, stem="imagenet", channels=channels).eval()
     for name, value in backbone.net.state_dict().items():
         if value.is_floating_point() and value.ndim == 1:
-            low = 0.5 if "var" in name else 0.2  # features of the size of 1
+            low = 0.5 if "var" in name else 0.2  # gives features of about size 1
             value.uniform_(low, low + 1) if "var" in name or "weight" in name else value.normal_(0, 0.1)
     settings = {"arch": arch, "stem": "imagenet", "image_size": size, "method": "byol", "data": data}
     write_backbone(path, backbone, metadata(settings, "student", pixels_of(channels)))
@@ -48,17 +49,20 @@ def backbone_in(path: Path, arch: str, channels: int = 3, size: int = 32, data: 
 
 
 def images_for(backbone: Backbone, size: int = 32) -> Tensor:
+    """Random images float32 [3, channels, size, size]."""
     return torch.randn(3, backbone.channels, size, size, generator=torch.Generator().manual_seed(1))
 
 
 @torch.no_grad()
 def expected(backbone: Backbone, images: Tensor) -> tuple[Tensor, Tensor]:
+    """Features [3, D] and feature map of the backbone."""
     features, found = backbone.encode(images)
     assert features.std() > 1e-2
     return features, found
 
 
 def write(path: Path, kind: str, out: Path, *more: str) -> Path:
+    """Export the backbone file ``path`` to ``out``."""
     export.main([str(path), "--format", kind, "--out", str(out), *more])
     return out
 
@@ -66,10 +70,12 @@ def write(path: Path, kind: str, out: Path, *more: str) -> Path:
 NETWORKS = [(arch, bands) for arch in ("resnet18", "convnext_atto", "test_vit") for bands in (3, 5)]
 
 
-@pytest.mark.slow  # by day those of test_export and test_bands
+@pytest.mark.slow  # test_flags_of_export and test_bands have quicker cases
 @pytest.mark.parametrize("kind", ["timm", "onnx"])
 @pytest.mark.parametrize(("arch", "channels"), NETWORKS)
-def test_round_trips(kind: str, arch: str, channels: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_timm_and_onnx_give_the_same_features(
+    kind: str, arch: str, channels: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     path = tmp_path / "it.safetensors"
     backbone = backbone_in(path, arch, channels)
     images = images_for(backbone)
@@ -86,7 +92,8 @@ def test_round_trips(kind: str, arch: str, channels: int, tmp_path: Path, capsys
             torch.testing.assert_close(network.forward_features(images), found, rtol=0, atol=1e-5)
     np.testing.assert_allclose(got, want, rtol=0, atol=1e-5)
     said = capsys.readouterr().out
-    shown = "8 images of the run" if channels == 3 else "8 made images"  # digits are gray, which is not 5 bands
+    # digits are gray, so they cannot be shown as 5 bands
+    shown = "8 images of the run" if channels == 3 else "8 made images"
     assert re.search(rf"{kind}\S* \S+ loads it: largest difference of the features \S+( and .*)? on {shown}", said)
 
 
@@ -94,7 +101,9 @@ def test_round_trips(kind: str, arch: str, channels: int, tmp_path: Path, capsys
     ("arch", "channels"),
     [pytest.param(*each, marks=() if each == ("test_vit", 5) else pytest.mark.slow) for each in NETWORKS],
 )
-def test_transformers(arch: str, channels: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_transformers_gives_the_same_features(
+    arch: str, channels: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     transformers = pytest.importorskip("transformers", minversion="5.0")
     path = tmp_path / "it.safetensors"
     backbone = backbone_in(path, arch, channels)
@@ -102,7 +111,7 @@ def test_transformers(arch: str, channels: int, tmp_path: Path, monkeypatch: pyt
     want, found = expected(backbone, images)
     out = write(path, "transformers", tmp_path / "it")
     model = transformers.AutoModel.from_pretrained(str(out)).eval()
-    # As from the Hub; version 5.24 asks there for local folders too.
+    # As for a model on the Hub; version 5.24 also asks the Hub for local folders.
     monkeypatch.setattr("transformers.models.auto.auto_factory.hf_api", lambda: type("", (), {"repo_exists": bool}))
     as_backbone = transformers.AutoBackbone.from_pretrained(str(out)).eval()
     with torch.no_grad():
@@ -121,13 +130,13 @@ def test_transformers(arch: str, channels: int, tmp_path: Path, monkeypatch: pyt
     processor = transformers.AutoImageProcessor.from_pretrained(str(out))
     view = processor(values, input_data_format="channels_last", return_tensors="pt")["pixel_values"][0]
     want = eval_view(torch.from_numpy(values.transpose(2, 0, 1).copy()), 32, pixels_of(channels))
-    torch.testing.assert_close(view, want, rtol=0, atol=0.03)  # they round after resizing, in another place
+    torch.testing.assert_close(view, want, rtol=0, atol=0.03)  # transformers rounds at another place after resizing
 
 
-def test_transformers_says_what_loads_a_network_that_it_does_not_have(tmp_path: Path) -> None:
+def test_a_network_without_a_transformers_class_is_loaded_through_timm(tmp_path: Path) -> None:
     transformers = pytest.importorskip("transformers", minversion="5.0")
     path = tmp_path / "it.safetensors"
-    backbone = backbone_in(path, "test_convnext", 5)  # another epsilon than transformers'
+    backbone = backbone_in(path, "test_convnext", 5)  # its norms have another epsilon than those of transformers
     images = images_for(backbone)
     out = write(path, "transformers", tmp_path / "it")
     with torch.no_grad():
@@ -142,7 +151,7 @@ def test_transformers_says_what_loads_a_network_that_it_does_not_have(tmp_path: 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("channels", [3, 5])
-def test_an_export_to_transformers_takes_the_place_of_exports_only(channels: int, tmp_path: Path) -> None:
+def test_an_export_to_transformers_replaces_only_files_that_fastrm_wrote(channels: int, tmp_path: Path) -> None:
     pytest.importorskip("transformers", minversion="5.0")
     path, out = tmp_path / "it.safetensors", tmp_path / "out"
     backbone_in(path, "test_vit", channels)
@@ -160,7 +169,7 @@ def test_an_export_to_transformers_takes_the_place_of_exports_only(channels: int
 
 
 class Conv(nn.Conv2d):
-    """Detectron2's Conv2d: its norm is part of it."""
+    """The Conv2d of Detectron2, which includes its norm."""
 
     def __init__(self, into: int, out: int, kernel: int, stride: int = 1) -> None:
         super().__init__(into, out, kernel, stride, kernel // 2, bias=False)
@@ -172,7 +181,7 @@ class Conv(nn.Conv2d):
 
 
 class Block(nn.Module):
-    """Detectron2's BasicBlock: a shortcut where the number of channels changes."""
+    """The BasicBlock of Detectron2, with a shortcut if the number of channels changes."""
 
     def __init__(self, into: int, out: int, stride: int) -> None:
         super().__init__()
@@ -185,7 +194,7 @@ class Block(nn.Module):
 
 
 class Detectron2ResNet18(nn.Module):
-    """The names and the computation of detectron2/modeling/backbone/resnet.py at depth 18."""
+    """The names and the computation of detectron2/modeling/backbone/resnet.py for depth 18."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -202,7 +211,9 @@ class Detectron2ResNet18(nn.Module):
 
 
 @pytest.mark.parametrize("channels", [3, pytest.param(5, marks=pytest.mark.slow)])
-def test_detectron2_and_mmdet(channels: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_detectron2_and_mmdet_give_the_same_features(
+    channels: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     path = tmp_path / "it.safetensors"
     backbone = backbone_in(path, "resnet18", channels)
     images = images_for(backbone)
@@ -215,7 +226,7 @@ def test_detectron2_and_mmdet(channels: int, tmp_path: Path, capsys: pytest.Capt
     left = network.load_state_dict(state, strict=False)
     assert not left.unexpected_keys
     assert all(name.endswith("num_batches_tracked") for name in left.missing_keys)
-    # MMDetection's names are torchvision's; its loader ignores what does not fit, so each tensor is compared.
+    # MMDetection uses the names of torchvision. Its loader ignores tensors that do not fit, so each one is compared.
     theirs = torch.load(write(path, "mmdet", tmp_path / "it.pth"), weights_only=True)
     other = torchvision.models.resnet18()
     other.conv1 = nn.Conv2d(channels, 64, 7, 2, 3, bias=False)
@@ -236,8 +247,8 @@ def test_detectron2_and_mmdet(channels: int, tmp_path: Path, capsys: pytest.Capt
         write(path, "detectron2", tmp_path / "it.pkl")
 
 
-def test_names_of_detectron2() -> None:
-    """By the rules of detectron2's tools/convert-torchvision-to-d2.py."""
+def test_tensor_names_follow_the_rules_of_detectron2() -> None:
+    """The names follow the rules of detectron2's tools/convert-torchvision-to-d2.py."""
     from fastrm.exports.detection import detectron2_name
 
     with torch.device("meta"):
@@ -260,7 +271,7 @@ def test_names_of_detectron2() -> None:
         ("test_vit", "torchvision", "torchvision holds ResNets only"),
     ],
 )
-def test_what_a_format_cannot_hold(arch: str, kind: str, says: str, tmp_path: Path) -> None:
+def test_a_network_that_a_format_cannot_hold_is_refused(arch: str, kind: str, says: str, tmp_path: Path) -> None:
     path = tmp_path / "it.safetensors"
     backbone_in(path, arch)
     with pytest.raises(UsageError, match=says):
@@ -293,7 +304,7 @@ def test_an_export_with_other_features_is_not_written(
     assert {file.name for file in tmp_path.iterdir()} == {"it.safetensors", "out"}
 
 
-def test_without_the_library_nothing_is_called_done(
+def test_an_export_is_not_called_checked_without_the_library(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = tmp_path / "it.safetensors"
@@ -327,7 +338,7 @@ def test_a_run_exports_its_student(tmp_path: Path, capsys: pytest.CaptureFixture
     with torch.no_grad():
         torch.testing.assert_close(exported(images), result.student(images), rtol=0, atol=1e-5)
     assert "| method | mocov3 |" in (out / "export" / "timm" / "README.md").read_text()
-    # Another format is added to the complete run.
+    # The complete run gets another format.
     fastrm.pretrain("digits", out=out, export=("timm", "safetensors"), **SMALL)
     with torch.no_grad():
         again = fastrm.load(out / "export" / "safetensors.safetensors")(images)
@@ -348,7 +359,7 @@ def test_a_new_run_removes_the_exports_of_an_old_one(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("few_digits")
-def test_what_cannot_be_exported_is_said_before_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_impossible_export_is_reported_before_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     small = {**SMALL, "stem": "small", "out": tmp_path / "run"}
     for kind, says in (("timm", "small stem"), ("mmdet", "resnet18, resnet34")):
         with pytest.raises(UsageError, match=f"--export {kind}: .*{says}"):
@@ -386,7 +397,7 @@ def test_an_export_that_fails_at_the_end_leaves_the_complete_run(
     assert not (tmp_path / "run" / "export").exists()
 
 
-def test_images_of_the_users(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_exports_are_checked_on_the_images_of_the_user(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path, photo = tmp_path / "it.safetensors", tmp_path / "photo.png"
     backbone_in(path, "test_resnet", data=str(tmp_path / "gone"))
     Image.radial_gradient("L").convert("RGB").save(photo)
@@ -400,7 +411,7 @@ def test_images_of_the_users(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     assert not (tmp_path / "out").exists()
 
 
-def test_made_images_have_the_spectrum_of_photographs(tmp_path: Path) -> None:
+def test_synthetic_images_have_the_spectrum_of_photographs(tmp_path: Path) -> None:
     from fastrm.exports.check import made
 
     class Found:

@@ -1,4 +1,4 @@
-"""What happens to a run that lasts: it goes on bit for bit, or ends in one line with the last good checkpoint."""
+"""Interrupted and failing runs: they continue bit for bit, or end with one line and keep the last good checkpoint."""
 
 from __future__ import annotations
 
@@ -38,11 +38,12 @@ FLAGS = [
 
 
 def command(out: Path, *more: str) -> list[str]:
+    """The command of a small run."""
     return [sys.executable, "-m", "fastrm.train", *FLAGS, "--out", str(out), *more]
 
 
 def until_step(process: subprocess.Popen[str], step: int) -> None:
-    """Read what a run prints until it has logged a step."""
+    """Read the output of a run until it has logged a step."""
     assert process.stdout is not None
     for line in process.stdout:
         if line.startswith("step") and int(line.split()[1]) >= step:
@@ -52,7 +53,7 @@ def until_step(process: subprocess.Popen[str], step: int) -> None:
 
 @pytest.fixture
 def stop_after(monkeypatch: pytest.MonkeyPatch) -> Callable[[int, Callable[[], object]], None]:
-    """Do something after a step of a run in this process."""
+    """A function that calls ``do`` after a step of a run in this process."""
 
     def patch(step: int, do: Callable[[], object]) -> None:
         plain = Signals.asked
@@ -85,14 +86,14 @@ def test_a_signal_ends_a_run_that_the_same_command_continues(
     assert_as_uninterrupted(tmp_path / "cut", tmp_path / "whole")
 
 
-def test_sigusr1_saves_and_the_run_goes_on(small: Small, tmp_path: Path, stop_after: Any) -> None:
+def test_sigusr1_saves_and_the_run_continues(small: Small, tmp_path: Path, stop_after: Any) -> None:
     stop_after(2, lambda: os.kill(os.getpid(), signal.SIGUSR1))
     train.train(small(max_steps=5))
     assert [step for step, _ in checkpoint.older(tmp_path / "run")] == [2]
     assert checkpoint.load(tmp_path / "run")["step"] == 5
 
 
-def test_a_second_signal_ends_at_once() -> None:
+def test_a_second_signal_ends_the_process_at_once() -> None:
     script = (
         "import os, signal, time; from fastrm.machine.signals import Signals\n"
         "with Signals() as signals:\n"
@@ -104,8 +105,8 @@ def test_a_second_signal_ends_at_once() -> None:
 
 
 @pytest.mark.slow
-def test_from_the_shell_a_signal_to_all_processes_saves(tmp_path: Path) -> None:
-    """As a scheduler sends it: to the loader's processes too."""
+def test_a_signal_to_all_processes_of_a_shell_command_saves(tmp_path: Path) -> None:
+    """The signal also reaches the loader processes, as it does from a scheduler."""
     run = subprocess.Popen(
         command(tmp_path / "run", "--loader", "torch", "--workers", "1"), cwd=ROOT, text=True, start_new_session=True,
         stdout=subprocess.PIPE, stderr=subprocess.PIPE,
@@ -123,10 +124,10 @@ def test_from_the_shell_a_signal_to_all_processes_saves(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "moment", [pytest.param("in a step", marks=pytest.mark.slow), "in a save", "between two names"]
 )
-def test_a_killed_run_ends_as_the_uninterrupted_one(
+def test_a_killed_run_continues_and_ends_like_an_uninterrupted_one(
     moment: str, small: Small, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """SIGKILL, simulated by an error that nothing catches and after which nothing is tidied up."""
+    """SIGKILL is simulated by an exception that nothing catches, and after which nothing is cleaned up."""
     options = {"max_steps": 7, "checkpoint_every": 2, "method": "mocov2"}
     train.train(small(**options, out=tmp_path / "whole"))
 
@@ -172,7 +173,7 @@ def test_a_killed_run_ends_as_the_uninterrupted_one(
     assert_as_uninterrupted(tmp_path / "cut", tmp_path / "whole")
 
 
-def test_checkpoints_that_are_kept(small: Small, tmp_path: Path) -> None:
+def test_keep_and_keep_every_decide_which_checkpoints_stay(small: Small, tmp_path: Path) -> None:
     train.train(small(max_steps=10, checkpoint_every=1, keep=3, keep_every=4))
     assert [step for step, _ in checkpoint.older(tmp_path / "run")] == [9, 8, 4]
     assert checkpoint.load(tmp_path / "run")["step"] == 10
@@ -183,7 +184,7 @@ def test_checkpoints_that_are_kept(small: Small, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("damage", ["flipped", *(pytest.param(d, marks=pytest.mark.slow) for d in ("cut", "gone"))])
-def test_a_damaged_newest_checkpoint_gives_way_to_the_one_before(
+def test_a_damaged_newest_checkpoint_is_replaced_by_the_previous_one(
     damage: str, small: Small, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     options = {"checkpoint_every": 2}
@@ -207,7 +208,7 @@ def test_a_damaged_newest_checkpoint_gives_way_to_the_one_before(
     assert [step for step, _ in checkpoint.older(tmp_path / "run")] == [4]
 
 
-def test_any_changed_byte_of_a_tensor_is_seen(small: Small, tmp_path: Path) -> None:
+def test_the_checksum_detects_any_changed_byte(small: Small, tmp_path: Path) -> None:
     train.train(small(max_steps=1, stem="small"))
     state = checkpoint.load(tmp_path / "run")
     right = checkpoint.checksum(state)
@@ -221,10 +222,10 @@ def test_any_changed_byte_of_a_tensor_is_seen(small: Small, tmp_path: Path) -> N
     assert checkpoint.checksum(state) != right
 
 
-def test_a_save_does_not_hold_the_steps_up(
+def test_a_save_does_not_delay_the_next_step(
     small: Small, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stop_after: Any
 ) -> None:
-    """While a checkpoint is being written the next step is made; what is written is the state that was saved."""
+    """The next step runs while a checkpoint is written, and the file has the state at the time of the save."""
     written, stepped = threading.Event(), threading.Event()
     plain = torch.save
 
@@ -272,17 +273,17 @@ def test_a_full_disk_keeps_the_last_checkpoint(small: Small, little_disk: Path, 
     assert_as_uninterrupted(little_disk / "run", tmp_path / "whole")
 
 
-# TensorBoard's own thread prints a traceback of its own when its file is gone.
+# TensorBoard's own thread prints a traceback if its file is gone.
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 def test_an_output_folder_that_vanishes_ends_the_run_in_one_line(small: Small, tmp_path: Path, stop_after: Any) -> None:
-    # Renamed, not deleted file by file: TensorBoard's thread may write into the folder meanwhile.
+    # The folder is renamed and not deleted, because TensorBoard's thread may write into it meanwhile.
     stop_after(2, lambda: (tmp_path / "run").rename(tmp_path / "gone"))
     with pytest.raises(TrainingError, match=r"No such file or directory|does not exist") as caught:
         train.train(small(max_steps=4, checkpoint_every=1))
     assert "\n" not in str(caught.value)
 
 
-def test_a_file_that_is_deleted_or_cut_in_mid_epoch_is_left_out_and_listed(
+def test_a_file_deleted_or_truncated_during_an_epoch_is_left_out_and_listed(
     small: Small, pictures: Path, tmp_path: Path, stop_after: Any
 ) -> None:
     folder = tmp_path / "pictures"
@@ -295,7 +296,8 @@ def test_a_file_that_is_deleted_or_cut_in_mid_epoch_is_left_out_and_listed(
 
     stop_after(1, harm)
     with pytest.warns(UserWarning, match="left out"):
-        train.train(small(data=str(folder), max_steps=12, workers=1, loader="torch"))  # which reads them each time
+        # this loader reads the files in each epoch
+        train.train(small(data=str(folder), max_steps=12, workers=1, loader="torch"))
     listed = (tmp_path / "run" / "skipped.txt").read_text()
     assert {line.split("\t")[0] for line in listed.splitlines()} == {str(files[0]), str(files[1])}
 
@@ -309,23 +311,23 @@ def test_a_loader_process_that_is_killed_ends_the_run_in_one_line(
     options = {"data": str(pictures / "flat"), "max_steps": 12, "workers": 1, "checkpoint_every": 1}
     with pytest.raises(TrainingError, match="loader process ended"):
         train.train(small(**options))
-    assert checkpoint.load(tmp_path / "run")["step"] >= 1  # the signal may fall into the save of the second
+    assert checkpoint.load(tmp_path / "run")["step"] >= 1  # the signal may arrive during the second save
     train.train(small(**options))
 
 
-@pytest.mark.parametrize("face", [ConnectionResetError(104, "Connection reset by peer"), EOFError()], ids=repr)
-def test_a_pipe_that_breaks_before_torch_sees_the_death_is_said_alike(
-    face: Exception, small: Small, stop_after: Any
+@pytest.mark.parametrize("error", [ConnectionResetError(104, "Connection reset by peer"), EOFError()], ids=repr)
+def test_a_broken_pipe_to_a_loader_process_is_reported_as_its_death(
+    error: Exception, small: Small, stop_after: Any
 ) -> None:
     def broken() -> None:
-        raise face
+        raise error
 
     stop_after(2, broken)
     with pytest.raises(TrainingError, match="loader process ended"):
         train.train(small(max_steps=4))
 
 
-def test_torch_does_not_report_a_loader_process_that_ended_while_the_run_is_closed(
+def test_a_dead_loader_process_is_not_reported_again_while_the_run_is_closed(
     small: Small, tmp_path: Path, stop_after: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def torchs(*_: object) -> None:
@@ -387,7 +389,9 @@ def test_one_of_two_processes_that_is_killed_ends_the_other(tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_fused_and_reference_agree_on_the_live_batch(method: str, small: Small, tmp_path: Path) -> None:
+def test_verification_compares_fused_and_reference_on_the_current_batch(
+    method: str, small: Small, tmp_path: Path
+) -> None:
     options = {"method": method, "max_steps": 4}
     train.train(small(**options, out=tmp_path / "plain"))
     train.train(small(**options, verify_every=2, out=tmp_path / "watched"))
@@ -397,7 +401,7 @@ def test_fused_and_reference_agree_on_the_live_batch(method: str, small: Small, 
     assert all(r["verify_loss"] < 1e-5 and r["verify_gradient"] < 1e-4 for r in found)
 
 
-def test_a_wrong_fused_gradient_is_said(small: Small, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_verification_detects_a_wrong_fused_gradient(small: Small, monkeypatch: pytest.MonkeyPatch) -> None:
     from fastrm.methods import contrastive
 
     plain = contrastive.residual_info_nce
@@ -415,17 +419,17 @@ def test_a_wrong_fused_gradient_is_said(small: Small, monkeypatch: pytest.Monkey
 
 
 def as_of_two_processes(out: Path) -> None:
-    """Let a checkpoint be one of a run in two processes, whose batches were those of one."""
+    """Change a checkpoint to one of a run in two processes with the same batches."""
     path = out / checkpoint.NAME
     state = checkpoint.load(path)
     state["random"] *= 2
     torch.save({**state, "checksum": checkpoint.checksum(state)}, path)
 
 
-def test_a_run_in_another_number_of_processes_goes_on_and_says_what_changes(
+def test_a_run_continues_in_another_number_of_processes_and_reports_the_changes(
     small: Small, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Sampler, queue, random states and schedule continue, and the batch that the checkpoint has holds."""
+    """Sampler, queue, random states and schedule continue, and the batch size of the checkpoint is kept."""
     leaves = {"method": "mocov2", "queue_size": 256}
     train.train(small(**leaves, max_steps=5, out=tmp_path / "whole"))
     train.train(small(**leaves, max_steps=2))
@@ -439,7 +443,7 @@ def test_a_run_in_another_number_of_processes_goes_on_and_says_what_changes(
     assert_as_uninterrupted(tmp_path / "run", tmp_path / "whole")
 
 
-def test_with_other_processes_and_another_batch_a_run_goes_on_with_the_next_epoch(
+def test_a_run_continues_at_the_next_epoch_with_other_processes_and_batch_size(
     small: Small, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     train.train(small(max_steps=1, epochs=4))
@@ -453,14 +457,14 @@ def test_with_other_processes_and_another_batch_a_run_goes_on_with_the_next_epoc
     assert said in capsys.readouterr().out
     after = checkpoint.load(tmp_path / "run")
     assert after["step"] == 4
-    assert after["images"]["shift"] == 1  # of the 2 steps that an epoch has now, one more than was made
+    assert after["images"]["shift"] == 1  # the batch size gives 2 steps per epoch, and 1 step was made
     assert records(tmp_path / "run")[-1]["epoch"] == 2.5
 
 
-def test_a_checkpoint_is_saved_when_long_none_was(
+def test_a_checkpoint_is_saved_after_checkpoint_minutes(
     small: Small, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A step takes two minutes here."""
+    """Each step takes two minutes on the simulated clock."""
     now = [0.0]
     monkeypatch.setattr("fastrm.hooks.checkpoints.time.monotonic", lambda: now[0])
     saved: list[int] = []
@@ -480,5 +484,5 @@ def test_a_checkpoint_is_saved_when_long_none_was(
         return list(saved)
 
     assert steps_saved(checkpoint_minutes=5) == [3, 6, 8, 11, 14]
-    assert steps_saved() == [8, 14]  # after 8 steps of two minutes another one is due
+    assert steps_saved() == [8, 14]  # after 8 steps of two minutes, the next checkpoint is due
     assert steps_saved(checkpoint_minutes=0) == [8, 14]

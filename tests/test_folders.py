@@ -1,4 +1,4 @@
-"""Folders as people have them: what is trained on, what the labels are, and that nothing is dropped unsaid."""
+"""Folder layouts as users have them: which images are used, their labels, and what is skipped."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from fastrm.settings.config import build
 
 
 def fill(root: Path, *names: str) -> str:
-    """Write a picture (or, for other endings, some bytes) at each of these paths."""
+    """Write an image (or some bytes, for other endings) at each of these paths, and return the root."""
     for name in names:
         path = root / name
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -32,7 +32,7 @@ def fill(root: Path, *names: str) -> str:
 
 
 def read(root: Path) -> tuple[list[str], list[int] | None, str]:
-    """Paths of the images to train on, from the root; their labels; what is said of all."""
+    """Paths of the training images relative to the root, their labels, and the description of the source."""
     source = open_source(str(root))
     assert isinstance(source.train, FileImages)
     labels = source.train.labels
@@ -41,6 +41,7 @@ def read(root: Path) -> tuple[list[str], list[int] | None, str]:
 
 
 def validated(source: Source) -> list[str]:
+    """Class folder and file name of each validation image."""
     assert isinstance(source.test, FileImages)
     return [path.parent.name + "/" + path.name for path in source.test.paths]
 
@@ -67,7 +68,7 @@ def test_links_to_class_folders_elsewhere_are_followed(tmp_path: Path) -> None:
     assert "1 links to folders listed already" in about
 
 
-def test_links_that_lead_nowhere_and_files_that_are_none(tmp_path: Path) -> None:
+def test_broken_links_and_special_files_are_skipped_and_counted(tmp_path: Path) -> None:
     fill(tmp_path, "a/0.png", *(f"b/{i}.png" for i in range(20)))
     (tmp_path / "a" / "gone.png").symlink_to("nowhere.png")
     (tmp_path / "a" / "gone").symlink_to("nowhere")
@@ -80,7 +81,7 @@ def test_links_that_lead_nowhere_and_files_that_are_none(tmp_path: Path) -> None
 
 @pytest.mark.parametrize("error", [PermissionError(13, "Permission denied"), FileNotFoundError(2, "No such file")])
 def test_a_folder_that_cannot_be_read_is_named(error: OSError, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Tests may run as root, who may read everything."""
+    """os.scandir is replaced, because tests may run as root, who may read everything."""
     fill(tmp_path, "a/0.png", "b/1.png")
     plain = os.scandir
 
@@ -97,7 +98,7 @@ def test_a_folder_that_cannot_be_read_is_named(error: OSError, tmp_path: Path, m
 # Kinds of files
 
 
-def test_what_pillow_reads_is_read(tmp_path: Path) -> None:
+def test_all_image_formats_of_pillow_are_read(tmp_path: Path) -> None:
     kinds = ["JPG", "jpe", "jfif", "gif", "jp2", "tga", "bmp", "tiff", "webp", "pcx", "ppm"]
     kinds += ["avif"] if features.check("avif") else []
     fill(tmp_path, *(f"{kind}/0.{kind}" for kind in kinds))
@@ -108,13 +109,13 @@ def test_what_pillow_reads_is_read(tmp_path: Path) -> None:
     assert not endings() & {".pdf", ".eps", ".h5", ".mpg", ".txt", ".tar", ".npy", ".heic"}
 
 
-def test_the_first_picture_of_a_gif(tmp_path: Path) -> None:
+def test_the_first_image_of_a_gif_is_used(tmp_path: Path) -> None:
     first, second = (Image.new("RGB", (8, 8), colour) for colour in ("red", "blue"))
     first.save(tmp_path / "a.gif", save_all=True, append_images=[second])
     assert open_source(str(tmp_path)).train.values(0)[0, 0].tolist() == [255, 0, 0]
 
 
-def test_classes_of_files_that_are_not_read_are_named(tmp_path: Path) -> None:
+def test_folders_without_supported_images_and_skipped_files_are_named(tmp_path: Path) -> None:
     fill(tmp_path, "a/0.png", "b/1.png", "birds/0.heic", "birds/1.HEIC", "none/.keep", "a/notes.txt", "a/.DS_Store")
     fill(
         tmp_path, "a/Thumbs.db", "__MACOSX/a/0.png", "b/@eaDir/1.png", "b/.ipynb_checkpoints/1.png", "lost+found/2.png"
@@ -125,7 +126,7 @@ def test_classes_of_files_that_are_not_read_are_named(tmp_path: Path) -> None:
     assert about.endswith("skipped: 4 system files, 3 hidden, 2 .heic, 1 .txt")
 
 
-def test_a_folder_of_other_files_says_which(tmp_path: Path) -> None:
+def test_a_folder_without_images_is_refused_and_its_files_are_counted(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"holds no image; skipped: 2 \.heic, 1 without an ending; looked below"):
         open_source(fill(tmp_path, "a/0.heic", "b/0.heic", "c/README"))
 
@@ -133,7 +134,7 @@ def test_a_folder_of_other_files_says_which(tmp_path: Path) -> None:
 # Runs of fastrm and what they leave
 
 
-def test_runs_and_contact_sheets_are_no_data(
+def test_runs_and_contact_sheets_of_fastrm_are_skipped(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     fill(tmp_path, "a/0.png", "b/1.png", "c/2.png", "c/config.json", "c/index.html", "runs/one/plot.png",
@@ -145,7 +146,8 @@ def test_runs_and_contact_sheets_are_no_data(
     for out in ("views.png", "sheet.jpg", "other.png"):
         main(["--data", ".", "--image-size", "16", "--images", "2", "--out", out, "--loader", "torch"])
     Image.open("sheet.jpg").verify()
-    (tmp_path / "views.png").write_bytes((tmp_path / "a" / "0.png").read_bytes())  # as before sheets were marked
+    # as in versions that did not mark their sheets
+    (tmp_path / "views.png").write_bytes((tmp_path / "a" / "0.png").read_bytes())
     source = open_source(".")
     assert isinstance(source.train, FileImages)
     assert [str(path) for path in source.train.paths] == ["a/0.png", "b/1.png", "c/2.png"]
@@ -165,14 +167,14 @@ def test_runs_and_contact_sheets_are_no_data(
         ("train", "val_256"), ("train", "test1"),
     ],
 )  # fmt: skip
-def test_parts_by_the_names_that_are_in_use(train: str, val: str, tmp_path: Path) -> None:
+def test_common_names_of_training_and_validation_folders(train: str, val: str, tmp_path: Path) -> None:
     fill(tmp_path, f"{train}/a/0.png", f"{train}/b/1.png", f"{val}/a/2.png", f"{val}/b/3.png")
     source = open_source(str(tmp_path))
     assert (len(source.train), validated(source)) == (2, ["a/2.png", "b/3.png"])
     assert source.about == f"2 images in {tmp_path}/{train}; 2 classes; 2 for validation in {tmp_path}/{val}"
 
 
-def test_other_parts_are_said(tmp_path: Path) -> None:
+def test_unused_parts_are_reported(tmp_path: Path) -> None:
     fill(tmp_path, "train/a/0.png", "train/b/1.png", "test/a/2.png", "val/a/3.png", "unlabeled/4.png", "5.png")
     source = open_source(str(tmp_path))
     assert (len(source.train), validated(source)) == (2, ["a/3.png"])
@@ -195,8 +197,8 @@ def test_other_parts_are_said(tmp_path: Path) -> None:
         ([], "there is no val folder: kNN is tested on a tenth of the training images"),
     ],
 )
-def test_a_validation_folder_that_cannot_be_used_is_said(held: list[str], said: str, tmp_path: Path) -> None:
-    """The flat val of ImageNet, as it is unpacked, is the most common one."""
+def test_a_validation_folder_that_cannot_be_used_is_reported(held: list[str], said: str, tmp_path: Path) -> None:
+    """The unsorted val folder of ImageNet is the most common case."""
     fill(tmp_path, *(f"train/{name}/{i}.png" for name in "ab" for i in range(10)), *held)
     source = open_source(str(tmp_path))
     assert said in source.about
@@ -204,7 +206,7 @@ def test_a_validation_folder_that_cannot_be_used_is_said(held: list[str], said: 
     assert (len(source.train), len(source.test)) == (20, 2)
 
 
-def test_validation_with_one_of_the_classes(tmp_path: Path) -> None:
+def test_validation_may_lack_classes_but_not_have_others(tmp_path: Path) -> None:
     fill(tmp_path, "train/a/0.png", "train/b/1.png", "train/c/2.png", "val/b/3.png", "val/b/4.png")
     source = open_source(str(tmp_path))
     assert source.test is not None
@@ -217,13 +219,13 @@ def test_validation_with_one_of_the_classes(tmp_path: Path) -> None:
         open_source(str(tmp_path))
 
 
-def test_an_unlabelled_train_folder_beside_a_labelled_val(tmp_path: Path) -> None:
+def test_a_labelled_val_beside_an_unlabelled_train_is_not_used(tmp_path: Path) -> None:
     source = open_source(fill(tmp_path, "train/0.png", "train/1.png", "val/a/2.png", "val/b/3.png"))
     assert source.test is None
     assert "val/ is not used, since the training images have no labels; without labels" in source.about
 
 
-def test_a_class_called_train(tmp_path: Path) -> None:
+def test_a_class_called_train_is_reported_or_refused(tmp_path: Path) -> None:
     names, labels, about = read(Path(fill(tmp_path, "bus/0.png", "plane/1.png", "train/2.png")))
     assert (names, labels) == (["bus/0.png", "plane/1.png", "train/2.png"], [0, 1, 2])
     assert "train/ is used as a class, like the folders beside it" in about
@@ -245,39 +247,39 @@ def test_a_class_called_train(tmp_path: Path) -> None:
         (["train/images/0.jpg", "train/labels/0.png", "val/a/0.png"], "images/ and labels/ in .*train look like"),
     ],
 )
-def test_what_can_be_taken_in_two_ways_is_refused(names: list[str], message: str, tmp_path: Path) -> None:
+def test_ambiguous_layouts_are_refused(names: list[str], message: str, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=message):
         open_source(fill(tmp_path, *names))
 
 
-def test_a_class_called_test_is_said(tmp_path: Path) -> None:
+def test_a_class_called_test_is_reported(tmp_path: Path) -> None:
     _, labels, about = read(Path(fill(tmp_path, "cat/0.png", "dog/1.png", "test/2.png")))
     assert labels == [0, 1, 2]
     assert "test/ is used as a class" in about
 
 
-def test_images_beside_the_class_folders_are_said(tmp_path: Path) -> None:
+def test_images_beside_the_class_folders_are_reported(tmp_path: Path) -> None:
     _, labels, about = read(Path(fill(tmp_path, "a/0.png", "b/1.png", "c.png")))
     assert labels is None
     assert about == f"3 images in {tmp_path}; 1 of them not in its subfolders (first c.png); without labels"
 
 
-def test_labels_are_in_the_order_of_the_numbers(tmp_path: Path) -> None:
+def test_labels_follow_the_numeric_order_of_class_names(tmp_path: Path) -> None:
     names, labels, about = read(Path(fill(tmp_path, "10/a.png", "9/b.png", "9/c.PNG", "x/d.png", "X/e.png")))
     assert names == ["10/a.png", "9/b.png", "9/c.PNG", "X/e.png", "x/d.png"]
     assert labels == [1, 0, 0, 2, 3]
     assert "the classes X and x differ only in case" in about
 
 
-def test_a_folder_with_the_name_of_a_set_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_folder_with_the_name_of_a_data_set_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fill(tmp_path, "digits/0.png")
     monkeypatch.chdir(tmp_path)
     assert "this is the set of that name, and the folder digits is meant by ./digits" in open_source("digits").about
     assert len(open_source("./digits").train) == 1
 
 
-def test_parts_further_down(tmp_path: Path) -> None:
-    """As ILSVRC is unpacked."""
+def test_parts_in_a_deeper_folder_are_reported(tmp_path: Path) -> None:
+    """The layout of the ILSVRC archive."""
     fill(tmp_path, "Data/CLS-LOC/train/a/0.png", "Data/CLS-LOC/val/1.png", "Annotations/0.xml")
     with pytest.raises(UsageError, match=r"holds training and validation images in .*/Data/CLS-LOC; give that folder"):
         open_source(str(tmp_path))
@@ -289,7 +291,7 @@ def test_parts_further_down(tmp_path: Path) -> None:
 # Shards in folders
 
 
-def test_a_folder_of_shards(tmp_path: Path) -> None:
+def test_a_folder_of_shards_is_read_as_shards(tmp_path: Path) -> None:
     fill(tmp_path, "00000.parquet", "00000_stats.json", "pictures/0.jpg", "pictures/1.jpg")
     for name in ("9.tar", "10.tar"):
         with tarfile.open(tmp_path / name, "w") as tar:

@@ -1,4 +1,4 @@
-"""Tensors that are no memory of their own: sharded, fake, nested and other kinds; and the names that wrappers give."""
+"""Tensors without plain memory (sharded, fake, nested and others), and parameter names of wrapped modules."""
 
 from __future__ import annotations
 
@@ -40,12 +40,13 @@ KINDS: dict[str, Callable[..., Any]] = {
 
 
 def network() -> nn.Module:
+    """A network with 5 rows in its first layer, which two processes cannot share evenly."""
     torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(3, 5), nn.Tanh(), nn.Linear(5, 1))  # rows that two processes cannot share evenly
+    return nn.Sequential(nn.Linear(3, 5), nn.Tanh(), nn.Linear(5, 1))
 
 
 def two_steps(student: nn.Module, teacher: nn.Module, kind: str) -> list[Tensor]:
-    """Weights of student and teacher after two steps, whole."""
+    """The whole weights of student and teacher after two optimizer steps and three teacher updates."""
     optimizer = KINDS[kind](student.parameters(), teacher=teacher.parameters(), ema_momentum=0.5)
     for _ in range(2):
         optimizer.zero_grad()
@@ -60,6 +61,7 @@ def two_steps(student: nn.Module, teacher: nn.Module, kind: str) -> list[Tensor]
 
 
 def in_one_of_two(rank: int, file: str, want: dict[str, list[Tensor]]) -> None:
+    """Compare the weights of an FSDP2 network in one of two processes with those of one process."""
     dist.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=2)
     mesh = init_device_mesh("cpu", (2,))
     for kind, tensors in want.items():
@@ -71,7 +73,7 @@ def in_one_of_two(rank: int, file: str, want: dict[str, list[Tensor]]) -> None:
     dist.destroy_process_group()
 
 
-def test_fsdp2_gives_the_numbers_of_one_process(tmp_path: Any) -> None:
+def test_fsdp2_gives_the_weights_of_one_process(tmp_path: Any) -> None:
     want = {kind: two_steps(network(), network(), kind) for kind in KINDS}
     torch.multiprocessing.start_processes(in_one_of_two, (str(tmp_path / "store"), want), nprocs=2, start_method="fork")
 
@@ -83,7 +85,7 @@ def mesh(tmp_path: Any) -> Any:
     dist.destroy_process_group()
 
 
-def test_dtensors_that_are_not_cut_alike_are_refused(mesh: DeviceMesh) -> None:
+def test_dtensors_that_are_not_sharded_alike_are_refused(mesh: DeviceMesh) -> None:
     plain = torch.ones(4, 2)
     rows, whole = distribute_tensor(plain, mesh, [Shard(0)]), distribute_tensor(plain, mesh, [Replicate()])
     partial = DTensor.from_local(plain, mesh, [Partial()])
@@ -141,10 +143,10 @@ def test_other_kinds_of_tensors_are_refused() -> None:
 
 
 class Named(Tensor):
-    """A subclass that only has a name."""
+    """A subclass without any behaviour of its own."""
 
 
-def test_subclasses_that_are_memory_work() -> None:
+def test_subclasses_with_plain_memory_are_accepted() -> None:
     teacher, student = torch.zeros(3).as_subclass(Named), torch.ones(3).as_subclass(Named)
     fused_ema_([teacher], [student], 0.5)
     assert teacher.tolist() == [0.5] * 3
@@ -153,8 +155,8 @@ def test_subclasses_that_are_memory_work() -> None:
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda", "meta"])
-def test_fake_tensors(device: str) -> None:
-    """No number is computed, on a device that need not be there; shapes and dtypes are those of real tensors."""
+def test_operations_accept_fake_tensors(device: str) -> None:
+    """Operations give fake tensors of the right shapes and dtypes, also on a device that does not exist."""
     with FakeTensorMode():
         query, key, queue = (torch.empty(n, 4, device=device) for n in (3, 3, 8))
         pointer = torch.zeros((), dtype=torch.int64, device=device)
@@ -164,7 +166,7 @@ def test_fake_tensors(device: str) -> None:
             rows = info_nce(query, key, queue, reduction="none", backend=backend)
             assert [loss.shape, part.shape, rows.shape, rows.device.type] == [(), (), (3,), device]
             total = loss + rows.sum() + residual_loss(query, key, backend=backend)
-            if device != "cuda" or torch.cuda.is_available():  # torch's backward pass looks for the device
+            if device != "cuda" or torch.cuda.is_available():  # the backward pass of torch needs the device
                 assert torch.autograd.grad(total, query)[0].shape == (3, 4)
             enqueue_(queue, pointer, key, backend=backend)
         teacher, student = [torch.empty(5, 2, device=device)], [torch.empty(5, 2, device=device)]
@@ -182,10 +184,10 @@ def test_fake_tensors(device: str) -> None:
         ring.enqueue_(key)
     with pytest.raises(ValueError, match=r"student\[0\] has shape"):
         fused_ema_(teacher, [teacher[0][:2]], 0.9)
-    fused_ema_(teacher, student, 0.9)  # outside of the mode
+    fused_ema_(teacher, student, 0.9)  # outside the mode
 
 
-def test_meta_tensors_and_export() -> None:
+def test_operations_accept_meta_tensors_and_torch_export() -> None:
     on_meta = torch.empty(3, 4, device="meta")
     assert info_nce(on_meta, on_meta, reduction="none").shape == (3,)
     fused_ema_([on_meta], [on_meta.clone()], 0.5)
@@ -200,7 +202,7 @@ def test_meta_tensors_and_export() -> None:
 
 
 class Inner(nn.Module):
-    """A network with a part that is called as wrappers call it, beside one of the same name without it."""
+    """A network that has a submodule called "module", which is also the name that wrappers use."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -234,7 +236,7 @@ WRAPPERS: dict[str, Callable[[nn.Module], nn.Module]] = {
 
 @pytest.mark.parametrize("kind", [Inner, network])
 @pytest.mark.parametrize("name", WRAPPERS)
-def test_wrappers_names_are_ignored(name: str, kind: Callable[[], nn.Module]) -> None:
+def test_names_of_wrappers_are_ignored(name: str, kind: Callable[[], nn.Module]) -> None:
     teacher, student = kind(), kind()
     with torch.no_grad():
         for value, (p, q) in enumerate(zip(teacher.parameters(), student.parameters(), strict=True)):
@@ -250,7 +252,7 @@ def test_wrappers_names_are_ignored(name: str, kind: Callable[[], nn.Module]) ->
         assert torch.equal(p, q)
 
 
-def test_checkpointed_parts_of_a_network() -> None:
+def test_checkpoint_wrappers_inside_a_network_are_ignored() -> None:
     teacher, student = network(), network()
     student[0] = checkpoint_wrapper(student[0])  # type: ignore[operator]
     fused_ema_(teacher, Outer(student), 0)

@@ -1,4 +1,6 @@
-"""Arguments of the wrong kind for every public kernel: one ValueError or TypeError that names one, nothing written."""
+"""Arguments of the wrong kind: every public operation raises a ValueError or TypeError that names one, and writes
+nothing.
+"""
 
 from __future__ import annotations
 
@@ -24,19 +26,23 @@ from fastrm.kernels import (
 
 
 def rows(*shape: int) -> Tensor:
+    """Normally distributed float32 numbers of this shape."""
     return torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape)))
 
 
 def contrast() -> dict[str, Any]:
+    """Valid arguments of info_nce."""
     return {"query": rows(3, 4), "key": rows(3, 4), "queue": rows(6, 4), "temperature": 0.2, "key_offset": 0,
             "backend": None}  # fmt: skip
 
 
 def averaged() -> dict[str, Any]:
+    """Valid arguments of fused_ema_."""
     return {"teacher": [rows(3, 4)], "student": [rows(3, 4)], "shadow": [rows(3, 4)], "momentum": 0.9, "backend": None}
 
 
 def prepared(momentum: Any, **lists: Any) -> None:
+    """Prepare an EMA and update it once."""
     EMA(**lists).update_(momentum)
 
 
@@ -80,7 +86,7 @@ HOSTILE: dict[str, Any] = {
 
 @pytest.mark.parametrize("operation", OPERATIONS)
 @given(data=st.data())
-def test_one_argument_of_another_kind(operation: str, data: st.DataObject) -> None:
+def test_one_argument_of_a_wrong_kind_is_accepted_or_named(operation: str, data: st.DataObject) -> None:
     run, make = OPERATIONS[operation]
     arguments = make()
     name = data.draw(st.sampled_from(sorted(arguments)))

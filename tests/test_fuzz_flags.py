@@ -1,4 +1,4 @@
-"""Every flag of every entry point with hostile values: taken, or refused in one error with nothing written."""
+"""Every flag of every entry point with hostile values: it is accepted, or refused in one error."""
 
 from __future__ import annotations
 
@@ -31,18 +31,19 @@ VALUES = [
     "{0..9}.tar",
     "{0..99999999999}.tar", "True", "%s", "*",
 ]  # fmt: skip
-# All of them in the nightly profile; in the ordinary one a few.
+# The nightly profile tries all values, and the ordinary one a few.
 FEW = settings(max_examples=max(3, settings().max_examples // 12), suppress_health_check=list(HealthCheck))
 SMALL = {"arch": "test_resnet", "image_size": 32, "hidden_dim": 16, "output_dim": 8, "predictor_hidden_dim": 16,
          "workers": 0, "batch_size": 16, "data": "digits"}  # fmt: skip
 
 
 class Started(Exception):
-    """The run would begin now."""
+    """Raised where the run would start."""
 
 
 @cache
 def few_digits() -> Source:
+    """The data set "digits" with 32 images."""
     source = open_source("digits")
     few = source.train.subset(torch.arange(32).numpy())
     return dataclasses.replace(source, train=few, bank=few, test=few)
@@ -50,6 +51,7 @@ def few_digits() -> Source:
 
 @cache
 def run_of_digits() -> Pretrained:
+    """An untrained run on digits."""
     config = build(**SMALL)
     method = build_method(config)
     networks = {"student": method.student.backbone, "teacher": method.teacher.backbone}
@@ -61,15 +63,18 @@ def run_of_digits() -> Pretrained:
 
 
 def flags(kind: type) -> list[str]:
+    """All flags of an entry point."""
     return [flag(name) for name in command_line.flag_names(kind)]
 
 
 def words(flag: str, value: str, others: dict[str, Any]) -> list[str]:
+    """The arguments of an entry point, with one flag set to ``value``."""
     given_ = {"--" + name.replace("_", "-"): str(other) for name, other in others.items()}
     return [word for name, other in given_.items() if name != flag for word in (name, other)] + [flag, value]
 
 
 def below(folder: Path) -> list[Path]:
+    """All paths below a folder."""
     return sorted(folder.rglob("*"))
 
 
@@ -77,7 +82,7 @@ def below(folder: Path) -> list[Path]:
 def refused_or_taken(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[Callable[[Callable[[Sequence[str]], None], list[str]], None]]:
-    """Call an entry point deep in an empty folder, which must be as it was if the flags are refused."""
+    """A function that calls an entry point in an empty folder, and checks that a refusal leaves it unchanged."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     folders = iter(range(10**6))
 
@@ -99,22 +104,23 @@ def refused_or_taken(
 
 
 def stop(*_: Any, **__: Any) -> None:
+    """Stands in for the first part of a run that writes."""
     raise Started
 
 
 @pytest.mark.parametrize("flag", flags(Flags))
 @FEW
 @given(value=st.sampled_from(VALUES))
-def test_train(flag: str, value: str, refused_or_taken: Any) -> None:
+def test_flags_of_train(flag: str, value: str, refused_or_taken: Any) -> None:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("fastrm.run.session.Results", stop)  # they are made when all is checked and the folder is there
+        patch.setattr("fastrm.run.session.Results", stop)  # created after all checks, when the folder exists
         refused_or_taken(train.main, words(flag, value, SMALL))
 
 
 @pytest.mark.parametrize("flag", flags(evaluate.EvaluateConfig))
 @FEW
 @given(value=st.sampled_from(VALUES))
-def test_evaluate(flag: str, value: str, refused_or_taken: Any) -> None:
+def test_flags_of_evaluate(flag: str, value: str, refused_or_taken: Any) -> None:
     with pytest.MonkeyPatch.context() as patch:
         if flag != "--checkpoint":
             patch.setattr(evaluate, "open_pretrained", lambda *_, **__: run_of_digits())
@@ -129,7 +135,7 @@ def test_evaluate(flag: str, value: str, refused_or_taken: Any) -> None:
 @pytest.mark.parametrize("flag", flags(export.ExportConfig))
 @FEW
 @given(value=st.sampled_from(VALUES))
-def test_export(flag: str, value: str, refused_or_taken: Any) -> None:
+def test_flags_of_export(flag: str, value: str, refused_or_taken: Any) -> None:
     others = {"checkpoint": "x", "format": "safetensors", "out": "x.safetensors"}
     with pytest.MonkeyPatch.context() as patch:
         if flag != "--checkpoint":
@@ -140,13 +146,13 @@ def test_export(flag: str, value: str, refused_or_taken: Any) -> None:
 @pytest.mark.parametrize("flag", flags(sheet.Options))
 @FEW
 @given(value=st.sampled_from(VALUES))
-def test_sheet(flag: str, value: str, refused_or_taken: Any) -> None:
+def test_flags_of_the_contact_sheet(flag: str, value: str, refused_or_taken: Any) -> None:
     others = {"data": "digits", "out": "views.png", "image_size": 16, "images": 2}
     refused_or_taken(sheet.main, words(flag, value, others))
 
 
 @pytest.mark.parametrize("value", ["a\nb", "a" * 10_000, "💥"])
-def test_the_message_is_short_and_can_be_printed(value: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_error_message_is_short_and_printable(value: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         shell.run(lambda: train.main(["--data", value]))
     said = capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""Files and settings from anywhere: damaged or made to do harm, they end in a UsageError or are read as they are."""
+"""Damaged and malicious files and settings: they are read correctly, or end in a UsageError, and nothing runs."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ from tests.conftest import natural_pictures
 
 @st.composite
 def mutations(draw: st.DrawFn, content: bytes, *, head: int | None = None) -> bytes:
-    """``content`` with some bytes changed (near its start, where ``head`` says so), cut out, cut off or put in."""
+    """``content`` with some bytes changed, inserted, removed or cut off, within the first ``head`` bytes if given."""
     changed = bytearray(content)
     for _ in range(draw(st.integers(1, 4))):
         at = draw(st.integers(0, min(len(changed), head or len(changed))))
@@ -69,6 +69,7 @@ def mutations(draw: st.DrawFn, content: bytes, *, head: int | None = None) -> by
 
 @cache
 def small_checkpoint() -> bytes:
+    """The bytes of a valid checkpoint."""
     state = {
         "format": checkpoint.FORMAT, "config": build(data="digits").flat(), "step": 3,
         "method": dict(torch.nn.Linear(2, 2).state_dict()), "random": [{"cpu": torch.get_rng_state()}],
@@ -80,7 +81,7 @@ def small_checkpoint() -> bytes:
 
 
 class _Runs:
-    """Pickles to a call of any function."""
+    """An object whose unpickling calls a function."""
 
     def __init__(self, function: Callable[..., Any], *arguments: Any) -> None:
         self.call = function, arguments
@@ -90,7 +91,7 @@ class _Runs:
 
 
 def load(content: Callable[[Path], bytes]) -> dict[str, Any] | None:
-    """What comes of loading a file as a checkpoint; the folder holds nothing but it afterwards."""
+    """The state that a file gives as a checkpoint, or None if it is refused; loading must write nothing."""
     with tempfile.TemporaryDirectory() as name:
         path = Path(name, checkpoint.NAME)
         path.write_bytes(content(path.parent))
@@ -105,7 +106,7 @@ def load(content: Callable[[Path], bytes]) -> dict[str, Any] | None:
 @example(content=b"")
 @example(content=b"\x80\x02}q\x00.")
 @example(content=b"PK\x03\x04")
-def test_checkpoints_of_any_bytes(content: bytes) -> None:
+def test_damaged_checkpoints_are_refused_or_loaded(content: bytes) -> None:
     state = load(lambda _: content)
     assert state is None or state["format"] == checkpoint.FORMAT
 
@@ -124,7 +125,7 @@ def test_code_in_a_checkpoint_does_not_run(call: Callable[..., Any], zipped: boo
     assert load(content) is None
 
 
-def test_the_sound_checkpoint_loads() -> None:
+def test_the_valid_checkpoint_loads() -> None:
     state = load(lambda _: small_checkpoint())
     assert state is not None
     assert state["step"] == 3
@@ -137,7 +138,7 @@ ODD = st.sampled_from(
 
 
 @given(part=st.sampled_from(["config", "step", "method", "random", "format"]), value=ODD, absent=st.booleans())
-def test_checkpoints_of_other_contents(part: str, value: Any, absent: bool) -> None:
+def test_checkpoints_with_wrong_content_are_refused_or_resumed(part: str, value: Any, absent: bool) -> None:
     state = torch.load(io.BytesIO(small_checkpoint()), weights_only=True)
     del state["checksum"]
     state[part] = value
@@ -168,7 +169,7 @@ def test_checkpoints_of_other_contents(part: str, value: Any, absent: bool) -> N
 @example(changes={"out": 3})
 @example(changes={"scan": "no"})
 @example(changes={"method": []})
-def test_settings_of_any_kind(changes: dict[str, Any]) -> None:
+def test_settings_of_wrong_kinds_are_refused_or_survive_json(changes: dict[str, Any]) -> None:
     for make in (lambda: from_flat({**build(data="digits").flat(), **changes}),
                  lambda: build(**{"data": "digits", **changes})):  # fmt: skip
         with contextlib.suppress(UsageError):
@@ -181,6 +182,7 @@ def test_settings_of_any_kind(changes: dict[str, Any]) -> None:
 
 @cache
 def picture(kind: str) -> bytes:
+    """The bytes of a photograph-like image in this file format, with EXIF tags."""
     image = Image.fromarray(natural_pictures(1, 36, 48)[0].permute(1, 2, 0).numpy())
     exif = Image.Exif()
     exif[0x0112], exif[0x010E], exif[0x011A] = 6, "a description", 72.5
@@ -195,7 +197,7 @@ KINDS += [kind for kind in ("WEBP", "AVIF") if features.check(kind.lower())]
 
 
 class Held(FileImages):
-    """Files that lie in memory."""
+    """Images whose files are in memory."""
 
     def __init__(self, contents: list[bytes]) -> None:
         super().__init__([Path(f"{number}.jpg") for number in range(len(contents))], None)
@@ -206,7 +208,7 @@ class Held(FileImages):
 
 
 def looked_at(content: bytes) -> tuple[Look | None, str | None]:
-    """What the scan finds, and what it says is wrong."""
+    """The result of the scan for a file, or its error message."""
     try:
         return examined(content), None
     except BrokenImage as error:
@@ -216,9 +218,7 @@ def looked_at(content: bytes) -> tuple[Look | None, str | None]:
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("kind", KINDS)
 @given(data=st.data())
-def test_pictures_of_any_bytes_are_the_same_to_the_scan_to_training_and_to_evaluation(
-    kind: str, data: st.DataObject
-) -> None:
+def test_scan_training_and_evaluation_agree_on_damaged_images(kind: str, data: st.DataObject) -> None:
     content = data.draw(mutations(picture(kind), head=120) | mutations(picture(kind)))
     look, why = looked_at(content)
     held = Held([content, *[picture("PNG")] * 10])
@@ -235,11 +235,11 @@ def test_pictures_of_any_bytes_are_the_same_to_the_scan_to_training_and_to_evalu
             passed_on[name] = str(error)
         else:
             passed_on[name] = None
-    # DALI is given a plain picture as it is, and where it cannot decode it, asks again.
+    # DALI gets a plain image unchanged, and after a failure it gets the pixels.
     if passed_on["DALI"] is None:
         passed_on["DALI"] = passed_on["DALI, again"]
     if look is not None and (look.dtype != "uint8" or look.bands not in (1, 3)):
-        return  # a mutation made it a sound picture of other values, which a set of RGB leaves out
+        return  # the mutation made a valid image of other values, which an RGB data set leaves out
     assert {said is None for said in passed_on.values()} == {why is None}, (why, passed_on)
     assert indices == [0 if why is None else 1]
     for said in (why, *passed_on.values(), *held.unreadable.values()):
@@ -254,6 +254,7 @@ def test_pictures_of_any_bytes_are_the_same_to_the_scan_to_training_and_to_evalu
 
 @cache
 def shard() -> bytes:
+    """The bytes of a tar file with two images and a label."""
     written = io.BytesIO()
     with tarfile.open(fileobj=written, mode="w", format=tarfile.PAX_FORMAT) as tar:
         for name, content in (("a.jpg", picture("JPEG")), ("a.cls", b"3"), ("ü" * 120 + ".jpg", picture("JPEG"))):
@@ -264,7 +265,9 @@ def shard() -> bytes:
 
 
 def read_shard(content: bytes) -> None:
-    """Open a shard and read its images: a UsageError, or bytes that lie in the file, and labels that count classes."""
+    """Open a shard and read its images: it raises UsageError, or gives bytes of the file and labels that are not
+    negative.
+    """
     with tempfile.TemporaryDirectory() as name:
         path = Path(name, "inner", "shard.tar")
         path.parent.mkdir()
@@ -283,13 +286,13 @@ def read_shard(content: bytes) -> None:
 
 
 @given(content=st.deferred(lambda: mutations(shard()) | mutations(shard(), head=600)))
-def test_shards_of_any_bytes(content: bytes) -> None:
+def test_damaged_shards_are_refused_or_read(content: bytes) -> None:
     read_shard(content)
 
 
 @pytest.mark.parametrize("label", [b"-1", b"9" * 30, b"", b"1e3", b"\xff", b"\xd9\xa3"])
 @pytest.mark.parametrize("name", ["../../x", "/etc/passwd", "a/../../b", "\n", "."])
-def test_names_links_and_labels_in_a_shard_lead_nowhere(name: str, label: bytes) -> None:
+def test_names_links_and_labels_in_a_shard_reach_no_other_file(name: str, label: bytes) -> None:
     written = io.BytesIO()
     with tarfile.open(fileobj=written, mode="w") as tar:
         for kind, end in ((tarfile.REGTYPE, ".jpg"), (tarfile.SYMTYPE, ".png"), (tarfile.LNKTYPE, ".bmp"),
@@ -307,13 +310,16 @@ def test_names_links_and_labels_in_a_shard_lead_nowhere(name: str, label: bytes)
 
 @cache
 def idx(ndim: int) -> bytes:
+    """The bytes of an IDX file with ``ndim`` dimensions."""
     shape = (6, 5, 4)[:ndim]
     return struct.pack(f">HBB{ndim}I", 0, 8, ndim, *shape) + bytes(range(math.prod(shape)))
 
 
 @given(which=st.sampled_from(["train-images-idx3", "train-labels-idx1", "t10k-labels-idx1"]), zipped=st.booleans(),
        damaged_after=st.booleans(), data=st.data())  # fmt: skip
-def test_idx_files_of_any_bytes(which: str, zipped: bool, damaged_after: bool, data: st.DataObject) -> None:
+def test_damaged_idx_files_are_refused_or_read(
+    which: str, zipped: bool, damaged_after: bool, data: st.DataObject
+) -> None:
     with tempfile.TemporaryDirectory() as name:
         for part in ("train", "t10k"):
             for kind, ndim in (("images-idx3", 3), ("labels-idx1", 1)):

@@ -1,7 +1,7 @@
-"""Every public kernel on random shapes, layouts, dtypes and aliases, against definitions in float64 NumPy.
+"""Every public operation on random shapes, layouts, dtypes and aliases, against definitions in float64 NumPy.
 
-A case ends in the right numbers, and nothing else changed, or in a ValueError or TypeError with nothing changed. The
-latter is allowed only where elements that are to be written share their memory with others.
+A case ends with the right numbers and no other change, or with a ValueError or TypeError and no change at all. The
+latter is allowed only if elements to be written share memory with others.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def test_triton_cases_in_the_interpreter() -> None:
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @given(data=st.data())
-def test_ema(backend: str, data: st.DataObject) -> None:
+def test_random_averages_equal_the_definition(backend: str, data: st.DataObject) -> None:
     device, draw = device_of(backend), data.draw
     teacher, student, shadow = [], [], []
     for _ in range(draw(st.integers(0, 3), "pairs")):
@@ -97,7 +97,8 @@ def test_ema(backend: str, data: st.DataObject) -> None:
         return
     for i, (t, s) in enumerate(zip(teacher, student, strict=True)):
         want = oracle.ema(old[i], source[i], momentum)
-        # Two products and a sum, or a difference, a product and a sum: two roundings of the larger operand.
+        # Two products and a sum, or a difference, a product and a sum: two roundings, each relative to the larger
+        # operand.
         slack = 2 * computed(t.tensor.dtype, s.tensor.dtype) * (np.abs(old[i]) + np.abs(source[i])) + 1e-38
         for c in (t, shadow[i]) if with_shadow else (t,):
             close(c.tensor, want, slack + stored(c.tensor.dtype) * slack)
@@ -106,7 +107,7 @@ def test_ema(backend: str, data: st.DataObject) -> None:
 
 @st.composite
 def contrast(draw: st.DrawFn, device: torch.device, *, queued: bool | None = None) -> dict[str, Any]:
-    """Arguments of info_nce: rows in any layout, some of them zero, and keys that may lie in the bank."""
+    """Arguments of info_nce: rows in any layout, some of them zero, and keys that may be rows of the bank."""
     n, d = draw(st.integers(0, 9)), draw(DIMS)
     with_queue = draw(st.booleans()) if queued is None else queued
     m = n if with_queue else n + draw(st.integers(0, 8))
@@ -128,12 +129,12 @@ REDUCE: dict[str, Any] = {"none": lambda x: x, "sum": np.sum, "mean": lambda x: 
 def errors(
     case: dict[str, Any], temperature: float, dtypes: list[torch.dtype], backend: str
 ) -> tuple[float, oracle.Array]:
-    """How far the loss of a row, and its gradient, may be from those in float64.
+    """Tolerances of the loss per row and of its gradient, against float64.
 
-    A logit is a sum of D products, in size at most that of the longest row over the temperature: it is D of its own
-    spacings off, and the exponentials and the logarithm add a few. The gradient is made of such chances times such
-    rows, once more over the temperature, and over the length of the query. Triton multiplies with a bank of half
-    precision in that precision, as tensor cores do.
+    A logit is a sum of D products, at most as large as the length of the longest row divided by the temperature. Its
+    error is D units of rounding of that size, and the exponentials and the logarithm add a few. The gradient is a sum
+    of rows weighted by probabilities, divided by the temperature and by the length of the query. Triton multiplies with
+    a bank of half precision in that precision, as tensor cores do.
     """
     query, queue = numpy(case["query"]), case["queue"]
     longest = max([1.0, *np.linalg.norm(numpy(queue), axis=1)] if queue is not None else [1.0])
@@ -146,9 +147,10 @@ def errors(
 
 
 def check_gradient(query: Tensor, loss: Tensor, upstream: Tensor, want: oracle.Array, slack: oracle.Array) -> None:
+    """Assert that the gradient is right, and that a second backward pass gives the same bits."""
     (gradient,) = torch.autograd.grad(loss, query, upstream, retain_graph=True)
     (again,) = torch.autograd.grad(loss, query, upstream)
-    assert torch.equal(gradient, again)  # nothing that was saved has changed
+    assert torch.equal(gradient, again)  # no saved tensor has changed
     assert gradient.dtype == query.dtype
     close(gradient, want, slack)
 
@@ -158,7 +160,7 @@ TEMPERATURES = st.sampled_from([0.05, 0.2, 1.0, 7.0])
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @given(data=st.data())
-def test_info_nce(backend: str, data: st.DataObject) -> None:
+def test_random_info_nce_equals_the_definition(backend: str, data: st.DataObject) -> None:
     device, draw = device_of(backend), data.draw
     case, temperature = draw(contrast(device)), draw(TEMPERATURES)
     reduction, with_gradient = draw(st.sampled_from(sorted(REDUCE))), draw(st.booleans())
@@ -186,7 +188,7 @@ def test_info_nce(backend: str, data: st.DataObject) -> None:
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @given(data=st.data())
-def test_residual_loss(backend: str, data: st.DataObject) -> None:
+def test_random_residual_losses_equal_the_definition(backend: str, data: st.DataObject) -> None:
     device, draw = device_of(backend), data.draw
     shape = draw(st.integers(0, 20)), draw(DIMS)
     student, teacher = draw(cuts(shape, device)).tensor, draw(cuts(shape, device)).tensor
@@ -211,7 +213,7 @@ def test_residual_loss(backend: str, data: st.DataObject) -> None:
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @given(data=st.data())
-def test_residual_info_nce(backend: str, data: st.DataObject) -> None:
+def test_random_residual_info_nce_equals_the_definition(backend: str, data: st.DataObject) -> None:
     device, draw = device_of(backend), data.draw
     case, temperature = draw(contrast(device)), draw(TEMPERATURES)
     weights = draw(st.sampled_from([0.0, 0.3, 1.0, -2.0])), draw(st.sampled_from([0.0, 0.5, 1.0]))
@@ -255,7 +257,7 @@ def test_residual_info_nce(backend: str, data: st.DataObject) -> None:
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @given(data=st.data())
-def test_enqueue(backend: str, data: st.DataObject) -> None:
+def test_random_pushes_equal_the_definition(backend: str, data: st.DataObject) -> None:
     device, draw = device_of(backend), data.draw
     size, count, d = draw(st.integers(0, 12)), draw(st.integers(0, 30)), draw(DIMS)
     queue = draw(cuts((size, d), device))
@@ -287,7 +289,7 @@ def test_enqueue(backend: str, data: st.DataObject) -> None:
 @pytest.mark.parametrize("rule", ["lars", "momentum", "adamw"])
 @pytest.mark.parametrize("backend", BACKENDS)
 @given(data=st.data())
-def test_optimizers(backend: str, rule: str, data: st.DataObject) -> None:
+def test_random_optimizer_steps_equal_the_definition(backend: str, rule: str, data: st.DataObject) -> None:
     device, draw = device_of(backend), data.draw
     kind, name, options, _ = CASES[rule]
     wide = draw(st.booleans())
@@ -312,8 +314,8 @@ def test_optimizers(backend: str, rule: str, data: st.DataObject) -> None:
         optimizer.step()
         definition.step(sources, 0.9)
     for i, leaf in enumerate(leaves):
-        # A few operations on numbers around 1 in each step, and the sums of LARS' norms; AdamW divides by a root that
-        # may be near zero, which is bounded by its update: no more than the learning rate.
+        # Each step has a few operations on numbers around 1 and the sums of LARS' norms. AdamW divides by a root that
+        # may be near zero, but its update is at most the learning rate.
         slack = 64 * computed(leaf.dtype) * (1 + np.abs(definition.params[i]))
         close(leaf, definition.params[i], slack)
         close(teacher[i].tensor, definition.teacher[i], slack + 2 * stored(teacher[i].tensor.dtype) * 4)

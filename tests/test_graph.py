@@ -1,4 +1,4 @@
-"""A captured step against one that is not: recorded and replayed, without a GPU."""
+"""A captured training step equals a plain one; captures are recorded and replayed without a GPU."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ CPU = torch.device("cpu")
 
 
 class Net(nn.Module):
-    """As few tensors as a network can have that has a convolution, BatchNorm and a map."""
+    """A network with a convolution, BatchNorm and a feature map, and as few tensors as possible."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -43,6 +43,7 @@ class Net(nn.Module):
 
 
 def made(kind: type[Step], config: Config) -> Step:
+    """A step of a small method, the same for each kind."""
     torch.manual_seed(0)
     method = find(config.method.method)(Backbone(Net(), 4, 4), config.method, backend="triton").train()
     optimizer = build_optimizer(method, config.optim, backend="triton")
@@ -52,7 +53,7 @@ def made(kind: type[Step], config: Config) -> Step:
 
 
 def trained(step: Step, bad: Callable[[int], bool], count: int) -> list[dict[str, Any]]:
-    """What each step says and leaves."""
+    """For each step, its outputs, errors and the state of the method afterwards."""
     left = []
     generator = torch.Generator().manual_seed(1)
     for number in range(count):
@@ -81,14 +82,18 @@ CASES = [
 
 
 @pytest.mark.parametrize(("method", "optimizer", "backend"), CASES)
-def test_a_captured_step_counts_skips_and_stops_as_a_plain_one(
+def test_a_captured_step_equals_a_plain_step_with_skips_and_stop(
     method: str,
     optimizer: str,
     backend: str,
     small: Small,
     cuda_graphs: type[Graph],  # noqa: F811
 ) -> None:
-    """Bit for bit: both kinds of step are captured at 4 and 5, bad at 2, and from 4 to 13 at least."""
+    """All outputs and states are equal bit for bit.
+
+    Both kinds of step (with and without measurement) are captured at steps 4 and 5. Gradients are not finite at step 2
+    and from step 4 to 13.
+    """
     if device_of(backend) != CPU:
         pytest.skip("on a GPU test_step captures in earnest")
     config = small(method=method, optimizer=optimizer, hidden_dim=4, output_dim=4, predictor_hidden_dim=4, queue_size=6)
@@ -109,12 +114,12 @@ def test_a_captured_step_counts_skips_and_stops_as_a_plain_one(
     assert "10 steps in a row, up to step 14" in captured[13]["stopped"]
 
 
-def test_a_table_on_the_device_is_what_the_host_says_before_and_after_replays(
+def test_a_device_table_is_right_before_and_after_replays(
     cuda_graphs: type[Graph],  # noqa: F811
 ) -> None:
     first, second, third = [[1, 2]], [[3, 4]], [[5, 6]]
     mirror = Mirror(CPU)
-    read: list[Tensor] = []  # what each graph reads
+    read: list[Tensor] = []  # the table that each graph reads
 
     def captured(columns: list[list[int]]) -> Graph:
         graph = cuda_graphs()
@@ -136,18 +141,21 @@ SHAPES = [(3, 5), (7,)]
 
 
 def parameters(seed: int) -> list[nn.Parameter]:
+    """Two parameters with random numbers."""
     generator = torch.Generator().manual_seed(seed)
     return [nn.Parameter(torch.randn(shape, generator=generator)) for shape in SHAPES]
 
 
 @pytest.mark.parametrize("backend", [TRITON])
 @pytest.mark.parametrize("kind", [LARS, SGD, AdamW])
-def test_an_optimizer_goes_from_eager_to_replayed_steps_and_back(
+def test_an_optimizer_alternates_between_eager_and_replayed_steps(
     kind: Any,
     backend: str,
     cuda_graphs: type[Graph],  # noqa: F811
 ) -> None:
-    """Gradients are at two places, a graph's and others, and the rate is a tensor or a number, which may be 0."""
+    """The gradients of eager and captured steps are different tensors. The learning rate is a number or a tensor, and
+    may be 0.
+    """
     if device_of(backend) != CPU:
         pytest.skip("the recorder is for the CPU")
     params, plain = parameters(0), parameters(0)
@@ -182,7 +190,7 @@ def test_an_optimizer_goes_from_eager_to_replayed_steps_and_back(
 
 
 @pytest.mark.parametrize("backend", [TRITON])
-def test_an_average_that_is_first_made_in_a_capture_is_right_outside_too(
+def test_an_average_prepared_in_a_capture_is_right_outside(
     backend: str,
     cuda_graphs: type[Graph],  # noqa: F811
 ) -> None:
@@ -204,7 +212,7 @@ def test_an_average_that_is_first_made_in_a_capture_is_right_outside_too(
 
 
 @pytest.mark.parametrize("backend", [TRITON])
-def test_what_a_graph_would_not_see_is_refused(backend: str, cuda_graphs: type[Graph]) -> None:  # noqa: F811
+def test_values_that_a_graph_cannot_read_are_refused(backend: str, cuda_graphs: type[Graph]) -> None:  # noqa: F811
     if device_of(backend) != CPU:
         pytest.skip("the recorder is for the CPU")
     params = parameters(0)

@@ -1,4 +1,4 @@
-"""Hooks: what a run tells them, what they may do to it, and the loggers of other packages."""
+"""Hooks: when a run calls them, what they may change, and the loggers of other packages."""
 
 from __future__ import annotations
 
@@ -32,11 +32,12 @@ TINY = {
 
 
 def pretrained(out: Path, *hooks: Any, **settings: Any) -> fastrm.run.trainer.Result:
+    """A small run with these hooks and settings."""
     return fastrm.pretrain(**{**TINY, "max_steps": 3, "out": out, **settings}, hooks=hooks)
 
 
 class Told:
-    """Not of the class Hook: it has a hook's methods, which is enough."""
+    """A hook that records its calls; it is not a subclass of Hook, because the methods are enough."""
 
     def __init__(self) -> None:
         self.said: list[tuple[Any, ...]] = []
@@ -67,7 +68,7 @@ class Told:
         self.said.append(("close",))
 
 
-def test_a_hook_is_told_all_in_order(tmp_path: Path) -> None:
+def test_a_hook_is_called_in_order(tmp_path: Path) -> None:
     told = Told()
     pretrained(tmp_path / "run", told, checkpoint_every=2, log_every=2, eval_every=1)
     scores = ["knn200_student", "knn200_teacher", "knn_pixels", "knn_student", "knn_teacher", "knn_untrained"]
@@ -88,7 +89,7 @@ def test_a_hook_is_told_all_in_order(tmp_path: Path) -> None:
 
 
 class Norms(Hook):
-    """Logs a number of its own, and counts steps over a resume."""
+    """A hook that logs the norm of the features and a count of steps, which it keeps over a resume."""
 
     def __init__(self) -> None:
         self.steps = torch.zeros((), dtype=torch.int64)
@@ -104,7 +105,7 @@ class Norms(Hook):
         self.steps.copy_(state["steps"])
 
 
-def test_a_hook_adds_numbers_and_keeps_its_state_over_a_resume(tmp_path: Path) -> None:
+def test_a_hook_logs_values_and_keeps_its_state_over_a_resume(tmp_path: Path) -> None:
     pretrained(tmp_path / "run", Norms(), max_steps=2, log_every=10)
     pretrained(tmp_path / "run", Norms(), max_steps=4, log_every=10)
     found = records(tmp_path / "run")
@@ -136,7 +137,7 @@ class Stopping:
         run.stop()
 
 
-def test_a_hook_ends_a_run_early_and_the_same_command_goes_on(tmp_path: Path) -> None:
+def test_a_hook_stops_a_run_and_the_same_command_continues(tmp_path: Path) -> None:
     result = pretrained(tmp_path / "run", Stopping())
     assert result.scores["step"] == 1
     assert (result.folder / "backbone.safetensors").is_file()
@@ -152,7 +153,7 @@ def test_a_hook_ends_a_run_early_and_the_same_command_goes_on(tmp_path: Path) ->
         ([Norms(), Norms()], "two of the class tests.test_hooks.Norms keep a state"),
     ],
 )
-def test_what_is_no_hook_is_refused(hook: Any, words: str, tmp_path: Path) -> None:
+def test_objects_that_are_not_hooks_are_refused(hook: Any, words: str, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=words):
         fastrm.pretrain(**TINY, max_steps=1, out=tmp_path / "run", hooks=hook if isinstance(hook, list) else [hook])
     assert not (tmp_path / "run" / "checkpoint.pt").exists()
@@ -181,12 +182,12 @@ class Odd(Hook):
         (Odd(state={"deep": [Path()]}), "the state of the hook tests.test_hooks.Odd has a .*Path in it"),
     ],
 )
-def test_what_a_hook_cannot_log_or_keep_is_said(hook: Odd, words: str, tmp_path: Path) -> None:
+def test_values_and_states_that_cannot_be_stored_are_reported(hook: Odd, words: str, tmp_path: Path) -> None:
     with pytest.raises((TypeError, ValueError), match=words):
         pretrained(tmp_path / "run", hook)
 
 
-def test_nothing_of_the_process_is_changed(tmp_path: Path) -> None:
+def test_a_run_restores_random_state_signal_handlers_and_threads(tmp_path: Path) -> None:
     torch.manual_seed(3)
     want = torch.rand(2)
     torch.manual_seed(3)
@@ -200,7 +201,7 @@ def test_the_best_checkpoint_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyP
     scores = iter([0.5, 0.7, 0.6])
 
     class Told:
-        """Stands in for the evaluation."""
+        """A hook that reports scores instead of an evaluation."""
 
         def on_step(self, run: Any, step: int, outputs: Any) -> None:
             run.save(wait=True)
@@ -213,7 +214,7 @@ def test_the_best_checkpoint_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert checkpoint.load(tmp_path / "run")["step"] == 3
 
 
-def test_a_finished_run_is_made_longer(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_finished_run_can_be_extended(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "run"
     few = {"batch_size": 720, "max_steps": None}
     pretrained(out, epochs=1, **few)
@@ -229,7 +230,7 @@ def test_a_finished_run_is_made_longer(tmp_path: Path, capsys: pytest.CaptureFix
         pretrained(cut, epochs=5, **few)
 
 
-def test_stopped_says_which_command_goes_on(tmp_path: Path) -> None:
+def test_a_stopped_run_reports_the_command_that_continues(tmp_path: Path) -> None:
     class Signal:
         def on_step(self, run: Any, step: int, outputs: Any) -> None:
             os.kill(os.getpid(), signal.SIGTERM)
@@ -245,25 +246,23 @@ def needs(package: str) -> pytest.MarkDecorator:
 
 
 def logged(file: Path) -> Iterator[bytes]:
-    """The records in a file of W&B's: 7 bytes, then LevelDB's log format."""
+    """The records of a W&B file, which is 7 bytes and then LevelDB's log format."""
     content, at, record = file.read_bytes(), 7, b""
     while at + 7 <= len(content):
-        if 2**15 - at % 2**15 < 7:  # no record begins in the rest of a block
+        if 2**15 - at % 2**15 < 7:  # no record begins in the last 7 bytes of a block
             at += 2**15 - at % 2**15
             continue
         _, length, kind = struct.unpack_from("<IHB", content, at)
         record += content[at + 7 : at + 7 + length]
         at += 7 + length
-        if kind in (1, 4):  # whole, or its end
+        if kind in (1, 4):  # a whole record, or the last part of one
             yield record
             record = b""
 
 
 @needs("wandb")
-def test_weights_and_biases_offline_is_one_run_over_a_resume(
-    small: Small, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """With the real package: what it wrote is read back from its own files."""
+def test_wandb_has_one_run_over_a_resume(small: Small, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The real package runs offline, and its files are read back."""
     from wandb.proto.wandb_internal_pb2 import Record
 
     monkeypatch.setenv("WANDB_MODE", "offline")
@@ -285,8 +284,8 @@ def test_weights_and_biases_offline_is_one_run_over_a_resume(
 
 @pytest.mark.slow
 @needs("mlflow")
-def test_mlflow_is_one_run_over_a_resume(small: Small, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With the real package and a database in a file."""
+def test_mlflow_has_one_run_over_a_resume(small: Small, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The real package runs with an SQLite database."""
     import mlflow
 
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
@@ -319,7 +318,7 @@ def test_a_logger_that_is_not_installed_is_refused_before_anything_is_written(
         ({"stem": "small"}, "test_resnet gets a small stem (3x3 at stride 1, no max-pool)"),
     ],
 )
-def test_what_may_go_wrong_is_said_at_the_start(
+def test_risky_settings_are_reported_at_the_start(
     settings: dict[str, Any], words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     pretrained(tmp_path / "run", **{"max_steps": 1, **settings})

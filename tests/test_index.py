@@ -1,4 +1,4 @@
-"""The index of a folder: right after whatever happens to the folder, the index or the cache, and cheap."""
+"""The index of a folder: it is right after any change to the folder, the index or the cache, and it saves work."""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ from tests.test_folders import fill
 
 @pytest.fixture(autouse=True)
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A cache of this test's own."""
+    """The index folder of a cache that only this test uses."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     return cache_root() / "index"
 
 
 @pytest.fixture
 def data(tmp_path: Path) -> Path:
-    """Two classes to train on and to be tried on, of 5 and 2 pictures each, of which one is broken."""
+    """Two classes for training and validation, with 5 and 2 images each and 20 in a subfolder; one image is broken."""
     root = tmp_path / "data"
     for part, count in (("train", 5), ("val", 2)):
         fill(root, *(f"{part}/{name}/{i}.png" for name in "ab" for i in range(count)))
@@ -47,13 +47,13 @@ def data(tmp_path: Path) -> Path:
 
 
 def long_ago(root: Path) -> None:
-    """Let folders have been changed well before they are listed."""
+    """Set the modification time of all folders to long before they are listed."""
     for folder in [root, *(path for path in root.rglob("*") if path.is_dir())]:
         os.utime(folder, (1e9, 1e9))
 
 
 class Listed:
-    """Counts how often a folder is listed, and files are decoded."""
+    """Counts how often a folder is listed and a file is decoded."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.listed = self.decoded = 0
@@ -71,7 +71,7 @@ class Listed:
         monkeypatch.setattr(scanning, "examined", count("decoded", scanning.examined))
 
     def since(self) -> tuple[int, int]:
-        """Both numbers, which start anew."""
+        """The number of listings and decodings since the last call."""
         found = self.listed, self.decoded
         self.listed = self.decoded = 0
         return found
@@ -79,11 +79,12 @@ class Listed:
 
 @pytest.fixture
 def work(monkeypatch: pytest.MonkeyPatch) -> Listed:
+    """Counts listings and decodings in this test."""
     return Listed(monkeypatch)
 
 
 def told(source: Source) -> tuple[object, ...]:
-    """All that a source says of its files."""
+    """Names, labels, hashes, description and name of a source."""
     assert isinstance(source.train, FileImages)
     assert isinstance(source.test, FileImages)
     parts = (source.train, source.test)
@@ -95,15 +96,13 @@ def told(source: Source) -> tuple[object, ...]:
 
 
 def plain(data: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[object, ...]:
-    """The same without a cache: found anew."""
+    """The same, found without a cache."""
     with monkeypatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", "/proc/nowhere")
         return told(scan(open_source(str(data)), workers=1)[0])
 
 
-def test_the_second_start_says_the_same_without_listing_and_decoding(
-    data: Path, work: Listed, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_second_start_neither_lists_nor_decodes(data: Path, work: Listed, monkeypatch: pytest.MonkeyPatch) -> None:
     source, broken = scan(open_source(str(data)), workers=2)
     assert work.since() == (1, 34)
     again, found = scan(open_source(str(data)), workers=2)
@@ -112,7 +111,7 @@ def test_the_second_start_says_the_same_without_listing_and_decoding(
     assert broken == found == {str(data / "train" / "b" / "3.png"): "cannot identify image file"}
 
 
-def test_without_a_folder_for_validation_the_second_start_says_the_same(data: Path, work: Listed) -> None:
+def test_the_second_start_is_the_same_without_a_validation_folder(data: Path, work: Listed) -> None:
     first, second = (told(scan(open_source(str(data / "train")), workers=1)[0]) for _ in range(2))
     assert work.since() == (1, 30)
     assert first == second
@@ -163,10 +162,10 @@ def hide(data: Path) -> None:
 
 @pytest.mark.parametrize("settled", [True, False])
 @pytest.mark.parametrize("change", [add, remove, rename, add_class, overwrite, touch, hide])
-def test_a_change_is_found_and_only_what_is_new_is_decoded(
+def test_a_change_is_found_and_only_new_files_are_decoded(
     change: Callable[[Path], None], settled: bool, data: Path, work: Listed, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Also where the change leaves the folder's time as it was, as in a file system that counts by seconds."""
+    """A change is also found if the time of the folder stays the same, as in file systems that count in seconds."""
     if not settled:
         for folder in [data, *(path for path in data.rglob("*") if path.is_dir())]:
             os.utime(folder)
@@ -187,7 +186,7 @@ def test_a_change_is_found_and_only_what_is_new_is_decoded(
     assert work.since() == (0, 0)
 
 
-def test_a_folder_that_was_moved_or_is_reached_by_another_path(
+def test_a_moved_or_linked_folder_uses_the_same_index(
     data: Path, work: Listed, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first = told(scan(open_source(str(data)), workers=1)[0])
@@ -206,7 +205,7 @@ def test_a_folder_that_was_moved_or_is_reached_by_another_path(
 
 
 @pytest.mark.parametrize("harm", ["cut", "flipped", "foreign", "empty", "older", "folder"])
-def test_a_damaged_index_is_made_anew(
+def test_a_damaged_index_is_rebuilt(
     harm: str, data: Path, work: Listed, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     want = told(scan(open_source(str(data)), workers=1)[0])
@@ -227,7 +226,7 @@ def test_a_damaged_index_is_made_anew(
     assert work.since()[0] == (2 if harm == "folder" else 1)
 
 
-def test_a_cache_that_cannot_be_written(data: Path, work: Listed, cache: Path) -> None:
+def test_a_cache_that_cannot_be_written_is_not_needed(data: Path, work: Listed, cache: Path) -> None:
     want = told(scan(open_source(str(data)), workers=1)[0])
     shutil.rmtree(cache)
     cache.write_bytes(b"in the way")
@@ -235,7 +234,7 @@ def test_a_cache_that_cannot_be_written(data: Path, work: Listed, cache: Path) -
         assert told(scan(open_source(str(data)), workers=1)[0]) == want
 
 
-def test_an_index_that_is_replaced_stays_as_it_was_for_those_who_use_it(data: Path, cache: Path) -> None:
+def test_a_replaced_index_stays_valid_for_open_sources(data: Path, cache: Path) -> None:
     source = open_source(str(data))
     before = told(source)
     remove(data)
@@ -246,7 +245,7 @@ def test_an_index_that_is_replaced_stays_as_it_was_for_those_who_use_it(data: Pa
     assert len(pickle.loads(pickle.dumps(source.train))) == len(source.train)
 
 
-def test_a_loader_process_maps_the_same_file(data: Path) -> None:
+def test_a_source_is_pickled_as_the_path_of_its_index(data: Path) -> None:
     source = open_source(str(data))
     assert isinstance(source.train, FileImages)
     sent = pickle.dumps(source.train.subset(np.array([2, 1])))
@@ -256,10 +255,10 @@ def test_a_loader_process_maps_the_same_file(data: Path) -> None:
     assert found.content(0) == source.train.content(2)
 
 
-def test_a_file_that_was_changed_in_place_is_found_when_it_is_read(
+def test_a_file_changed_in_place_is_noticed_when_it_is_read(
     data: Path, work: Listed, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Here none is looked at beforehand, as are most of many files."""
+    """The sample of files that a start examines is empty here; in a large folder, most files are not in it."""
     with monkeypatch.context() as patch:
         patch.setattr(indexed, "SAMPLE", 0)
         source, _ = scan(open_source(str(data)), workers=1)
@@ -276,7 +275,7 @@ def test_a_file_that_was_changed_in_place_is_found_when_it_is_read(
     assert changed == plain(data, monkeypatch)
 
 
-def test_what_leads_nowhere_and_runs_are_watched(data: Path, work: Listed, tmp_path: Path) -> None:
+def test_broken_links_are_checked_again(data: Path, work: Listed, tmp_path: Path) -> None:
     (data / "train" / "c").symlink_to(tmp_path / "later")
     long_ago(data)
     assert "1 broken links" in open_source(str(data)).about
@@ -289,7 +288,7 @@ def test_what_leads_nowhere_and_runs_are_watched(data: Path, work: Listed, tmp_p
     assert work.since() == (2, 0)
 
 
-def test_a_search_again_in_the_same_process_knows_what_was_found(data: Path, work: Listed) -> None:
+def test_a_second_scan_in_one_process_uses_the_first(data: Path, work: Listed) -> None:
     source = open_source(str(data))
     _, broken = scan(source, workers=1)
     overwrite(data)
@@ -298,7 +297,7 @@ def test_a_search_again_in_the_same_process_knows_what_was_found(data: Path, wor
     assert work.since() == (0, 1)
 
 
-def test_names_that_are_no_text(tmp_path: Path, work: Listed, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_file_names_that_are_not_valid_text(tmp_path: Path, work: Listed, monkeypatch: pytest.MonkeyPatch) -> None:
     for folder in (b"\xff\xfe", b"b\xc3\xbc", b"new\nline"):
         for name in (b"\xe4.png", b"spa ce.png"):
             path = Path(os.fsdecode(os.fsencode(tmp_path) + b"/data/" + folder), os.fsdecode(name))
@@ -314,7 +313,7 @@ def test_names_that_are_no_text(tmp_path: Path, work: Listed, monkeypatch: pytes
     assert work.since() == (1, 6)
 
 
-def test_looks_tell_of_pictures_without_opening_them(data: Path) -> None:
+def test_size_dtype_and_bands_are_known_without_decoding(data: Path) -> None:
     Image.new("RGB", (30, 20)).save(data / "train" / "a" / "0.png")
     source = open_source(str(data))
     assert source.train.looks is None  # type: ignore[attr-defined]
@@ -328,7 +327,7 @@ def test_looks_tell_of_pictures_without_opening_them(data: Path) -> None:
     assert set(found.train.looks.bands) == {3}  # type: ignore[attr-defined]
 
 
-def test_paths_are_those_of_a_list(tmp_path: Path) -> None:
+def test_compact_paths_behave_like_a_list(tmp_path: Path) -> None:
     whole = [Path(text) for text in ("/a/b.png", "/c.png", "/a/d.png", "/a/b/e.png", "f.png", "g/h.png")]
     paths = Paths.of(whole)
     assert list(paths) == whole == [paths[i] for i in range(6)]
@@ -339,14 +338,14 @@ def test_paths_are_those_of_a_list(tmp_path: Path) -> None:
     assert list(paths.subset(np.array([4, 0])).subset(np.array([1, 1, 0]))) == [whole[0], whole[0], whole[4]]
 
 
-def test_a_dry_run_keeps_nothing(data: Path, cache: Path) -> None:
+def test_a_dry_run_writes_no_index(data: Path, cache: Path) -> None:
     want = told(open_source(str(data)))
     shutil.rmtree(cache)
     assert told(open_source(str(data), keep=False)) == want
     assert not cache.exists()
 
 
-def test_columns_come_back(tmp_path: Path) -> None:
+def test_columns_survive_writing_and_reading(tmp_path: Path) -> None:
     columns = {"one": np.arange(5, dtype=np.int32), "two": np.zeros((0, 3)), "three": np.arange(12.0).reshape(3, 4).T}
     table = Table(columns, 5, {"said": "\udcff\0 ü"}, tmp_path / "deep" / "t.index")
     table.keep({"four": np.ones(3, bool)})
@@ -358,8 +357,8 @@ def test_columns_come_back(tmp_path: Path) -> None:
         assert not table[name].flags.writeable or column.size == 0
 
 
-def test_what_two_processes_write_at_once_is_whole(tmp_path: Path) -> None:
-    """The second begins and ends while the first writes."""
+def test_two_processes_that_write_at_once_leave_a_valid_index(tmp_path: Path) -> None:
+    """The second process starts and ends while the first one writes."""
     path = tmp_path / "t.index"
     first, second = (Table({"n": np.full(1000, n)}, 1000, path=path) for n in (1, 2))
     plain = Table._write
@@ -380,7 +379,7 @@ def test_what_two_processes_write_at_once_is_whole(tmp_path: Path) -> None:
     assert [other.name for other in tmp_path.iterdir()] == ["t.index"]
 
 
-def test_slow_disks_are_asked_several_things_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_file_sizes_are_the_same_when_read_in_parallel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from fastrm.data import paths
 
     files = [tmp_path / f"{i}" for i in range(300)]

@@ -1,4 +1,4 @@
-"""The machine code of every kernel: no spills, and a main path of 128-bit accesses that moves no byte too many."""
+"""The machine code of every kernel: no spills, 128-bit accesses in the main path, and no unnecessary bytes."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from tests.interpreted import INTERPRETED
 if triton is None or INTERPRETED:
     pytest.skip("needs Triton's compiler", allow_module_level=True)
 
-# What the kernels use of triton.language, all of it in Triton 3.5, which torch 2.9 brings. Look there before you add a
-# name: tl.to_tensor, new in 3.7, once kept every loss from running on a GPU with Triton 3.6.
+# The names of triton.language that the kernels use. All exist in Triton 3.5, the version of torch 2.9. Check that
+# version before you add a name: tl.to_tensor, new in 3.7, once made every loss fail on a GPU with Triton 3.6.
 IN_TRITON_3_5 = {
     "abs", "arange", "atomic_add", "bfloat16", "cdiv", "constexpr", "core.to_tensor", "debug_barrier", "dot", "exp",
     "exp2", "float16", "float32", "float64", "floor", "full", "int32", "int64", "join", "load", "log", "log2", "max",
@@ -24,7 +24,7 @@ IN_TRITON_3_5 = {
 }  # fmt: skip
 
 CASES = {case.name: case for cases in kernel_report.CASES for case in cases()}
-# By day the first and the last case of each kernel, which has all options; the rest by night.
+# Quick tests take the first and the last case of each kernel, which has all options. The others are slow.
 AT_NIGHT = ("score", "average", "sweep of two", "gather", "push")
 FIRST = {case.kernel: name for name, case in reversed(CASES.items())}
 LAST = {case.kernel: name for name, case in CASES.items() if not name.startswith(AT_NIGHT)}
@@ -39,7 +39,7 @@ OFTEN = {*FIRST.values(), *LAST.values()}
         for arch in (80, 90)
     ],
 )
-def test_compiled_kernel(name: str, arch: int) -> None:
+def test_a_compiled_kernel_has_wide_accesses_and_no_spills(name: str, arch: int) -> None:
     case = CASES[name]
     if case.archs and arch not in case.archs:
         pytest.skip(f"{name} is not launched there")
@@ -50,20 +50,20 @@ def test_compiled_kernel(name: str, arch: int) -> None:
     else:
         assert reading.load_bits >= 128, reading
     if name.startswith(("sweep", "score", "push")) and "f32" not in name:
-        narrow = "x 512, half" in name  # tiles of 32 rows, and wgmma takes 64
+        narrow = "x 512, half" in name  # tiles of 32 rows, and wgmma needs 64
         assert reading.product == ("HGMMA" if arch == 90 and not narrow else "HMMA"), reading
     if reading.bytes_per_element is not None:
         assert reading.store_bits >= 128, reading
         assert reading.bytes_per_element == reading.floor, reading
 
 
-def test_the_kernels_use_what_the_oldest_triton_has() -> None:
+def test_the_kernels_use_only_names_of_the_oldest_triton() -> None:
     for file in (Path(__file__).parent.parent / "kernels").glob("*.py"):
         code = re.sub("#.*", "", file.read_text(encoding="utf-8"))
         assert not set(re.findall(r"\btl\.([\w.]+)", code)) - IN_TRITON_3_5, file
 
 
-def test_a_narrow_path_and_a_spill_are_seen() -> None:
+def test_the_report_detects_narrow_accesses_and_spills() -> None:
     case = CASES["ema f32 <- f32"]
     unaligned = kernel_report.replace(case, constants={**case.constants, "BLOCK": 128})
     assert kernel_report.read(unaligned, 90).load_bits < 128
@@ -73,7 +73,7 @@ def test_a_narrow_path_and_a_spill_are_seen() -> None:
     assert "| 90 |" in kernel_report.table([spilled])
 
 
-def test_an_argument_that_the_case_forgot() -> None:
+def test_a_missing_constant_of_a_case_is_named() -> None:
     case = CASES["ema f32 <- f32"]
     with pytest.raises(ValueError, match="BLOCK"):
         kernel_report.read(kernel_report.replace(case, constants={}), 90)
