@@ -1,7 +1,7 @@
-"""Every launch as the library makes it, compiled for an H100: what Triton specialises on, and where pointers go.
+"""Every launch of the library compiles for an H100, with its own specialisations, pointers and dtypes.
 
-The interpreter takes what the compiler refuses, such as a variable that is a pointer in one branch and a number in the
-other, and the kernel report reads a few cases only.
+Triton's interpreter accepts code that the compiler refuses, for example a variable that is a pointer in one branch and
+a number in the other. The kernel report compiles only a few cases.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 
 
 class H100:
-    """A driver that only says which device it has."""
+    """A stand-in for Triton's driver that reports an H100 and runs nothing."""
 
     def get_current_target(self) -> Any:
         return triton.backends.compiler.GPUTarget("cuda", 90, 32)
@@ -51,7 +51,7 @@ class H100:
 
 @pytest.fixture
 def compiled(monkeypatch: pytest.MonkeyPatch) -> set[str]:
-    """Launches compile and do nothing more; the names of those that did."""
+    """Launches only compile their kernels; the fixture is the set of names of compiled kernels."""
     names: set[str] = set()
     run = triton.runtime.jit.JITFunction.run
 
@@ -69,10 +69,12 @@ def compiled(monkeypatch: pytest.MonkeyPatch) -> set[str]:
 
 
 def rows(count: int, width: int, dtype: torch.dtype) -> Tensor:
+    """Normally distributed rows [count, width]."""
     return torch.randn(count, width, generator=torch.Generator().manual_seed(0)).to(dtype)
 
 
-# queries' dtype, bank's, width, queries, bank rows, keys of the batch, gradient, numbers in memory, reduction
+# Dtypes of queries and bank, width, number of queries, rows of the bank, keys of the batch or a queue, gradient,
+# temperature as a tensor, and reduction.
 @pytest.mark.parametrize(
     ("query", "bank", "width", "n", "size", "in_batch", "gradient", "in_memory", "reduction"),
     [
@@ -85,7 +87,7 @@ def rows(count: int, width: int, dtype: torch.dtype) -> Tensor:
         pytest.param(F32, F32, 256, 70, 500, True, True, True, "none", marks=pytest.mark.slow),
     ],
 )
-def test_losses(
+def test_launches_of_the_losses_compile(
     query: torch.dtype, bank: torch.dtype, width: int, n: int, size: int, in_batch: bool, gradient: bool,
     in_memory: bool, reduction: str, compiled: set[str],
 ) -> None:  # fmt: skip
@@ -109,7 +111,7 @@ def test_losses(
     ("bank", "width", "n", "size", "in_batch"),
     [(BF16, 1024, 256, 65_536, False), (F32, 600, 70, 500, True), (torch.float8_e4m3fn, 128, 5, 70, False)],
 )
-def test_losses_of_wide_rows(
+def test_launches_of_the_losses_of_wide_rows_compile(
     bank: torch.dtype, width: int, n: int, size: int, in_batch: bool, gradient: bool, compiled: set[str]
 ) -> None:
     q = rows(n, width, F32).requires_grad_(gradient)
@@ -125,7 +127,7 @@ def test_losses_of_wide_rows(
     ("rows_dtype", "prototypes", "width", "n", "pairs", "in_memory"),
     [(BF16, BF16, 256, 1_100, True, True), (F32, F32, 100, 1, False, False), (F16, F16, 512, 5, True, False)],
 )
-def test_prototypes(
+def test_launches_of_the_prototype_loss_compile(
     rows_dtype: torch.dtype, prototypes: torch.dtype, width: int, n: int, pairs: bool, in_memory: bool,
     compiled: set[str],
 ) -> None:  # fmt: skip
@@ -142,7 +144,7 @@ def test_prototypes(
     assert compiled == {"sweep_kernel", "gather_kernel", "push_prototypes_kernel"}
 
 
-def test_the_queue(compiled: set[str]) -> None:
+def test_launches_of_the_queue_compile(compiled: set[str]) -> None:
     queue = FeatureQueue(500, 100, dtype=BF16)
     for skip in (None, torch.tensor(0.0)):
         queue.enqueue_(rows(7, 100, F32), skip=skip, backend="triton")
@@ -154,7 +156,7 @@ def test_the_queue(compiled: set[str]) -> None:
     ("teacher", "student", "shadow"),
     [(F32, F32, None), (F32, BF16, BF16), (F32, F16, F16), (BF16, BF16, None), (torch.float64, F32, None)],
 )
-def test_the_teacher(
+def test_launches_of_the_teacher_compile(
     teacher: torch.dtype, student: torch.dtype, shadow: torch.dtype | None, momentum: Any, compiled: set[str]
 ) -> None:
     shadows = None if shadow is None else [torch.zeros(5000, dtype=shadow)]
@@ -168,7 +170,9 @@ def test_the_teacher(
     [(False, False), (True, True), *(pytest.param(t, not t, marks=pytest.mark.slow) for t in (False, True))],
 )
 @pytest.mark.parametrize(("kind", "dtype"), list(itertools.product([SGD, LARS, AdamW], [F32, BF16])))
-def test_optimizers(kind: Any, dtype: torch.dtype, with_teacher: bool, scaled: bool, compiled: set[str]) -> None:
+def test_launches_of_the_optimizers_compile(
+    kind: Any, dtype: torch.dtype, with_teacher: bool, scaled: bool, compiled: set[str]
+) -> None:
     parameters = [torch.zeros(shape, dtype=dtype, requires_grad=True) for shape in ((50, 100), (7,))]
     teacher = {"teacher": [p.detach().float() for p in parameters], "ema_momentum": torch.tensor(0.9)}
     optimizer = kind(parameters, lr=0.1, backend="triton", **(teacher if with_teacher else {}))
@@ -192,7 +196,7 @@ def test_optimizers(kind: Any, dtype: torch.dtype, with_teacher: bool, scaled: b
         pytest.param(65, None, 2, 2, True, BF16, marks=pytest.mark.slow),
     ],
 )
-def test_views(
+def test_launches_of_the_views_compile(
     side: int, whole: int | None, bands: int, channels: int, planar: bool, dtype: torch.dtype, compiled: set[str]
 ) -> None:
     pixels = whole or side

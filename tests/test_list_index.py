@@ -1,4 +1,4 @@
-"""The index of lists, tables and given paths: the same images as without it, and neither read nor looked at again."""
+"""The index of lists, tables and given paths: it gives the same images as without it, and saves reading them again."""
 
 from __future__ import annotations
 
@@ -28,27 +28,30 @@ def _cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 NAMES = [f"{folder}/{i}.png" for i in range(12) for folder in "ab"]
-"""From one folder and the other in turn."""
+"""Names that alternate between two folders."""
 
 
 @pytest.fixture
 def data(tmp_path: Path) -> Path:
+    """A folder with the images of NAMES, changed long ago."""
     fill(tmp_path / "data", *NAMES)
     long_ago(tmp_path / "data")
     return tmp_path / "data"
 
 
 def lines(*rows: str) -> str:
+    """A text of these lines."""
     return "\n".join(rows) + "\n"
 
 
 def as_list(root: Path) -> str:
+    """A training list with labels and a repeated name, and a validation list beside it."""
     (root / "train.txt").write_text(lines("# some", *(f"{name}\t{name[0]}" for name in NAMES[:20]), NAMES[0]))
     (root / "val.txt").write_text(lines(*(f"{root}/{name},{name[0]}" for name in NAMES[20:])))
     return f"@{root}/train.txt"
 
 
-def as_list_of_which_some_have_labels(root: Path) -> str:
+def as_list_with_some_labels(root: Path) -> str:
     (root / "some.txt").write_text(lines(*(f"{name},{name[0]}" for name in NAMES[:20]), *NAMES[20:]))
     return f"@{root}/some.txt"
 
@@ -72,11 +75,11 @@ def as_paths(root: Path) -> list[Path]:
     return [root / name for name in NAMES]
 
 
-KINDS = [as_list, as_list_of_which_some_have_labels, as_csv, as_parquet, as_paths]
+KINDS = [as_list, as_list_with_some_labels, as_csv, as_parquet, as_paths]
 
 
 class Work:
-    """Sets that are built, files that are looked at, and files that are decoded."""
+    """Counts the sources that are built, the files whose size is read, and the files that are decoded."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.counts = {"built": 0, "looked": 0, "decoded": 0}
@@ -99,7 +102,7 @@ class Work:
         monkeypatch.setattr(scanning, "examined", decoding)
 
     def since(self) -> tuple[int, ...]:
-        """All, which start anew."""
+        """The three counts since the last call."""
         found = tuple(self.counts.values())
         self.counts = dict.fromkeys(self.counts, 0)
         return found
@@ -111,7 +114,7 @@ def work(monkeypatch: pytest.MonkeyPatch) -> Work:
 
 
 def told(source: Source) -> list[object]:
-    """All that a source says of its images."""
+    """Description, names, labels, hashes and content of all images of a source."""
     parts: list[object] = [source.about, source.name]
     for images in (source.train, source.bank, source.test):
         if images is not None:
@@ -123,11 +126,12 @@ def told(source: Source) -> list[object]:
 
 
 def start(data: Any, *, keep: bool = True) -> Source:
+    """Open and scan a source, as the start of a run does."""
     return scan(open_source(data, keep=keep), workers=1)[0]
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_second_start_says_the_same_and_looks_at_a_few_files(
+def test_the_second_start_is_the_same_and_checks_a_few_files(
     kind: Callable[[Path], Any], data: Path, work: Work
 ) -> None:
     given = kind(data)
@@ -137,7 +141,7 @@ def test_the_second_start_says_the_same_and_looks_at_a_few_files(
     before = told(plain)
     assert told(start(given)) == before
     built, looked, decoded = work.since()
-    assert (built, decoded) == (1, looked - 4)  # all, and then a few again
+    assert (built, decoded) == (1, looked - 4)  # the sizes of all files, and of the sample of four again
     again = start(given)
     assert work.since() == (0, 8, 0)
     assert told(again) == before
@@ -169,7 +173,7 @@ def edit(root: Path, given: Any) -> Any:
 
 @pytest.mark.parametrize("kind", [as_list, as_csv, as_paths])
 @pytest.mark.parametrize("change", [overwrite, remove, edit])
-def test_a_change_is_found_and_only_what_is_new_is_decoded(
+def test_a_change_of_a_list_is_found_and_only_new_files_are_decoded(
     change: Callable[[Path, Any], Any], kind: Callable[[Path], Any], data: Path, work: Work
 ) -> None:
     given = kind(data)
@@ -188,7 +192,7 @@ def test_a_change_is_found_and_only_what_is_new_is_decoded(
 
 
 @pytest.mark.parametrize("kind", [as_list, as_parquet])
-def test_a_file_that_was_changed_in_place_is_found_when_it_is_read(
+def test_a_listed_file_changed_in_place_is_noticed_when_it_is_read(
     kind: Callable[[Path], Any], data: Path, work: Work, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     given = kind(data)
@@ -206,9 +210,9 @@ def test_a_file_that_was_changed_in_place_is_found_when_it_is_read(
     assert (built, decoded) == (1, 1)
 
 
-def test_what_is_not_kept(data: Path, work: Work) -> None:
+def test_no_index_is_kept_of_recent_changes_or_on_request(data: Path, work: Work) -> None:
     given = as_list(data)
-    os.utime(data / "a")  # just now: it may change again, and get the same time
+    os.utime(data / "a")  # changed just now: it may change again and get the same time
     open_source(given, keep=False)
     assert not cache_root().exists()
     for _ in range(2):
@@ -220,7 +224,7 @@ def test_what_is_not_kept(data: Path, work: Work) -> None:
         open_source(given)
 
 
-def test_a_part_of_the_images_is_a_part_of_the_index(data: Path) -> None:
+def test_a_subset_of_the_images_keeps_its_rows_of_the_index(data: Path) -> None:
     given = as_csv(data)
     for _ in range(2):
         source = open_source(given)

@@ -1,4 +1,4 @@
-"""fastrm.load: what runs and exports leave is one call away from use."""
+"""fastrm.load: runs and exports are loaded in one call, ready to use."""
 
 from __future__ import annotations
 
@@ -34,13 +34,14 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def held(run: Path, which: str) -> dict[str, Tensor]:
+    """The tensors of the student's or teacher's network in the checkpoint of a run."""
     prefix = f"{which}.backbone.net."
     tensors = checkpoint.load(run)["method"]
     return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
 
 
 @pytest.mark.parametrize("which", ["student", "teacher"])
-def test_a_run_its_checkpoint_and_its_exports_give_the_same_network(which: str, run: Path, tmp_path: Path) -> None:
+def test_a_run_its_checkpoint_and_its_exports_load_as_the_same_network(which: str, run: Path, tmp_path: Path) -> None:
     model = fastrm.load(str(run), which)
     assert isinstance(model, Backbone)
     assert not any(part.training for part in model.modules())
@@ -61,7 +62,7 @@ def test_a_run_its_checkpoint_and_its_exports_give_the_same_network(which: str, 
             assert torch.equal(fastrm.load(file, which=which)(IMAGES), pooled), file
 
 
-def test_a_pth_says_what_it_is(small: Callable[..., Config], tmp_path: Path) -> None:
+def test_a_pth_file_describes_its_network(small: Callable[..., Config], tmp_path: Path) -> None:
     made = tmp_path / "run"
     train.train(small(max_steps=1, batch_size=4, out=made))
     out = tmp_path / "it.pth"
@@ -70,7 +71,7 @@ def test_a_pth_says_what_it_is(small: Callable[..., Config], tmp_path: Path) -> 
     assert all(torch.equal(value, want[name]) for name, value in fastrm.load(out, "teacher").net.state_dict().items())
 
 
-def test_what_cannot_be_loaded_is_said(run: Path, tmp_path: Path) -> None:
+def test_files_that_cannot_be_loaded_are_reported(run: Path, tmp_path: Path) -> None:
     for path, which, says in (
         (run / "backbone.safetensors", "teacher", "which='teacher': .* holds the student only"),
         (run, "both", "--which both is unknown; choose one of student, teacher"),
@@ -84,7 +85,7 @@ def test_what_cannot_be_loaded_is_said(run: Path, tmp_path: Path) -> None:
         fastrm.load(run, arch=nn.Linear(2, 2))
 
 
-def test_loading_leaves_the_random_state(run: Path) -> None:
+def test_loading_does_not_change_the_random_state(run: Path) -> None:
     torch.manual_seed(3)
     want = torch.rand(2)
     torch.manual_seed(3)
@@ -92,8 +93,8 @@ def test_loading_leaves_the_random_state(run: Path) -> None:
     np.testing.assert_array_equal(torch.rand(2), want)
 
 
-def test_a_run_of_a_method_that_is_not_there_any_more(run: Path, tmp_path: Path) -> None:
-    """Its backbones need no method: they load, score and are exported."""
+def test_a_run_of_an_unknown_method_is_loaded(run: Path, tmp_path: Path) -> None:
+    """Backbones need no method: they can be loaded and exported. The gap needs it, and is refused."""
     state = checkpoint.load(run)
     state["config"]["method"] = "of-my-own"
     state["method"] = {name: value for name, value in state["method"].items() if ".projector." not in name}
@@ -120,10 +121,10 @@ def test_a_run_of_a_method_that_is_not_there_any_more(run: Path, tmp_path: Path)
         ({"data_root": Path("/mine")}, ("photos.csv", Path("/mine"), "path", "kind")),
     ],
 )
-def test_images_that_are_not_given_are_those_of_the_run(
+def test_without_data_the_images_of_the_run_are_used(
     asked: dict[str, Any], opened: tuple[Any, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """And its columns are used for them alone."""
+    """The column settings of the run are used only with the data of the run."""
     settings = {"data": "photos.csv", "data_root": "/sets", "image_column": "path", "label_column": "kind"}
     trained = Pretrained(path=Path(), networks={}, about={"data": "photos.csv"}, arch="x", settings=settings)
     monkeypatch.setattr(
@@ -137,10 +138,11 @@ def test_images_that_are_not_given_are_those_of_the_run(
 
 
 def own() -> nn.Sequential:
+    """A small network that returns a feature map [B, 8, h, w]."""
     return nn.Sequential(nn.Conv2d(3, 6, 3, 2), nn.ReLU(), nn.Conv2d(6, 8, 3, 2))
 
 
-# The pooled features and the map of timm's network, or of one's own, by what its family does.
+# By architecture, a function of the network and images to the pooled features and the feature map.
 OUTPUTS: dict[str, Callable[[Any, Tensor], tuple[Tensor, Tensor]]] = {
     "test_resnet": lambda net, x: (net.forward_features(x).mean((2, 3)), net.forward_features(x)),
     "test_convnext": lambda net, x: (net(x), net.stages(net.stem(x))),
@@ -150,12 +152,12 @@ OUTPUTS: dict[str, Callable[[Any, Tensor], tuple[Tensor, Tensor]]] = {
 
 
 @pytest.mark.parametrize("arch", OUTPUTS)
-def test_pooled_and_dense_outputs(arch: str, tmp_path: Path) -> None:
+def test_pooled_and_dense_outputs_equal_those_of_timm(arch: str, tmp_path: Path) -> None:
     torch.manual_seed(0)
     sized = {"img_size": 96} if arch == "test_vit" else {}
     net = own() if arch == "own" else timm.create_model(arch, num_classes=0, **sized)
     for part in net.modules():
-        if isinstance(part, nn.LayerNorm):  # without weights it would not show that it was applied twice
+        if isinstance(part, nn.LayerNorm):  # random weights show if the norm is applied twice
             nn.init.normal_(part.weight)
     made = build_backbone(net if arch == "own" else arch, image_size=96)
     made.net.load_state_dict(net.state_dict())
@@ -169,7 +171,7 @@ def test_pooled_and_dense_outputs(arch: str, tmp_path: Path) -> None:
         torch.testing.assert_close(model.feature_map(images), features)
 
 
-def test_a_network_without_a_map_says_so(tmp_path: Path) -> None:
+def test_a_network_without_a_map_is_refused(tmp_path: Path) -> None:
     images = torch.randn(1, 3, 32, 32)
     module = nn.Sequential(*own(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
     with pytest.raises(UsageError, match=r"Sequential has no map \[B, D, h, w\]"):

@@ -1,4 +1,4 @@
-"""Images in files and shards, through both loaders: parity with torchvision, odd and broken files, order, resume."""
+"""Images in files and shards, through each loader: parity with torchvision, unusual and broken files, and order."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ needs_dali = pytest.mark.skipif(dali_problem() is not None, reason=f"needs DALI:
 
 @pytest.fixture(scope="module")
 def odd(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Sound pictures of every kind that a folder may hold."""
+    """A folder of valid images in all formats and shapes."""
     folder = tmp_path_factory.mktemp("odd files é")
     colour = Image.fromarray(natural_pictures(1, 60, 80)[0].permute(1, 2, 0).numpy())
     gray = colour.convert("L")
@@ -76,12 +76,12 @@ def odd(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def broken(pictures: Path, tmp_path: Path) -> Path:
-    """20 sound pictures among which are a cut one, an empty one, a text, and a header alone."""
+    """A folder of 20 valid images, a truncated one, an empty file, a text file, and the header of a PNG."""
     sound = sorted((pictures / "flat").glob("*.jpg"))[:20]
     for path in sound:
         (tmp_path / path.name).write_bytes(path.read_bytes())
     content = sound[0].read_bytes()
-    (tmp_path / "cut.jpg").write_bytes(content[:-60])  # within the picture, behind its header
+    (tmp_path / "cut.jpg").write_bytes(content[:-60])  # cut within the image data, after its header
     (tmp_path / "empty.jpg").write_bytes(b"")
     (tmp_path / "text.png").write_text("not a picture")
     (tmp_path / "header.png").write_bytes(
@@ -91,15 +91,18 @@ def broken(pictures: Path, tmp_path: Path) -> Path:
 
 
 def add_sound(pictures: Path, folder: Path, count: int) -> None:
+    """Copy this number of valid images to a folder."""
     for i, path in enumerate(sorted((pictures / "flat").glob("*.jpg"))[:count]):
         (folder / f"more{i}.jpg").write_bytes(path.read_bytes())
 
 
 def skipped(out: Path) -> list[str]:
+    """The names of the files in skipped.txt."""
     return [Path(line.split("\t")[0]).name for line in (out / "skipped.txt").read_text().splitlines()]
 
 
 def made(data: Path | str, kind: str = "dali", **options: object):
+    """A loader of this kind with small settings."""
     defaults = {"method": "mocov2", "image_size": 24, "batch_size": 8, "device": "cpu", "workers": 2, "seed": 5}
     return make_loader(str(data), **{**defaults, "loader": kind, **options})
 
@@ -117,7 +120,7 @@ DALI = pytest.param("dali", marks=needs_dali)
     ],
 )
 @pytest.mark.parametrize("method", ["mocov3", "byol"])
-def test_views_of_odd_files_are_torchvisions(odd: Path, method: str, kind: str) -> None:
+def test_views_of_unusual_files_equal_torchvision(odd: Path, method: str, kind: str) -> None:
     images = open_source(str(odd)).train
     assert isinstance(images, FileImages)
     recipe, place = find(method).augmentation(0.2), "cuda" if "GPU" in kind else "cpu"
@@ -141,18 +144,18 @@ def test_views_of_odd_files_are_torchvisions(odd: Path, method: str, kind: str) 
             image = torch.from_numpy(np.array(picture)).permute(2, 0, 1)
             want = composed(image, draws, i, view.interpolation, 48, 2)
             error = float((out[i].cpu() * std + mean - want).abs().mean())
-            # JPEG decoders differ by a step or two in the rounding of the inverse cosine transform and of the upsampled
-            # chroma; solarizing makes a large difference of a small one at its threshold.
+            # JPEG decoders differ by a step or two, because they round the inverse cosine transform and the upsampled
+            # chroma differently. At its threshold, solarizing makes a small difference large.
             assert error < (12 if draws.solarize[i] else 4) / 255, images.paths[batch.images[i]]
 
 
-def test_a_file_is_passed_on_as_it_looks(odd: Path) -> None:
+def test_files_for_dali_keep_their_displayed_size(odd: Path) -> None:
     for path in sorted(odd.iterdir()):
         assert encoded(path.read_bytes()).size == decode(path.read_bytes()).size[::-1], path.name
 
 
 @pytest.mark.parametrize("kind", [DALI, "torch"])
-def test_seek_and_resume_are_exact_and_workers_do_not_matter(pictures: Path, kind: str) -> None:
+def test_seek_is_exact_with_any_number_of_workers(pictures: Path, kind: str) -> None:
     loader = made(pictures / "classes", kind)
     every = [torch.stack(batch.views) for _ in range(2) for batch in loader]
     assert len(loader) == 12
@@ -167,7 +170,7 @@ def test_seek_and_resume_are_exact_and_workers_do_not_matter(pictures: Path, kin
 
 
 @pytest.mark.parametrize("kind", [DALI, "torch"])
-def test_ranks_share_an_epoch(pictures: Path, kind: str) -> None:
+def test_ranks_of_each_loader_read_different_images(pictures: Path, kind: str) -> None:
     loaders = [made(pictures / "classes", kind, workers=1, rank=rank, world_size=2) for rank in (0, 1)]
     shares = [[index for batch in loader._sampler for index in batch.images] for loader in loaders]
     assert sorted(shares[0] + shares[1]) == list(range(96))
@@ -177,7 +180,7 @@ def test_ranks_share_an_epoch(pictures: Path, kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", [DALI, "torch"])
-def test_odd_files_train_for_two_epochs(odd: Path, kind: str, tmp_path: Path) -> None:
+def test_unusual_files_are_read_for_two_epochs(odd: Path, kind: str, tmp_path: Path) -> None:
     for file in odd.iterdir():
         if kind == "torch" or examined(file.read_bytes()).dtype == "uint8":
             shutil.copy(file, tmp_path)
@@ -204,7 +207,7 @@ def test_broken_files_are_named_and_left_out(broken: Path, pictures: Path, kind:
 
 @pytest.mark.parametrize("kind", [DALI, "torch"])
 @pytest.mark.parametrize("damage", ["scan", "tables", "chunk"])
-def test_a_file_that_is_damaged_inside_stops_nothing(pictures: Path, tmp_path: Path, kind: str, damage: str) -> None:
+def test_a_file_with_damaged_content_stops_no_loader(pictures: Path, tmp_path: Path, kind: str, damage: str) -> None:
     add_sound(pictures, tmp_path, 23)
     picture = Image.fromarray(natural_pictures(1, 60, 80)[0].permute(1, 2, 0).numpy())
     name = "damaged.png" if damage == "chunk" else "damaged.jpg"
@@ -215,14 +218,14 @@ def test_a_file_that_is_damaged_inside_stops_nothing(pictures: Path, tmp_path: P
     (tmp_path / name).write_bytes(content)
     loader = made(tmp_path, kind, workers=1)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # a decoder may well make something of it
+        warnings.simplefilter("ignore", UserWarning)  # a decoder may still return an image
         for _ in range(2):
             assert sum(len(batch.indices) for batch in loader) == 24
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", [DALI, "torch"])
-def test_memory_stays_flat(pictures: Path, kind: str) -> None:
+def test_memory_does_not_grow_over_epochs(pictures: Path, kind: str) -> None:
     status = Path("/proc/self/statm")
     if not status.exists():
         pytest.skip("needs /proc to read the resident set")
@@ -239,7 +242,7 @@ def _cache_of_our_own(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pyt
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
 
 
-def test_what_a_loader_cannot_do_is_said(pictures: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_dali_is_reported(pictures: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("fastrm.data.dali_problem", lambda: "DALI is not installed")
     with pytest.raises(UsageError, match="--loader dali cannot be used: DALI is not installed"):
         made(pictures / "flat", "dali")
@@ -253,14 +256,14 @@ def test_broken_files_are_found_before_a_run(
         train.train(small(data=str(broken), loader=kind, batch_size=8))
     add_sound(pictures, broken, 30)
     with warnings.catch_warnings():
-        warnings.simplefilter("error", UserWarning)  # nothing is left to be found while reading
+        warnings.simplefilter("error", UserWarning)  # no broken file is left to be found while reading
         summary = train.train(small(data=str(broken), loader=kind, batch_size=8))
     assert summary["images"] == 50
     assert skipped(tmp_path / "run") == ["cut.jpg", "empty.jpg", "header.png", "text.png"]
 
 
 @pytest.mark.parametrize("kind", [DALI, "torch"])
-def test_what_the_scan_did_not_see_is_listed_too(
+def test_broken_files_found_without_a_scan_are_listed(
     broken: Path, pictures: Path, kind: str, small: Callable[..., Config], tmp_path: Path
 ) -> None:
     add_sound(pictures, broken, 30)
@@ -272,7 +275,7 @@ def test_what_the_scan_did_not_see_is_listed_too(
 
 @pytest.mark.filterwarnings("ignore:left out")
 @pytest.mark.parametrize("kind", [DALI, "torch"])
-def test_a_folder_that_is_gone_is_said_in_one_line(pictures: Path, kind: str, tmp_path: Path) -> None:
+def test_a_deleted_folder_is_reported_in_one_line(pictures: Path, kind: str, tmp_path: Path) -> None:
     shutil.copytree(pictures / "flat", tmp_path / "data")
     loader = made(tmp_path / "data", kind, workers=1)
     shutil.rmtree(tmp_path / "data")
@@ -282,7 +285,7 @@ def test_a_folder_that_is_gone_is_said_in_one_line(pictures: Path, kind: str, tm
     assert "\n" not in str(caught.value)
 
 
-def test_the_scan_covers_the_images_for_knn_and_is_remembered(pictures: Path, tmp_path: Path) -> None:
+def test_the_scan_includes_the_images_for_knn_and_is_cached(pictures: Path, tmp_path: Path) -> None:
     shutil.copytree(pictures / "split", tmp_path / "data")
     some, other = sorted((tmp_path / "data" / "val").rglob("*.jpg"))[:2]
     some.write_bytes(some.read_bytes()[:-300])
@@ -303,7 +306,7 @@ def test_the_scan_covers_the_images_for_knn_and_is_remembered(pictures: Path, tm
 
 @pytest.fixture
 def shards(pictures: Path, tmp_path: Path) -> str:
-    """Two shards of 48 pictures with labels, and members that are no pictures."""
+    """The pattern of two shards of 48 images with labels, and members that are not images."""
     paths = sorted((pictures / "classes").rglob("*.jpg"))
     for shard in range(2):
         with tarfile.open(tmp_path / f"train-{shard:04d}.tar", "w") as tar:
@@ -318,11 +321,11 @@ def shards(pictures: Path, tmp_path: Path) -> str:
 
 
 @pytest.mark.parametrize("kind", [DALI, "torch"])
-def test_shards_give_what_the_files_give(shards: str, pictures: Path, kind: str) -> None:
+def test_shards_give_the_views_of_the_files(shards: str, pictures: Path, kind: str) -> None:
     images, files = open_source(shards).train, open_source(str(pictures / "classes")).train
     assert isinstance(files, FileImages)
     assert len(images) == 96
-    # A name as label is the position among the sorted names; a number is itself.
+    # The label of a class folder is its position among the sorted names; a number in a shard is the label itself.
     digits = sorted({int(path.parent.name[-1]) for path in files.paths})
     assert images.labels is not None
     assert files.labels is not None
@@ -337,7 +340,7 @@ def test_a_run_on_shards(shards: str, small: Callable[..., Config]) -> None:
     assert any("knn" in name for name in summary)
 
 
-def test_shards_that_are_not_there_or_no_tar_files(shards: str, tmp_path: Path) -> None:
+def test_missing_or_invalid_shards_are_refused(shards: str, tmp_path: Path) -> None:
     for pattern, message in (
         (str(tmp_path / "train-{0..2}.tar"), "train-0.tar does not exist"),
         (str(tmp_path / "train-{0001..0000}.tar"), "counts down"),
@@ -352,7 +355,7 @@ def test_shards_that_are_not_there_or_no_tar_files(shards: str, tmp_path: Path) 
     assert expand("{a,b}-{08..10}.tar") == [f"{x}-{n}.tar" for x in "ab" for n in ("08", "09", "10")]
 
 
-def test_a_shard_that_was_cut_off(shards: str, tmp_path: Path) -> None:
+def test_a_truncated_shard_is_refused(shards: str, tmp_path: Path) -> None:
     whole = (tmp_path / "train-0001.tar").read_bytes()
     (tmp_path / "cut.tar").write_bytes(whole[: len(whole) // 2 + 700])
     with pytest.raises(UsageError, match=r"cut.tar is not a whole, uncompressed tar file"):
@@ -360,23 +363,24 @@ def test_a_shard_that_was_cut_off(shards: str, tmp_path: Path) -> None:
 
 
 def test_the_scan_reads_every_file_once(pictures: Path) -> None:
-    """Without a val folder the images for kNN are parts of those for training."""
+    """Without a val folder, the images for kNN are a part of the training images."""
     with mock.patch("fastrm.data.scan.examined", side_effect=examined) as look:
         found, faults = scan(open_source(str(pictures / "classes")), workers=2)
     assert look.call_count == len(found.train) == 96
     assert not faults
 
 
-# Kept in memory
+# Decoded images kept in memory
 
 
 def kept_loader(folder: Path, **options: Any) -> Any:
+    """A loader for MoCo-v3 with small settings."""
     defaults = {"method": "mocov3", "image_size": 24, "batch_size": 8, "device": "cpu", "workers": 0, "seed": 5}
     return make_loader(folder, **{**defaults, **options})
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_kept_images_give_the_same_views_and_are_decoded_once(
+def test_images_kept_in_memory_give_the_same_views_and_are_decoded_once(
     workers: int, pictures: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     plain = kept_loader(pictures / "classes", loader="torch")
@@ -392,10 +396,10 @@ def test_kept_images_give_the_same_views_and_are_decoded_once(
 
 
 @pytest.mark.parametrize("deep", [False, True])
-def test_a_small_set_is_kept_unasked_in_several_epochs(
+def test_a_small_set_is_kept_in_memory_by_default(
     deep: bool, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """At full size, of which 8 bytes per image are for its place."""
+    """The limit is the size of the decoded images, and 8 bytes per image for its offset."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     folder = tmp_path / "deep" if deep else pictures / "flat"
     if deep:
@@ -430,7 +434,9 @@ def test_a_small_set_is_kept_unasked_in_several_epochs(
             assert all(torch.equal(a, b) for a, b in zip(mine.views, other.views, strict=True))
 
 
-def test_what_does_not_fit_at_full_size_is_shrunk_or_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_images_that_do_not_fit_in_memory_are_shrunk_or_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     for index in range(8):
         Image.new("RGB", (300, 200), (30 * index, 100, 200)).save(tmp_path / f"{index}.png")
     full = 8 * 300 * 200 * 3
@@ -451,7 +457,7 @@ def test_what_does_not_fit_at_full_size_is_shrunk_or_refused(tmp_path: Path, mon
 
 
 class Failing:
-    """A pipeline of DALI's that fails."""
+    """A DALI pipeline that raises an error."""
 
     def __init__(self, error: Exception) -> None:
         self.error = error
@@ -461,6 +467,7 @@ class Failing:
 
 
 def of_dali(operator: str, met: str) -> RuntimeError:
+    """An error as DALI reports it from one of its operators."""
     return RuntimeError(
         f"Critical error in pipeline:\nError in MIXED operator `nvidia.dali.fn.{operator}`,\nwhich was used in the "
         f'pipeline definition with the following traceback:\n\n  File "/memory/cuda.py", line 1\n\nencountered:\n\n'
@@ -480,7 +487,7 @@ def of_dali(operator: str, met: str) -> RuntimeError:
         RuntimeError("CUDA runtime API error cudaErrorIllegalAddress (700)"),
     ],
 )
-def test_what_is_no_fault_of_a_file_is_raised(pictures: Path, error: RuntimeError) -> None:
+def test_errors_that_no_file_causes_are_raised(pictures: Path, error: RuntimeError) -> None:
     loader = made(pictures / "classes")
     loader._decoder._pipeline = Failing(error)
     with pytest.raises(RuntimeError) as raised:
@@ -489,7 +496,7 @@ def test_what_is_no_fault_of_a_file_is_raised(pictures: Path, error: RuntimeErro
 
 
 @needs_dali
-def test_a_file_that_only_pillow_decodes_is_said(pictures: Path) -> None:
+def test_a_training_batch_that_only_pillow_decodes_is_reported(pictures: Path) -> None:
     want = next(iter(made(pictures / "classes")))
     loader = made(pictures / "classes")
     loader._decoder._pipeline = Failing(of_dali("decoders.image", "nvImageCodec failure: '#5'"))
@@ -497,7 +504,7 @@ def test_a_file_that_only_pillow_decodes_is_said(pictures: Path) -> None:
         found = next(iter(loader))
     assert found.indices == want.indices
     for ours, theirs in zip(found.views, want.views, strict=True):
-        assert float((ours - theirs).abs().mean()) < 0.05  # two decoders' rounding
+        assert float((ours - theirs).abs().mean()) < 0.05  # the two decoders round differently
 
 
 @needs_dali
@@ -521,7 +528,7 @@ def test_files_are_read_while_others_are_decoded(pictures: Path, monkeypatch: py
 
     monkeypatch.setattr(loader._decoder._pipeline, "run", decoded)
     assert len(next(iter(loader)).indices) == 8
-    assert all(waited)  # the first batch was decoded once the third had been read
+    assert all(waited)  # the first batch was decoded after the third had been read
 
 
 @needs_dali
@@ -531,8 +538,8 @@ def test_doctor_tries_dali(monkeypatch: pytest.MonkeyPatch) -> None:
     assert dali_trial(torch.device("cpu")) == "it is installed, but cannot decode on cpu: no libnvjpeg"
 
 
-def test_files_of_one_size_are_held_as_one_array(tmp_path: Path) -> None:
-    """The views of a set in memory, without the file that was lost since the scan; in place of it comes the next."""
+def test_files_of_one_size_are_kept_as_one_array(tmp_path: Path) -> None:
+    """The views equal those of an array in memory. A file lost since the scan is replaced by the next one."""
     rng = np.random.default_rng(0)
     for number, pixels in enumerate(rng.integers(0, 256, (24, 40, 48, 3), dtype=np.uint8)):
         Image.fromarray(pixels).save(tmp_path / f"{number:02}.png")

@@ -1,4 +1,4 @@
-"""What is looked up by name, and numbers that are out of range, from Python: one error that says what is right."""
+"""Unknown names and numbers out of range from Python: one error that states the valid values."""
 
 from __future__ import annotations
 
@@ -29,15 +29,18 @@ CPU = torch.device("cpu")
 
 
 def loader(data: Any = "digits", **changed: Any) -> Any:
+    """A loader with valid settings, some of them changed."""
     sound = {"method": "mocov2", "image_size": 24, "batch_size": 16, "device": "cpu", "workers": 0, "seed": 5}
     return make_loader(data, **{**sound, **changed})
 
 
 def with_method(**changed: Any) -> Config:
+    """Valid settings with some settings of the method changed."""
     return replace(TINY, method=replace(MethodConfig(), **changed))
 
 
 def step(**changed: Any) -> Step:
+    """A training step with valid settings, some of them changed."""
     sound: dict[str, Any] = {"precision": "fp32", "accumulate": 1, "clip_norm": None, "layout": torch.channels_last}
     return Step(build_method(TINY), None, **{**sound, **changed})
 
@@ -89,7 +92,7 @@ UNKNOWN: dict[str, tuple[Callable[[], Any], str]] = {
 
 
 @pytest.mark.parametrize("what", UNKNOWN)
-def test_an_unknown_name_is_refused_with_those_that_are_right(what: str) -> None:
+def test_an_unknown_name_is_refused_with_the_valid_names(what: str) -> None:
     look_up, message = UNKNOWN[what]
     with pytest.raises(UsageError, match=message):
         look_up()
@@ -104,7 +107,7 @@ def test_an_unknown_name_is_refused_with_those_that_are_right(what: str) -> None
         ("crop_min", "a"), ("data_root", 3),
     ],
 )  # fmt: skip
-def test_numbers_of_a_loader(name: str, value: Any) -> None:
+def test_invalid_numbers_of_a_loader_are_named(name: str, value: Any) -> None:
     with pytest.raises(UsageError, match=f"{name}|{name.replace('_', '-')}|rank"):
         loader(**{name: value})
 
@@ -135,7 +138,7 @@ def test_numbers_of_a_loader(name: str, value: Any) -> None:
         ("blur_sigma", "12", "2 numbers above 0"),
     ],
 )
-def test_a_view_says_what_is_wrong_with_it(name: str, value: Any, wanted: str) -> None:
+def test_an_invalid_field_of_a_view_is_named(name: str, value: Any, wanted: str) -> None:
     with pytest.raises(ValueError, match=f"View: {name} is .*; it must be .*{wanted}"):
         View(**{name: value})
 
@@ -155,12 +158,12 @@ def test_a_view_says_what_is_wrong_with_it(name: str, value: Any, wanted: str) -
         ({"views": (View(),), "mean": (0.0, float("nan"), 0.0)}, "mean is .*; it must be a number per channel"),
     ],
 )
-def test_an_augmentation_says_what_is_wrong_with_it(fields: dict[str, Any], message: str) -> None:
+def test_an_invalid_field_of_an_augmentation_is_named(fields: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Augmentation(**fields)
 
 
-def test_what_is_sound_stays_so() -> None:
+def test_valid_extreme_values_are_accepted() -> None:
     view = View(crop_scale=(1, 1), hue=0, brightness=0, blur_probability=1)
     made = loader(Path("digits"), method=Augmentation(views=(view,), mean=(-1.0, 0, 0.5)), device=CPU)
     assert next(iter(made)).views[0].shape == (16, 3, 24, 24)

@@ -1,4 +1,4 @@
-"""Where memory is short: one line, the last checkpoint, and nothing taken for something else. And the dry run."""
+"""Insufficient memory ends in one line and keeps the last checkpoint; a dry run reports memory and writes nothing."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ SHORTAGES = [torch_has_none, numpy_has_none, python_has_none, cuda_has_none, cud
 
 
 @pytest.mark.parametrize("short", SHORTAGES)
-def test_errors_of_memory_are_known(short: Callable[[], None]) -> None:
+def test_errors_of_memory_are_recognised(short: Callable[[], None]) -> None:
     with pytest.raises((MemoryError, RuntimeError, OSError)) as caught:
         short()
     assert memory.exhausted(caught.value)
@@ -80,7 +80,7 @@ def test_errors_of_memory_are_known(short: Callable[[], None]) -> None:
         "unable to write to file </torch_1_2>: No space left on device (28)",
     ],
 )
-def test_texts_of_memory_are_known(text: str) -> None:
+def test_messages_of_memory_errors_are_recognised(text: str) -> None:
     assert memory.exhausted(RuntimeError(text))
 
 
@@ -94,7 +94,7 @@ def test_texts_of_memory_are_known(text: str) -> None:
     ],
     ids=repr,
 )  # fmt: skip
-def test_other_errors_are_not(error: Exception) -> None:
+def test_other_errors_are_not_taken_for_memory_errors(error: Exception) -> None:
     assert not memory.exhausted(error)
 
 
@@ -122,7 +122,7 @@ def test_a_step_without_memory_ends_in_one_line_and_keeps_the_last_checkpoint(
         assert_as_uninterrupted(tmp_path / "run", tmp_path / "whole")
 
 
-def test_an_evaluation_without_memory_says_how_the_run_goes_on(
+def test_an_evaluation_without_memory_reports_how_to_continue(
     small: Small, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("fastrm.hooks.evaluation.frozen_scores", lambda *args, **options: numpy_has_none())
@@ -133,7 +133,9 @@ def test_an_evaluation_without_memory_says_how_the_run_goes_on(
     assert (tmp_path / "run" / "summary.json").is_file()
 
 
-def test_a_network_that_does_not_fit_is_not_called_impossible(small: Small, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_network_that_does_not_fit_is_reported_as_a_memory_error(
+    small: Small, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("fastrm.methods.freeze_unused", lambda *args, **options: torch_has_none())
     with pytest.raises(TrainingError, match="has not enough memory"):
         train.train(small())
@@ -151,7 +153,7 @@ def test_a_loader_without_memory_ends_in_one_line(
 
 
 @pytest.mark.parametrize("short", [torch_has_none, numpy_has_none, the_system_has_none])
-def test_sound_files_are_not_called_broken(
+def test_valid_files_are_not_called_broken_without_memory(
     short: Callable[[], None], small: Small, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     train.train(small(max_steps=1))
@@ -165,7 +167,7 @@ def test_sound_files_are_not_called_broken(
         train.train(small(max_steps=2))
 
 
-def test_the_other_commands_say_it_too(
+def test_other_commands_report_insufficient_memory(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = run_of_one_step("test_resnet", 32, tmp_path / "run")
@@ -209,11 +211,12 @@ def test_a_run_that_is_too_large_for_its_process_ends_in_one_line(tmp_path: Path
 
 
 def files(folder: Path) -> dict[str, Any]:
+    """Modification time and content of every path below a folder."""
     return {str(p.relative_to(folder)): (p.stat().st_mtime_ns, p.is_dir() or p.read_bytes()) for p in folder.rglob("*")}
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_a_dry_run_says_what_a_run_takes_and_writes_nothing(
+def test_a_dry_run_reports_time_and_memory_and_writes_nothing(
     method: str, small: Small, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -236,7 +239,7 @@ def test_a_dry_run_says_what_a_run_takes_and_writes_nothing(
         assert part in said
 
 
-def test_a_dry_run_leaves_the_run_in_its_folder_alone(small: Small, pictures: Path, tmp_path: Path) -> None:
+def test_a_dry_run_does_not_change_the_run_in_its_folder(small: Small, pictures: Path, tmp_path: Path) -> None:
     leaves = {"data": str(pictures / "flat"), "max_steps": 4}
     train.train(small(**{**leaves, "max_steps": 2}))
     before = files(tmp_path / "run")
@@ -248,7 +251,7 @@ def test_a_dry_run_leaves_the_run_in_its_folder_alone(small: Small, pictures: Pa
     assert_as_uninterrupted(tmp_path / "run", tmp_path / "whole")
 
 
-def test_a_dry_run_tells_that_the_folder_is_of_others(small: Small, tmp_path: Path) -> None:
+def test_a_dry_run_reports_foreign_files_in_the_folder(small: Small, tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "config.json").write_text("mine")
     with pytest.raises(UsageError, match=r"--out .*config\.json"):
@@ -270,8 +273,8 @@ def test_a_dry_run_in_two_processes(tmp_path: Path) -> None:
     assert files(tmp_path) == {}
 
 
-def test_the_settings_of_a_dry_run_are_no_other_run(small: Small, tmp_path: Path) -> None:
-    """Runs of before, whose checkpoints do not know of it, go on too."""
+def test_a_dry_run_setting_does_not_prevent_a_resume(small: Small, tmp_path: Path) -> None:
+    """Checkpoints of older versions, which lack this setting, also continue."""
     train.train(small(max_steps=1))
     path = tmp_path / "run" / checkpoint.NAME
     state = checkpoint.load(path)

@@ -1,4 +1,4 @@
-"""The four methods: their losses by hand, how often each network runs, and the teacher."""
+"""MoCo-v3, MoCo-v2, BYOL and DenseCL: losses against definitions, forward passes, queues, heads and the teacher."""
 
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ CLOSE = {"rtol": 1e-4, "atol": 1e-5}
 
 
 def settings(method: str, **leaves: Any) -> Config:
+    """Settings of a small method."""
     small = {"hidden_dim": 24, "output_dim": 8, "predictor_hidden_dim": 24, "queue_size": 11, "image_size": 32}
     return build(**{"data": "digits", "arch": "test_resnet", "method": method, "temperature": 0.3, **small, **leaves})
 
@@ -37,11 +38,12 @@ def made(method: str, **leaves: Any) -> tuple[Method[Any], Tensor, Tensor]:
 
 
 def weight(value: float = 1.0) -> Tensor:
+    """A loss weight as a tensor."""
     return torch.tensor(value)
 
 
 def encodings(method: Method[Any], *views: Tensor) -> tuple[list[Any], list[Any]]:
-    """What both networks say in training mode, without leaving a trace in BatchNorm's statistics."""
+    """Encodings of both networks in training mode; the statistics of BatchNorm are restored."""
     state = {name: value.clone() for name, value in method.state_dict().items()}
     with torch.no_grad():
         result = [method.encode_student(v) for v in views], [method.teacher(v) for v in views]
@@ -50,7 +52,7 @@ def encodings(method: Method[Any], *views: Tensor) -> tuple[list[Any], list[Any]
 
 
 def own_loss(name: str, method: Method[Any], students: list[Any], teachers: list[Any]) -> float:
-    """The published loss, from the encodings, in float64."""
+    """The published loss in float64, computed from the encodings."""
     s, t = [e.output.double().numpy() for e in students], [e.output.double().numpy() for e in teachers]
     if name == "mocov3":
         return sum(2 * 0.3 * oracle.info_nce(s[d], t[1 - d], None, 0.3).mean() for d in (0, 1))
@@ -81,7 +83,7 @@ CASES = [
 
 
 @pytest.mark.parametrize(("name", "leaves"), CASES, ids=str)
-def test_the_plain_method_is_the_published_loss(name: str, leaves: dict[str, Any]) -> None:
+def test_the_loss_without_residual_term_equals_the_publication(name: str, leaves: dict[str, Any]) -> None:
     method, first, second = made(name, residual_weight=0.0, **leaves)
     students, teachers = encodings(method, first, second)
     output = method(first, second, weight())
@@ -130,7 +132,7 @@ def test_the_gradient_reaches_every_trained_parameter_of_the_student_only(name: 
     ("name", "leaves", "student", "teacher"),
     [
         ("mocov3", {"residual_weight": 0.0}, 2, 2),
-        ("mocov3", {"residual_weight": 1.0}, 2, 2),  # the same-view keys come for free
+        ("mocov3", {"residual_weight": 1.0}, 2, 2),  # the same-view keys need no further pass
         ("byol", {"residual_weight": 1.0}, 2, 2),
         ("mocov2", {"residual_weight": 0.0}, 1, 1),
         ("mocov2", {"residual_weight": 1.0}, 1, 2),
@@ -139,7 +141,9 @@ def test_the_gradient_reaches_every_trained_parameter_of_the_student_only(name: 
         ("densecl", {"residual_weight": 1.0}, 1, 2),
     ],
 )
-def test_no_forward_runs_twice(name: str, leaves: dict[str, Any], student: int, teacher: int) -> None:
+def test_each_network_runs_only_as_often_as_needed(
+    name: str, leaves: dict[str, Any], student: int, teacher: int
+) -> None:
     method, first, second = made(name, **leaves)
     runs = {"student": 0, "teacher": 0}
     for which in runs:
@@ -263,7 +267,9 @@ def test_a_step_in_bf16_keeps_losses_and_teacher_in_float32(name: str) -> None:
         ("test_resnet", {}, set()),
     ],
 )
-def test_what_the_loss_does_not_reach_is_frozen_and_said(arch: str, leaves: dict[str, Any], behind: set[str]) -> None:
+def test_parameters_that_the_loss_does_not_reach_are_frozen_and_reported(
+    arch: str, leaves: dict[str, Any], behind: set[str]
+) -> None:
     method = build_method(settings("densecl", arch=arch, **leaves))
     frozen = {name for name, p in method.student.backbone.net.named_parameters() if not p.requires_grad}
     assert frozen == behind
@@ -278,10 +284,10 @@ def test_what_the_loss_does_not_reach_is_frozen_and_said(arch: str, leaves: dict
     optimizer.step()
     for name, p in method.named_parameters():
         if name.rpartition("backbone.net.")[2] in behind:
-            assert torch.equal(p, before[name]), name  # weight decay too
+            assert torch.equal(p, before[name]), name  # not even by weight decay
 
 
-def test_looking_for_what_is_not_reached_changes_nothing() -> None:
+def test_the_search_for_unused_parameters_changes_nothing() -> None:
     configured = settings("mocov2", arch="test_resnet")
     torch.manual_seed(3)
     plain = build_method(configured, trained=False)
@@ -293,15 +299,15 @@ def test_looking_for_what_is_not_reached_changes_nothing() -> None:
     assert all(p.grad is None for p in looked.parameters())
 
 
-def test_what_cannot_be_trained_is_refused_before_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_method_that_cannot_be_trained_is_refused_before_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(UsageError, match=r"test_resnet cannot be trained with --method byol .*1 images per process"):
         build_method(settings("byol", batch_size=4, accumulate=4))
     with pytest.raises(UsageError, match="densecl needs a backbone with a feature map"):
         build_method(settings("densecl", arch="test_vit"))
 
 
-def test_densecl_takes_a_transformers_map() -> None:
-    """Swin gives [B, H, W, C]; the same loss as from that map, position by position."""
+def test_densecl_accepts_a_channels_last_map() -> None:
+    """Swin returns [B, H, W, C]; the positions of the loss are those of its map."""
     method = build_method(settings("densecl", arch="swin_tiny_patch4_window7_224", image_size=64))
     images = torch.randn(2, 3, 64, 64)
     with torch.no_grad():
@@ -312,7 +318,7 @@ def test_densecl_takes_a_transformers_map() -> None:
 
 
 @pytest.mark.parametrize("name", ["mocov2", "densecl"])
-def test_queues_of_half_the_bytes(name: str) -> None:
+def test_a_bfloat16_queue_changes_the_loss_only_by_rounding(name: str) -> None:
     losses = []
     for dtype in ("float32", "bfloat16"):
         torch.manual_seed(0)
@@ -323,11 +329,12 @@ def test_queues_of_half_the_bytes(name: str) -> None:
         method.push(output.keys)
         assert all(int(queue.pointer) == 8 for queue in method.queues)
         losses.append(float(output.loss))
-    # A key that is rounded to 2^-9 of itself moves a similarity by 2^-9 at most, divided by the temperature of 0.3.
+    # Rounding a key by a relative 2^-9 changes a similarity by at most 2^-9, which is divided by the temperature of
+    # 0.3.
     assert abs(losses[0] - losses[1]) < 2**-9 / 0.3
 
 
-def test_where_a_queue_is_in_bfloat16() -> None:
+def test_queues_are_bfloat16_on_gpus_by_default() -> None:
     assert choose_queue_dtype("auto", torch.device("cpu")) == torch.float32
     assert choose_queue_dtype("auto", torch.device("cuda")) == torch.bfloat16
     assert choose_queue_dtype("float32", torch.device("cuda")) == torch.float32

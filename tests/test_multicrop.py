@@ -1,4 +1,4 @@
-"""More than two views, of several sizes: who sees which, and the losses over pairs by hand."""
+"""More than two views, of several sizes: which network encodes which, and the losses over pairs against definitions."""
 
 from __future__ import annotations
 
@@ -36,6 +36,7 @@ TINY: dict[str, Any] = {
 
 
 def made(method: str, **leaves: Any) -> Method[Any]:
+    """A small method whose teacher differs from its student."""
     torch.manual_seed(0)
     built = build_method(build(**{**SMALL, "method": method, **leaves}))
     with torch.no_grad():
@@ -45,7 +46,9 @@ def made(method: str, **leaves: Any) -> Method[Any]:
 
 
 def seen(method: Method[Any], views: list[Tensor]) -> tuple[list[np.ndarray], list[np.ndarray]]:
-    """What both networks give, of one size together, without leaving a trace."""
+    """Outputs of the student for all views and of the teacher for the large views, one array per view; the state is
+    restored.
+    """
     state = {name: value.clone() for name, value in method.state_dict().items()}
     with torch.no_grad():
         large, small = torch.cat([v for v in views if v.shape[2] == 32]), [v for v in views if v.shape[2] < 32]
@@ -98,7 +101,7 @@ def test_one_direction_keeps_the_second_large_view_for_the_teacher() -> None:
     assert torch.equal(output.keys[0], teachers[1].output)
 
 
-def test_views_of_one_size_go_through_together_but_for_two() -> None:
+def test_small_views_of_one_size_are_encoded_together() -> None:
     method, runs = made("byol"), []
     method.student.backbone.net.conv1.register_forward_hook(lambda _, inputs, __: runs.append(tuple(inputs[0].shape)))
     large, small = torch.randn(2, 4, 3, 32, 32), torch.randn(3, 4, 3, 16, 16)
@@ -151,7 +154,7 @@ def test_a_vit_resamples_its_positions_for_multiples_of_its_patch(small: Callabl
 
 
 class OneSize(nn.Module):
-    """A network for images of 32 pixels."""
+    """A network that accepts only images of 32 pixels."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -178,7 +181,7 @@ def test_a_callable_may_give_views_of_several_sizes(tmp_path: Path) -> None:
     assert not (tmp_path / "other").exists()
 
 
-def test_a_method_of_ones_own_gets_further_views_in_more(tmp_path: Path) -> None:
+def test_a_custom_method_gets_further_views_in_more(tmp_path: Path) -> None:
     shapes = []
 
     class Own(BYOL):

@@ -1,4 +1,4 @@
-"""Nearest neighbours as a picture, and the patches of photographs that the demo learns from."""
+"""The contact sheet of nearest neighbours, and the data set of photo patches for the demo."""
 
 from __future__ import annotations
 
@@ -29,23 +29,25 @@ SETTING = Setting(8, torch.device("cpu"), 0)
 
 
 class Flat(nn.Module):
-    """Pictures as they are, around gray."""
+    """A network that returns the normalised pixels [B, 3 * H * W]."""
 
     def forward(self, images: Tensor) -> Tensor:
         return images.flatten(1)
 
 
 def some(count: int, classes: int, seed: int) -> ArrayImages:
+    """``count`` random images of 8x8 pixels with labels."""
     rng = np.random.default_rng(seed)
     return ArrayImages(rng.integers(0, 256, (count, 8, 8, 3), dtype=np.uint8), np.arange(count) % classes)
 
 
 def source_of(bank: Any, test: Any) -> Source:
+    """A source with this bank and these test images."""
     return Source(name="some", train=bank, bank=bank, test=test, about="some")
 
 
-def test_the_nearest_are_those_of_the_whole_matrix_of_cosines() -> None:
-    source = source_of(some(600, 4, 0), some(20, 4, 1))  # the bank is more than one batch
+def test_nearest_neighbours_equal_those_of_all_cosines() -> None:
+    source = source_of(some(600, 4, 0), some(20, 4, 1))  # the bank has more than one batch
     found = nearest(Flat(), source, SETTING, count=8, k=5)
     assert sorted(int(source.test.labels[i]) for i in found.test) == [0, 0, 1, 1, 2, 2, 3, 3]  # type: ignore[union-attr, index]
     mean, std = np.array((0.485, 0.456, 0.406)), np.array((0.229, 0.224, 0.225))
@@ -56,13 +58,13 @@ def test_the_nearest_are_those_of_the_whole_matrix_of_cosines() -> None:
 
     cosine = directions(source.test)[found.test] @ directions(source.bank).T  # type: ignore[arg-type]
     assert found.bank.tolist() == np.argsort(-cosine, axis=1)[:, :5].tolist()
-    # Fewer images than are asked for.
+    # Fewer images than requested.
     found = nearest(Flat(), source_of(some(3, 2, 0), some(2, 2, 1)), SETTING, count=8, k=5)
     assert sorted(found.test) == [0, 1]
     assert found.bank.shape == (2, 3)
 
 
-def test_files_that_cannot_be_read_are_neither_asked_for_nor_found(tmp_path: Path) -> None:
+def test_unreadable_files_are_neither_queries_nor_neighbours(tmp_path: Path) -> None:
     paths = []
     for i in range(24):
         paths.append(tmp_path / f"{i}.png")
@@ -75,11 +77,11 @@ def test_files_that_cannot_be_read_are_neither_asked_for_nor_found(tmp_path: Pat
         found = nearest(Flat(), source, SETTING, count=24, k=10)
     assert sorted(found.test) == sorted({*range(24)} - {3, 8})
     assert not {3, 8} & set(found.bank.flatten().tolist())
-    assert [row[0] for row in found.bank.tolist()] == found.test  # each is nearest to itself
+    assert [row[0] for row in found.bank.tolist()] == found.test  # each image is its own nearest neighbour
     assert picture(found, source, side=16).height > 22 * 16
 
 
-def test_the_picture_frames_in_green_what_is_of_the_same_class() -> None:
+def test_neighbours_of_the_same_class_have_a_green_frame() -> None:
     bank = ArrayImages(np.zeros((4, 8, 8, 3), np.uint8), np.array([0, 0, 1, 1]))
     bank.arrays[:] = np.arange(60, 100, 10, dtype=np.uint8)[:, None, None, None]
     source = source_of(bank, bank.subset(np.array([0, 3])))
@@ -87,11 +89,11 @@ def test_the_picture_frames_in_green_what_is_of_the_same_class() -> None:
     drawn = np.asarray(picture(found, source, side=20))
     top = 0
     for own, others in ((0, [1, 2, 0, 3]), (3, [2, 0, 3, 1])):
-        # The gray levels tell the pictures apart: 16 pixels wide, since each of 8 is drawn as a square.
+        # The gray level identifies an image. An image of 8x8 pixels is drawn 16 pixels wide.
         shown = (drawn[top:] == bank.arrays[own, 0, 0]).all(axis=2)
         y, left = np.argwhere(shown & np.roll(shown, -15, axis=0) & np.roll(shown, -15, axis=1))[0]
         top += y
-        assert (drawn[top - 3, left : left + 16] == 255).all()  # it is no neighbour
+        assert (drawn[top - 3, left : left + 16] == 255).all()  # the query has no frame
         for other in others:
             row = (drawn[top, left + 16 :] == bank.arrays[other, 0, 0]).all(axis=1)
             left += 16 + int(row.argmax())
@@ -101,7 +103,7 @@ def test_the_picture_frames_in_green_what_is_of_the_same_class() -> None:
         top += 16
 
 
-def test_rows_of_pictures_of_any_shape() -> None:
+def test_a_sheet_holds_images_of_any_shape() -> None:
     wide, high = (sheets.whole(Image.new("L", size, 200), 32) for size in ((90, 30), (1, 4000)))
     assert (wide.size, high.size) == ((32, 11), (1, 32))
     tiles = [sheets.Tile(wide), sheets.Tile(high, sheets.GREEN), sheets.Tile(wide)]
@@ -111,7 +113,7 @@ def test_rows_of_pictures_of_any_shape() -> None:
     assert sheets.draw([]).width == 1
 
 
-def test_evaluate_draws_neighbours_and_leaves_pictures_of_others(
+def test_evaluate_draws_neighbours_and_keeps_the_images_of_the_user(
     small: Callable[..., Config], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     train.train(small(max_steps=1))
@@ -129,7 +131,7 @@ def test_evaluate_draws_neighbours_and_leaves_pictures_of_others(
         assert why in said
     assert mine.read_bytes() == before
     out = tmp_path / "neighbours.png"
-    for _ in range(2):  # its own is written anew
+    for _ in range(2):  # a sheet that fastrm wrote is replaced
         capsys.readouterr()
         evaluate.main([*run, f"--neighbours={out}"])
         assert str(out) in capsys.readouterr().out
@@ -141,7 +143,7 @@ def test_evaluate_draws_neighbours_and_leaves_pictures_of_others(
 
 
 @pytest.mark.skipif(importlib.util.find_spec("skimage") is None, reason="needs scikit-image")
-def test_photo_patches_are_of_two_parts_of_each_photograph() -> None:
+def test_photo_patches_for_training_and_test_are_from_two_parts_of_each_photograph() -> None:
     from importlib.resources import files
 
     source = open_source("photo-patches")
@@ -154,7 +156,7 @@ def test_photo_patches_are_of_two_parts_of_each_photograph() -> None:
     assert np.bincount(test.labels).tolist() == [30] * 16  # type: ignore[arg-type]
     again = open_source("photo-patches").train
     assert (again.arrays == train.arrays).all()  # type: ignore[union-attr]
-    # The two halves of the cameraman differ in brightness, and so do their patches.
+    # The two halves of "camera.png" differ in brightness, and so do their patches.
     label = PHOTOGRAPHS.index("camera.png")
     with Image.open(files("skimage") / "data" / "camera.png") as opened:  # type: ignore[arg-type]
         whole = opened.convert("L").resize((SHORT, SHORT), Image.Resampling.LANCZOS)
@@ -166,7 +168,7 @@ def test_photo_patches_are_of_two_parts_of_each_photograph() -> None:
         assert abs(own.mean() - part.mean()) < abs(own.mean() - (pixels.sum() - part.sum()) / (pixels.size - part.size))
 
 
-def test_photo_patches_without_scikit_image(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_photo_patches_name_the_missing_package(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UsageError, match=r"needs the photographs in scikit-image; pip install '\.\[demo\]'"):
         open_source("photo-patches")

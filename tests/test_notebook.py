@@ -1,4 +1,4 @@
-"""The notebook runs: its run leaves a folder, its plot is drawn, and its network learns."""
+"""The notebook runs: it leaves a run folder, draws its plots, and its network learns."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ MISSING = [name for name in ("nbclient", "ipykernel", "skimage") if importlib.ut
 needs_jupyter = pytest.mark.skipif(bool(MISSING), reason=f"needs {', '.join(MISSING)}")
 
 
-def test_the_notebook_is_kept_without_outputs() -> None:
+def test_the_notebook_is_stored_without_outputs() -> None:
     book = json.loads(NOTEBOOK.read_text(encoding="utf-8"))
     assert (book["nbformat"], book["nbformat_minor"]) == (4, 5)
     ids = [cell["id"] for cell in book["cells"]]
@@ -28,7 +28,7 @@ def test_the_notebook_is_kept_without_outputs() -> None:
 
 
 def executed(folder: Path, parameters: str) -> dict[str, Any]:
-    """The cells by their ids after the notebook was run in a folder, with lines added to its parameters."""
+    """Run the notebook in a folder with lines added to its parameters, and return its cells by id."""
     import nbformat
     from nbclient import NotebookClient
 
@@ -42,18 +42,19 @@ def executed(folder: Path, parameters: str) -> dict[str, Any]:
 
 
 def value(cell: Any) -> Any:
-    """What the last line of a cell gave."""
+    """The value of the last line of a cell."""
     (result,) = [output for output in cell.outputs if output.output_type == "execute_result"]
     return ast.literal_eval(result.data["text/plain"])
 
 
 def pictures(cell: Any) -> list[str]:
+    """The PNG images that a cell displays."""
     return [output.data["image/png"] for output in cell.outputs if "image/png" in output.get("data", {})]
 
 
 @pytest.mark.slow
 @needs_jupyter
-def test_the_notebook_runs_with_less(tmp_path: Path) -> None:
+def test_the_notebook_runs_with_small_settings(tmp_path: Path) -> None:
     cells = executed(tmp_path, "\nEPOCHS, PATCHES, WORKERS = 1, 16, 0")
     run = tmp_path / "runs" / "own_data"
     assert json.loads((run / "summary.json").read_text())["step"] == 2
@@ -62,7 +63,7 @@ def test_the_notebook_runs_with_less(tmp_path: Path) -> None:
     said = "".join(output.text for output in cells["run"].outputs if output.output_type == "stream")
     assert "step      2  epoch   1.00" in said
     assert "\x1b" not in said
-    assert 0.3 < value(cells["pretrained"]) <= 1  # by chance 0.06
+    assert 0.3 < value(cells["pretrained"]) <= 1  # chance is 0.06
     assert len(pictures(cells["neighbours"])) == 1
     assert "[4, 192]" in cells["export"].outputs[-1].data["text/plain"]
 

@@ -1,4 +1,4 @@
-"""Data that a script gives as objects, and callables that make the views."""
+"""Data that a script passes as objects, and callables that make the views."""
 
 from __future__ import annotations
 
@@ -39,29 +39,34 @@ AS_FLOATS = v2.Compose([v2.ToImage(), v2.ToDtype(torch.float32, scale=True)])
 
 
 def two(image: Any) -> tuple[Any, Any]:
+    """Two augmented views of an image."""
     return AUGMENT(image), AUGMENT(image)
 
 
 def two_floats(image: Any) -> tuple[Tensor, Tensor]:
+    """Two augmented views as float32 tensors in [0, 1]."""
     first, second = two(image)
     return AS_FLOATS(first), AS_FLOATS(second)
 
 
 def loader(data: Any, **options: Any) -> Any:
+    """A loader with small settings."""
     defaults = {"method": "mocov2", "image_size": 24, "batch_size": 8, "device": "cpu", "workers": 0, "seed": 5}
     return make_loader(data, **{**defaults, **options})
 
 
 def indices_of(made: Any) -> list[int]:
+    """The indices of all images of one pass."""
     return [index for batch in made for index in batch.indices]
 
 
 def stacked(made: Any) -> list[Tensor]:
+    """The views of each batch of one pass."""
     return [torch.stack(batch.views) for batch in made]
 
 
 class Pairs(Dataset[Any]):
-    """(PIL image, label)."""
+    """A map-style Dataset of (PIL image, label) that records the indices it is asked for."""
 
     def __init__(self, count: int = 40, transform: Callable[[Any], Any] = lambda image: image) -> None:
         self.count, self.transform = count, transform
@@ -76,17 +81,18 @@ class Pairs(Dataset[Any]):
 
 
 class Told(Pairs):
-    """Its labels are known without its images."""
+    """A Dataset whose labels can be read without its images."""
 
     targets = LABELS.tolist()
 
 
 def pil(picture: Tensor) -> Image.Image:
+    """A PIL image of a tensor [3, H, W]."""
     return Image.fromarray(picture.permute(1, 2, 0).numpy())
 
 
 def as_arrays(dtype: str) -> Any:
-    """The pictures as an array [N, H, W, C]."""
+    """The images as an array [N, H, W, C] of this dtype."""
     array = PICTURES.permute(0, 2, 3, 1).numpy()
     scale: dict[str, Callable[[Any], Any]] = {
         "uint8": lambda pixels: pixels,
@@ -98,7 +104,7 @@ def as_arrays(dtype: str) -> Any:
 
 
 class Dicts:
-    """As HuggingFace's datasets give them."""
+    """Items as Hugging Face's datasets return them."""
 
     column_names = ("image", "label")
 
@@ -113,7 +119,7 @@ class Dicts:
 
 @pytest.fixture(scope="module")
 def want() -> list[Tensor]:
-    """What the pictures in memory give."""
+    """The views of the images given as one array."""
     return stacked(loader(as_arrays("uint8"), loader="torch"))
 
 
@@ -135,19 +141,20 @@ GIVEN: dict[str, Callable[[], Any]] = {
 
 
 @pytest.mark.parametrize("given", GIVEN)
-def test_the_same_pictures_give_the_same_views_however_they_are_given(given: str, want: list[Tensor]) -> None:
+def test_views_do_not_depend_on_how_the_images_are_given(given: str, want: list[Tensor]) -> None:
     deep = any(dtype in given for dtype in ("float", "uint16"))
     pixels = PixelOptions(value_range=(0, 65535), mean=RGB.mean, std=RGB.std) if "uint16" in given else None
     views = stacked(loader(GIVEN[given](), loader="torch", pixels=pixels))
     assert len(views) == len(want) == 5
     for mine, other in zip(views, want, strict=True):
-        # Bytes are rounded after the crop and at the end, which the colour changes between enlarge; others never are.
+        # Bytes are rounded after the crop and at the end, and colour changes between enlarge the error. Other dtypes
+        # are never rounded.
         level = (mine - other).abs() * 255 * torch.tensor(RGB.std).view(3, 1, 1)
         assert level.max() <= (8 if deep else 0)
         assert level.mean() <= (0.8 if deep else 0)
 
 
-def test_pictures_of_several_sizes_give_what_their_files_give(tmp_path: Path) -> None:
+def test_images_of_several_sizes_give_the_views_of_their_files(tmp_path: Path) -> None:
     for index in range(12):
         pil(PICTURES[index]).resize((20 + 3 * index, 60 - 2 * index)).save(tmp_path / f"{index:02}.png")
     paths = sorted(tmp_path.iterdir())
@@ -160,7 +167,7 @@ def test_pictures_of_several_sizes_give_what_their_files_give(tmp_path: Path) ->
 
 @pytest.mark.parametrize("method", ["mocov2", two])
 @pytest.mark.parametrize("transform", [None, v2.RandomCrop(26)], ids=["as it is", "random"])
-def test_the_workers_do_not_matter_and_seek_is_exact(method: Any, transform: Any) -> None:
+def test_views_of_a_dataset_do_not_depend_on_the_workers_and_seek_is_exact(method: Any, transform: Any) -> None:
     data = FakeData(40, (3, 30, 36), transform=transform)
     alone = loader(data, method=method)
     every = [torch.stack(batch.views) for _ in range(2) for batch in alone]
@@ -173,7 +180,7 @@ def test_the_workers_do_not_matter_and_seek_is_exact(method: Any, transform: Any
 
 
 class Drawing(Dataset[Any]):
-    """Draws from all three global generators."""
+    """A Dataset that draws from the global random generators of torch, NumPy and Python."""
 
     def __init__(self) -> None:
         self.drawn: list[tuple[float, float, float]] = []
@@ -186,7 +193,7 @@ class Drawing(Dataset[Any]):
         return PICTURES[index]
 
 
-def test_an_image_draws_its_own_numbers_and_leaves_the_global_ones_alone() -> None:
+def test_items_draw_seeded_numbers_and_the_global_generators_are_restored() -> None:
     data = Drawing()
     torch.manual_seed(1)
     np.random.seed(1)
@@ -201,7 +208,8 @@ def test_an_image_draws_its_own_numbers_and_leaves_the_global_ones_alone() -> No
     assert len({number for numbers in drawn.values() for number in numbers}) == 24
     data.drawn.clear()
     second = indices_of(made)
-    assert not {number for numbers in data.drawn for number in numbers} & set(chain(*drawn.values()))  # another epoch
+    # the second epoch draws other numbers
+    assert not {number for numbers in data.drawn for number in numbers} & set(chain(*drawn.values()))
     assert sorted(second) == list(range(8))
     list(inventory(open_source(data).train, left_out=0, steps_per_epoch=1).hashes)
     open_source(data).train.values(3)
@@ -210,7 +218,7 @@ def test_an_image_draws_its_own_numbers_and_leaves_the_global_ones_alone() -> No
     assert [random.random() for _ in range(3)] == want[2]
 
 
-def test_what_a_callable_is_given_and_what_becomes_of_its_views(tmp_path: Path) -> None:
+def test_arguments_and_results_of_a_callable_augmentation(tmp_path: Path) -> None:
     met: list[Any] = []
 
     def views(image: Any) -> Any:
@@ -243,7 +251,7 @@ def test_what_a_callable_is_given_and_what_becomes_of_its_views(tmp_path: Path) 
 
 
 @pytest.mark.parametrize("size", [0, 1])
-def test_a_folder_through_torchvision_is_labelled_and_scored(pictures: Path, size: int) -> None:
+def test_an_image_folder_of_torchvision_has_labels_and_scores(pictures: Path, size: int) -> None:
     transform = (
         v2.Compose([AS_FLOATS, v2.Resize((12, 12), antialias=True), v2.ToDtype(torch.float32)]) if size else None
     )
@@ -255,12 +263,12 @@ def test_a_folder_through_torchvision_is_labelled_and_scored(pictures: Path, siz
     assert "10 classes; kNN is tested on a tenth" in source.about
     both = [settled(s) for s in (source, files)]
     scores = [frozen_scores({"it": Pixels()}, s, Setting(16, CPU, 0), knn=True)["it"] for s in both]
-    assert scores[0]["knn10"].value > 0.4  # by chance .1
+    assert scores[0]["knn10"].value > 0.4  # chance is 0.1
     if not size:
         assert scores[0] == scores[1]
 
 
-def test_labels_are_taken_without_the_images_where_they_agree() -> None:
+def test_labels_are_read_without_the_images_if_they_agree() -> None:
     data = Told()
     source = open_source(data)
     before = len(data.asked)
@@ -287,17 +295,18 @@ def test_labels_are_taken_without_the_images_where_they_agree() -> None:
     assert open_source(TensorDataset(PICTURES, LABELS.float())).bank is None
 
 
-def test_a_label_that_is_missing_further_down_is_said() -> None:
+def test_a_missing_label_of_a_later_item_is_reported() -> None:
     data = [*(Pairs()[index] for index in range(20)), (pil(PICTURES[0]), None)]
     with pytest.raises(UsageError, match="the label of item 20 of list is None"):
         _ = open_source(data).train.labels
 
 
 def hashes(data: Any) -> Tensor:
+    """The hashes of all items."""
     return inventory(open_source(data).train, left_out=0, steps_per_epoch=1).hashes
 
 
-def test_the_inventory_knows_a_dataset_again_and_what_has_changed_in_it() -> None:
+def test_the_inventory_recognises_a_dataset_and_its_changes() -> None:
     pixels = PICTURES.repeat(5, 1, 1, 1)
     same = hashes(TensorDataset(pixels))
     assert torch.equal(same, hashes(TensorDataset(pixels.clone())))
@@ -321,7 +330,7 @@ def test_the_inventory_knows_a_dataset_again_and_what_has_changed_in_it() -> Non
     assert not set(hashes(marked).tolist()) & set(hashes(other).tolist())
 
 
-def test_a_dataset_with_numbers_of_its_own_is_not_resumed_exactly_and_that_is_said() -> None:
+def test_a_dataset_with_its_own_generator_is_reported_as_not_resumable_exactly() -> None:
     rng = np.random.default_rng(0)
     source = open_source(Pairs(transform=lambda image: rng.integers(0, 256, (20, 20, 3), dtype=np.uint8)))
     assert "a resumed run is not exact" in source.about
@@ -332,7 +341,7 @@ def test_a_dataset_with_numbers_of_its_own_is_not_resumed_exactly_and_that_is_sa
 
 
 class Breaking(Pairs):
-    """Raises for some."""
+    """A Dataset that raises for some of its items."""
 
     def __init__(self, broken: set[int], count: int = 40) -> None:
         super().__init__(count)
@@ -364,7 +373,7 @@ def test_an_item_that_raises_is_left_out_and_more_than_a_tenth_is_refused(method
     assert "\n" not in str(caught.value)
 
 
-def test_a_dataset_that_raises_for_long_is_given_up() -> None:
+def test_a_dataset_that_raises_for_100_items_ends_the_run() -> None:
     made = loader(Breaking(set(range(10, 3000)), count=3000))
     with pytest.raises(UsageError, match=r"100 items in a row cannot be read; .*\(KeyError: 'no row"):
         next(iter(made))
@@ -379,7 +388,7 @@ def test_an_evaluation_leaves_out_items_that_raise() -> None:
 
 
 class Archive(Dataset[Any]):
-    """Pictures in one file, which is opened when it is first needed, as torch's own loader would have it."""
+    """A Dataset of images in one file, which it opens at the first access, as torch's DataLoader requires."""
 
     def __init__(self, path: Path) -> None:
         self.path, self.file = path, None
@@ -396,7 +405,7 @@ class Archive(Dataset[Any]):
 
 
 @pytest.mark.parametrize("wrapped", [lambda data: data, lambda data: ConcatDataset([Subset(data, range(40))])])
-def test_a_file_is_opened_in_each_process_anew(tmp_path: Path, wrapped: Callable[[Any], Any]) -> None:
+def test_each_process_opens_the_file_of_a_dataset_again(tmp_path: Path, wrapped: Callable[[Any], Any]) -> None:
     (tmp_path / "pictures").write_bytes(PICTURES.numpy().tobytes())
     archive = Archive(tmp_path / "pictures")
     made = loader(wrapped(archive))
@@ -407,7 +416,7 @@ def test_a_file_is_opened_in_each_process_anew(tmp_path: Path, wrapped: Callable
     list(source.train.identities())
     assert archive.file is None
     assert all(torch.equal(a, b) for a, b in zip(stacked(loader(source, workers=2)), alone, strict=True))
-    pickle.dumps(source.train)  # an open file would not
+    pickle.dumps(source.train)  # an open file could not be pickled
 
 
 class Stream(IterableDataset[Any]):
@@ -447,7 +456,7 @@ REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
 
 
 @pytest.mark.parametrize("what", REFUSED)
-def test_what_is_no_data_is_refused_in_one_line(what: str) -> None:
+def test_objects_that_are_not_data_are_refused_in_one_line(what: str) -> None:
     make, message = REFUSED[what]
     with pytest.raises(UsageError, match=message) as caught:
         loader(make())
@@ -455,13 +464,13 @@ def test_what_is_no_data_is_refused_in_one_line(what: str) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:left out")
-def test_missing_files_in_a_list_are_said(tmp_path: Path) -> None:
+def test_missing_files_in_a_list_are_reported(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"1 of 8 files are broken, more than a tenth; .*No such file") as caught:
         next(iter(loader([tmp_path / f"{index}.jpg" for index in range(8)], loader="torch")))
     assert "\n" not in str(caught.value)
 
 
-def test_what_a_run_on_an_object_notes_of_its_data_cannot_be_opened() -> None:
+def test_the_recorded_name_of_a_passed_object_cannot_be_opened() -> None:
     with pytest.raises(UsageError, match="--data <FakeData> names an object that a script passed"):
         open_source("<FakeData>")
 
@@ -482,7 +491,7 @@ CALLABLES: dict[str, tuple[Callable[[Any], Any], str]] = {
 
 
 @pytest.mark.parametrize("what", CALLABLES)
-def test_a_callable_that_gives_no_views_is_refused_in_one_line(what: str) -> None:
+def test_a_callable_without_valid_views_is_refused_in_one_line(what: str) -> None:
     augment, message = CALLABLES[what]
     with pytest.raises(UsageError, match=message) as caught:
         loader(Pairs(), method=augment)
@@ -490,7 +499,7 @@ def test_a_callable_that_gives_no_views_is_refused_in_one_line(what: str) -> Non
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_views_of_one_position_have_one_shape(workers: int) -> None:
+def test_views_of_different_shapes_are_refused(workers: int) -> None:
     data = [pil(PICTURES[0]), *(pil(PICTURES[1]).resize((9, 8)) for _ in range(7))]
     made = loader(data, method=lambda image: (AS_FLOATS(image),), workers=workers)
     with pytest.raises(
@@ -500,15 +509,15 @@ def test_views_of_one_position_have_one_shape(workers: int) -> None:
     assert "\n" not in str(caught.value)
 
 
-def test_a_loader_says_how_many_views_there_are() -> None:
+def test_a_loader_states_the_number_of_views() -> None:
     one = Augmentation(views=(View(),))
     for data, method, count in ((Pairs(), two, 2), ("digits", one, 1), (Pairs(), one, 1), ("digits", "byol", 2)):
         assert loader(data, method=method).views == count
 
 
 @pytest.mark.filterwarnings("ignore:left out")
-def test_a_run_on_a_dataset_with_a_callable_is_resumed_to_the_bit(tmp_path: Path) -> None:
-    """With random numbers in both, and an item that raises."""
+def test_a_run_on_a_dataset_with_a_callable_resumes_bit_for_bit(tmp_path: Path) -> None:
+    """Dataset and callable draw random numbers, and one item raises."""
 
     class Cropped(Breaking):
         def __getitem__(self, index: int) -> Any:
@@ -535,7 +544,7 @@ def test_a_run_on_a_dataset_with_a_callable_is_resumed_to_the_bit(tmp_path: Path
     assert "item 3 of Cropped" in (tmp_path / "whole" / "skipped.txt").read_text()
 
 
-def test_which_loader_takes_what() -> None:
+def test_the_loader_for_each_kind_of_data() -> None:
     assert type(loader(as_arrays("uint8"))).__name__ == "MemoryLoader"
     for data, method in ((Pairs(), "mocov2"), ("digits", two), (as_arrays("uint16"), "mocov2")):
         for kind in ("auto", "memory"):
@@ -548,7 +557,7 @@ def test_which_loader_takes_what() -> None:
         loader(FakeData(40, (3, 30, 36), transform=v2.RandomCrop(20)), loader="memory")
 
 
-def test_what_cannot_be_sent_to_loader_processes_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_objects_that_cannot_be_pickled_for_workers_are_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("multiprocessing.get_start_method", lambda: "spawn")
     loader(TensorDataset(PICTURES), workers=1)
     for data, method in ((Pairs(), "mocov2"), (TensorDataset(PICTURES), lambda image: (image,))):
@@ -559,7 +568,7 @@ def test_what_cannot_be_sent_to_loader_processes_is_said(monkeypatch: pytest.Mon
         loader(data, method=method)
 
 
-def test_odd_images_are_read_as_files_are() -> None:
+def test_images_of_unusual_modes_are_read_like_files() -> None:
     picture = pil(PICTURES[0])
     want = values_in(picture)
     for mode in ("RGBA", "CMYK"):
@@ -574,7 +583,7 @@ def test_odd_images_are_read_as_files_are() -> None:
         values_in(np.dstack([np.zeros((30, 36, 3), np.uint8), gray]))
 
 
-def test_a_source_stays_what_it_is() -> None:
+def test_an_open_source_is_returned_unchanged() -> None:
     source = open_source("digits")
     assert open_source(source) is source
     assert isinstance(source, Source)

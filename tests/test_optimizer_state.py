@@ -1,4 +1,6 @@
-"""States of other optimizers are gone on from exactly, or refused by the name of what differs."""
+"""States of other optimizers: training continues exactly from them, or they are refused with the name of the
+difference.
+"""
 
 from __future__ import annotations
 
@@ -16,11 +18,13 @@ timm_optim = pytest.importorskip("timm.optim")
 
 
 def parameters() -> list[nn.Parameter]:
+    """Two parameters with random numbers."""
     generator = torch.Generator().manual_seed(0)
     return [nn.Parameter(torch.randn(*shape, generator=generator)) for shape in ((3, 2), (4,))]
 
 
 def stepped(optimizer: Any, seed: int = 1) -> Any:
+    """Make one step with random gradients, and return the optimizer."""
     generator = torch.Generator().manual_seed(seed)
     for group in optimizer.param_groups:
         for p in group["params"]:
@@ -30,7 +34,7 @@ def stepped(optimizer: Any, seed: int = 1) -> Any:
 
 
 Make = Callable[[list[nn.Parameter]], Any]
-GOES_ON: dict[str, tuple[Make, Make]] = {
+CONTINUED: dict[str, tuple[Make, Make]] = {
     "SGD": (lambda p: torch.optim.SGD(p, 0.1, momentum=0.9, weight_decay=0.1), lambda p: SGD(p)),
     "SGD without momentum": (lambda p: torch.optim.SGD(p, 0.1), lambda p: SGD(p)),
     "SGD foreach": (lambda p: torch.optim.SGD(p, 0.1, 0.9, nesterov=True, foreach=True), lambda p: SGD(p)),
@@ -45,9 +49,9 @@ GOES_ON: dict[str, tuple[Make, Make]] = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", GOES_ON)
-def test_goes_on_exactly(name: str) -> None:
-    theirs, ours = GOES_ON[name]
+@pytest.mark.parametrize("name", CONTINUED)
+def test_training_continues_exactly_from_the_state_of_torch(name: str) -> None:
+    theirs, ours = CONTINUED[name]
     params = parameters()
     rival = stepped(theirs(params))
     mine = [nn.Parameter(p.detach().clone()) for p in params]
@@ -59,7 +63,7 @@ def test_goes_on_exactly(name: str) -> None:
         torch.testing.assert_close(mine, params, rtol=2e-5, atol=2e-6)
 
 
-def test_what_a_scheduler_adds_is_known() -> None:
+def test_entries_of_a_scheduler_are_accepted() -> None:
     params = parameters()
     rival = torch.optim.SGD(params, 0.1, momentum=0.9)
     torch.optim.lr_scheduler.OneCycleLR(rival, 0.3, total_steps=5)
@@ -97,7 +101,7 @@ REFUSED: dict[str, tuple[Make, Make, str]] = {
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_another_rule_is_refused_by_name(name: str) -> None:
+def test_the_state_of_another_rule_is_refused_by_name(name: str) -> None:
     theirs, ours, message = REFUSED[name]
     rival = theirs(parameters())
     state = (rival if name == "SGD differentiable" else stepped(rival)).state_dict()
@@ -133,7 +137,7 @@ def test_a_damaged_state_is_refused() -> None:
         damaged(LARS, lambda s: s["state"][0].update(momentum_buffer=None))
 
 
-def test_a_state_without_a_teacher_leaves_the_momentum() -> None:
+def test_a_state_without_a_teacher_keeps_the_teacher_momentum() -> None:
     teacher = [torch.zeros(3, 2), torch.zeros(4)]
     optimizer = LARS(parameters(), 0.1, teacher=teacher, ema_momentum=0.5)
     optimizer.load_state_dict(stepped(LARS(parameters(), 0.1)).state_dict())
@@ -143,7 +147,7 @@ def test_a_state_without_a_teacher_leaves_the_momentum() -> None:
 
 
 @pytest.mark.parametrize("kind", [LARS, SGD, AdamW])
-def test_empty_groups(kind: Any) -> None:
+def test_empty_groups_are_allowed(kind: Any) -> None:
     param = parameters()[0]
     optimizer = stepped(
         kind([{"params": []}, {"params": [param]}], lr=0.1, teacher=[torch.zeros(3, 2)], ema_momentum=0.5)
@@ -152,12 +156,12 @@ def test_empty_groups(kind: Any) -> None:
     optimizer.load_state_dict(optimizer.state_dict())
     assert stepped(kind([{"params": []}, {"params": iter([])}], lr=0.1)).state == {}
     for empty in ([], iter([])):
-        with pytest.raises(ValueError, match="empty parameter list"):  # torch's
+        with pytest.raises(ValueError, match="empty parameter list"):  # torch raises this
             kind(empty, lr=0.1)
 
 
 @pytest.mark.parametrize("kind", [LARS, SGD, AdamW])
-def test_groups_on_several_devices(kind: Any) -> None:
+def test_groups_on_several_devices_are_allowed_without_a_backend(kind: Any) -> None:
     here, meta = parameters()[0], nn.Parameter(torch.ones(3, device="meta"))
     alone = parameters()[0]
     for params in ([alone], [meta, here]):
@@ -170,12 +174,12 @@ def test_groups_on_several_devices(kind: Any) -> None:
         kind([{"params": [p]} for p in (here, meta)], lr=0.1, backend="cpu")
 
 
-def test_step_counts_as_numbers() -> None:
+def test_step_counts_may_be_numbers() -> None:
     params = parameters()
     optimizer = stepped(AdamW(params))
     state = copy.deepcopy(optimizer.state_dict())
     for values in state["state"].values():
-        values["step"] = int(values["step"])  # as torch 1.11 wrote them
+        values["step"] = int(values["step"])  # as torch 1.11 stored them
     other: list[Tensor] = [nn.Parameter(p.detach().clone()) for p in params]
     twin = AdamW(other)
     twin.load_state_dict(state)

@@ -1,4 +1,4 @@
-"""LARS, SGD and AdamW after every step against float64 NumPy and torch.optim, with the teacher inside the step."""
+"""LARS, SGD and AdamW after every step against float64 NumPy and torch.optim, with the teacher's update in the step."""
 
 from __future__ import annotations
 
@@ -29,15 +29,18 @@ BACKENDS = ["cpu", TRITON]
 
 
 def numpy(tensor: Tensor) -> Array:
+    """A float64 NumPy copy of a tensor."""
     return tensor.detach().cpu().double().numpy().copy()
 
 
 def parameters(device: torch.device, seed: int = 0, dtype: torch.dtype = torch.float32) -> list[nn.Parameter]:
+    """Parameters of all SHAPES with random numbers."""
     generator = torch.Generator().manual_seed(seed)
     return [nn.Parameter(torch.randn(shape, generator=generator).to(device, dtype)) for shape in SHAPES]
 
 
 def set_gradients(params: list[nn.Parameter], step: int, without: int | None = None, scale: float = 1.0) -> None:
+    """Set random gradients that depend on the step; the parameter with the index ``without`` gets none."""
     generator = torch.Generator().manual_seed(100 + step)
     for i, param in enumerate(params):
         gradient = torch.randn(param.shape, generator=generator)
@@ -45,7 +48,7 @@ def set_gradients(params: list[nn.Parameter], step: int, without: int | None = N
 
 
 class Definition:
-    """One rule in float64 NumPy, written from the formulas."""
+    """One update rule and the teacher's average in float64 NumPy, written from the formulas."""
 
     def __init__(self, rule: str, params: list[nn.Parameter], options: list[dict[str, float]]) -> None:
         self.rule, self.options = rule, options
@@ -114,11 +117,12 @@ THEIRS: dict[str, Any] = {"sgd": torch.optim.SGD, "adamw": torch.optim.AdamW}
 
 
 def groups(params: list[nn.Parameter], other: dict[str, Any]) -> list[dict[str, Any]]:
+    """Two parameter groups, the second with other options."""
     return [{"params": params[::2]}, {"params": params[1::2], **other}]
 
 
 def grouped(things: list[Any]) -> list[Any]:
-    """In the order of the groups."""
+    """The same things in the order of the groups."""
     return things[::2] + things[1::2]
 
 
@@ -130,7 +134,7 @@ def test_triton_cases_in_the_interpreter(cases: str) -> None:
 @pytest.mark.parametrize(
     ("name", "backend"), with_backends(CASES, often=["lars", "one group without momentum", "nesterov", "adamw"])
 )
-def test_every_step_against_the_definition_and_torch(name: str, backend: str) -> None:
+def test_every_step_equals_the_definition_and_torch(name: str, backend: str) -> None:
     device = device_of(backend)
     kind, rule, options, other = CASES[name]
     params, theirs = parameters(device), parameters(device)
@@ -191,7 +195,7 @@ def test_state_round_trip_is_exact(name: str, backend: str) -> None:
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("name", ["momentum", "adamw"])
-def test_goes_on_from_torchs_state(name: str, backend: str) -> None:
+def test_training_continues_from_the_state_of_torch(name: str, backend: str) -> None:
     device = device_of(backend)
     kind, rule, options, _ = CASES[name]
     params = parameters(device)
@@ -213,7 +217,7 @@ def test_goes_on_from_torchs_state(name: str, backend: str) -> None:
 @pytest.mark.parametrize(
     ("name", "backend"), with_backends(["lars", "momentum", "dampening", "adamw"], often=["dampening"])
 )
-def test_a_step_that_the_scaler_skips_moves_nothing(name: str, backend: str) -> None:
+def test_a_step_that_the_scaler_skips_changes_nothing(name: str, backend: str) -> None:
     device = device_of(backend)
     kind, _, options, _ = CASES[name]
     params, plain = parameters(device), parameters(device)
@@ -225,7 +229,7 @@ def test_a_step_that_the_scaler_skips_moves_nothing(name: str, backend: str) -> 
     unscaled = kind(plain, **options, teacher=plain_teacher, **together)
     scaler = torch.amp.GradScaler(device.type, init_scale=1024.0)
     assert scaler._scale is None
-    scaler.scale(torch.zeros((), device=device))  # makes the scale
+    scaler.scale(torch.zeros((), device=device))  # creates the scale
     for step, broken in enumerate((True, False, True, False)):
         set_gradients(params, step, scale=scaler.get_scale())
         if broken:
@@ -242,11 +246,11 @@ def test_a_step_that_the_scaler_skips_moves_nothing(name: str, backend: str) -> 
         unscaled.step()
         for p, q in zip([*params, *teacher[:-1]], [*plain, *plain_teacher], strict=True):
             torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-6)
-    assert (teacher[-1] == 0.75).all()  # two steps were taken
+    assert (teacher[-1] == 0.75).all()  # two steps were made
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_a_parameter_without_gradient_or_teacher_under_a_scaler(backend: str) -> None:
+def test_a_parameter_without_gradient_or_teacher_with_a_scaler(backend: str) -> None:
     moved, still = (nn.Parameter(torch.ones(3, device=device_of(backend))) for _ in "12")
     optimizer = SGD([moved, still], 0.5, backend=backend)
     moved.grad = torch.ones_like(moved)
@@ -278,8 +282,8 @@ def test_options_as_tensors_are_read_at_each_step(backend: str) -> None:
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("name", ["lars", "nesterov", "adamw"])
-def test_layouts(name: str, backend: str) -> None:
-    """Parameters, gradients and teachers that differ in layout or dtype, and a parameter inside a larger block."""
+def test_steps_with_different_layouts_equal_the_definition(name: str, backend: str) -> None:
+    """Parameters, gradients and teachers of different layouts or dtypes, and a parameter inside a larger block."""
     device = device_of(backend)
     kind, rule, options, _ = CASES[name]
     block = torch.zeros(6, 20, device=device)
@@ -309,8 +313,8 @@ def test_layouts(name: str, backend: str) -> None:
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_dtypes(backend: str) -> None:
-    """Half-precision parameters with a float32 teacher; float64; both in one optimizer."""
+def test_steps_with_several_dtypes_equal_the_definition(backend: str) -> None:
+    """Half-precision parameters with a float32 teacher, and float64 parameters, in one optimizer."""
     device = device_of(backend)
     half, double = parameters(device, dtype=torch.float16), parameters(device, dtype=torch.float64)
     teacher = [p.detach().float() for p in half] + [p.detach().clone() for p in double]
@@ -323,7 +327,7 @@ def test_dtypes(backend: str) -> None:
         definition.step([numpy(p.grad) for p in double if p.grad is not None], 0.75)
         optimizer.step()
         for i, p in enumerate(half):
-            # The average is of the parameter as it is stored, like that of a later fused_ema_.
+            # The average is of the stored parameter, as in a later fused_ema_.
             np.testing.assert_allclose(numpy(teacher[i]), 0.75 * old[i] + 0.25 * numpy(p), rtol=1e-6, atol=1e-7)
             np.testing.assert_allclose(numpy(p), definition.params[i], rtol=1e-2, atol=1e-2)
         for i, p in enumerate(double):
@@ -332,7 +336,7 @@ def test_dtypes(backend: str) -> None:
 
 
 @pytest.mark.parametrize("backend", ["cpu", SLOW_TRITON])
-def test_lars_without_a_norm_and_twice_the_same_bits(backend: str) -> None:
+def test_lars_with_zero_norms_and_reproducible_bits(backend: str) -> None:
     device = device_of(backend)
     zero, still = (nn.Parameter(torch.full((2, 2), v, device=device)) for v in (0.0, 1.0))
     zero.grad, still.grad = torch.ones(2, 2, device=device), torch.zeros(2, 2, device=device)
@@ -350,7 +354,7 @@ def test_lars_without_a_norm_and_twice_the_same_bits(backend: str) -> None:
 
 
 @pytest.mark.parametrize("backend", [TRITON])
-def test_launches_of_a_whole_model(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_whole_model_takes_one_or_two_launches(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
     device = device_of(backend)
     counted: list[str] = []
 
@@ -378,7 +382,7 @@ def test_launches_of_a_whole_model(backend: str, monkeypatch: pytest.MonkeyPatch
             assert counted == expected
 
 
-def test_the_teacher_is_that_of_fused_ema() -> None:
+def test_the_teacher_equals_that_of_fused_ema() -> None:
     params = parameters(torch.device("cpu"))
     teacher = [p.detach().clone() for p in params]
     apart = [t.clone() for t in teacher]
@@ -392,8 +396,8 @@ def test_the_teacher_is_that_of_fused_ema() -> None:
 
 
 @pytest.mark.parametrize(("name", "backend"), with_backends(CASES, often=["adamw"]))
-def test_a_parameter_without_a_teacher_moves_all_the_same(name: str, backend: str) -> None:
-    """As a predictor's; one of those that have a teacher has no gradient besides."""
+def test_a_parameter_without_a_teacher_is_updated(name: str, backend: str) -> None:
+    """Such as those of a predictor. One parameter with a teacher has no gradient."""
     kind, _, options, other = CASES[name]
     device = device_of(backend)
     params, twins = parameters(device), parameters(device)
@@ -426,7 +430,7 @@ def test_copies_keep_the_teacher_and_closures_run() -> None:
     assert all((t == 0).all() for t in optimizer._teacher.values())
 
 
-def test_errors() -> None:
+def test_wrong_options_are_named() -> None:
     def make(**options: Any) -> LARS:
         return LARS([nn.Parameter(torch.ones(2, 2)), nn.Parameter(torch.ones(3))], **{"lr": 0.1, **options})
 
@@ -463,7 +467,7 @@ def test_errors() -> None:
     assert (sparse == 1).all()
 
 
-def test_apex_absent_or_another_package(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_or_unrelated_apex_is_reported(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sys.path", [str(tmp_path)])
     for name in ("apex", "apex.optimizers", "amp_C"):
         monkeypatch.delitem(sys.modules, name, raising=False)

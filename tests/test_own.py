@@ -1,4 +1,4 @@
-"""Whose a run folder's files are, and who has it: nothing of others is touched, and two runs never share one."""
+"""Ownership of run folders: files of other programs are never changed, and two runs never share a folder."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def a_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def theirs(path: Path) -> None:
-    """Write a file of this name as another program would."""
+    """Write a file with a name that fastrm uses, but with the content of another program."""
     others: dict[str, Callable[[], object]] = {
         "config.json": lambda: path.write_text('{"model_type": "bert", "hidden_size": 768}'),
         "metrics.jsonl": lambda: path.write_text('{"step": 1, "epoch": 0.1, "loss": 3.2}\n'),
@@ -77,7 +77,7 @@ NAMES = [
 
 
 def content(where: Path) -> dict[str, bytes | None]:
-    """All below a folder, by name; None for folders."""
+    """The content of every path below a folder; None for folders."""
     return {
         path.relative_to(where).as_posix(): path.read_bytes() if path.is_file() else None
         for path in sorted(where.rglob("*"))
@@ -86,7 +86,7 @@ def content(where: Path) -> dict[str, bytes | None]:
 
 @pytest.mark.parametrize("resume", ["auto", "never"])
 @pytest.mark.parametrize("name", NAMES)
-def test_a_folder_with_a_file_of_another_is_refused_and_left_as_it_is(
+def test_a_folder_with_a_foreign_file_is_refused_and_not_changed(
     name: str, resume: str, small: Small, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out = tmp_path / "out"
@@ -101,7 +101,7 @@ def test_a_folder_with_a_file_of_another_is_refused_and_left_as_it_is(
 
 
 @pytest.mark.parametrize("name", [name for name in NAMES if not name.startswith("tensorboard")])
-def test_so_is_a_run_in_which_one_was_replaced(name: str, a_run: Path, tmp_path: Path) -> None:
+def test_a_run_with_a_replaced_file_is_refused(name: str, a_run: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     subprocess.run(["cp", "-r", a_run, out], check=True)
     folder.claim(out)
@@ -112,13 +112,13 @@ def test_so_is_a_run_in_which_one_was_replaced(name: str, a_run: Path, tmp_path:
         pass
 
 
-def test_a_link_to_nowhere_is_no_place_to_write(tmp_path: Path) -> None:
+def test_a_broken_link_with_a_name_of_fastrm_is_refused(tmp_path: Path) -> None:
     (tmp_path / "config.json").symlink_to(tmp_path / "gone")
     with pytest.raises(UsageError, match=r"holds config\.json, which is a link to nowhere"):
         folder.claim(tmp_path)
 
 
-def test_only_what_fastrm_wrote_is_removed_by_a_fresh_run(small: Small, tmp_path: Path) -> None:
+def test_a_fresh_run_removes_only_files_that_fastrm_wrote(small: Small, tmp_path: Path) -> None:
     out = tmp_path / "run"
     tiny = {"batch_size": 8, "hidden_dim": 8, "output_dim": 8, "predictor_hidden_dim": 8, "resume": "never"}
     train.train(small(**tiny, max_steps=4, checkpoint_every=1, profile=1))
@@ -147,8 +147,8 @@ def test_only_what_fastrm_wrote_is_removed_by_a_fresh_run(small: Small, tmp_path
     assert [record["step"] for record in records(out)] == [1]
 
 
-def test_runs_from_before_files_said_whose_they_are_go_on(small: Small, tmp_path: Path) -> None:
-    """Such runs have the same content, without the marks."""
+def test_runs_of_older_versions_without_marks_continue(small: Small, tmp_path: Path) -> None:
+    """Such runs have the same content, but their files do not name fastrm."""
     out = tmp_path / "run"
     tiny = {"batch_size": 8, "hidden_dim": 8, "output_dim": 8, "predictor_hidden_dim": 8}
     train.train(small(**tiny, max_steps=3, profile=1))
@@ -164,8 +164,8 @@ def test_runs_from_before_files_said_whose_they_are_go_on(small: Small, tmp_path
     assert not profile.exists()
 
 
-def test_the_records_of_another_run_are_not_gone_on_with(small: Small, tmp_path: Path) -> None:
-    """A folder of a run that ended before its first checkpoint, into which another is resumed."""
+def test_the_metrics_of_another_run_are_not_continued(small: Small, tmp_path: Path) -> None:
+    """The folder of a run that ended before its first checkpoint, and in which another run is resumed."""
     tiny = {"batch_size": 8, "hidden_dim": 8, "output_dim": 8, "predictor_hidden_dim": 8}
     train.train(small(**tiny, max_steps=2, out=tmp_path / "first"))
     train.train(small(**tiny, max_steps=1, lr=0.1))
@@ -174,14 +174,14 @@ def test_the_records_of_another_run_are_not_gone_on_with(small: Small, tmp_path:
     assert [record["step"] for record in records(tmp_path / "run")] == [3]
 
 
-def test_a_disk_that_is_too_small_for_the_checkpoints_is_said_at_the_start(
+def test_a_disk_too_small_for_the_checkpoints_is_reported_at_the_start(
     small: Small, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     tiny = {"batch_size": 8, "hidden_dim": 8, "output_dim": 8, "predictor_hidden_dim": 8, "max_steps": 1}
     train.train(small(**tiny))
     assert "MB left" not in capsys.readouterr().out
     size = (tmp_path / "run" / checkpoint.NAME).stat().st_size
-    for share, said in ((3.1, False), (2.5, True)):  # two are kept, and one is written beside them
+    for share, said in ((3.1, False), (2.5, True)):  # two are kept, and a third is written before one is removed
         disk = lambda _, free=share * size: shutil._ntuple_diskusage(0, 0, free)  # type: ignore[attr-defined]  # noqa: E731
         monkeypatch.setattr(shutil, "disk_usage", disk)
         train.train(small(**tiny, out=tmp_path / f"{share}"))
@@ -210,7 +210,7 @@ time.sleep(600)
 
 @pytest.fixture
 def holder(tmp_path: Path) -> Any:
-    """Start another process that holds the lock of a folder, and has forked one of its own."""
+    """A function that starts a process which holds the lock of a folder and has forked a child."""
     started: list[subprocess.Popen[str]] = []
     children: list[int] = []
 
@@ -239,7 +239,7 @@ def holder(tmp_path: Path) -> Any:
 def test_a_second_run_is_refused_until_the_first_is_dead(
     guarded: bool, holder: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Also where a process that the first one forked lives on, and where the file system has no lock."""
+    """Also if a child of the first process lives on, or if the file system has no locks."""
     if not guarded:
         monkeypatch.setattr(lock, "fcntl", None)
     process = holder(tmp_path, guarded=guarded)
@@ -253,16 +253,16 @@ def test_a_second_run_is_refused_until_the_first_is_dead(
     begin = time.monotonic()
     mine = Lock(tmp_path)
     mine.acquire()
-    assert time.monotonic() - begin < 10  # at once: it does not wait for silence
+    assert time.monotonic() - begin < 10  # at once, without waiting for a sign of life
     assert json.loads((tmp_path / lock.NAME).read_text())["process"] == os.getpid()
     mine.release()
     assert not list(tmp_path.iterdir())
 
 
-def test_another_machine_is_listened_to(
+def test_a_lock_of_another_machine_is_respected_while_it_lives(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Its lock is seen by none but what the file says, and by its signs of life."""
+    """Locks of another machine are not visible. Its file and its signs of life show that it runs."""
     monkeypatch.setattr(lock, "BEAT", 0.1)
     monkeypatch.setattr(lock, "STALE", 2.0)
     path = tmp_path / lock.NAME
@@ -287,14 +287,16 @@ def test_another_machine_is_listened_to(
     silent.acquire()
     silent.release()
     path.write_text(json.dumps(about))
-    os.utime(path, (1e9, 1e9))  # years ago: it is not waited for
+    os.utime(path, (1e9, 1e9))  # years ago, so nothing waits for it
     monkeypatch.setattr(lock, "STALE", 1e9)
     silent = Lock(tmp_path)
     silent.acquire()
     silent.release()
 
 
-def test_a_file_system_without_locks_is_told_by_its_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_system_without_locks_is_recognised_by_its_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def missing(*_: object) -> None:
         raise OSError(errno.ENOLCK, "No locks available")
 
@@ -305,7 +307,7 @@ def test_a_file_system_without_locks_is_told_by_its_error(tmp_path: Path, monkey
     mine.release()
 
 
-def test_a_run_that_was_taken_over_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_whose_folder_was_taken_over_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lock, "BEAT", 0.01)
     mine = Lock(tmp_path)
     mine.acquire()
@@ -317,7 +319,7 @@ def test_a_run_that_was_taken_over_ends(tmp_path: Path, monkeypatch: pytest.Monk
     with pytest.raises(TrainingError, match="taken over by another run"):
         mine.check()
     mine.release()
-    assert (tmp_path / lock.NAME).exists()  # it is the other's
+    assert (tmp_path / lock.NAME).exists()  # it belongs to the other run
 
 
 def test_a_run_holds_its_folder_and_leaves_no_lock(
@@ -342,9 +344,9 @@ def test_a_run_holds_its_folder_and_leaves_no_lock(
     assert not (tmp_path / "deep").exists()
 
 
-@pytest.mark.slow  # four commands, two of them two processes
-def test_after_sigkill_the_same_command_goes_on_at_once(tmp_path: Path, pictures: Path) -> None:
-    """With loader processes, which live on for a moment; and meanwhile the command is refused in all processes."""
+@pytest.mark.slow  # four commands, two of them in two processes
+def test_after_sigkill_the_same_command_continues_at_once(tmp_path: Path, pictures: Path) -> None:
+    """Loader processes live on for a moment. While the run lives, the command is refused in all processes."""
     command = [
         sys.executable, "-m", "fastrm.train", "--data", str(pictures / "flat"), "--arch", "test_resnet",
         "--image-size", "32", "--batch-size", "8", "--epochs", "500", "--max-steps", "5000", "--hidden-dim", "8",
@@ -375,7 +377,7 @@ def test_after_sigkill_the_same_command_goes_on_at_once(tmp_path: Path, pictures
 
 
 @pytest.mark.parametrize("number", range(3))
-def test_photographs_are_never_taken_for_fastrms(number: int, tmp_path: Path) -> None:
+def test_photographs_are_never_taken_for_files_of_fastrm(number: int, tmp_path: Path) -> None:
     path = tmp_path / "photo.png"
     Image.new("RGB", (8, 8), (number, 0, 0)).save(path)
     for wrote in {*own.RUN.values(), own.card, own.onnx, own.state, own.export_config, own.page, own.sheet}:
@@ -396,12 +398,13 @@ def a_resnet(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def write(run: Path, kind: str, out: Path, which: str = "student") -> dict[str, bytes | None]:
+    """Export a run, and return the content of the folder."""
     export.main(["--checkpoint", str(run), "--format", kind, "--which", which, "--out", str(out)])
     return content(out.parent)
 
 
 @pytest.mark.parametrize(("kind", "name"), EXPORTS)
-def test_an_export_takes_the_place_of_an_export_only(kind: str, name: str, a_resnet: Path, tmp_path: Path) -> None:
+def test_an_export_replaces_only_exports(kind: str, name: str, a_resnet: Path, tmp_path: Path) -> None:
     out = tmp_path / "new" / name
     first = write(a_resnet, kind, out)
     assert write(a_resnet, kind, out, "teacher").keys() == first.keys()
@@ -418,7 +421,7 @@ def test_an_export_takes_the_place_of_an_export_only(kind: str, name: str, a_res
         path.write_bytes(kept)
 
 
-def test_exports_beside_each_other_have_cards_of_their_own(a_resnet: Path, tmp_path: Path) -> None:
+def test_exports_in_one_folder_have_separate_cards(a_resnet: Path, tmp_path: Path) -> None:
     for kind, name, which in (
         ("timm", "it.safetensors", "teacher"), ("timm", "it.pth", "student"),
         ("safetensors", "own.safetensors", "teacher"),
@@ -430,7 +433,7 @@ def test_exports_beside_each_other_have_cards_of_their_own(a_resnet: Path, tmp_p
     }  # fmt: skip
 
 
-def test_an_export_into_a_project_or_onto_a_run_is_refused(a_resnet: Path, tmp_path: Path) -> None:
+def test_an_export_over_other_files_or_a_run_is_refused(a_resnet: Path, tmp_path: Path) -> None:
     (tmp_path / "README.md").write_text("# My project\n")
     (tmp_path / "model.safetensors").write_bytes(b"")
     before = content(tmp_path)
@@ -444,8 +447,8 @@ def test_an_export_into_a_project_or_onto_a_run_is_refused(a_resnet: Path, tmp_p
     assert content(a_resnet) == before
 
 
-def test_exports_from_before_they_said_whose_they_are(a_resnet: Path, tmp_path: Path) -> None:
-    """The card beside a ``.pth`` was named without its ending; a folder's config.json did not name fastrm."""
+def test_exports_of_older_versions_without_marks_are_replaced(a_resnet: Path, tmp_path: Path) -> None:
+    """The card beside a ``.pth`` had a name without its ending, and a folder's config.json did not name fastrm."""
     out = tmp_path / "it.pth"
     write(a_resnet, "timm", out)
     card = tmp_path / "it.pth.md"
@@ -465,13 +468,13 @@ def test_exports_from_before_they_said_whose_they_are(a_resnet: Path, tmp_path: 
 
 
 @pytest.mark.parametrize("name", ["photo.png", "photo.jpg", "views.png"])
-def test_a_contact_sheet_never_takes_the_place_of_a_photograph(
+def test_a_contact_sheet_never_replaces_a_photograph(
     name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / name
     flags = ["--data", "digits", "--image-size", "16", "--images", "2", "--out", str(out)]
     contact_sheet(flags)
-    contact_sheet(flags)  # its own
+    contact_sheet(flags)  # a sheet that fastrm wrote is replaced
     PHOTOGRAPH.save(out)
     before = out.read_bytes()
     assert "is there and not a contact sheet that fastrm wrote" in fails(contact_sheet, flags, capsys)
@@ -481,7 +484,7 @@ def test_a_contact_sheet_never_takes_the_place_of_a_photograph(
 
 
 @pytest.mark.parametrize("name", ["config.json", "summary.json", "backbone.safetensors", "metrics.jsonl"])
-def test_an_evaluation_takes_the_place_of_an_evaluation_only(
+def test_an_evaluation_replaces_only_evaluations(
     name: str, a_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     before = content(a_run)
@@ -492,9 +495,7 @@ def test_an_evaluation_takes_the_place_of_an_evaluation_only(
     assert content(a_run) == before
 
 
-def test_a_report_takes_the_place_of_a_report_only(
-    a_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_report_replaces_only_reports(a_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pages = tmp_path / "pages"
     report.main([str(a_run), "--out", str(pages)])
     report.main([str(a_run), "--out", str(pages)])

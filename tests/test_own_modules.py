@@ -1,4 +1,4 @@
-"""Networks that the user gives as modules: what comes out of them, what stays as it was, and what is refused."""
+"""Networks that users pass as modules: their outputs, how they are copied and trained, and which are refused."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ Small = Callable[..., Config]
 
 
 def mapped(channels: int = 3, width: int = 8) -> nn.Sequential:
-    """Images to a map [B, width, h, w]."""
+    """A network from images [B, channels, H, W] to a map [B, width, h, w]."""
     return nn.Sequential(
         nn.Conv2d(channels, 6, 3, 2, bias=False),
         nn.BatchNorm2d(6),
@@ -37,7 +37,7 @@ def mapped(channels: int = 3, width: int = 8) -> nn.Sequential:
 
 
 def pooled(width: int = 8) -> nn.Sequential:
-    """Images to [B, width]."""
+    """A network from images to [B, width]."""
     return nn.Sequential(*mapped(width=width), nn.AdaptiveAvgPool2d(1), nn.Flatten())
 
 
@@ -52,7 +52,7 @@ def vit() -> nn.Module:
 
 
 class Gives(nn.Module):
-    """A network with one weight, that gives what it is told to."""
+    """A network with one weight, whose output is a function of the mean colour [B, 3]."""
 
     def __init__(self, forward: Callable[[Tensor], Any]) -> None:
         super().__init__()
@@ -67,7 +67,9 @@ class Gives(nn.Module):
     ("made", "dim", "map_dim", "transformer"),
     [(resnet18, 512, None, False), (mapped, 8, 8, False), (pooled, 8, None, False), (vit, 64, None, True)],
 )
-def test_what_a_module_gives(made: Callable[[], nn.Module], dim: int, map_dim: int | None, transformer: bool) -> None:
+def test_width_map_and_kind_of_a_module_are_detected(
+    made: Callable[[], nn.Module], dim: int, map_dim: int | None, transformer: bool
+) -> None:
     module = made()
     backbone = build_backbone(module, image_size=32)
     assert (backbone.dim, backbone.map_dim, backbone.transformer, backbone.channels) == (dim, map_dim, transformer, 3)
@@ -83,7 +85,7 @@ def test_what_a_module_gives(made: Callable[[], nn.Module], dim: int, map_dim: i
                 backbone.forward_features(images)
 
 
-def test_a_map_with_channels_last_is_turned() -> None:
+def test_a_channels_last_map_is_permuted() -> None:
     module = timm.create_model(
         "swin_tiny_patch4_window7_224", num_classes=0, global_pool="", img_size=32, depths=(1, 1)
     )
@@ -96,7 +98,7 @@ def test_a_map_with_channels_last_is_turned() -> None:
     assert (backbone.dim, backbone.transformer) == (features.shape[3], True)
 
 
-def test_a_module_is_copied_and_nothing_of_it_changes() -> None:
+def test_a_module_is_copied_and_not_changed() -> None:
     class Counting(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -127,11 +129,11 @@ def test_a_module_is_copied_and_nothing_of_it_changes() -> None:
     assert all(part.training for part in backbone.modules())
 
 
-def test_channels_are_those_of_the_first_convolution() -> None:
+def test_channels_equal_those_of_the_first_convolution() -> None:
     assert build_backbone(mapped(5), image_size=32).channels == 5
 
     class Late(nn.Module):
-        """Its first layer by name is not the first that sees images."""
+        """A network whose first convolution by name is not the first that runs."""
 
         def __init__(self) -> None:
             super().__init__()
@@ -141,12 +143,12 @@ def test_channels_are_those_of_the_first_convolution() -> None:
             return self.second(self.first(images))
 
     assert build_backbone(Late(), image_size=32).channels == 3
-    assert build_backbone(Late(), image_size=32, channels=8).channels == 3  # they are its own
+    assert build_backbone(Late(), image_size=32, channels=8).channels == 3  # the network's own number
     flat = nn.Sequential(nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(8 * 2 * 2, 5))
-    assert build_backbone(flat, image_size=32, channels=8).channels == 8  # and here those of the images
+    assert build_backbone(flat, image_size=32, channels=8).channels == 8  # here the number of the images
 
 
-def test_what_is_frozen_stays_and_other_kinds_of_numbers_become_float32() -> None:
+def test_frozen_parameters_stay_frozen_and_weights_become_float32() -> None:
     module = mapped()
     module[0].requires_grad_(False)
     module.half()
@@ -160,7 +162,7 @@ def test_what_is_frozen_stays_and_other_kinds_of_numbers_become_float32() -> Non
     ]
 
 
-def test_layers_that_wait_for_images_take_their_form() -> None:
+def test_lazy_layers_are_initialised() -> None:
     module = nn.Sequential(nn.LazyConv2d(4, 3, 2), nn.Flatten(), nn.LazyLinear(7))
     backbone = build_backbone(module, image_size=16)
     assert [tuple(p.shape) for p in backbone.parameters()] == [(4, 3, 3, 3), (4,), (7, 196), (7,)]
@@ -205,18 +207,18 @@ REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
 
 
 @pytest.mark.parametrize("what", REFUSED)
-def test_what_is_no_backbone_is_refused(what: str) -> None:
+def test_modules_that_are_not_backbones_are_refused(what: str) -> None:
     made, says = REFUSED[what]
     with pytest.raises(UsageError, match=says):
         build_backbone(made(), image_size=32)
 
 
-def test_the_small_stem_is_not_for_modules() -> None:
+def test_the_small_stem_is_refused_for_modules() -> None:
     with pytest.raises(UsageError, match="--stem small is for timm's ResNets given by name; arch=ResNet is a module"):
         build_backbone(resnet18(), image_size=32, stem="small")
 
 
-def test_names_of_modules_are_no_names_of_timm() -> None:
+def test_names_of_modules_differ_from_names_of_timm() -> None:
     class resnet18(nn.Module):
         pass
 
@@ -227,10 +229,12 @@ def test_names_of_modules_are_no_names_of_timm() -> None:
 
 
 @pytest.mark.parametrize(
-    ("made", "method", "layers"),  # a transformer's projector in MoCo-v3 has three more
+    ("made", "method", "layers"),  # with a transformer, MoCo-v3's projector has three more layers
     [(resnet18, "mocov3", 5), (vit, "mocov3", 8), (mapped, "densecl", 3), (pooled, "byol", 4), (mapped, "mocov2", 3)],
 )
-def test_two_steps_move_it(made: Callable[[], nn.Module], method: str, layers: int, small: Small) -> None:
+def test_two_steps_change_the_parameters_of_a_module(
+    made: Callable[[], nn.Module], method: str, layers: int, small: Small
+) -> None:
     module = made()
     built = build_method(small(method=method), arch=module)
     assert len(built.student.projector) == layers
@@ -244,16 +248,16 @@ def test_two_steps_move_it(made: Callable[[], nn.Module], method: str, layers: i
         optimizer.step()
     trained = dict(built.student.backbone.net.named_parameters())
     same = [name for name, value in module.named_parameters() if torch.equal(value, trained[name])]
-    assert len(same) <= len(trained) // 4  # what has no gradient, such as the bias of keys
+    assert len(same) <= len(trained) // 4  # parameters without a gradient, such as the bias of keys
     assert not any(p.requires_grad for p in built.teacher.parameters())
 
 
-def test_densecl_says_that_it_needs_a_map(small: Small) -> None:
+def test_densecl_refuses_a_module_without_a_map(small: Small) -> None:
     with pytest.raises(UsageError, match=r"densecl needs a backbone with a feature map \[B, D, h, w\]"):
         build_method(small(method="densecl"), arch=pooled())
 
 
-def test_what_fails_in_training_alone_is_said(small: Small) -> None:
+def test_a_module_that_fails_only_in_training_is_reported(small: Small) -> None:
     class Two(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -289,8 +293,10 @@ def run_of(module: nn.Module, out: Path, **settings: Any) -> Any:
 
 
 @pytest.mark.usefixtures("few_digits")
-def test_a_run_of_a_module_from_python(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Trained, loaded, scored and exported; and refused where the module is missing, or is another one."""
+def test_a_run_with_a_module(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A run with a module is trained, loaded, scored and exported. It is refused without the module or with another
+    one.
+    """
     out, module = tmp_path / "run", mapped()
     before = copy.deepcopy(module.state_dict())
     result = run_of(module, out)
@@ -333,7 +339,7 @@ def test_a_run_of_a_module_from_python(tmp_path: Path, capsys: pytest.CaptureFix
         assert "arch=Sequential(…) to fastrm.load" in said
 
 
-def test_untrained_weights_of_a_module_are_new(tmp_path: Path) -> None:
+def test_the_untrained_network_of_a_module_has_new_weights(tmp_path: Path) -> None:
     from fastrm.pretrained import read_pretrained
 
     run_of(pooled(), tmp_path / "run")

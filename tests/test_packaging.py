@@ -1,4 +1,4 @@
-"""fastrm.kernels is importable however the project is installed, and kernels/ depends on nothing of the trainer."""
+"""fastrm.kernels can be imported however the project is installed, and packages import only those below them."""
 
 from __future__ import annotations
 
@@ -25,6 +25,7 @@ print(pathlib.Path(fastrm.kernels.__file__).parent)
 
 
 def run(*command: str | Path, cwd: Path) -> str:
+    """Run a command that must succeed, and return its output."""
     done = subprocess.run([str(c) for c in command], cwd=cwd, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, f"{command}\n{done.stdout[-2000:]}\n{done.stderr[-3000:]}"
     return done.stdout
@@ -32,7 +33,7 @@ def run(*command: str | Path, cwd: Path) -> str:
 
 @pytest.fixture(scope="module")
 def sources(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A copy of the sources, so that building leaves nothing behind here."""
+    """A copy of the sources, in which building leaves its files."""
     copy = tmp_path_factory.mktemp("sources") / "fastrm"
     copy.mkdir()
     for name in ("fastrm", "kernels", "tests", "benchmarks"):
@@ -45,7 +46,7 @@ def sources(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def built(sources: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with the wheel, built from the sdist, and the sdist."""
+    """A folder with the sdist, and the wheel that was built from it."""
     out = tmp_path_factory.mktemp("dist")
     run(sys.executable, "-m", "build", "--no-isolation", "--outdir", out, sources, cwd=sources)
     return out
@@ -59,14 +60,17 @@ def test_the_wheel_holds_every_module(sources: Path, built: Path) -> None:
 
 
 def imported(python: Path, cwd: Path) -> list[Path]:
+    """The folders that fastrm and fastrm.kernels are imported from."""
     return [Path(line) for line in run(python, "-c", CHECK, cwd=cwd).splitlines()[-2:]]
 
 
 @pytest.mark.parametrize(
     "how", ["editable", *(pytest.param(how, marks=pytest.mark.slow) for how in ("wheel", "folder", "sdist"))]
 )
-def test_installed(how: str, sources: Path, tmp_path: Path, request: pytest.FixtureRequest) -> None:
-    """In an environment that has the dependencies but not fastrm."""
+def test_an_installation_imports_its_kernels(
+    how: str, sources: Path, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    """The environment has the dependencies, but not fastrm."""
     environment = tmp_path / "environment"
     venv.create(environment, with_pip=False, symlinks=True)
     python = environment / "bin" / "python"
@@ -87,12 +91,12 @@ def test_installed(how: str, sources: Path, tmp_path: Path, request: pytest.Fixt
     if how in ("wheel", "sdist"):
         shutil.copy(ROOT / "tests" / "smoke.py", tmp_path / "elsewhere")
         assert run(python, "smoke.py", cwd=tmp_path / "elsewhere").endswith("fastrm works\n")
-    # Also from the root of the sources, which then come first.
+    # In the root of the sources, those come first.
     assert imported(python, sources) == [sources / "fastrm", sources / "kernels"]
 
 
-def test_a_checkout_makes_nothing_else_of_its_root_importable(sources: Path, tmp_path: Path) -> None:
-    """And it uses its own kernels, also where another checkout is installed as editable."""
+def test_a_checkout_exposes_only_its_kernels(sources: Path, tmp_path: Path) -> None:
+    """A checkout uses its own kernels, also if another checkout is installed as editable."""
     other = tmp_path / "other"
     (other / "kernels").mkdir(parents=True)
     (other / "kernels" / "__init__.py").write_text("raise AssertionError('the kernels of another checkout')\n")
@@ -121,7 +125,7 @@ for name in ("tests", "benchmarks", "fastrm"):
 
 
 @pytest.mark.slow
-def test_uninstalled_from_the_root(sources: Path, tmp_path: Path) -> None:
+def test_a_checkout_works_without_installation(sources: Path, tmp_path: Path) -> None:
     environment = tmp_path / "environment"
     venv.create(environment, with_pip=False, symlinks=True)
     python = environment / "bin" / "python"
@@ -131,6 +135,7 @@ def test_uninstalled_from_the_root(sources: Path, tmp_path: Path) -> None:
 
 
 def imports_of(path: Path) -> set[str]:
+    """The top-level packages that a file imports."""
     found = set()
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
@@ -140,7 +145,7 @@ def imports_of(path: Path) -> set[str]:
     return found
 
 
-def test_kernels_import_nothing_of_the_trainer() -> None:
+def test_kernels_do_not_import_the_trainer() -> None:
     used = set().union(*(imports_of(path) for path in (ROOT / "kernels").glob("*.py")))
     assert not used & {"fastrm", "kernels", "timm", "torchvision"}
 
@@ -152,18 +157,18 @@ FLOW = (
     *("probes", "hooks", "run", "pretrained", "reports"),
     *("train", "pretraining", "evaluate", "embed", "export", "report", "doctor", "__main__"),
 )
-"""Parts of the package, from those that know nothing of the others to those that know all."""
-# A setting's values and a loader's views may follow from a method's name, which is looked up when it is known.
+"""Parts of the package. Each may import only those before it."""
+# The fields of the settings look a method up by its name, at the time it is known.
 LOOKED_UP = {("settings/fields.py", "methods")}
 
 
 def part_of(module: str) -> str:
-    """The part of the package that a module, named from the package on, is in."""
+    """The part of the package that contains a module, whose name is relative to the package."""
     return module if module in FLOW else module.split(".")[0]
 
 
 def imported_parts(path: Path) -> set[str]:
-    """Parts that a module imports when it is imported or runs; what it imports for its types alone is left out."""
+    """Parts that a module imports when it is imported or runs, without those for type checking only."""
     found: set[str] = set()
     waiting: list[ast.AST] = [ast.parse(path.read_text(encoding="utf-8"))]
     while waiting:
@@ -186,7 +191,7 @@ def imported_parts(path: Path) -> set[str]:
 
 
 def test_data_flows_one_way() -> None:
-    """Entry points → run → hooks → probes → methods → optim, models, data → kernels: nothing looks back."""
+    """Entry points → run → hooks → probes → methods → optim, models, data → kernels: no import goes the other way."""
     here = {path: path.relative_to(ROOT / "fastrm").with_suffix("") for path in (ROOT / "fastrm").rglob("*.py")}
     parts = {path: part_of(".".join(name.parts)) for path, name in here.items() if name.parts != ("__init__",)}
     assert set(parts.values()) | {"kernels"} == set(FLOW)
@@ -211,20 +216,20 @@ def test_mypy_sees_the_calls_from_the_trainer_to_the_kernels(tmp_path: Path) -> 
     assert re.search(r'wrong.py:7: error: Unexpected keyword argument "temprature" for "info_nce"', done.stdout)
 
 
-def test_nothing_outside_the_kernels_imports_what_is_private_to_them() -> None:
+def test_private_names_of_the_kernels_are_not_imported_elsewhere() -> None:
     for path in (ROOT / "fastrm").rglob("*.py"):
         text = path.read_text(encoding="utf-8")
         assert not re.search(r"fastrm\.kernels\._|from fastrm\.kernels import .*\b_\w", text), path
 
 
-def test_the_picture_of_the_layout_shows_every_part() -> None:
+def test_the_figure_of_the_layout_shows_every_part() -> None:
     shown = re.findall(r"\w+", (ROOT / "docs" / "images" / "layout.svg").read_text(encoding="utf-8"))
     ground = {"errors", "version", "checkout", "machine.memory", "__main__", "pretraining"}
     assert set(FLOW) - ground <= set(shown)
 
 
 def test_the_kernels_work_without_triton(tmp_path: Path) -> None:
-    """As on macOS and Windows."""
+    """Triton does not exist on macOS and Windows."""
     code = """
 import importlib.util, sys
 find = importlib.util.find_spec
@@ -240,7 +245,7 @@ except ValueError as error:
     assert "backend='triton'" in run(sys.executable, "-c", code, cwd=ROOT)
 
 
-def test_the_version_is_the_same_everywhere() -> None:
+def test_all_files_state_the_same_version() -> None:
     import fastrm
 
     named = {
@@ -251,7 +256,7 @@ def test_the_version_is_the_same_everywhere() -> None:
 
 
 def test_the_folder_of_the_kernels_is_imported_once() -> None:
-    """transformers looks for a package "kernels", and finds that of a checkout."""
+    """transformers looks for a package "kernels", and finds the folder of a checkout."""
     lines = [
         "import importlib, torch, fastrm.kernels",
         "assert importlib.import_module('kernels') is fastrm.kernels",
