@@ -1,4 +1,4 @@
-"""Pixels of any depth and any number of bands: what is stored of them, what they mean, and what reaches a network."""
+"""Pixels of any dtype and number of bands: how files store them, how values are scaled, and what a network receives."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from fastrm.run import checkpoint
 from tests.conftest import natural_pictures
 from tests.test_decode import RAMP, colour, png, scaled, tiff, with_alpha, written
 
-DEEP = 1 + np.arange(48 * 32).reshape(32, 48)  # each value once
+DEEP = 1 + np.arange(48 * 32).reshape(32, 48)  # each value occurs once
 NO_CHANGE = View(
     crop_scale=(1, 1),
     crop_ratio=(1, 1),
@@ -39,17 +39,19 @@ NO_CHANGE = View(
 
 
 def npy(values: NDArray[Any]) -> bytes:
+    """The bytes of an NPY file with these values."""
     content = io.BytesIO()
     np.save(content, values)
     return content.getvalue()
 
 
 def many(values: NDArray[Any], bands: int) -> NDArray[Any]:
-    """[H, W, bands], each band another one."""
+    """An image [H, W, bands] in which each band differs."""
     return np.stack([values + band for band in range(bands)], axis=-1).astype(values.dtype)
 
 
 def with_tifffile(values: NDArray[Any], **options: Any) -> bytes:
+    """The bytes of a TIFF file that tifffile writes."""
     tifffile = pytest.importorskip("tifffile")
     content = io.BytesIO()
     tifffile.imwrite(content, values, **options)
@@ -57,6 +59,7 @@ def with_tifffile(values: NDArray[Any], **options: Any) -> bytes:
 
 
 def packed_by(how: str, values: NDArray[Any], **options: Any) -> bytes:
+    """The bytes of a compressed TIFF file; skips the test without imagecodecs."""
     pytest.importorskip("imagecodecs", reason="tifffile packs and unpacks with it")
     options = {"photometric": "minisblack", "planarconfig": "contig", "predictor": True} | options
     return with_tifffile(values, compression=how, **options)
@@ -114,7 +117,7 @@ STORED: dict[str, tuple[Callable[[], bytes], NDArray[Any]]] = {
 
 
 @pytest.mark.parametrize("name", STORED)
-def test_every_value_is_read_as_it_is_stored(name: str, caplog: pytest.LogCaptureFixture) -> None:
+def test_every_value_is_read_as_stored(name: str, caplog: pytest.LogCaptureFixture) -> None:
     content, want = STORED[name][0](), STORED[name][1]
     want = want[..., None] if want.ndim == 2 else want
     values = stored(content)
@@ -136,7 +139,7 @@ def test_every_value_is_read_as_it_is_stored(name: str, caplog: pytest.LogCaptur
         (b"II*\0", "."),
     ],
 )  # fmt: skip
-def test_what_cannot_be_read_is_said_in_one_line(content: bytes, why: str) -> None:
+def test_unreadable_pixels_are_reported_in_one_line(content: bytes, why: str) -> None:
     for read in (stored, examined):
         with pytest.raises(BrokenImage, match=why) as caught:
             read(content)
@@ -153,10 +156,11 @@ def test_a_deep_tiff_is_turned_upright() -> None:
             np.testing.assert_array_equal(stored(content)[..., 0], want)
 
 
-# What the values of a set mean
+# How the values of a data set are scaled
 
 
 def fill(folder: Path, contents: dict[str, bytes]) -> Path:
+    """Write files of these names and contents to a folder, and return the folder."""
     folder.mkdir(parents=True, exist_ok=True)
     for name, content in contents.items():
         (folder / name).write_bytes(content)
@@ -164,6 +168,7 @@ def fill(folder: Path, contents: dict[str, bytes]) -> Path:
 
 
 def format_of(folder: Path, **options: Any) -> tuple[PixelFormat, str]:
+    """The pixel format of the images in a folder, and the description of the source."""
     source = settled(open_source(folder), PixelOptions(**options))
     assert source.format is not None
     return source.format, source.about
@@ -184,7 +189,7 @@ CHANNELS: dict[str, tuple[list[tuple[str, bytes]], int]] = {
 
 
 @pytest.mark.parametrize("name", CHANNELS)
-def test_how_many_channels_a_set_has(name: str, tmp_path: Path) -> None:
+def test_the_number_of_channels_of_a_data_set(name: str, tmp_path: Path) -> None:
     files, want = CHANNELS[name]
     fill(tmp_path / "set", {f"{i}.{ending}": content for i, (ending, content) in enumerate(files * 4)})
     found, about = format_of(tmp_path / "set")
@@ -192,7 +197,7 @@ def test_how_many_channels_a_set_has(name: str, tmp_path: Path) -> None:
     assert (f"{want} channel" in about) == (name != "gray of 8 bits")
 
 
-def test_bands_that_no_number_of_channels_holds_are_refused(tmp_path: Path) -> None:
+def test_images_with_incompatible_numbers_of_bands_are_refused(tmp_path: Path) -> None:
     five, eight = npy(many(DEEP.astype("u2"), 5)), npy(many(DEEP.astype("u2"), 8))
     fill(tmp_path / "set", {f"{i}.npy": five if i % 2 else eight for i in range(8)})
     with pytest.raises(UsageError, match=r"does not fit the bands of the images \(4 have . bands?, 4 have .|4 have"):
@@ -201,7 +206,7 @@ def test_bands_that_no_number_of_channels_holds_are_refused(tmp_path: Path) -> N
         format_of(tmp_path / "set", channels=3)
 
 
-def test_the_range_of_one_dtype_is_its_percentiles_band_by_band(tmp_path: Path) -> None:
+def test_the_range_of_a_dtype_is_its_percentiles_per_band(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     sets = {f"{i}.npy": rng.normal(1000, 200, (40, 50, 3)) * [1, 2, 3] for i in range(6)}
     fill(tmp_path / "set", {name: npy(values.astype("i4")) for name, values in sets.items()})
@@ -214,14 +219,14 @@ def test_the_range_of_one_dtype_is_its_percentiles_band_by_band(tmp_path: Path) 
     np.testing.assert_allclose(found.std, unit.std(axis=0), rtol=1e-5)
     assert "int32 from " in about
     assert "measured on 6 images" in about
-    assert format_of(tmp_path / "set")[0] == found  # from the cache folder
+    assert format_of(tmp_path / "set")[0] == found  # from the cache
     given, _ = format_of(tmp_path / "set", value_range=(0, 4095), mean=(0.5,), std=(0.25, 0.5, 1))
     assert (given.limits, given.mean, given.std) == ({"int32": ((0,), (4095,))}, (0.5,) * 3, (0.25, 0.5, 1))
     with pytest.raises(UsageError, match=r"--mean has 2 numbers; it must have 1, or 3"):
         format_of(tmp_path / "set", mean=(0.5, 0.5))
 
 
-def test_of_several_dtypes_each_has_its_own_range(tmp_path: Path) -> None:
+def test_each_of_several_dtypes_has_its_own_range(tmp_path: Path) -> None:
     fill(tmp_path / "set", {
         "a.png": written(Image.fromarray(GRAY), "PNG"), "b.png": png(scaled(4095, "u2")[..., None], 0),
         "c.npy": npy(RAMP.astype("f4")), "d.npy": npy((2 * RAMP - 1).astype("f8")),
@@ -236,7 +241,7 @@ def test_of_several_dtypes_each_has_its_own_range(tmp_path: Path) -> None:
         np.testing.assert_allclose(source.train.pixels(index)[0].numpy() / 255, RAMP, atol=1 / 255)
 
 
-def test_a_picture_that_is_left_out_has_no_say_in_how_the_others_are_taken(tmp_path: Path) -> None:
+def test_an_image_that_is_left_out_does_not_change_the_format_of_the_others(tmp_path: Path) -> None:
     fill(tmp_path / "set", {f"{i:02}.png": written(Image.fromarray(COLOUR), "PNG") for i in range(12)})
     scene = with_tifffile(many(DEEP.astype("u2"), 5), photometric="minisblack", planarconfig="contig")
     fill(tmp_path / "set", {"scene.tif": scene})
@@ -245,8 +250,8 @@ def test_a_picture_that_is_left_out_has_no_say_in_how_the_others_are_taken(tmp_p
         settled(open_source(tmp_path / "set")).train.pixels(12)
 
 
-def test_a_rare_dtype_is_measured_too(tmp_path: Path) -> None:
-    """Of which the sample that is spread over the set has none."""
+def test_a_rare_dtype_is_measured(tmp_path: Path) -> None:
+    """The sample of images that is measured contains none with this dtype."""
     plain = written(Image.fromarray(COLOUR), "PNG")
     fill(tmp_path / "set", {f"{i:03}.png": plain for i in range(600)})
     (tmp_path / "set" / "001.png").write_bytes(png(scaled(4095, "u2")[..., None], 0))
@@ -257,7 +262,7 @@ def test_a_rare_dtype_is_measured_too(tmp_path: Path) -> None:
     assert format.channels == 3
 
 
-def test_values_that_are_no_numbers_are_black(tmp_path: Path) -> None:
+def test_values_that_are_not_finite_become_black(tmp_path: Path) -> None:
     holes = RAMP.astype("f4").copy()
     holes[:4, :5] = [np.nan, np.inf, -np.inf, np.nan, np.nan]
     fill(tmp_path / "set", {f"{i}.npy": npy(holes) for i in range(3)})
@@ -267,10 +272,11 @@ def test_values_that_are_no_numbers_are_black(tmp_path: Path) -> None:
     assert (pixels[0, :4, :5] == 0).all()
 
 
-# What reaches the network
+# What the network receives
 
 
 def ramp(side: int = 64) -> NDArray[np.uint16]:
+    """uint16 values [side, side], each of which occurs once."""
     return np.arange(side * side, dtype=np.uint16).reshape(side, side)
 
 
@@ -286,7 +292,7 @@ RAMPS = {
 
 @pytest.mark.parametrize("workers", [0, 1])
 @pytest.mark.parametrize("name", RAMPS)
-def test_a_ramp_of_4096_values_keeps_them(name: str, workers: int, tmp_path: Path) -> None:
+def test_a_ramp_of_4096_values_keeps_all_values(name: str, workers: int, tmp_path: Path) -> None:
     if workers and name != "gray PNG":
         pytest.skip("one kind is enough for what travels between processes")
     ending, content = RAMPS[name]
@@ -309,7 +315,7 @@ def test_a_ramp_of_4096_values_keeps_them(name: str, workers: int, tmp_path: Pat
             np.testing.assert_allclose(np.polyval(line, want[..., band % want.shape[2]]), values, atol=1e-5)
 
 
-def test_colours_that_need_rgb_are_left_out_of_other_bands_and_this_is_said(tmp_path: Path) -> None:
+def test_colour_changes_that_need_rgb_are_left_out_for_other_bands_and_reported(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     bands = {f"{i}.npy": npy(rng.integers(0, 60_000, (20, 20, 6), dtype=np.uint16)) for i in range(8)}
     source = settled(open_source(fill(tmp_path / "set", bands)))
@@ -321,7 +327,7 @@ def test_colours_that_need_rgb_are_left_out_of_other_bands_and_this_is_said(tmp_
     assert first.is_contiguous(memory_format=torch.channels_last)
 
 
-def test_one_channel_of_colours_is_their_luma(tmp_path: Path) -> None:
+def test_one_channel_of_an_rgb_image_is_its_luma(tmp_path: Path) -> None:
     pictures = natural_pictures(4, 30, 30).permute(0, 2, 3, 1).numpy()
     fill(tmp_path / "set", {f"{i}.png": written(Image.fromarray(p), "PNG") for i, p in enumerate(pictures)})
     source = settled(open_source(tmp_path / "set"), PixelOptions(channels=1))
@@ -345,6 +351,7 @@ def test_one_channel_of_colours_is_their_luma(tmp_path: Path) -> None:
 
 
 def pages(*values: NDArray[Any]) -> bytes:
+    """The bytes of a TIFF file with these pages."""
     tifffile = pytest.importorskip("tifffile")
     content = io.BytesIO()
     with tifffile.TiffWriter(content) as file:
@@ -354,7 +361,7 @@ def pages(*values: NDArray[Any]) -> bytes:
 
 
 @pytest.mark.parametrize("dtype", ["u1", "u2", "f4"])
-def test_pages_are_bands_or_images_and_this_is_said(dtype: str, tmp_path: Path) -> None:
+def test_pages_are_bands_or_images_and_this_is_reported(dtype: str, tmp_path: Path) -> None:
     ones = [(DEEP % 250).astype(dtype), (DEEP % 101).astype(dtype), (DEEP % 33).astype(dtype)]
     fill(tmp_path / "set", {f"{i}.tif": pages(*ones) for i in range(4)})
     source = settled(open_source(tmp_path / "set"))
@@ -375,7 +382,7 @@ def test_pages_are_bands_or_images_and_this_is_said(dtype: str, tmp_path: Path) 
 
 
 @pytest.mark.parametrize("name", ["gray of 8 bits", "deep gray and RGB", "5 bands"])
-def test_views_do_not_depend_on_how_many_are_made_at_a_time(
+def test_views_do_not_depend_on_the_number_made_at_a_time(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     fill(tmp_path / "set", {f"{i}.{ending}": content for i, (ending, content) in enumerate(CHANNELS[name][0] * 4)})
@@ -387,16 +394,16 @@ def test_views_do_not_depend_on_how_many_are_made_at_a_time(
         return next(iter(loader)).views
 
     together = views()
-    monkeypatch.setattr(batched, "_CACHED", 1)  # a gray picture of a set in colour alone, too
+    monkeypatch.setattr(batched, "_CACHED", 1)  # also for a gray image in an RGB set, alone
     for mine, other in zip(together, views(), strict=True):
         assert torch.equal(mine, other)
 
 
-# The whole way
+# Whole runs
 
 
 def a_set(folder: Path, kind: str) -> Path:
-    """Twelve pictures of two classes."""
+    """Write twelve images of two classes in this format, and return the folder."""
     rng = np.random.default_rng(0)
 
     def values(label: int, bands: int) -> NDArray[Any]:
@@ -423,7 +430,7 @@ RARELY = ("16 bits in colour", "float TIFF", "signed", "8 bands", "several dtype
 
 
 @pytest.mark.parametrize("kind", [*OFTEN, *(pytest.param(kind, marks=pytest.mark.slow) for kind in RARELY)])
-def test_trained_resumed_scored_and_exported(kind: str, tmp_path: Path) -> None:
+def test_runs_on_each_pixel_format_resume_and_are_scored_and_exported(kind: str, tmp_path: Path) -> None:
     from fastrm import evaluate, export
 
     data = a_set(tmp_path / "data", kind)
@@ -448,7 +455,9 @@ def test_trained_resumed_scored_and_exported(kind: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("state", ["missing", "broken", "a part is broken"])
-def test_a_packed_tiff_says_what_unpacks_it(state: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_compressed_tiff_names_the_package_that_reads_it(
+    state: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     tifffile = pytest.importorskip("tifffile")
     content = with_tifffile(many(DEEP.astype("u2"), 6), photometric="minisblack", planarconfig="contig")
     plain, lzw = (struct.pack("<HHII", 259, 3, 1, packing) for packing in (1, 5))
@@ -476,7 +485,7 @@ def test_a_packed_tiff_says_what_unpacks_it(state: str, tmp_path: Path, monkeypa
 
 
 def broken_package(name: str, folder: Path, monkeypatch: pytest.MonkeyPatch, *, broken: bool = True) -> None:
-    """A package of this name that can be found, and not imported."""
+    """A package of this name that can be found; if ``broken``, importing it raises."""
     (folder / "site" / name).mkdir(parents=True)
     text = "raise ImportError('libcodec.so.3: cannot open shared object file')" if broken else ""
     (folder / "site" / name / "__init__.py").write_text(text)
@@ -484,9 +493,7 @@ def broken_package(name: str, folder: Path, monkeypatch: pytest.MonkeyPatch, *, 
     monkeypatch.delitem(sys.modules, name, raising=False)
 
 
-def test_a_package_that_is_installed_and_broken_is_not_called_missing(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_installed_but_broken_package_is_not_called_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     content = with_tifffile(many(DEEP.astype("u2"), 6), photometric="minisblack", planarconfig="contig")
     fill(tmp_path / "data", {f"{i}.tif": content for i in range(2)})
     said = ", which is installed but broken: libcodec.so.3: cannot open shared object file; pip install --force-rein"
@@ -499,10 +506,13 @@ def test_a_package_that_is_installed_and_broken_is_not_called_missing(
         open_source(tmp_path / "x.h5")
 
 
-def test_a_damaged_newest_checkpoint_leaves_the_pixels_as_they_were(
+def test_the_pixel_format_is_kept_after_a_damaged_newest_checkpoint(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The range is that which was measured first, though the pictures, of the same sizes, are darker by now."""
+    """The value range stays the one that was measured first, although the images are darker by now.
+
+    Their sizes are the same.
+    """
     rng = np.random.default_rng(0)
 
     def fill_with(most: int) -> Path:
@@ -522,7 +532,7 @@ def test_a_damaged_newest_checkpoint_leaves_the_pixels_as_they_were(
     assert then is not None
     assert then.format is not None
     newest.write_bytes(newest.read_bytes()[:-1000])
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "new"))  # where nothing is known of them
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "new"))  # an empty cache
     run(3)
     assert checkpoint.load(tmp_path / "run")["step"] == 3
     assert checkpoint.glanced(tmp_path / "run") == then

@@ -1,4 +1,4 @@
-"""Scores against scikit-learn's and SciPy's, the gap, and what a run watches."""
+"""Scores against scikit-learn and SciPy, the gap, the collapse warning and the online classifier."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ HERE = Setting(32, CPU, 0)
 
 
 class Tiny(nn.Module):
-    """A backbone of one layer."""
+    """A backbone of one layer on 8x8 pixels: [B, 3, H, W] to [B, 32]."""
 
     dim = 32
 
@@ -69,7 +69,7 @@ class Tiny(nn.Module):
 
 @pytest.fixture(scope="module")
 def fashion() -> tuple[NDArray[np.float32], NDArray[np.int64], NDArray[np.float32], NDArray[np.int64]]:
-    """All of Fashion-MNIST as 49 features, the means of 4x4 pixels: training ones and labels, test ones and labels."""
+    """Fashion-MNIST as 49 features, the means of 4x4 pixels: training features and labels, test features and labels."""
     if not FASHION_MNIST.is_dir():
         pytest.skip(f"needs Fashion-MNIST in {FASHION_MNIST}")
     source = open_source("fashion-mnist", FASHION_MNIST)
@@ -82,7 +82,7 @@ def fashion() -> tuple[NDArray[np.float32], NDArray[np.int64], NDArray[np.float3
     return tuple(parts)  # type: ignore[return-value]
 
 
-def test_knn_is_scikit_learns_on_fashion_mnist(fashion: tuple[NDArray[np.float32], ...]) -> None:
+def test_knn_equals_scikit_learn_on_fashion_mnist(fashion: tuple[NDArray[np.float32], ...]) -> None:
     bank, labels, test, truth = fashion
     bank, labels, test, truth = bank[:15_000], labels[:15_000], test[:1500], truth[:1500]
     scores = knn_accuracy(*(torch.from_numpy(part) for part in (bank, labels, test, truth)))
@@ -94,11 +94,11 @@ def test_knn_is_scikit_learns_on_fashion_mnist(fashion: tuple[NDArray[np.float32
         assert abs(score - want) <= 0.002
 
 
-def test_knn_is_scikit_learns_exactly_in_float64() -> None:
+def test_knn_equals_scikit_learn_exactly_in_float64() -> None:
     source = open_source("digits")
     assert isinstance(source.train, ArrayImages)
     assert isinstance(source.test, ArrayImages)
-    # Noise, so that the classifier has something to get wrong.
+    # Noise makes the classification imperfect.
     rng = np.random.default_rng(0)
     bank, test = (
         images.arrays.reshape(len(images), -1) / 255 + rng.normal(0, 0.45, (len(images), 64))
@@ -125,12 +125,13 @@ def test_knn_in_parts_with_a_small_bank_and_in_constant_memory() -> None:
     few, many = (
         extra_memory(lambda n=n: accuracies(((torch.ones(256, 16), truth) for _ in range(n)), [large])) for n in (3, 12)
     )
-    assert many < few + 1 < 180  # MiB: the similarities of one part, 256, and what topk and a batch of queries take
+    # MiB: the similarities of one part of 256 queries, and temporary memory of topk and of a batch of queries
+    assert many < few + 1 < 180
 
 
 @pytest.mark.parametrize("images", [15_000, pytest.param(60_000, marks=pytest.mark.slow)])
-def test_linear_is_scikit_learns_on_fashion_mnist(images: int, fashion: tuple[NDArray[np.float32], ...]) -> None:
-    """Both minimise mean cross-entropy + 5e-5 |weights|^2 on standardised features."""
+def test_linear_equals_scikit_learn_on_fashion_mnist(images: int, fashion: tuple[NDArray[np.float32], ...]) -> None:
+    """Both minimise the mean cross-entropy + 5e-5 |weights|^2 on standardised features."""
     bank, labels, test, truth = fashion
     bank, labels = bank[:images], labels[:images]
     fitted = fitted_heads(torch.from_numpy(bank), torch.from_numpy(labels))
@@ -141,8 +142,8 @@ def test_linear_is_scikit_learns_on_fashion_mnist(images: int, fashion: tuple[ND
     assert abs(ours.value - want) <= 0.002
 
 
-def test_heads_follow_sgd_each_at_its_own_rate() -> None:
-    """Against the recursion in NumPy: v <- .9 v + gradient + decay, w <- w - rate v."""
+def test_each_head_follows_sgd_at_its_own_learning_rate() -> None:
+    """Against the recursion in NumPy: v <- 0.9 v + gradient + decay, w <- w - learning rate * v."""
     rng = np.random.default_rng(0)
     x, y = rng.normal(size=(40, 5)), rng.integers(0, 3, 40)
     seen = np.ones((2, 40), dtype=bool)
@@ -173,7 +174,7 @@ def test_protocols_have_the_published_schedules() -> None:
     assert [rate_factor(v3, share) for share in (0, 0.5, 1)] == pytest.approx([1, 0.5, 0])
 
 
-def test_frozen_classifiers_learn_and_leave_the_network_alone() -> None:
+def test_classifiers_learn_and_do_not_change_the_network() -> None:
     source = open_source("digits")
     torch.manual_seed(0)
     network = build_backbone("test_resnet", image_size=32, stem="imagenet")
@@ -184,12 +185,12 @@ def test_frozen_classifiers_learn_and_leave_the_network_alone() -> None:
     classifiers = published_linear(networks, source, HERE, LinearProtocol(lr=0.1, batch_size=128, epochs=5))
     assert source.test is not None
     found = accuracies(features(networks["pixels"], source.test, HERE), [classifiers["pixels"]])
-    assert found["linear"].value > 0.6  # by chance .1; seen .75
+    assert found["linear"].value > 0.6  # chance is 0.1; 0.75 was measured
     assert network.training
     assert all(torch.equal(value, before[name]) for name, value in network.state_dict().items())
 
 
-def test_pixels_are_the_picture() -> None:
+def test_pixels_are_those_of_the_image() -> None:
     images = torch.arange(2 * 3 * 8 * 8, dtype=torch.float32).reshape(2, 3, 8, 8)
     flat = Pixels(32)(images)
     np.testing.assert_array_equal(flat, images.reshape(2, -1))
@@ -211,34 +212,35 @@ def test_a_fraction_has_every_class_and_fine_tuning_learns_from_it() -> None:
     before = network.layer.weight.clone()
     tuned, classifier = fine_tuned(network, source, HERE, 0.5, epochs=20)  # type: ignore[arg-type]
     found = accuracies(features(tuned, source.test, HERE), [classifier])
-    assert found["semi"].value > 0.6  # by chance .1
+    assert found["semi"].value > 0.6  # chance is 0.1
     assert torch.equal(network.layer.weight, before)
     assert not torch.equal(tuned.get_parameter("layer.weight"), before)
 
 
 @pytest.mark.parametrize(("right", "total"), [(7, 10), (93, 100), (1_800, 2_000), (50, 50), (0, 5)])
-def test_intervals_are_scipys_bootstrap(right: int, total: int) -> None:
-    """Percentile intervals of a share, and of the difference of two that are paired by image."""
+def test_intervals_equal_the_bootstrap_of_scipy(right: int, total: int) -> None:
+    """Percentile intervals of a proportion, and of the difference of two proportions that are paired by image."""
     rng = np.random.default_rng(1)
     ours = rng.permutation(total) < right
-    theirs = np.where(rng.random(total) < 0.8, ours, rng.random(total) < 0.5)  # mostly alike, which the pairing uses
+    theirs = np.where(rng.random(total) < 0.8, ours, rng.random(total) < 0.5)  # mostly equal, which the pairing uses
     found, difference = Estimate.of(ours), Estimate.of(ours).above(Estimate.of(theirs))
     assert difference is not None
     assert found.value == pytest.approx(right / total)
     assert difference.value == pytest.approx(ours.mean() - theirs.mean())
     for values, estimate in ((ours * 1.0, found), (ours * 1.0 - theirs, difference)):
-        if np.ptp(values) == 0:  # SciPy gives no interval
+        if np.ptp(values) == 0:  # SciPy gives no interval here
             assert estimate.low == estimate.high == values[0]
             continue
         options = {"method": "percentile", "n_resamples": 10_000, "rng": 2}
         want = bootstrap((values,), np.mean, **options).confidence_interval
-        noise = 3 * np.std(values) / np.sqrt(total) * 0.03 + 0.6 / total  # of both, and of the steps of a share
+        # random errors of both, and the step size of a proportion
+        noise = 3 * np.std(values) / np.sqrt(total) * 0.03 + 0.6 / total
         np.testing.assert_allclose((estimate.low, estimate.high), (want.low, want.high), atol=noise)
     assert found.json() == {"value": found.value, "interval": [found.low, found.high]}
     assert Estimate(0.5, 0.4, 0.6).above(found) is None
 
 
-def test_the_gap_by_layer_and_of_a_copy() -> None:
+def test_the_gap_per_layer_and_of_a_copy() -> None:
     config = build(data="digits", arch="test_resnet", image_size=32, method="mocov2", queue_size=8)
     method = build_method(config)
     images = open_source("digits").train
@@ -256,7 +258,7 @@ def test_the_gap_by_layer_and_of_a_copy() -> None:
     assert method.student.training
 
 
-def test_spread_and_rank_know_a_collapse() -> None:
+def test_spread_and_rank_detect_a_collapse() -> None:
     torch.manual_seed(0)
     healthy = torch.randn(200, 64)
     np.testing.assert_allclose(feature_std(healthy), 1, atol=0.05)
@@ -271,7 +273,7 @@ def test_spread_and_rank_know_a_collapse() -> None:
     assert collapsed(0.001, 30, 64) is not None
     assert collapsed(0.4, 1.1, 64) is not None
     assert collapsed(0.4, 30, 64) is None
-    assert collapsed(0.4, 1.0, 2) is None  # two images span one direction always
+    assert collapsed(0.4, 1.0, 2) is None  # two images always span one direction
     assert effective_rank(torch.full((9, 4), torch.nan)) == 1
     assert collapsed(float("nan"), 1.0, 64) is None
 
@@ -292,7 +294,7 @@ def test_a_run_warns_when_it_collapses(
     assert "collapsed" in capsys.readouterr().out
 
 
-def test_the_online_classifier_learns_and_passes_over_what_is_not_finite() -> None:
+def test_the_online_classifier_learns_and_skips_non_finite_features() -> None:
     rng = np.random.default_rng(0)
     labels = rng.integers(0, 3, 300)
     inputs = torch.tensor(np.eye(3)[labels] + rng.normal(0, 0.1, (300, 3)), dtype=torch.float32)
@@ -308,7 +310,7 @@ def test_the_online_classifier_learns_and_passes_over_what_is_not_finite() -> No
 
 
 @pytest.mark.usefixtures("few_digits")
-def test_a_run_with_an_online_classifier_is_the_run_without(small: Small, tmp_path: Path) -> None:
+def test_an_online_classifier_does_not_change_the_run(small: Small, tmp_path: Path) -> None:
     plain = train.train(small(out=tmp_path / "a", eval_every=1, epochs=1, batch_size=40))
     along = train.train(small(out=tmp_path / "b", eval_every=1, epochs=1, batch_size=40, online_linear=True))
     assert {name: along[name] for name in ("loss", "gap", "knn_student")} == {
@@ -320,7 +322,7 @@ def test_a_run_with_an_online_classifier_is_the_run_without(small: Small, tmp_pa
     assert all("online_accuracy" in line for line in lines if "loss" in line)
 
 
-def test_stages_that_are_no_single_tensor_are_left_out() -> None:
+def test_stages_without_a_single_output_tensor_are_left_out() -> None:
     class Odd(nn.Module):
         def __init__(self) -> None:
             super().__init__()

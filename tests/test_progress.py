@@ -22,7 +22,7 @@ from tests.conftest import run_of_one_step
 Small = Callable[..., Config]
 
 
-def test_without_a_terminal_there_is_a_line_at_the_start_and_one_in_half_a_minute(
+def test_without_a_terminal_a_line_is_printed_at_the_start_and_every_30_seconds(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     now = 0.0
@@ -37,7 +37,7 @@ def test_without_a_terminal_there_is_a_line_at_the_start_and_one_in_half_a_minut
 
 @pytest.fixture
 def terminal(monkeypatch: pytest.MonkeyPatch) -> io.StringIO:
-    """What a run writes to a terminal."""
+    """The output of a run to a terminal."""
     shown = io.StringIO()
     plain = Console
 
@@ -49,7 +49,7 @@ def terminal(monkeypatch: pytest.MonkeyPatch) -> io.StringIO:
     return shown
 
 
-def test_a_bar_joins_the_one_of_the_run(terminal: io.StringIO, tmp_path: Path) -> None:
+def test_a_bar_is_shown_in_the_display_of_the_run(terminal: io.StringIO, tmp_path: Path) -> None:
     with progress.Display(progress.Console()) as display:
         training = Progress(display)
         training.on_start(SimpleNamespace(total_steps=10, step=2))
@@ -65,18 +65,18 @@ def test_a_bar_joins_the_one_of_the_run(terminal: io.StringIO, tmp_path: Path) -
         training.close()
     said = terminal.getvalue()
     assert "a note in between\n" in said
-    assert "step      3  epoch   1.50  loss 2.25  gap 0.5\n" in said  # stays when the bar is gone
+    assert "step      3  epoch   1.50  loss 2.25  gap 0.5\n" in said  # the line stays after the bar is removed
     assert "training" in said
     assert "evaluation of the student" in said
     assert "30%" in said
-    assert "-:--:--" in said  # the time left
+    assert "-:--:--" in said  # the remaining time
     assert Display.current is None
     with bar("alone"):
         assert Display.current is not None
     assert Display.current is None
 
 
-def test_the_evaluations_of_a_run_show_how_far_they_are(
+def test_the_evaluations_of_a_run_show_their_progress(
     small: Small, pictures: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     train.train(small(data=str(pictures / "split"), eval_every=1, max_steps=1))
@@ -85,7 +85,7 @@ def test_the_evaluations_of_a_run_show_how_far_they_are(
 
 
 @pytest.mark.slow
-def test_every_score_shows_how_far_it_is(pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_every_score_shows_its_progress(pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = run_of_one_step("test_resnet", 16, tmp_path / "run")
     capsys.readouterr()
     evaluate(

@@ -1,4 +1,4 @@
-"""The loss over prototypes of each backend: against float64 definitions, autograd, other libraries, and a training."""
+"""The loss over prototypes of each backend, against float64 definitions, autograd, other libraries and training."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class Case(NamedTuple):
     temperatures: tuple[float, float] = (0.1, 0.04)
     center: float | None = 0.1
     apart: bool = True
-    """The teacher has prototypes of its own."""
+    """Whether the teacher has its own prototypes."""
 
     @property
     def name(self) -> str:
@@ -79,7 +79,7 @@ CASES = [
     Case(1, 1, 1, 1),
     Case(5, 5, 7, 16, center=None, apart=False),
     Case(20, 7, 33, 20, pairs=50),
-    Case(3, 5, 130, 3, pairs=4, temperatures=(1.0, 0.5), center=3.0),  # some rows in no pair
+    Case(3, 5, 130, 3, pairs=4, temperatures=(1.0, 0.5), center=3.0),  # some rows are in no pair
     Case(40, 40, 150, 40, center=50.0),
     Case(33, 9, 130, 72, pairs=70, dtype=BF16),
     Case(17, 17, 65, 24, dtype=F16, apart=False),
@@ -90,10 +90,12 @@ CASES = [
 
 
 def numpy(x: Tensor) -> oracle.Array:
+    """A float64 NumPy copy of a tensor."""
     return x.detach().cpu().double().numpy().copy()
 
 
 def defined(arguments: dict[str, Any]) -> oracle.Distilled:
+    """The loss, gradients and mean logits of the oracle."""
     given = {name: numpy(x) for name, x in arguments.items() if isinstance(x, Tensor) and x.is_floating_point()}
     pairs = arguments["pairs"]
     return oracle.prototype_cross_entropy(
@@ -115,21 +117,23 @@ class Got(NamedTuple):
 
 
 def computed(arguments: dict[str, Any], backend: str | None, scale: float = 1) -> Got:
+    """The loss, the gradients of ``scale * loss`` and the mean logits of a backend."""
     loss, mean = prototype_cross_entropy(**arguments, backend=backend)
     return Got(loss, *torch.autograd.grad(scale * loss, [arguments["student"], arguments["prototypes"]]), mean)
 
 
 def tolerance(case: Case, backend: str) -> float:
-    """Of a number, as a part of the largest: a logit's rounding, a cosine and a centre over the temperature."""
+    """Tolerance relative to the largest element: the rounding of cosine and centre, divided by the temperature."""
     if case.dtype == F64:
         return 1e-12
     if backend == "triton" and case.dtype in (BF16, F16):
-        rounding = torch.finfo(case.dtype).eps * (2 if INTERPRETED else 1)  # the interpreter cuts bfloat16 off
+        rounding = torch.finfo(case.dtype).eps * (2 if INTERPRETED else 1)  # the interpreter truncates bfloat16
         return rounding * (1 + 0.5 / min(case.temperatures))
     return 2e-6 + 1e-6 * (1 + (case.center or 0)) / min(case.temperatures)
 
 
 def assert_close(got: Got, want: oracle.Distilled, relative: float) -> None:
+    """Assert that all results equal those of the oracle within the tolerance."""
     for name, mine, right in zip(Got._fields, got, want, strict=True):
         rounding = torch.finfo(mine.dtype).eps if mine.dtype in (F16, BF16) else 0
         bound = relative * np.abs(right).max(initial=0) + rounding * np.abs(right) + 1e-7 * (mine.dtype != F64)
@@ -141,7 +145,7 @@ OFTEN = {case.name for case in CASES if case.pairs == 50 or case.dtype in (BF16,
 
 
 @pytest.mark.parametrize(("name", "backend"), [*with_backends(NAMED, OFTEN), *((name, "reference") for name in NAMED)])
-def test_value_and_gradients(name: str, backend: str) -> None:
+def test_loss_and_gradients_equal_the_definition(name: str, backend: str) -> None:
     case = NAMED[name]
     arguments = case.arguments(device_of(backend))
     got, want = computed(arguments, backend, -3), defined(arguments)
@@ -185,7 +189,7 @@ def test_random_sizes_equal_the_definition(
 
 
 def views_of(student: list[Tensor], teacher: list[Tensor]) -> Tensor:
-    """DINO's pairs: each large view of the teacher with each other view of the student."""
+    """DINO's pairs int64 [P, 2]: each large view of the teacher with each other view of the student."""
     batch = torch.arange(len(student[0]))
     both = [(v, u) for u in range(len(teacher)) for v in range(len(student)) if u != v]
     rows = [torch.stack([v * len(batch) + batch, u * len(batch) + batch], dim=1) for v, u in both]
@@ -195,7 +199,7 @@ def views_of(student: list[Tensor], teacher: list[Tensor]) -> Tensor:
 def plain_dino(
     student: list[Tensor], teacher: list[Tensor], center: Tensor, temperatures: tuple[float, float]
 ) -> Tensor:
-    """The usual form, on the logits of each view."""
+    """The usual form of the loss, from the logits of each view."""
     targets = [F.softmax((x - center) / temperatures[1], dim=-1).detach() for x in teacher]
     logs = [F.log_softmax(x / temperatures[0], dim=-1) for x in student]
     terms = [-(q * p).sum(dim=-1).mean() for u, q in enumerate(targets) for v, p in enumerate(logs) if u != v]
@@ -203,7 +207,7 @@ def plain_dino(
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_the_usual_form_with_views_and_autograd(backend: str) -> None:
+def test_the_loss_equals_the_usual_form_with_autograd(backend: str) -> None:
     arguments = Case(5 * 6, 2 * 6, 90, 24, dtype=F64).arguments(device_of(backend))
     student, teacher = arguments["student"].chunk(5), arguments["teacher"].chunk(2)
     logits = [F.normalize(x, dim=1) @ arguments["prototypes"].T for x in student]
@@ -216,7 +220,7 @@ def test_the_usual_form_with_views_and_autograd(backend: str) -> None:
         torch.testing.assert_close(mine.detach(), right, rtol=1e-10, atol=1e-12)
 
 
-def test_lightlys_loss_and_centre() -> None:
+def test_loss_and_centre_equal_those_of_lightly() -> None:
     theirs = pytest.importorskip("lightly.loss").DINOLoss(output_dim=50, teacher_temp=0.07, center_momentum=0.8)
     arguments = Case(4 * 3, 2 * 3, 50, 8, center=None, dtype=F64).arguments()
     center = torch.zeros(50, dtype=F64)
@@ -231,11 +235,12 @@ def test_lightlys_loss_and_centre() -> None:
         got = computed({**arguments, "center": center}, "cpu")
         center = center.lerp(got.teacher_mean, 1 - 0.8)
         for mine, right in zip((*got[:3], center), (want.detach(), *slopes, theirs.center[0, 0]), strict=True):
-            torch.testing.assert_close(mine.detach(), right, rtol=1e-5, atol=1e-8)  # it has temperatures in float32
+            # lightly has temperatures in float32
+            torch.testing.assert_close(mine.detach(), right, rtol=1e-5, atol=1e-8)
 
 
 class Head(nn.Module):
-    """Bottleneck and a weight-normed last layer."""
+    """A bottleneck and a weight-normed last layer with 64 prototypes."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -245,7 +250,7 @@ class Head(nn.Module):
 
 
 @pytest.mark.parametrize("backend", ["cpu"])
-def test_fifty_steps_have_the_usual_forms_curve(backend: str) -> None:
+def test_fifty_steps_have_the_losses_of_the_usual_form(backend: str) -> None:
     def train(fused: bool) -> list[float]:
         generator = torch.Generator().manual_seed(0)
         torch.manual_seed(0)
@@ -264,7 +269,7 @@ def test_fifty_steps_have_the_usual_forms_curve(backend: str) -> None:
                     teacher_temperature=torch.tensor(temperature, dtype=F64), pairs=views_of(rows, its),
                     teacher_prototypes=teacher.last.weight, backend=backend,
                 )  # fmt: skip
-                center.lerp_(mean, 0.1)  # before the backward pass, which is to see the old one
+                center.lerp_(mean, 0.1)  # before the backward pass, which must use the old centre
             else:
                 logits, targets = ([head.last(F.normalize(x, dim=1)) for x in part] for head, part in
                                    ((student, rows), (teacher, its)))  # fmt: skip
@@ -281,12 +286,12 @@ def test_fifty_steps_have_the_usual_forms_curve(backend: str) -> None:
 
     fused, plain = train(True), train(False)
     np.testing.assert_allclose(fused, plain, rtol=1e-9)
-    assert max(plain) > 1.2 * min(plain)  # a teacher that softens raises the loss
+    assert max(plain) > 1.2 * min(plain)  # a less sharp teacher raises the loss
 
 
 @pytest.mark.parametrize("backend", SELDOM)
 def test_a_sharp_teacher_and_a_large_centre(backend: str) -> None:
-    """Logits of some thousands, and a teacher that is sure."""
+    """Logits of several thousands, and a teacher whose probabilities are almost 0 and 1."""
     arguments = Case(6, 6, 40, 16, center=200.0).arguments(device_of(backend))
     with torch.no_grad():
         arguments["center"] -= 1000
@@ -326,7 +331,7 @@ def test_pairs_in_any_order_and_more_than_once(backend: str) -> None:
 
 
 @pytest.mark.parametrize("backend", SELDOM)
-def test_only_what_is_wanted(backend: str) -> None:
+def test_gradients_are_computed_only_for_inputs_that_need_them(backend: str) -> None:
     arguments = Case(9, 9, 50, 8).arguments(device_of(backend))
     want = computed(arguments, backend)
     for name, gradient in (("student", want.to_student), ("prototypes", want.to_prototypes)):
@@ -336,7 +341,7 @@ def test_only_what_is_wanted(backend: str) -> None:
 
 
 @pytest.mark.parametrize("backend", SELDOM)
-def test_autocast_and_strides(backend: str) -> None:
+def test_autocast_and_strides_do_not_change_the_loss(backend: str) -> None:
     arguments = Case(6, 6, 60, 64).arguments(device_of(backend))
     want = computed(arguments, backend)
     strided = {
@@ -352,7 +357,7 @@ def test_autocast_and_strides(backend: str) -> None:
 
 
 @pytest.mark.parametrize("backend", [TRITON])
-def test_each_side_is_swept_once_forward_and_both_at_once_back(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_two_launches_per_side_forward_and_one_backward(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
     counts: list[str] = []
     for name in ("sweep_kernel", "gather_kernel", "push_prototypes_kernel"):
         monkeypatch.setattr(swept, name, Launches(getattr(swept, name), counts, name))
@@ -433,7 +438,7 @@ def test_transforms_get_the_reference_and_second_derivatives_an_error() -> None:
 
 
 class Blocks(torch.utils._python_dispatch.TorchDispatchMode):
-    """Bytes held at most of what operations make, but for tensors of the size of the prototypes."""
+    """The largest number of elements of a created tensor, and the number of matrix products."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -448,7 +453,7 @@ class Blocks(torch.utils._python_dispatch.TorchDispatchMode):
         return out
 
 
-def test_no_block_of_the_cpu_path_grows_with_the_prototypes() -> None:
+def test_the_largest_tensor_of_the_cpu_path_does_not_grow_with_the_prototypes() -> None:
     found = []
     for size in (8192, 65536):
         arguments = Case(100, 40, size, 4, pairs=150).arguments()

@@ -1,4 +1,4 @@
-"""The ring of keys: any size at any pointer, and every line under "Losses and queue" about it."""
+"""The ring queue of keys: any number of keys at any pointer, skipped pushes, dtypes, layouts and errors."""
 
 from __future__ import annotations
 
@@ -19,15 +19,16 @@ F16, BF16, F32, F64 = torch.float16, torch.bfloat16, torch.float32, torch.float6
 
 
 def rows(seed: int, *shape: int, dtype: torch.dtype = F32) -> Tensor:
+    """Normally distributed rows of this shape."""
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=F64).to(dtype)
 
 
 def check(ring: Tensor, pointer: Tensor, keys: Tensor, backend: str) -> None:
-    """Push and compare with keys written one by one; the keys stay as they were."""
+    """Push keys, and compare with keys written one by one; the keys must not change."""
     before, source, first = ring.cpu().double().numpy().copy(), keys.clone(), int(pointer)
     enqueue_(ring, pointer, keys, backend=backend)
     want, at = oracle.enqueue(before, first, keys.cpu().double().numpy())
-    spacing = torch.finfo(ring.dtype).eps * (2 if INTERPRETED else 1)  # the interpreter cuts bfloat16 off
+    spacing = torch.finfo(ring.dtype).eps * (2 if INTERPRETED else 1)  # the interpreter truncates bfloat16
     np.testing.assert_allclose(ring.cpu().double().numpy(), want, rtol=spacing, atol=1e-7)
     assert pointer.item() == at
     assert torch.equal(keys, source)
@@ -43,7 +44,7 @@ def test_any_count_wraps_at_any_pointer(backend: str, pointer: int, count: int) 
 
 @pytest.mark.parametrize("dim", [32, 600])
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_a_skipped_push_moves_nothing(backend: str, dim: int) -> None:
+def test_a_skipped_push_changes_nothing(backend: str, dim: int) -> None:
     device = device_of(backend)
     ring, pointer = rows(1, 50, dim).to(device), torch.tensor(45, device=device)
     before = ring.clone()
@@ -63,7 +64,7 @@ def test_a_skipped_push_moves_nothing(backend: str, dim: int) -> None:
 
 @pytest.mark.parametrize("dim", [1, 3, 16, 96, 128, 129, 512, 600])
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_any_width(backend: str, dim: int) -> None:
+def test_rows_of_any_width(backend: str, dim: int) -> None:
     device = device_of(backend)
     check(rows(1, 300, dim).to(device), torch.tensor(290, device=device), rows(2, 130, dim).to(device), backend)
 
@@ -71,7 +72,7 @@ def test_any_width(backend: str, dim: int) -> None:
 @pytest.mark.parametrize("keys", [F32, F16, BF16, F64])
 @pytest.mark.parametrize("ring", [F32, F16, BF16, F64])
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_any_dtype(backend: str, ring: torch.dtype, keys: torch.dtype) -> None:
+def test_rings_and_keys_of_any_dtype(backend: str, ring: torch.dtype, keys: torch.dtype) -> None:
     device = device_of(backend)
     check(
         rows(1, 50, 32, dtype=ring).to(device), torch.tensor(40, device=device),
@@ -102,7 +103,7 @@ def test_strided_rings_and_keys(backend: str) -> None:
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_a_module_goes_round_for_long(backend: str) -> None:
+def test_a_module_wraps_many_times(backend: str) -> None:
     device = device_of(backend)
     module = FeatureQueue(23, 4).to(device)
     ring, at = module.features.cpu().double().numpy().copy(), 0

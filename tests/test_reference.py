@@ -10,11 +10,12 @@ from torch import Tensor
 from fastrm.kernels import EMA, FeatureQueue, enqueue_, fused_ema_, info_nce, residual_info_nce, residual_loss
 from tests import oracle
 
-# float32 sums of a few dozen terms of size 1 to 100: a few units in the last place of the largest.
+# float32 sums of a few dozen terms of size 1 to 100 have an error of a few units in the last place of the largest term.
 CLOSE = {"rtol": 2e-5, "atol": 2e-5}
 
 
 def rows(seed: int, *shape: int, dtype: torch.dtype = torch.float64) -> Tensor:
+    """Normally distributed rows of this shape."""
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
 
 
@@ -30,6 +31,7 @@ CASES = [
 
 
 def contrast_inputs(case: tuple[int, int, int, float, bool, int]) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Queries, keys and, in the queue form, a queue of unit rows."""
     n, m, dim, _, queued, _ = case
     queue = torch.from_numpy(oracle.unit(rows(3, m, dim).numpy())) if queued else None
     return rows(1, n, dim), rows(2, n if queued else m, dim), queue
@@ -37,7 +39,7 @@ def contrast_inputs(case: tuple[int, int, int, float, bool, int]) -> tuple[Tenso
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-def test_info_nce_value_and_gradient(case: tuple[int, int, int, float, bool, int], dtype: torch.dtype) -> None:
+def test_info_nce_equals_the_definition(case: tuple[int, int, int, float, bool, int], dtype: torch.dtype) -> None:
     query, key, queue = (None if t is None else t.to(dtype) for t in contrast_inputs(case))
     assert query is not None
     assert key is not None
@@ -52,7 +54,7 @@ def test_info_nce_value_and_gradient(case: tuple[int, int, int, float, bool, int
     loss = info_nce(query, key, queue, temperature=temperature, key_offset=offset, backend="reference")
     (3 * loss).backward()
     want = oracle.central_difference(define, query.detach().numpy())
-    # Logits of cosine / temperature carry float32's rounding divided by the temperature.
+    # Logits are cosine / temperature, so float32's rounding error is divided by the temperature.
     scale = 1 if dtype == torch.float64 else max(1.0, 0.1 / temperature)
     assert loss.dtype == dtype
     np.testing.assert_allclose(loss.item(), define(query.detach().numpy()), rtol=2e-5, atol=2e-5 * scale)
@@ -60,7 +62,7 @@ def test_info_nce_value_and_gradient(case: tuple[int, int, int, float, bool, int
 
 
 @pytest.mark.parametrize("reduction", ["sum", "none"])
-def test_info_nce_reductions(reduction: str) -> None:
+def test_reductions_of_info_nce_equal_the_definition(reduction: str) -> None:
     query, key, queue = contrast_inputs(CASES[1])
     query.requires_grad_()
     weight = torch.arange(1.0, len(query) + 1, dtype=torch.float64)
@@ -76,7 +78,7 @@ def test_info_nce_reductions(reduction: str) -> None:
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
-def test_residual_loss_value_and_gradient(reduction: str) -> None:
+def test_residual_loss_equals_the_definition(reduction: str) -> None:
     student, teacher = rows(1, 5, 7).requires_grad_(), rows(2, 5, 7)
     weight = torch.arange(1.0, 6.0, dtype=torch.float64)
     loss = residual_loss(student, teacher, reduction=reduction, backend="reference")
@@ -142,7 +144,7 @@ def test_a_zero_row_has_a_finite_zero_gradient() -> None:
 @pytest.mark.parametrize(
     ("teacher", "student"), [("float32", "float32"), ("float32", "bfloat16"), ("float64", "float32")]
 )
-def test_ema_value(momentum: float, teacher: str, student: str) -> None:
+def test_ema_equals_the_definition(momentum: float, teacher: str, student: str) -> None:
     t, s = rows(1, 5, 3, dtype=getattr(torch, teacher)), rows(2, 5, 3, dtype=getattr(torch, student))
     want = oracle.ema(t.double(), s.double(), momentum)
     shadow = torch.empty(5, 3, dtype=torch.bfloat16)

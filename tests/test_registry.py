@@ -1,4 +1,4 @@
-"""Methods by name: what registering one gives, and that nothing outside fastrm/methods names any."""
+"""The registry of methods: what registering a method provides, and that only fastrm/methods names any."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ TINY: dict[str, Any] = {
 
 @pytest.fixture(autouse=True)
 def _as_it_was() -> Iterator[None]:
-    """What a test registers is gone after it."""
+    """Remove what a test registers."""
     before = dict(registry._METHODS)
     yield
     registry._METHODS.clear()
@@ -55,12 +55,13 @@ def _as_it_was() -> Iterator[None]:
 
 
 def small(**leaves: Any) -> Any:
+    """Settings of a small run."""
     tiny = {"hidden_dim": 8, "output_dim": 4, "predictor_hidden_dim": 8, "queue_size": 16}
     return build(**{"data": "digits", "arch": "test_resnet", "image_size": 32, **tiny, **leaves})
 
 
 class OneView(MoCoV3):
-    """Derived from a published method; not registered."""
+    """Derived from a published method, and not registered."""
 
     recipes: ClassVar = {"one-view-8ep": {"epochs": 8, "temperature": 0.5, "batch_size": 64}}
     linear_protocol = LinearProtocol(epochs=3)
@@ -70,7 +71,7 @@ class OneView(MoCoV3):
         return Augmentation(views=(View(crop_scale=(crop_min, 1.0), flip_probability=0.0),) * 2)
 
 
-def test_nothing_outside_the_methods_names_one() -> None:
+def test_only_the_methods_package_names_methods() -> None:
     named = re.compile(rf"\b({'|'.join(names())})\b")
     found = [
         f"{path.relative_to(ROOT)}: {line.strip()}"
@@ -82,7 +83,7 @@ def test_nothing_outside_the_methods_names_one() -> None:
     assert found == []
 
 
-def test_a_registered_method_is_found_by_its_name_everywhere() -> None:
+def test_a_registered_method_is_found_by_its_name() -> None:
     mine = register("mine")(type("Mine", (OneView,), {"recipes": {"mine-8ep": OneView.recipes["one-view-8ep"]}}))
     assert names()[-1] == mine.name == "mine"
     assert names()[0] == MoCoV3.name == defaults().method.method
@@ -90,13 +91,13 @@ def test_a_registered_method_is_found_by_its_name_everywhere() -> None:
     assert recipes()["mine-8ep"] == {"method": "mine", "epochs": 8, "temperature": 0.5, "batch_size": 64}
     config = small(method="mine")
     assert (config.method.method, config.optim.epochs, config.method.temperature) == ("mine", 8, 0.5)
-    assert config.input.batch_size is None  # 256 a process, as without a recipe
+    assert config.input.batch_size is None  # the default of 256 per process, as without a recipe
     assert small(recipe="mine-8ep").input.batch_size == 64
     assert type(build_method(config)) is mine
     assert _protocol("mine").epochs == 3
 
 
-def test_a_method_of_ones_own_need_not_be_registered() -> None:
+def test_a_custom_method_need_not_be_registered() -> None:
     config = small(method=OneView)
     assert (config.method.method, config.optim.epochs, "OneView" in names()) == ("OneView", 8, False)
     assert type(build_method(config, kind=OneView)) is OneView
@@ -110,8 +111,8 @@ def test_a_method_of_ones_own_need_not_be_registered() -> None:
     assert all(torch.equal(*pair) for pair in zip(next(iter(own)).views, next(iter(given)).views, strict=True))
 
 
-def test_the_example_is_a_whole_method_in_less_than_forty_lines(tmp_path: Path) -> None:
-    """ReSSL's loss by hand, in float64; and two steps of a run, with its own views."""
+def test_the_example_method_is_complete_in_less_than_forty_lines(tmp_path: Path) -> None:
+    """Its loss equals ReSSL's definition in float64, and a run of two steps uses its views."""
     path = ROOT.parent / "examples" / "own_method.py"
     assert len(path.read_text(encoding="utf-8").splitlines()) < 40
     spec = importlib.util.spec_from_file_location("own_method", path)
@@ -138,7 +139,7 @@ def test_the_example_is_a_whole_method_in_less_than_forty_lines(tmp_path: Path) 
     assert checkpoint.load(tmp_path / "run")["method"]["queues.0.pointer"] == 2 * 32
 
 
-def test_a_subclass_has_its_own_name_and_no_recipes_twice() -> None:
+def test_a_subclass_has_its_own_name_and_does_not_repeat_recipes() -> None:
     class Mine(MoCoV2):
         pass
 
@@ -149,8 +150,8 @@ def test_a_subclass_has_its_own_name_and_no_recipes_twice() -> None:
     assert Mine.defaults("resnet50") == MoCoV2.defaults("resnet50")
 
 
-def test_a_class_that_is_defined_again_takes_its_place() -> None:
-    """As when a cell of a notebook is run twice."""
+def test_a_class_that_is_defined_again_replaces_the_first() -> None:
+    """For example, a notebook cell that runs twice."""
 
     def cell() -> type[Method[Any]]:
         @register("mine")
@@ -176,14 +177,14 @@ def test_a_class_that_is_defined_again_takes_its_place() -> None:
         ("mine", type("Same", (MoCoV3,), {"recipes": {"mocov2-r50-200ep": {}}}), "--recipe mocov2-r50-200ep is one of"),
     ],
 )  # fmt: skip
-def test_what_cannot_be_registered_is_refused(name: Any, given: Any, message: str) -> None:
+def test_invalid_registrations_are_refused(name: Any, given: Any, message: str) -> None:
     before = dict(registry._METHODS)
     with pytest.raises(UsageError, match=message):
         register(name)(given)
     assert before == registry._METHODS
 
 
-def test_what_a_method_does_not_say_is_said() -> None:
+def test_an_incomplete_method_is_reported() -> None:
     class Silent(Method[Any]):
         def __init__(self, backbone: Any, config: Any, *, backend: str | None = None) -> None:
             super().__init__(fastrm.methods.Encoder(backbone, torch.nn.Identity()), config, backend=backend)
@@ -217,20 +218,20 @@ def test_a_method_that_takes_three_views_is_trained_on_three(tmp_path: Path) -> 
     assert seen[-1] == ((32, 3, 16, 16),) * 3
 
 
-def test_a_file_of_a_method_that_is_not_known_is_scored_all_the_same(capsys: pytest.CaptureFixture[str]) -> None:
+def test_weights_of_an_unknown_method_are_scored(capsys: pytest.CaptureFixture[str]) -> None:
     assert _protocol("mocov2") == MoCoV2.linear_protocol
     assert capsys.readouterr().out == ""
     assert _protocol("theirs") == LinearProtocol()
     assert "the method theirs is not known here; trained as for mocov3" in capsys.readouterr().out
 
 
-READ_OUTSIDE = {  # of the method: by the queues' dtype, the schedules and the step
+READ_OUTSIDE = {  # settings that the queue's dtype, the schedules and the step read
     "queue_dtype", "teacher_temperature_start", "teacher_temperature_warmup_epochs", "freeze_prototypes_epochs",
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("name", names())
-def test_each_method_says_which_settings_it_reads(name: str) -> None:
+def test_each_method_declares_the_settings_that_it_reads(name: str) -> None:
     read: set[str] = set()
 
     class Recorded(MethodConfig):
@@ -262,13 +263,13 @@ def test_each_method_says_which_settings_it_reads(name: str) -> None:
         ({"method": "dino", "epochs": 1}, "the prototypes are never trained: --freeze-prototypes-epochs 1 of --epochs"),
     ],
 )
-def test_a_setting_without_effect_is_said(settings: dict[str, Any], told: str) -> None:
+def test_a_setting_without_effect_is_reported(settings: dict[str, Any], told: str) -> None:
     config = build(data="digits", **settings)
     (notice,) = without_effect(config, find(config.method.method))
     assert told in notice
 
 
-def test_settings_with_an_effect_are_not_remarked_on() -> None:
+def test_settings_with_an_effect_are_not_reported() -> None:
     for name in names():
         changed = {"temperature": 0.3} if "temperature" in find(name).uses else {}
         config = build(data="digits", method=name, epochs=3, lr=0.1, hidden_dim=16, **changed)
@@ -278,6 +279,6 @@ def test_settings_with_an_effect_are_not_remarked_on() -> None:
         assert not [*without_effect(config, find(config.method.method))]
 
     class Own(find("byol")):  # type: ignore[misc]
-        """May read what BYOL does not."""
+        """A subclass that may read settings which BYOL does not."""
 
     assert not [*without_effect(build(data="digits", method=Own, queue_size=64), Own)]

@@ -1,4 +1,4 @@
-"""The report: what is plotted is what was recorded, and a real browser shows it."""
+"""The report: plots show the recorded values, and a real browser displays them."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from tests.test_cli import fails
 
 
 def record(folder: Path, *, complete: bool = True, cut: str = "", **settings: Any) -> Path:
-    """A run folder with known numbers."""
+    """Write a run folder with known metrics."""
     folder.mkdir(parents=True)
     config = build(data="digits", arch="test_resnet", image_size=32, epochs=4, **settings)
     (folder / "config.json").write_text(json.dumps(config.flat()))
@@ -45,7 +45,7 @@ def record(folder: Path, *, complete: bool = True, cut: str = "", **settings: An
     return folder
 
 
-def test_what_is_drawn_is_what_was_recorded(tmp_path: Path) -> None:
+def test_plots_show_the_recorded_values(tmp_path: Path) -> None:
     runs = [read_run(record(tmp_path / f"w{w}", residual_weight=float(w))) for w in (0, 1)]
     plots = {plot.name: plot for plot in PLOTS}
     (chart,) = draw(plots["gap"], runs)
@@ -64,17 +64,17 @@ def test_what_is_drawn_is_what_was_recorded(tmp_path: Path) -> None:
     assert student.line.color == teacher.line.color
 
     _, rank = draw(plots["collapse"], runs)
-    assert len(rank.data[0].y) == 11  # one was not finite
+    assert len(rank.data[0].y) == 11  # one value was not finite
     assert draw(plots["online"], runs) == []
 
 
-def test_a_run_that_goes_on(tmp_path: Path) -> None:
+def test_a_report_of_a_run_in_progress(tmp_path: Path) -> None:
     run = read_run(record(tmp_path / "run", complete=False, cut='{"step": 13, "epo'))
     assert run.records[-1]["step"] == 12
     shown = report.report(report.ReportConfig(runs=(tmp_path / "run",)))
     assert shown == tmp_path / "run" / "report" / "index.html"
     assert "not complete" in shown.read_text()
-    (tmp_path / "run" / "summary.json").write_text('{"step": 6}')  # it was complete, and then went on
+    (tmp_path / "run" / "summary.json").write_text('{"step": 6}')  # it was complete, and then continued
     assert not read_run(tmp_path / "run").complete
     (tmp_path / "run" / "summary.json").write_text('{"step": 12}')
     assert read_run(tmp_path / "run").complete
@@ -113,7 +113,7 @@ def test_wrong_use_is_one_line_and_writes_nothing(
 def test_a_browser_shows_every_plot(tmp_path: Path, browser: Any) -> None:
     runs = tuple(record(tmp_path / name, residual_weight=w) for name, w in (("<b>w0 & é", 0.0), ("w1", 1.0)))
     sheets.save("--out", runs[1] / "views.png", Image.new("RGB", (40, 20), "red"))
-    Image.new("RGB", (40, 20)).save(runs[1] / "photograph.png")  # is no contact sheet
+    Image.new("RGB", (40, 20)).save(runs[1] / "photograph.png")  # not a contact sheet
     maps.save("--map", runs[0] / "by label.json", mapped(30, np.arange(30) % 12))
     maps.save("--map", runs[1] / "map.json", mapped(30, None))
     shown = report.report(report.ReportConfig(runs=runs, out=tmp_path / "page"))
@@ -154,12 +154,13 @@ def test_a_browser_shows_every_plot(tmp_path: Path, browser: Any) -> None:
 
 
 def mapped(count: int, labels: Any) -> Map:
+    """A map of ``count`` random points with labels or without."""
     rng = np.random.default_rng(0)
     names = [f"<b>{i}" + "/long" * 40 * (i == 1) for i in range(count)]
     return Map(f"{count} images", ("first", "second"), rng.normal(size=(count, 2)), names, labels)
 
 
-def test_a_map_has_a_point_per_image_and_a_curve_per_label() -> None:
+def test_a_map_has_one_point_per_image_and_one_curve_per_label() -> None:
     labels = np.array([0, 40, 40, 19, 0, 19])
     shown = mapped(6, labels)
     chart = draw_map(shown)
@@ -180,7 +181,7 @@ def test_a_map_has_a_point_per_image_and_a_curve_per_label() -> None:
     assert not many.layout.showlegend
 
 
-def test_a_map_that_was_changed_is_said(tmp_path: Path) -> None:
+def test_a_damaged_map_is_reported(tmp_path: Path) -> None:
     folder = record(tmp_path / "run")
     maps.save("--map", folder / "map.json", mapped(4, None))
     content = json.loads((folder / "map.json").read_text())
@@ -190,7 +191,7 @@ def test_a_map_that_was_changed_is_said(tmp_path: Path) -> None:
         read_run(folder)
 
 
-def test_without_labels_the_page_says_why_there_is_no_accuracy(tmp_path: Path) -> None:
+def test_without_labels_the_page_explains_the_missing_accuracy(tmp_path: Path) -> None:
     folder = record(tmp_path / "run")
     lines = (folder / "metrics.jsonl").read_text().splitlines()
     (folder / "metrics.jsonl").write_text("\n".join(line for line in lines if "knn" not in line) + "\n")

@@ -1,4 +1,4 @@
-"""A run loses nothing: it saves before it evaluates, finishes what is missing, and touches only what is its own."""
+"""The run folder: a run saves before it evaluates, and the same command completes what is missing."""
 
 from __future__ import annotations
 
@@ -30,24 +30,27 @@ Small = Callable[..., Config]
 
 @pytest.fixture
 def quick(small: Small, pictures: Path) -> Small:
-    """Six steps an epoch of 96 pictures in classes."""
+    """Settings of a run on 96 images in class folders, with six steps per epoch."""
     tiny = {"data": str(pictures / "classes"), "batch_size": 14, "hidden_dim": 8, "output_dim": 8, "epochs": 2}
     return lambda **leaves: small(**{**tiny, "predictor_hidden_dim": 8, **leaves})
 
 
 class Died(Exception):
-    """What no code of fastrm expects."""
+    """An error that no code of fastrm expects."""
 
 
 def dies(*_: object, **__: object) -> Any:
+    """Raise Died."""
     raise Died
 
 
 def no_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let every training step raise Died."""
     monkeypatch.setattr("fastrm.run.step.Step.__call__", dies)
 
 
 def timeless(summary: dict[str, Any]) -> dict[str, Any]:
+    """A summary without the images per second."""
     return {name: value for name, value in summary.items() if name != "images_per_second"}
 
 
@@ -73,7 +76,7 @@ def test_an_evaluation_that_dies_costs_no_step(
     assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == before
 
 
-def test_results_that_are_missing_are_made_without_a_step_or_an_evaluation(
+def test_missing_results_are_written_without_a_step_or_an_evaluation(
     quick: Small, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out = tmp_path / "run"
@@ -109,7 +112,7 @@ def test_a_complete_run_in_a_new_folder_gets_its_results_there(
 
 
 @pytest.mark.parametrize("resumed", [False, True])
-def test_fewer_steps_than_are_done_give_the_results_of_what_is_done(
+def test_fewer_steps_than_made_give_the_results_of_the_steps_made(
     resumed: bool, quick: Small, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "run"
@@ -129,10 +132,10 @@ def test_fewer_steps_than_are_done_give_the_results_of_what_is_done(
     assert summary["step"] == 3
     assert json.loads((new / "summary.json").read_text()) == summary
     monkeypatch.undo()
-    assert train.train(quick(max_steps=5, out=new))["step"] == 5  # and it can go on
+    assert train.train(quick(max_steps=5, out=new))["step"] == 5  # and the run can continue
 
 
-def test_a_summary_of_fewer_steps_is_no_sign_of_completion(
+def test_a_summary_of_fewer_steps_does_not_complete_a_run(
     quick: Small, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     train.train(quick(max_steps=1))
@@ -143,7 +146,7 @@ def test_a_summary_of_fewer_steps_is_no_sign_of_completion(
     assert train.train(quick(max_steps=2))["step"] == 2
 
 
-def test_a_profile_of_more_steps_than_the_run_has_is_left_out_and_said(
+def test_a_profile_of_more_steps_than_the_run_has_is_skipped_and_reported(
     quick: Small, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     train.train(quick(max_steps=3, profile=2))
@@ -152,7 +155,7 @@ def test_a_profile_of_more_steps_than_the_run_has_is_left_out_and_said(
 
 
 def odd(text: str) -> str:
-    """A name with a byte that is no UTF-8."""
+    """A name with a byte that is not UTF-8."""
     return os.fsdecode(text.encode() + b"\xff")
 
 
@@ -166,7 +169,7 @@ def odd_pictures(pictures: Path, tmp_path: Path) -> Path:
     return folder
 
 
-def test_data_whose_name_is_no_text_are_trained_on_to_the_end(
+def test_a_run_on_a_data_folder_with_an_invalid_name_completes(
     quick: Small, odd_pictures: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -179,17 +182,17 @@ def test_data_whose_name_is_no_text_are_trained_on_to_the_end(
     assert train.train(quick(data=str(odd_pictures), max_steps=2, eval_every=1, out=None)) == summary
 
 
-def test_an_output_folder_whose_name_is_no_text_is_refused_at_the_start(quick: Small, tmp_path: Path) -> None:
+def test_an_output_folder_with_an_invalid_name_is_refused_at_the_start(quick: Small, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=re.escape(r"run\xff is not valid UTF-8")):
         train.train(quick(out=tmp_path / odd("run")))
     assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.slow
-def test_from_the_parent_of_a_checkout_a_run_ends_well(tmp_path: Path) -> None:
-    """There ``fastrm/`` is the checkout, which Python takes for a namespace package: ``fastrm/__init__.py`` never runs.
+def test_a_run_from_the_parent_folder_of_a_checkout_completes(tmp_path: Path) -> None:
+    """In that folder, ``fastrm/`` is the checkout, which Python takes for a namespace package without ``__init__.py``.
 
-    An editable installation's finder leads to the modules below it all the same; so does this one.
+    The finder of an editable installation still finds the modules below it, and so does the finder of this test.
     """
     checkout = tmp_path / "fastrm"
     checkout.mkdir()
@@ -212,7 +215,7 @@ def test_from_the_parent_of_a_checkout_a_run_ends_well(tmp_path: Path) -> None:
         "--data digits --arch test_resnet --image-size 32 --batch-size 8 --epochs 1 --max-steps 1 --eval-every 0"
     )
     arguments += " --hidden-dim 8 --output-dim 8 --predictor-hidden-dim 8 --out out"
-    # What is installed would be found first, and lead elsewhere: it is taken out of the way.
+    # The finder of an installed fastrm would lead elsewhere, so it is removed.
     start = (
         "import sys, runpy; sys.path.insert(0, '')\n"
         "sys.meta_path[:] = [f for f in sys.meta_path if 'editable' not in repr(f)]\n"
@@ -229,7 +232,7 @@ def test_from_the_parent_of_a_checkout_a_run_ends_well(tmp_path: Path) -> None:
     assert (tmp_path / "out" / "checkpoint.pt").is_file()
 
 
-def test_where_the_version_comes_from(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_the_source_of_the_version(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     package = tmp_path / "fastrm"
     package.mkdir()
     monkeypatch.setattr(version, "__file__", str(package / "version.py"))
@@ -238,7 +241,7 @@ def test_where_the_version_comes_from(monkeypatch: pytest.MonkeyPatch, tmp_path:
     (tmp_path / "pyproject.toml").write_text('[project]\nname = "other"\nversion = "7"\n')
     assert version._version() == "fastrm 1.2"  # copied into another project
     (tmp_path / "pyproject.toml").write_text('[project]\nname = "fastrm"\nversion = "8"\n')
-    assert version._version() == "8"  # a checkout, whatever is installed besides
+    assert version._version() == "8"  # a checkout has priority over an installed package
     (tmp_path / "pyproject.toml").unlink()
 
     def missing(name: str) -> str:

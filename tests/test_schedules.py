@@ -1,4 +1,4 @@
-"""Schedules and parameter groups."""
+"""Schedules of learning rate, teacher momentum and residual weight, and parameter groups."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from fastrm.settings.config import build, resolved
 
 
 def schedule(**leaves: object) -> Schedule:
+    """A schedule of 10 steps per epoch with a batch size of 512."""
     config = resolved(build(**{"data": "digits", "batch_size": 512, **leaves}), 1)
     return Schedule(config.optim, config.method, 512, steps_per_epoch=10)
 
@@ -23,12 +24,12 @@ def test_learning_rate_warms_up_and_follows_a_half_cosine() -> None:
     np.testing.assert_allclose(rates[0], 0.02)
     np.testing.assert_allclose(rates[25], (0.01 + 0.29 / 2) * 2)
     np.testing.assert_allclose(rates[50], peak)
-    np.testing.assert_allclose(rates[125], peak / 2)  # half of what follows the warm-up
+    np.testing.assert_allclose(rates[125], peak / 2)  # half of the steps after the warm-up
     assert max(rates) == rates[50]
     assert rates[-1] < 1e-3 * peak
 
 
-def test_teacher_momentum_goes_from_its_start_to_its_end() -> None:
+def test_teacher_momentum_follows_a_half_cosine() -> None:
     plan = schedule(epochs=4, teacher_momentum=0.9, teacher_momentum_end=1.0)
     values = [plan.teacher_momentum(step) for step in (0, 10, 20, 40)]
     # 1 - 0.1 * (1 + cos(pi * share)) / 2
@@ -43,13 +44,13 @@ def test_residual_weight_warms_up() -> None:
     assert schedule(epochs=4, residual_weight=0.5).residual_weight(0) == 0.5
 
 
-def test_max_steps_stops_early_and_leaves_the_schedules() -> None:
+def test_max_steps_stops_early_and_does_not_change_the_schedules() -> None:
     whole, cut = schedule(epochs=4), schedule(epochs=4, max_steps=7)
     assert (whole.total, cut.total) == (40, 7)
     assert [whole.lr(s) for s in range(7)] == [cut.lr(s) for s in range(7)]
 
 
-def test_parameter_groups() -> None:
+def test_parameter_groups_and_weight_decay() -> None:
     small = {"arch": "test_vit", "image_size": 48, "hidden_dim": 8, "output_dim": 4, "predictor_hidden_dim": 8}
     method = build_method(build(data="x", weight_decay=0.1, **small))
     trained = {p: n for n, p in method.named_parameters() if p.requires_grad}

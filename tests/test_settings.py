@@ -1,4 +1,4 @@
-"""How settings are given: in a file, in Python's forms, by other programs' words; and the commands as one."""
+"""Settings in files and in Python, words of other programs, and the list of commands."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def test_the_settings_of_make_demo_are_valid() -> None:
     ],
     ids=str,
 )  # fmt: skip
-def test_what_a_field_may_be_is_read_off_its_type(kind: Any, right: list[Any], wrong: dict[Any, str]) -> None:
+def test_the_type_of_a_field_states_its_valid_values(kind: Any, right: list[Any], wrong: dict[Any, str]) -> None:
     assert [value for value in right if problem(value, kind) is not None] == []
     for value, says in wrong.items():
         found = problem(value, kind)
@@ -66,7 +66,7 @@ def test_what_a_field_may_be_is_read_off_its_type(kind: Any, right: list[Any], w
 
 
 def test_every_number_has_a_range() -> None:
-    """So that infinity, and what no float holds, is refused everywhere."""
+    """Infinity, NaN, and integers that no float can represent, are refused for every number."""
     assert [name for name, kind in KINDS.items() if problem(10**400, kind) is None] == []
     assert [name for name, kind in KINDS.items() if problem(math.inf, kind) is None] == []
     assert [name for name, kind in KINDS.items() if problem(math.nan, kind) is None] == []
@@ -85,14 +85,14 @@ def test_every_number_has_a_range() -> None:
         ({"out": "some/run"}, "out", "some/run"),
     ],
 )
-def test_values_are_taken_in_pythons_forms(leaves: dict[str, Any], name: str, held: Any) -> None:
+def test_values_are_accepted_in_the_forms_of_python(leaves: dict[str, Any], name: str, held: Any) -> None:
     flat = build(**{"data": "digits", **leaves}).flat()
     assert flat[name] == held
     assert from_flat(json.loads(json.dumps(flat))).flat() == flat
 
 
 @pytest.mark.parametrize("name", ["scan", "loader", "kernels"])
-def test_a_bool_is_no_choice_where_none_is_on_or_off(name: str) -> None:
+def test_a_bool_is_refused_for_choices_without_on_and_off(name: str) -> None:
     assert build(data="digits", scan=False).input.scan is False
     if name != "scan":
         with pytest.raises(UsageError, match=f"--{name} True is unknown; choose one of auto"):
@@ -106,7 +106,7 @@ def test_loggers_are_a_list_of_flags() -> None:
 
 
 @pytest.mark.parametrize("meant", sorted(set(SYNONYMS.values())))
-def test_every_word_of_other_programs_means_a_setting(meant: str) -> None:
+def test_every_synonym_means_a_setting(meant: str) -> None:
     assert meant in KINDS
     assert not SYNONYMS.keys() & KINDS.keys()
 
@@ -119,7 +119,7 @@ def test_every_word_of_other_programs_means_a_setting(meant: str) -> None:
         ("tau", "temperature"), ("optimiser", "optimizer"), ("epoch", "epochs"),
     ],
 )  # fmt: skip
-def test_a_near_miss_says_what_was_meant(word: str, meant: str) -> None:
+def test_a_near_miss_suggests_the_setting(word: str, meant: str) -> None:
     flag = word.replace("_", "-")
     assert near(word, KINDS) == near(f"--{flag}", KINDS) == meant
     with pytest.raises(UsageError, match=f"--{flag}.*did you mean --{meant.replace('_', '-')}\\?"):
@@ -128,18 +128,19 @@ def test_a_near_miss_says_what_was_meant(word: str, meant: str) -> None:
         build(**{"data": "digits", word: 1})
 
 
-def test_nothing_is_near_to_nonsense() -> None:
+def test_nonsense_has_no_suggestion() -> None:
     assert near("--xyzzy", KINDS) is None
     assert near("--momentum", ["knn", "linear"]) is None
 
 
 def written(folder: Path, name: str, content: str) -> list[str]:
+    """Write a settings file, and return the flags that read it."""
     path = folder / name
     path.write_text(content, encoding="utf-8")
     return ["--config", str(path)]
 
 
-def test_a_runs_settings_are_taken_over_but_for_where_it_lies(tmp_path: Path) -> None:
+def test_settings_of_a_run_are_used_except_its_folder(tmp_path: Path) -> None:
     then = build(
         data="digits", method="mocov2", arch="test_resnet", epochs=7, lr=0.5, batch_size=64, out="old", resume="never",
         log_to=["wandb"], compile=False, data_root="somewhere", scan=False,
@@ -152,17 +153,18 @@ def test_a_runs_settings_are_taken_over_but_for_where_it_lies(tmp_path: Path) ->
     assert read_flags([*flags[2:], f"--config={file[1]}"]).flat() == now
 
 
-def test_a_file_is_between_the_defaults_and_the_flags(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_overrides_defaults_and_flags_override_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
     lines = ['data = "~/pictures"', 'method = "mocov2"', "epochs = 12", "weight_decay = 1", "compile = true"]
     file = written(tmp_path, "mine.toml", "\n".join([*lines, 'log_to = ["wandb"]', 'out = "~/runs/mine"']))
     flat = read_flags(file).flat()
     assert flat["data"] == f"{tmp_path}/pictures"
     assert flat["out"] == f"{tmp_path}/runs/mine"
-    assert (flat["optimizer"], flat["lr"]) == ("sgd", 0.03)  # the method's
+    assert (flat["optimizer"], flat["lr"]) == ("sgd", 0.03)  # the values of the method
     assert (flat["weight_decay"], flat["compile"], flat["log_to"], flat["epochs"]) == (1, "on", ["wandb"], 12)
     assert read_flags([*file, "--method", "mocov3"]).optim.optimizer == "lars"
-    named = read_flags([*file, "--recipe", "mocov3-r18-cifar100-1000ep"]).flat()  # a flag, and so above the file
+    # the recipe is a flag, and so overrides the file
+    named = read_flags([*file, "--recipe", "mocov3-r18-cifar100-1000ep"]).flat()
     assert (named["method"], named["weight_decay"], named["epochs"], named["compile"]) == ("mocov3", 1e-6, 1000, "on")
     assert read_flags(["--config", "~/mine.toml"]).flat() == flat
 
@@ -188,7 +190,7 @@ def test_a_file_is_between_the_defaults_and_the_flags(tmp_path: Path, monkeypatc
         ("a.yaml", "lr: 1", "it must end in .json, as a run's config.json does, or .toml"),
     ],
 )
-def test_what_is_wrong_in_a_file_is_said_with_its_name(
+def test_an_error_in_a_file_names_the_file(
     name: str, content: str, says: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     said = fails(train.main, ["--data", "digits", *written(tmp_path, name, content)], capsys)
@@ -196,7 +198,7 @@ def test_what_is_wrong_in_a_file_is_said_with_its_name(
     assert len(said.splitlines()) == 1
 
 
-def test_a_file_that_is_not_there(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_missing_or_invalid_settings_file_is_reported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     missing = str(tmp_path / "none.toml")
     assert "cannot be read: No such file" in fails(train.main, ["--config", missing], capsys)
     (tmp_path / "latin.toml").write_bytes(b'data = "\xe9"')
@@ -208,7 +210,7 @@ def test_a_file_that_is_not_there(tmp_path: Path, capsys: pytest.CaptureFixture[
     ("kind", "others"),
     [(evaluate.EvaluateConfig, ["--knn"]), (export.ExportConfig, ["--format", "timm", "--out", "x"])],
 )
-def test_a_run_is_named_by_its_place_or_as_the_checkpoint(kind: Any, others: list[str]) -> None:
+def test_a_run_is_named_as_an_argument_or_as_the_checkpoint(kind: Any, others: list[str]) -> None:
     for argv in (["runs/mine", *others], [*others, "runs/mine"], ["--checkpoint", "runs/mine", *others]):
         assert command_line.parse(kind, argv, prog="command").path == Path("runs/mine")
     with pytest.raises(UsageError, match="name a run folder, or one of its files: RUN, or --checkpoint RUN"):
@@ -217,7 +219,7 @@ def test_a_run_is_named_by_its_place_or_as_the_checkpoint(kind: Any, others: lis
         _ = command_line.parse(kind, ["a", "--checkpoint", "b", *others], prog="command").path
 
 
-def test_a_report_takes_several_runs_or_a_checkpoint() -> None:
+def test_a_report_accepts_several_runs_or_a_checkpoint() -> None:
     def of(*argv: str) -> list[Path]:
         options = command_line.parse(report.ReportConfig, argv, prog="command")
         return given(options.runs, options.checkpoint)
@@ -252,17 +254,17 @@ def test_a_command_is_run_by_its_name() -> None:
     assert done.stderr == "error: nowhere is not a run folder: it has no metrics.jsonl\n"
 
 
-def test_what_needs_no_torch_imports_none() -> None:
+def test_commands_without_torch_do_not_import_it() -> None:
     code = "import sys, fastrm.report, fastrm.__main__, fastrm.settings.flags; print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=100)
     assert done.stdout == "False\n", done.stderr
 
 
-def test_the_settings_name_no_setting_twice() -> None:
+def test_the_settings_cover_every_field() -> None:
     assert Config().flat().keys() == KINDS.keys()
 
 
-def test_commands_take_pythons_forms_too(tmp_path: Path) -> None:
+def test_commands_accept_the_forms_of_python(tmp_path: Path) -> None:
     given_: Any = {"runs": [str(tmp_path / "a"), tmp_path / "b"], "out": "page"}
     options = checked(report.ReportConfig(**given_))
     assert (options.runs, options.out) == ((tmp_path / "a", tmp_path / "b"), Path("page"))

@@ -1,4 +1,4 @@
-"""What is in real shards besides an image and a label each: used, passed over and counted, or refused by name."""
+"""Shards with more than an image and a label per sample: members are used, skipped and counted, or refused."""
 
 from __future__ import annotations
 
@@ -22,13 +22,14 @@ from fastrm.files import cache_root
 
 
 def picture(shade: int = 0, kind: str = "JPEG") -> bytes:
+    """The bytes of an image of 9x7 pixels with this red value."""
     written = io.BytesIO()
     Image.new("RGB", (9, 7), (shade, 0, 0)).save(written, kind)
     return written.getvalue()
 
 
 def pack(path: Path, members: list[tuple[str, bytes]], **kinds: Any) -> str:
-    """Write a tar file; ``kinds`` gives the links in it as (kind, target) by name."""
+    """Write a tar file; ``kinds`` maps the names of links to (kind, target)."""
     with tarfile.open(path, "w") as tar:
         for name, content in members:
             info = tarfile.TarInfo(name)
@@ -41,20 +42,23 @@ def pack(path: Path, members: list[tuple[str, bytes]], **kinds: Any) -> str:
 
 
 def samples(*keys: str, ending: str = "jpg") -> list[tuple[str, bytes]]:
+    """Members for each key: an image, and its number as label."""
     return [part for i, key in enumerate(keys) for part in ((f"{key}.{ending}", picture(i)), (f"{key}.cls", b"%d" % i))]
 
 
 def names(source: Source) -> list[str]:
+    """The file names of all images."""
     assert isinstance(source.train, ShardImages)
     return [Path(source.train.name(index)).name for index in range(len(source.train))]
 
 
 def labels(source: Source) -> list[int]:
+    """The labels of all images."""
     assert source.train.labels is not None
     return source.train.labels.tolist()
 
 
-def test_a_sample_as_img2dataset_and_segmentation_sets_write_it(tmp_path: Path) -> None:
+def test_samples_as_img2dataset_and_segmentation_sets_store_them(tmp_path: Path) -> None:
     members = []
     for i in range(3):
         extra = [(f"000{i}.json", b"{}"), (f"000{i}.txt", b"a caption"), (f"000{i}.seg.png", picture(9, "PNG"))]
@@ -65,7 +69,7 @@ def test_a_sample_as_img2dataset_and_segmentation_sets_write_it(tmp_path: Path) 
     assert source.about.endswith("skipped: 3 .json, 3 .seg.png, 3 .txt, 1 hidden, 1 without an ending")
 
 
-def test_keys_are_paths_and_endings_have_no_case(tmp_path: Path) -> None:
+def test_keys_are_paths_and_the_case_of_endings_is_ignored(tmp_path: Path) -> None:
     members = [("./a/0.CLS", b"1"), ("a/0.JPG", picture()), ("b/0.PNG", picture(1, "PNG")), ("b/0.cls", b"0")]
     source = open_source(pack(tmp_path / "a.TAR", members))
     assert labels(source) == [1, 0]
@@ -87,14 +91,14 @@ def test_keys_are_paths_and_endings_have_no_case(tmp_path: Path) -> None:
         ([("a.txt", b""), ("b.mp4", b"")], "holds no image; skipped: 1 .mp4, 1 .txt; looked for what Pillow reads"),
     ],
 )
-def test_what_is_not_one_image_and_one_label_is_named(
+def test_samples_without_one_image_and_one_label_are_refused(
     members: list[tuple[str, bytes]], message: str, tmp_path: Path
 ) -> None:
     with pytest.raises(UsageError, match=message):
         open_source(pack(tmp_path / "a.tar", members))
 
 
-def test_labels_that_are_missing_are_counted(tmp_path: Path) -> None:
+def test_missing_labels_are_counted(tmp_path: Path) -> None:
     members = [*samples("0", "1"), ("2.jpg", picture()), ("3.cls", b"3"), ("1.fine.cls", b"9")]
     source = open_source(pack(tmp_path / "a.tar", members))
     assert source.train.labels is source.test is None
@@ -104,7 +108,7 @@ def test_labels_that_are_missing_are_counted(tmp_path: Path) -> None:
     )
 
 
-def test_links_in_a_shard(tmp_path: Path) -> None:
+def test_hard_links_are_followed_and_other_links_are_counted(tmp_path: Path) -> None:
     links = {
         "1.jpg": (tarfile.LNKTYPE, "0.jpg"), "1.cls": (tarfile.LNKTYPE, "0.cls"), "2.jpg": (tarfile.LNKTYPE, "9.jpg"),
         "3.jpg": (tarfile.SYMTYPE, "0.jpg"), "4.jpg": (tarfile.FIFOTYPE, ""),
@@ -128,7 +132,7 @@ def test_a_sparse_member_is_named(tmp_path: Path) -> None:
         open_source(str(tmp_path / "a.tar"))
 
 
-def test_packed_shards_say_what_to_do(tmp_path: Path) -> None:
+def test_compressed_shards_are_refused_with_advice(tmp_path: Path) -> None:
     pack(tmp_path / "a.tar", samples("0", "1"))
     packed = gzip.compress((tmp_path / "a.tar").read_bytes())
     for name, message in (
@@ -141,7 +145,7 @@ def test_packed_shards_say_what_to_do(tmp_path: Path) -> None:
             open_source(str(tmp_path / name))
 
 
-def test_a_tar_file_of_which_a_reader_would_see_a_part(tmp_path: Path) -> None:
+def test_joined_damaged_or_truncated_tar_files_are_refused(tmp_path: Path) -> None:
     for name in "ab":
         pack(tmp_path / f"{name}.tar", samples(f"{name}0", f"{name}1"))
     first, second = ((tmp_path / f"{name}.tar").read_bytes() for name in "ab")
@@ -161,7 +165,7 @@ def test_a_tar_file_of_which_a_reader_would_see_a_part(tmp_path: Path) -> None:
     assert "1 shards have no end mark and may be cut off (first" in open_source(str(tmp_path / "unended.tar")).about
 
 
-def test_patterns(tmp_path: Path) -> None:
+def test_patterns_of_shards(tmp_path: Path) -> None:
     for i in (0, 9, 10):
         pack(tmp_path / f"train-{i}.tar", samples(f"{i}", f"1{i}"))
     pack(tmp_path / "{odd}[1].tar", samples("odd", "even"))
@@ -185,7 +189,7 @@ def test_patterns(tmp_path: Path) -> None:
         open_source(str(tmp_path / "train-*.tar"))
 
 
-def test_an_empty_shard_is_said(tmp_path: Path) -> None:
+def test_an_empty_shard_is_reported(tmp_path: Path) -> None:
     pack(tmp_path / "0.tar", samples("0", "1"))
     pack(tmp_path / "1.tar", [("a.json", b"")])
     source = open_source(str(tmp_path / "{0,1}.tar"))
@@ -195,8 +199,8 @@ def test_an_empty_shard_is_said(tmp_path: Path) -> None:
         open_source(str(tmp_path / "{0,1}.tar"))
 
 
-def test_labels_go_with_their_pictures(tmp_path: Path) -> None:
-    """Whatever the order of the members: the label says the shade."""
+def test_labels_belong_to_their_images(tmp_path: Path) -> None:
+    """The labels equal the red values of the images for any order of the members."""
     rng = np.random.default_rng(0)
     members = [part for i in range(20) for part in ((f"k{i}.png", picture(i, "PNG")), (f"k{i}.cls", b"%d" % i))]
     members = [members[i] for i in rng.permutation(len(members))]
@@ -207,13 +211,13 @@ def test_labels_go_with_their_pictures(tmp_path: Path) -> None:
 
 @pytest.fixture
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A cache of this test's own."""
+    """The index folder of a cache that only this test uses."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     return cache_root() / "index"
 
 
 class Work:
-    """The shards that are read, and how many members are decoded."""
+    """Records the shards that are read, and counts the members that are decoded."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.read: list[str] = []
@@ -232,7 +236,7 @@ class Work:
         monkeypatch.setattr(scan, "examined", looking)
 
     def since(self) -> tuple[list[str], int]:
-        """Both, which start anew."""
+        """The shards and the count since the last call."""
         found = sorted(self.read), self.decoded
         self.read, self.decoded = [], 0
         return found
@@ -245,7 +249,7 @@ def work(monkeypatch: pytest.MonkeyPatch, cache: Path) -> Work:
 
 @pytest.fixture
 def packed(tmp_path: Path) -> Path:
-    """Three shards of 3, 0 and 2 images, packed long ago, of which one has no label, and the last no end mark."""
+    """Three shards, packed long ago: with 3 images of which one has no label, without images, and without an end mark."""
     folder = tmp_path / "shards"
     folder.mkdir()
     pack(folder / "0.tar", [*samples("a/0", "a/1"), ("a/2.jpg", picture(2)), ("a/2.json", b"{}")])
@@ -258,7 +262,7 @@ def packed(tmp_path: Path) -> Path:
 
 
 def told(source: Source) -> tuple[object, ...]:
-    """All that a source says of its shards."""
+    """Names and content, labels, hashes and description of a source."""
     images = source.train
     assert isinstance(images, ShardImages)
     each = [(images.name(i), images.content(i)) for i in range(len(images))]
@@ -266,10 +270,11 @@ def told(source: Source) -> tuple[object, ...]:
 
 
 def searched(data: object) -> tuple[object, ...]:
+    """The same after opening and scanning the data."""
     return told(scan.scan(open_source(str(data)), workers=1)[0])
 
 
-def test_the_second_start_says_the_same_without_reading_the_shards(packed: Path, work: Work) -> None:
+def test_the_second_start_does_not_read_the_shards(packed: Path, work: Work) -> None:
     first = searched(packed)
     assert work.since() == (["0.tar", "1.tar", "2.tar"], 5)
     assert searched(packed) == searched(f"{packed}/{{0,1,2}}.tar") == first
@@ -286,7 +291,7 @@ def test_the_second_start_says_the_same_without_reading_the_shards(packed: Path,
     assert first[2] == want
 
 
-def test_labels_come_from_the_index(tmp_path: Path, work: Work) -> None:
+def test_labels_are_read_from_the_index(tmp_path: Path, work: Work) -> None:
     path = pack(tmp_path / "a.tar", samples(*"abcdefghijkl"))
     os.utime(path, (1e9, 1e9))
     for _ in range(2):
@@ -299,9 +304,9 @@ def test_labels_come_from_the_index(tmp_path: Path, work: Work) -> None:
 
 
 @pytest.mark.parametrize("settled", [True, False])
-def test_a_shard_that_changed_is_read_anew_and_the_others_are_not(settled: bool, packed: Path, work: Work) -> None:
+def test_only_a_changed_shard_is_read_again(settled: bool, packed: Path, work: Work) -> None:
     searched(packed)
-    if not settled:  # it may be changed again, and get the same time
+    if not settled:  # it may change again and get the same time
         os.utime(packed / "2.tar")
         searched(packed)
         work.since()
@@ -321,7 +326,7 @@ def test_a_shard_that_changed_is_read_anew_and_the_others_are_not(settled: bool,
     assert len(list(cache_root().glob("index/*"))) == 1
 
 
-def test_a_shard_that_changes_while_it_is_used_is_said(packed: Path, work: Work) -> None:
+def test_a_shard_that_changes_during_use_is_reported(packed: Path, work: Work) -> None:
     open_source(str(packed))
     images = open_source(str(packed)).train
     assert isinstance(images, ShardImages)
@@ -337,7 +342,7 @@ def test_a_shard_that_changes_while_it_is_used_is_said(packed: Path, work: Work)
     assert work.since()[0] == ["2.tar"]
 
 
-def test_nothing_is_kept_of_shards_with_an_error(packed: Path, cache: Path) -> None:
+def test_no_index_is_kept_of_shards_with_an_error(packed: Path, cache: Path) -> None:
     pack(packed / "3.tar", [*samples("0"), ("0.jpg", picture(3))])
     os.utime(packed / "3.tar", (1e9, 1e9))
     for _ in range(2):
@@ -350,7 +355,7 @@ def test_nothing_is_kept_of_shards_with_an_error(packed: Path, cache: Path) -> N
     assert not cache.exists()
 
 
-def test_a_set_of_shards_is_small_to_send_and_found_where_it_was_moved(packed: Path, work: Work) -> None:
+def test_shards_are_pickled_as_paths_and_found_after_a_move(packed: Path, work: Work) -> None:
     images = open_source(str(packed)).train.subset(np.array([4, 0]))
     sent = pickle.dumps(images)
     assert len(sent) < 1000

@@ -1,4 +1,4 @@
-"""What shells, pipes and containers do to a command: one line or silence, and nothing is lost."""
+"""Commands in shells, pipes and containers: each problem gives one line or silence, and nothing is lost."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ from fastrm.terminal import shell
 from tests.test_cli import ROOT, TINY
 
 Small = Callable[..., Config]
-LIGHT = "from fastrm.terminal.shell import run; import sys\n"  # without torch a process starts in no time
+LIGHT = "from fastrm.terminal.shell import run; import sys\n"  # without torch a process starts quickly
 
 
 def light(code: str, *, env: dict[str, str] | None = None, before: tuple[str, ...] = (), **options: Any) -> Any:
-    """A process of its own whose command is ``code``."""
+    """Run ``code`` as a command in a process of its own."""
     options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, **options}
     surroundings = {"PATH": os.environ["PATH"], "PYTHONPATH": str(ROOT), **(env or {})}
     command = [*before, sys.executable, "-c", LIGHT + code]
@@ -39,6 +39,7 @@ def light(code: str, *, env: dict[str, str] | None = None, before: tuple[str, ..
 
 
 def unknown_user() -> tuple[str, ...]:
+    """The command that runs another command as a user without an entry in the system; skips the test if it cannot."""
     if not hasattr(os, "getuid") or os.getuid() != 0:
         pytest.skip("only root can become a user whom the system does not know")
     if subprocess.run(["which", "setpriv"], capture_output=True).returncode:
@@ -48,14 +49,14 @@ def unknown_user() -> tuple[str, ...]:
 
 @pytest.fixture
 def common() -> Iterator[Path]:
-    """A folder that every user can enter and write; pytest's own is one user's."""
+    """A folder that every user can enter and write; pytest's own belongs to one user."""
     folder = Path(tempfile.mkdtemp())
     folder.chmod(0o777)
     yield folder
     shutil.rmtree(folder)
 
 
-def test_a_user_whom_the_system_does_not_know_gets_a_home_for_caches(common: Path) -> None:
+def test_an_unknown_user_gets_a_home_for_caches(common: Path) -> None:
     before = unknown_user()
     code = (
         "import getpass, os; from pathlib import Path; from fastrm.files import cache_root\n"
@@ -64,14 +65,14 @@ def test_a_user_whom_the_system_does_not_know_gets_a_home_for_caches(common: Pat
     lent = f"{common}/fastrm-54321"
     done = light(code, before=before, env={"TMPDIR": str(common)})
     assert done.stdout.split() == ["54321", "54321", f"{lent}/.cache/fastrm", "None"], done.stderr
-    # A home that is not one's own to write, such as the / that Docker gives.
+    # A home that the user cannot write, such as the "/" that Docker sets.
     done = light(code, before=before, env={"TMPDIR": str(common), "HOME": "/", "XDG_CACHE_HOME": "/cache"})
     assert done.stdout.split() == ["54321", "0", "/cache/fastrm", lent], done.stderr
 
 
-def test_a_place_for_caches_that_another_user_has_prepared_is_not_taken(common: Path) -> None:
+def test_a_cache_folder_of_another_user_is_not_used(common: Path) -> None:
     before = unknown_user()
-    (common / "fastrm-54321").mkdir(mode=0o777)  # root's, who could put compiled kernels there
+    (common / "fastrm-54321").mkdir(mode=0o777)  # it belongs to root, who could put compiled kernels there
     done = light(
         "from fastrm.files import home\nrun(lambda: print(home()))", before=before, env={"TMPDIR": str(common)}
     )
@@ -80,8 +81,8 @@ def test_a_place_for_caches_that_another_user_has_prepared_is_not_taken(common: 
 
 
 @pytest.mark.slow
-def test_no_home_at_all(common: Path) -> None:
-    """The real thing once: training, as a user whom the system does not know, in a folder of anybody's."""
+def test_a_run_of_an_unknown_user_without_a_home(common: Path) -> None:
+    """A complete training run, as a user without an entry in the system, in a folder that anyone can write."""
     command = [*unknown_user(), sys.executable, "-m", "fastrm.train", "--data", "digits", *TINY, "--max-steps", "1"]
     surroundings = {"PATH": os.environ["PATH"], "PYTHONPATH": str(ROOT)}
     done = subprocess.run(
@@ -93,7 +94,7 @@ def test_no_home_at_all(common: Path) -> None:
         timeout=500,
     )
     assert done.returncode == 0, done.stderr
-    assert [path.name for path in common.iterdir()] == ["run"]  # and no folder that is called ~
+    assert [path.name for path in common.iterdir()] == ["run"]  # and no folder with the name "~"
 
 
 @pytest.mark.parametrize(
@@ -113,7 +114,7 @@ def test_no_home_at_all(common: Path) -> None:
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
-def test_the_home_folder_in_a_flag(
+def test_the_home_folder_is_expanded_in_flags(
     kind: type, flags: list[str], name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
@@ -124,7 +125,7 @@ def test_the_home_folder_in_a_flag(
         command_line.parse(kind, [*flags, f"--{name}=~nobody-here/x"], prog="command")
 
 
-def test_the_home_folder_elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_home_folder_is_expanded_in_arguments_and_python(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
     runs = command_line.parse(report.ReportConfig, ["~/a", "b/~"], prog="command").runs
     assert runs == (tmp_path / "a", Path("b/~"))
@@ -133,7 +134,7 @@ def test_the_home_folder_elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         data.open_source("~/none")
 
 
-def test_relative_data_are_found_from_every_folder(
+def test_relative_data_paths_are_found_from_any_folder(
     small: Small, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(pictures)
@@ -148,7 +149,7 @@ def test_relative_data_are_found_from_every_folder(
         data.open_source("classes")
 
 
-def test_streams_without_the_characters(tmp_path: Path) -> None:
+def test_characters_that_a_stream_cannot_encode_are_replaced(tmp_path: Path) -> None:
     score = "'71.00 ±1.50…', 'caf\\xe9', b'\\xff.jpg'.decode(errors='surrogateescape')"
     done = light(f"run(lambda: print({score}))", env={"PYTHONIOENCODING": "ascii", "LC_ALL": "C"})
     assert (done.returncode, done.stdout) == (0, "71.00 +-1.50... caf\\xe9 \\udcff.jpg\n"), done.stderr
@@ -157,7 +158,7 @@ def test_streams_without_the_characters(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("unbuffered", ["", "1"])
-def test_output_that_nobody_reads_ends_a_command_in_silence(unbuffered: str) -> None:
+def test_a_closed_pipe_ends_a_command_silently(unbuffered: str) -> None:
     read, write = os.pipe()
     os.close(read)
     done = light("run(lambda: print('line'))", env={"PYTHONUNBUFFERED": unbuffered}, stdout=write)
@@ -166,34 +167,36 @@ def test_output_that_nobody_reads_ends_a_command_in_silence(unbuffered: str) -> 
 
 
 @pytest.mark.parametrize("unbuffered", ["", "1"])
-def test_output_to_a_full_disk_is_one_line(unbuffered: str) -> None:
+def test_output_to_a_full_disk_gives_one_line(unbuffered: str) -> None:
     if not Path("/dev/full").exists():
         pytest.skip("there is no /dev/full")
     with open("/dev/full", "w") as full:
         done = light("run(lambda: print('line'))", env={"PYTHONUNBUFFERED": unbuffered}, stdout=full)
     said = "error: standard output cannot be written: No space left on device\n"
     assert (done.returncode, done.stderr) == (1, said)
-    # An error of a file of the command's own is no fault of standard output.
+    # An error in a file of the command is not an error of standard output.
     done = light("def main():\n    raise BrokenPipeError(32, 'Broken pipe')\nrun(main)")
     assert "BrokenPipeError" in done.stderr
 
 
-def test_closed_streams(tmp_path: Path) -> None:
-    """A file that a command writes must not get the number of a closed stream, and with it what others print there."""
+def test_closed_standard_streams(tmp_path: Path) -> None:
+    """A file that a command opens must not get the number of a closed stream, because output for that stream would go
+    to it.
+    """
     code = "import os; run(lambda: (print('line'), sys.exit(os.open('file', os.O_CREAT) > 2)))"
     shut = ["sh", "-c", 'exec "$@" <&- >&- 2>&-', "sh"]
     assert light(code, before=tuple(shut), cwd=tmp_path).returncode == 1
     assert light("run(lambda: print('line'))", before=tuple(shut), cwd=tmp_path).returncode == 0
 
 
-def test_a_current_folder_that_is_gone(tmp_path: Path) -> None:
+def test_a_deleted_current_folder_is_reported(tmp_path: Path) -> None:
     gone = ("sh", "-c", f'mkdir "{tmp_path}/gone"; cd "{tmp_path}/gone"; rmdir ../gone; exec "$@"', "sh")
     done = light("run(lambda: print('line'))", before=gone)
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.startswith("error: the current folder cannot be used: No such file or directory")
 
 
-def test_a_run_goes_on_without_standard_output(
+def test_a_run_continues_without_standard_output(
     small: Small, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     read, write = os.pipe()
@@ -208,7 +211,7 @@ def test_a_run_goes_on_without_standard_output(
     assert said == "notice: standard output cannot be written: Broken pipe; the run continues, and logs to its folder\n"
 
 
-def test_a_signal_that_comes_while_all_are_asked_is_not_lost(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_signal_during_the_collective_is_not_lost(monkeypatch: pytest.MonkeyPatch) -> None:
     plain = torch.tensor
 
     def meanwhile(values: object) -> torch.Tensor:
@@ -221,8 +224,8 @@ def test_a_signal_that_comes_while_all_are_asked_is_not_lost(monkeypatch: pytest
         assert [signals.asked().save for _ in range(3)] == [False, True, False]
 
 
-def test_a_lost_terminal_saves_and_ends_a_run_unless_nohup_says_otherwise() -> None:
-    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)  # nohup may have started these tests too
+def test_a_lost_terminal_saves_and_ends_a_run_unless_nohup_is_set() -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)  # nohup may have started these tests
     try:
         with Signals() as signals:
             os.kill(os.getpid(), signal.SIGHUP)
@@ -249,7 +252,9 @@ def test_a_lost_terminal_saves_and_ends_a_run_unless_nohup_says_otherwise() -> N
         ("MASTER_PORT", "http", "a number from 0 to 65535"),
     ],
 )
-def test_what_torchrun_would_not_have_set(name: str, value: str, wanted: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_invalid_variables_of_torchrun_are_named(
+    name: str, value: str, wanted: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     whole = {"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0", "MASTER_ADDR": "localhost", "MASTER_PORT": "29500"}
     for key, setting in {**whole, name: value}.items():
         monkeypatch.setenv(key, setting)
@@ -280,7 +285,7 @@ def test_a_file_of_another_kind_is_refused_without_advice_to_run_its_code(tmp_pa
         assert str(refused.value) == f"{path} cannot be read as a checkpoint: {why}"
 
 
-def test_threads_of_a_command_sleep_while_they_wait_unless_the_user_said_how() -> None:
+def test_threads_of_a_command_wait_passively_unless_the_user_chose() -> None:
     code = "import os, fastrm.machine.threads as t; t.os.environ.pop('OMP_WAIT_POLICY', None); sys.orig_argv[:] = {}\n"
     code += "t.let_threads_sleep(); print(os.environ.get('OMP_WAIT_POLICY'))"
     for command, want in (

@@ -1,4 +1,4 @@
-"""Scripts that use the loaders end, whatever ends them, and with the right status."""
+"""Scripts that use the loaders end with the right status, also after an error or a kill."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from fastrm.data.dali import dali_problem
 
 ROOT = Path(__file__).parent.parent
 KINDS = ("torch", "eval", "memory", *(() if dali_problem() else ("dali",)))
-ENDINGS = (("comes to its end", "0"), ("raises", "1"))  # with the status
-LIMIT = 60  # seconds for a script to end
+ENDINGS = (("comes to its end", "0"), ("raises", "1"))  # with the exit status
+LIMIT = 60  # seconds until a script must have ended
 SCRIPT = """\
 import os, sys
 from fastrm.data import eval_loader, make_loader, open_source
@@ -35,7 +35,8 @@ if ending == "raises":
 if ending == "is killed":
     os.kill(os.getpid(), 9)
 """
-# Imports once, and then is many scripts. Each child goes on at the end of this file, and ends as a script ends.
+# A script that imports everything once and then forks one child per case. Each child runs the test script at the end of
+# the file.
 MANY = """\
 import os, runpy, sys, time
 import fastrm.data, torch.utils.data
@@ -63,7 +64,10 @@ def script(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def run(*command: str) -> tuple[int, str, str]:
-    """Status, output and errors; a loader process that outlives its script holds the pipes, and raises a timeout."""
+    """Status, output and errors of a process.
+
+    A loader process that outlives its script keeps the pipes open, which raises a timeout.
+    """
     with subprocess.Popen(
         [sys.executable, *command], env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}, text=True,
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True,
@@ -81,7 +85,7 @@ def run(*command: str) -> tuple[int, str, str]:
     [(("torch",), ENDINGS[:1]), pytest.param(KINDS, ENDINGS, marks=pytest.mark.slow)],
     ids=["often", "all"],
 )
-def test_a_script_ends_with_its_own_status_whatever_loader_it_holds(
+def test_a_script_ends_with_its_own_status_with_any_loader(
     kinds: tuple[str, ...], endings: tuple[tuple[str, str], ...], script: Path, pictures: Path
 ) -> None:
     want = {f"{kind},{ending}": status for kind in kinds for ending, status in endings}

@@ -1,4 +1,4 @@
-"""Weights that were published in other layouts: what matches is taken and said, and too little is refused."""
+"""Starting from published weights: matching tensors are used and counted, and too few are refused."""
 
 from __future__ import annotations
 
@@ -38,18 +38,19 @@ Nest = Callable[[dict[str, Tensor], dict[str, Tensor]], Any]
 
 
 def under(prefix: str, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The state with this prefix before each name."""
     return {prefix + name: value for name, value in state.items()}
 
 
 def copy_of(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """An average that must not be taken."""
+    """A second network in the file, all zeros, which must not be used."""
     return {name: torch.zeros_like(value) for name, value in state.items()}
 
 
 QUEUE = {"module.queue": torch.ones(9)}
 DECODER = {"mask_token": torch.zeros(1, 1, 8), "decoder_embed.weight": torch.zeros(99, 999)}
 HEAD = {"mlp.0.weight": torch.zeros(7, 9), "last_layer.weight_v": torch.zeros(50, 9)}
-# By the layouts of the published files: what is where, and under which names.
+# By the layout of published files: a function from the weights, and those of a second network, to the content.
 LAYOUTS: dict[str, Nest] = {
     "plain": lambda own, _: own,
     "MoCo": lambda own, other: {
@@ -74,13 +75,14 @@ LAYOUTS: dict[str, Nest] = {
 
 
 def backbone_of(arch: str, **options: Any) -> Any:
+    """An untrained backbone."""
     torch.manual_seed(1)
     return build_backbone(arch, **{"image_size": 96, "stem": "imagenet", **options})
 
 
 @pytest.mark.parametrize("arch", ["resnet10t", "test_vit", "test_convnext"])
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_published_layouts_give_all_tensors(layout: str, arch: str, tmp_path: Path) -> None:
+def test_all_tensors_of_published_layouts_are_used(layout: str, arch: str, tmp_path: Path) -> None:
     backbone = backbone_of(arch)
     torch.manual_seed(0)
     own = timm.create_model(arch, num_classes=0, **backbone.options).state_dict()
@@ -92,7 +94,7 @@ def test_published_layouts_give_all_tensors(layout: str, arch: str, tmp_path: Pa
     assert f"{len(own)} of {len(own)} tensors ({count:.1f} of {count:.1f} M parameters) of {tmp_path}/it.pth" in said
 
 
-def test_torchvisions_resnet_is_timms_but_for_its_classifier(tmp_path: Path) -> None:
+def test_a_resnet_of_torchvision_is_used_without_its_classifier(tmp_path: Path) -> None:
     torch.save(torchvision.models.resnet18().state_dict(), tmp_path / "it.pth")
     found, said = starting_weights(backbone_of("resnet18"), tmp_path / "it.pth", partial=False)
     assert len(found) == 120
@@ -100,7 +102,7 @@ def test_torchvisions_resnet_is_timms_but_for_its_classifier(tmp_path: Path) -> 
     assert "2 tensors of a classifier or a head" in said
 
 
-def test_folders_of_hugging_faces_form(tmp_path: Path) -> None:
+def test_folders_in_the_form_of_hugging_face_are_read(tmp_path: Path) -> None:
     state = timm.create_model("test_resnet", num_classes=5).state_dict()
     safetensors.torch.save_file(state, tmp_path / "model.safetensors")
     found, _ = starting_weights(backbone_of("test_resnet"), tmp_path, partial=False)
@@ -110,7 +112,7 @@ def test_folders_of_hugging_faces_form(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("given", "name"), [("timm:resnet18.a1_in1k", "resnet18.a1_in1k"), ("hf:timm/x", "hf-hub:timm/x")]
 )
-def test_names_are_left_to_timm_with_size_and_bands(given: str, name: str) -> None:
+def test_names_are_passed_to_timm_with_size_and_bands(given: str, name: str) -> None:
     backbone = backbone_of("test_vit", channels=5)
     made = timm.create_model("test_vit", num_classes=0, **backbone.options)
     with mock.patch.object(timm, "create_model", return_value=made) as create:
@@ -135,11 +137,11 @@ def test_position_embeddings_of_another_size_are_resampled(tmp_path: Path) -> No
     assert "pos_embed resampled" in said
 
 
-def test_too_little_is_refused_with_counts_unless_it_is_wanted(tmp_path: Path) -> None:
+def test_too_few_tensors_are_refused_with_counts_unless_requested(tmp_path: Path) -> None:
     other = timm.create_model("resnet18", num_classes=0).state_dict()
     half = {name: value for name, value in other.items() if "layer4" not in name}
     torch.save(half, tmp_path / "half.pth")
-    # Of the file all matches, of the network 2.8 of 11.2 million parameters.
+    # All tensors of the file match, but only 2.8 of the 11.2 million parameters of the network.
     with pytest.raises(
         UsageError, match=r"90 of 120 tensors \(2\.8 of 11\.2 M parameters\) match; 30 tensors are missing"
     ):
@@ -149,14 +151,14 @@ def test_too_little_is_refused_with_counts_unless_it_is_wanted(tmp_path: Path) -
     assert "90 of 120" in said
     more = other | {f"another.{i}.weight": torch.zeros(1000, 1000) for i in range(2)}
     torch.save(more, tmp_path / "more.pth")
-    with pytest.raises(UsageError, match="2 tensors are foreign"):  # of the file 85 %
+    with pytest.raises(UsageError, match="2 tensors are foreign"):  # 85 % of the file match
         starting_weights(backbone_of("resnet18"), tmp_path / "more.pth", partial=False)
     with pytest.raises(UsageError, match="0 of"):
         starting_weights(backbone_of("test_vit"), tmp_path / "half.pth", partial=True)
 
 
-def test_a_small_stem_starts_from_a_networks_with_another(tmp_path: Path) -> None:
-    """One tensor of 1,728 values of 11 million: it stays as it was drawn, in both networks alike."""
+def test_a_small_stem_starts_from_a_network_with_another_stem(tmp_path: Path) -> None:
+    """One tensor with 1,728 of 11 million values does not match. It stays random, and equal in both networks."""
     torch.save(timm.create_model("resnet18", num_classes=0).state_dict(), tmp_path / "it.pth")
     config = build(
         data="digits", arch="resnet18", image_size=32, hidden_dim=8, output_dim=8, init_from=tmp_path / "it.pth"
@@ -167,7 +169,7 @@ def test_a_small_stem_starts_from_a_networks_with_another(tmp_path: Path) -> Non
     assert all(torch.equal(student[name], teacher[name]) for name in student)
 
 
-def test_a_module_of_ones_own(tmp_path: Path) -> None:
+def test_a_custom_module_starts_from_its_weights(tmp_path: Path) -> None:
     module = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8))
     torch.save({"net": {"net": module.state_dict()}}, tmp_path / "it.pth")
     backbone = build_backbone(nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8)), image_size=32, stem="auto")
@@ -177,10 +179,12 @@ def test_a_module_of_ones_own(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("few_digits")
-def test_a_run_scores_what_it_starts_from_and_says_where_it_falls_below(
+def test_a_run_scores_its_starting_weights_and_reports_falling_below(
     small: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """kNN of the start beside the run's in its records, its summary and its evaluation; also where it was cut off."""
+    """The kNN accuracy of the start is recorded and compared in metrics, summary and evaluation, also after an
+    interruption.
+    """
     torch.save(timm.create_model("test_resnet", num_classes=0).state_dict(), tmp_path / "it.pth")
     monkeypatch.chdir(tmp_path)
     seen = iter([0.7, 0.8, 0.6, 0.5])
@@ -203,7 +207,7 @@ def test_a_run_scores_what_it_starts_from_and_says_where_it_falls_below(
     assert {record["knn_start"] for record in records if "knn_start" in record} == {0.7}
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert (summary["knn_start"], summary["knn_student"]) == (0.7, 0.5)
-    # Four of the twenty images are right at the start and not at the end: which ones is known across the cut.
+    # Four of the twenty images are right only at the start. The interval uses which ones, also after the interruption.
     above = Estimate.of(np.arange(20) < 10).above(Estimate.of(np.arange(20) < 14))
     assert above is not None
     assert summary["knn_above_start"]["student"] == above.json()
@@ -225,7 +229,8 @@ def test_a_run_scores_what_it_starts_from_and_says_where_it_falls_below(
     assert score["student"]["above_start"]["value"] == pytest.approx(difference)
     report.main([str(tmp_path / "run")])
     page = (tmp_path / "run" / "report" / "index.html").read_text()
-    assert all(page.count(f"<td>{title}</td>") == 2 for title in titles[-7:])  # the evaluation's, and the run's own
+    # in the evaluation and in the run's own scores
+    assert all(page.count(f"<td>{title}</td>") == 2 for title in titles[-7:])
     export.main([str(tmp_path / "run"), "--format", "safetensors", "--out", str(tmp_path / "it.safetensors")])
     card = (tmp_path / "it.safetensors.md").read_text()
     assert all(f"| {title} | " in card for title in titles[-7:])
@@ -237,10 +242,8 @@ def test_a_run_scores_what_it_starts_from_and_says_where_it_falls_below(
 @pytest.mark.parametrize(
     ("optimizer", "arch"), [("lars", "test_resnet"), ("sgd", "test_convnext"), ("adamw", "test_vit")]
 )
-def test_layers_are_moved_less_the_further_they_are_from_the_heads(
-    optimizer: str, arch: str, small: Callable[..., Any]
-) -> None:
-    """The first step of each tensor is what it is without decay, times what timm gives for its layer."""
+def test_layer_decay_scales_steps_as_in_timm(optimizer: str, arch: str, small: Callable[..., Any]) -> None:
+    """The first step changes each tensor as without layer decay, times timm's scale of its layer."""
     decay, changes = 0.5, []
     for layer_decay in (1.0, decay):
         config = small(
@@ -274,14 +277,14 @@ def test_layers_are_moved_less_the_further_they_are_from_the_heads(
     assert moved > 10
 
 
-def test_a_module_that_does_not_say_its_layers_has_no_layer_decay(small: Callable[..., Any]) -> None:
+def test_layer_decay_is_refused_for_a_module_without_layers(small: Callable[..., Any]) -> None:
     config = small(layer_decay=0.7)
     net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8))
     with pytest.raises(UsageError, match=r"--layer-decay 0\.7: Sequential does not define its layers"):
         build_optimizer(build_method(config, arch=net), config.optim)
 
 
-def test_a_run_from_weights_has_a_tenth_of_the_rate_and_a_shorter_warm_up() -> None:
+def test_a_run_from_weights_has_a_tenth_of_the_learning_rate_and_a_shorter_warm_up() -> None:
     plain, weights = {"data": "x", "epochs": 100}, {"data": "x", "epochs": 100, "init_from": Path("a.pth")}
     assert (build(**plain).optim.lr, build(**plain).optim.warmup_epochs) == (0.6, 10)
     assert (build(**weights).optim.lr, build(**weights).optim.warmup_epochs) == (pytest.approx(0.06), 5)
@@ -294,8 +297,8 @@ def test_a_run_from_weights_has_a_tenth_of_the_rate_and_a_shorter_warm_up() -> N
     assert read_flags(["--data", "x", "--init-from", "a.pth", "--lr", "0.5"]).optim.lr == 0.5
 
 
-def test_mocov3_trains_a_projection_that_weights_gave(tmp_path: Path) -> None:
-    """From scratch it is random and frozen (Chen et al., arXiv 2104.02057, section 4)."""
+def test_mocov3_trains_a_projection_from_weights(tmp_path: Path) -> None:
+    """Without weights it is random and frozen (Chen et al., arXiv 2104.02057, section 4)."""
     options = {"data": "x", "arch": "test_vit", "image_size": 48, "hidden_dim": 8, "output_dim": 4}
     state = timm.create_model("test_vit", num_classes=0, img_size=48).state_dict()
     held = ("patch_embed.proj.weight", "patch_embed.proj.bias", "pos_embed")
@@ -309,7 +312,7 @@ def test_mocov3_trains_a_projection_that_weights_gave(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("few_digits")
-def test_a_run_with_layer_decay_goes_on_exactly_and_says_its_rates(
+def test_a_run_with_layer_decay_resumes_exactly_and_reports_its_learning_rates(
     small: Callable[..., Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     torch.save(timm.create_model("test_resnet", num_classes=0).state_dict(), tmp_path / "it.pth")
@@ -325,10 +328,10 @@ def test_a_run_with_layer_decay_goes_on_exactly_and_says_its_rates(
 
 
 @pytest.mark.usefixtures("few_digits")
-def test_weights_of_others_are_scored_exported_and_loaded(
+def test_published_weights_are_scored_exported_and_loaded(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """By timm's name, by a file and --arch, and as a folder of Hugging Face's form, which says its network."""
+    """By timm's name, by a file with --arch, and as a folder in Hugging Face's form, which names its network."""
     torch.manual_seed(3)
     net = timm.create_model("test_resnet", num_classes=5).eval()
     torch.save({"state_dict": under("module.encoder_q.", net.state_dict())}, tmp_path / "moco.pth")
@@ -381,6 +384,6 @@ def test_weights_of_others_are_scored_exported_and_loaded(
         fastrm.load("timm:resnet18.nope")
     export.main(["moco.pth", "--arch", "test_resnet", "--format", "safetensors", "--out", "it.safetensors"])
     card = Path("it.safetensors.md").read_text()
-    assert "# test_resnet\n\nWritten by fastrm" in card  # not trained by it
+    assert "# test_resnet\n\nWritten by fastrm" in card  # fastrm did not train it
     assert "## Licence\n\nThat of the weights that this file was made from applies" in card
     assert torch.equal(fastrm.load("it.safetensors").net.conv1[0].weight, net.conv1[0].weight)

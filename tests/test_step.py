@@ -1,4 +1,4 @@
-"""The step: no graph breaks, no waiting for the device, and the profile."""
+"""The training step: no graph breaks, no waiting for the device, verification, and the profile."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def test_student_teacher_and_predictor_compile_without_graph_breaks(method: str,
     output = built.student(images).output.detach()
     for part, inputs in ((built.student, images), (built.teacher, images), (built.predictor, output)):
         if isinstance(part, nn.Identity):
-            continue  # there is nothing to compile
+            continue  # nothing to compile
         torch._dynamo.reset()
         explained: Any = torch._dynamo.explain(part)(inputs)
         assert explained.graph_break_count == 0, explained.break_reasons
@@ -56,7 +56,7 @@ def test_student_teacher_and_predictor_compile_without_graph_breaks(method: str,
 
 
 class Reads(TorchDispatchMode):
-    """Counts how often a value is brought to the host."""
+    """Counts how often a value is copied to the host."""
 
     count = 0
 
@@ -66,6 +66,7 @@ class Reads(TorchDispatchMode):
 
 
 def ready(config: Config, device: torch.device) -> tuple[Step, list[Batch]]:
+    """A step of a small method, and two equal micro-batches."""
     torch.manual_seed(0)
     method = build_method(config, device=device).train()
     optimizer = build_optimizer(method, config.optim)
@@ -77,8 +78,8 @@ def ready(config: Config, device: torch.device) -> tuple[Step, list[Batch]]:
 
 
 @pytest.mark.parametrize(("method", "optimizer"), PAIRS)
-def test_one_value_a_step_is_read_on_the_cpu(method: str, optimizer: str, small: Small) -> None:
-    """That which says whether the gradient is finite; on a GPU it stays there."""
+def test_one_value_per_step_is_read_on_the_cpu(method: str, optimizer: str, small: Small) -> None:
+    """The value tells whether the gradient is finite; on a GPU it stays on the device."""
     step, batches = ready(small(method=method, optimizer=optimizer), torch.device("cpu"))
     for number in range(3):
         with Reads() as reads:
@@ -103,7 +104,7 @@ VIEWS = torch.randn(6, 2, 2, 16, 3, 32, 32, generator=torch.Generator().manual_s
 
 
 def states(kind: type[Step], config: Config, device: torch.device) -> dict[str, Tensor]:
-    """What six steps with changing rates, momenta and measuring leave, one of them without a finite gradient."""
+    """The state after six steps with changing learning rates and momenta; the gradient of one is not finite."""
     torch.manual_seed(0)
     method = build_method(config, device=device).train()
     step = kind(
@@ -112,7 +113,7 @@ def states(kind: type[Step], config: Config, device: torch.device) -> dict[str, 
     )  # fmt: skip
     for number, views in enumerate(VIEWS.to(device)):
         pairs = [Batch((first * math.inf if number == 3 else first, second), []) for first, second in views]
-        # measured: 0, 3; so with a CUDA graph 4 and 5 are replayed
+        # steps 0 and 3 are measured, so steps 4 and 5 are replayed with a CUDA graph
         outputs = step(pairs, Rates(0.1 / (number + 1), number / 6, 0.9 + number / 100), measure=number in (0, 3))
         assert len(outputs) == 2
     assert step.check(6) == 1
@@ -120,10 +121,8 @@ def states(kind: type[Step], config: Config, device: torch.device) -> dict[str, 
 
 
 @pytest.mark.parametrize(("method", "optimizer"), PAIRS)
-def test_what_changes_may_lie_in_tensors(
-    method: str, optimizer: str, small: Small, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """All of a graphed step but the graph: on the CPU its steps stay eager, and give the same bits."""
+def test_step_values_may_be_tensors(method: str, optimizer: str, small: Small, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A graphed step without its graph: on the CPU its steps stay eager, and give the same bits."""
     monkeypatch.setattr(torch.cuda, "Stream", lambda device: None)
     monkeypatch.setattr(GraphedStep, "_beside", lambda self, measure: Step._run(self, self.images, measure))
     monkeypatch.setattr("fastrm.run.graph.EAGER", 100)
@@ -136,10 +135,10 @@ def test_what_changes_may_lie_in_tensors(
 @pytest.mark.gpu
 @pytest.mark.parametrize("optimizer", ["sgd", "lars", "adamw"])
 @pytest.mark.parametrize("method", METHODS)
-def test_a_captured_step_gives_the_same_numbers(
+def test_a_captured_step_gives_the_same_state(
     method: str, optimizer: str, small: Small, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # Else two plain steps differ too: AdamW moves a weight by its rate however small the gradient whose sign it is.
+    # Otherwise two plain steps differ too: AdamW moves a weight by its learning rate, however small the gradient is.
     monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
     config, gpu = small(method=method, optimizer=optimizer), torch.device("cuda")
     plain, graphed = states(Step, config, gpu), states(GraphedStep, config, gpu)
@@ -148,7 +147,7 @@ def test_a_captured_step_gives_the_same_numbers(
 
 
 class Casts(TorchDispatchMode):
-    """Notes what is converted to bfloat16."""
+    """Records the tensors that are converted to bfloat16."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -178,10 +177,10 @@ def test_no_weight_of_the_teacher_is_converted_in_its_forward(method: str, small
 
 
 @pytest.mark.parametrize("optimizer", ["lars", *(pytest.param(o, marks=pytest.mark.slow) for o in ("sgd", "adamw"))])
-def test_a_run_is_the_same_whether_the_teacher_has_a_low_precision_copy(
+def test_a_low_precision_copy_of_the_teacher_does_not_change_the_run(
     optimizer: str, small: Small, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Bit for bit, over a resume too."""
+    """Bit for bit, also over a resume."""
     states = {}
     for name in ("with", "without"):
         if name == "without":
@@ -209,7 +208,7 @@ def test_the_profile_is_a_trace_and_a_table_that_adds_up(
 
 
 def test_accumulated_micro_batches_give_the_mean_gradient(small: Small) -> None:
-    """BYOL has no negatives, so with BatchNorm in evaluation two halves are the whole."""
+    """BYOL has no negatives, so with BatchNorm in evaluation mode two halves give the gradient of the whole batch."""
     moved = []
     for accumulate in (1, 2):
         config = small(method="byol", optimizer="sgd", weight_decay=0.0)
@@ -229,7 +228,7 @@ def test_accumulated_micro_batches_give_the_mean_gradient(small: Small) -> None:
 
 
 class Given(TorchDispatchMode):
-    """Notes what each fused operation is given, of the backend in use: dtypes, shapes, strides, and what is to come."""
+    """Records the arguments of each fused loss on one backend (dtypes, shapes, strides) and the state of autocast."""
 
     def __init__(self, backend: str) -> None:
         super().__init__()
@@ -251,7 +250,7 @@ class Given(TorchDispatchMode):
     ],
 )
 @pytest.mark.parametrize("method", METHODS)
-def test_verification_gives_the_operations_what_training_gives_them(
+def test_verification_uses_the_same_arguments_as_training(
     method: str, precision: str, residual_at: str, small: Small, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = small(method=method, optimizer="sgd", residual_at=residual_at, precision=precision)
@@ -274,7 +273,7 @@ def test_verification_gives_the_operations_what_training_gives_them(
     assert found["verify_gradient"] < 1e-2
 
 
-def test_verification_says_nothing_of_a_batch_without_a_finite_loss(small: Small) -> None:
+def test_verification_does_not_warn_of_a_batch_without_a_finite_loss(small: Small) -> None:
     step, _ = ready(small(), torch.device("cpu"))
     step.residual_weight.fill_(1.0)
     views = torch.randn(2, 8, 3, 32, 32) * math.nan
@@ -283,9 +282,7 @@ def test_verification_says_nothing_of_a_batch_without_a_finite_loss(small: Small
 
 
 @pytest.mark.parametrize(("arch", "stem"), [("test_resnet", "imagenet"), ("test_vit", "auto")])
-def test_activations_that_are_computed_again_take_less_memory_and_give_the_same_bits(
-    arch: str, stem: str, small: Small
-) -> None:
+def test_recomputed_activations_take_less_memory_and_give_the_same_bits(arch: str, stem: str, small: Small) -> None:
     found = []
     for again in (False, True):
         config = small(method="mocov3", arch=arch, image_size=64, stem=stem, checkpoint_activations=again)
@@ -312,10 +309,10 @@ def test_activations_that_are_computed_again_take_less_memory_and_give_the_same_
         found.append((method.state_dict(), sum(kept.values())))
     (plain, whole), (recomputed, blocks) = found
     assert all(torch.equal(value, recomputed[name]) for name, value in plain.items())
-    # The stem of a ResNet, most of what so small a one keeps, is none of its blocks.
+    # The stem of a ResNet, which is most of so small a network, is not in a block.
     assert blocks < (0.8 if arch == "test_resnet" else 0.2) * whole
 
 
-def test_a_network_without_blocks_to_compute_again_is_refused(small: Small) -> None:
+def test_recomputing_activations_is_refused_for_a_network_without_blocks(small: Small) -> None:
     with pytest.raises(UsageError, match="--checkpoint-activations: Sequential cannot recompute activations"):
         build_method(small(checkpoint_activations=True), trained=True, arch=nn.Sequential(nn.Conv2d(3, 8, 3, 2)))

@@ -1,4 +1,4 @@
-"""The study, small: its trials run, go on where they were cut off, and become tables and figures."""
+"""The study and the race with small settings: interrupted trials continue, and results become tables and figures."""
 
 from __future__ import annotations
 
@@ -32,6 +32,7 @@ TINY = {
 
 @pytest.fixture
 def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A study of three trials and a short horizon, with tiny settings."""
     monkeypatch.setitem(study.SCALES, "cpu", Scale(32, TINY))
     monkeypatch.setitem(study._OF_METHOD, "mocov2", {"queue_size": 32})
     rows = {"plain": Trial(0), "warm": Trial(1, warmup=0.5), "other": Trial(1, form="cross-entropy")}
@@ -39,7 +40,7 @@ def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(study, "QUESTIONS", (Question("first", rows), horizon))
 
 
-def test_cross_entropy_form_against_its_definition() -> None:
+def test_the_cross_entropy_form_equals_its_definition() -> None:
     rng = np.random.default_rng(0)
     s, t = rng.normal(size=(5, 7)), rng.normal(size=(5, 7))
 
@@ -55,7 +56,7 @@ def test_cross_entropy_form_against_its_definition() -> None:
     assert student.grad is not None
 
 
-def test_trials_have_names_of_their_own_and_a_plain_one_each() -> None:
+def test_trials_have_unique_names_and_a_plain_counterpart() -> None:
     trials = {trial for question in QUESTIONS for trial in question.rows.values()}
     assert len({trial.name for trial in trials}) == len(trials)
     assert all(trial.plain.weight == 0 and trial.plain.length == trial.length for trial in trials)
@@ -64,10 +65,10 @@ def test_trials_have_names_of_their_own_and_a_plain_one_each() -> None:
 @pytest.mark.usefixtures("tiny")
 @pytest.mark.slow
 @pytest.mark.parametrize("jobs", ["threads", "processes"])
-def test_a_small_study_goes_on_where_it_was_cut_off(
+def test_an_interrupted_study_continues(
     jobs: str, idx_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    if jobs == "threads":  # a process takes longer to start than all that the study does
+    if jobs == "threads":  # starting a process takes longer than the study
         monkeypatch.setattr(_study, "ProcessPoolExecutor", lambda number, **_: ThreadPoolExecutor(number))
     setup = Setup("fashion-mnist", study.subset(idx_folder, 32, tmp_path), TINY, study._OF_METHOD)
     for seed in range(2):
@@ -89,11 +90,11 @@ def test_a_small_study_goes_on_where_it_was_cut_off(
     assert all((tmp_path / name).read_text().startswith("<?xml") for name in ("gap.svg", "weight.svg"))
 
 
-def test_a_study_of_photographs_goes_on_from_the_files_of_finished_runs(
+def test_a_study_of_photographs_continues_from_the_files_of_finished_runs(
     idx_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(_study, "ProcessPoolExecutor", lambda number, **_: ThreadPoolExecutor(number))
-    scored = {"knn": 0.5, "linear": 0.25}  # how they are found is in the test above
+    scored = {"knn": 0.5, "linear": 0.25}  # the test above checks the scores
     monkeypatch.setattr(
         _study, "scored", lambda networks, *_: {f"{k}_{n}": v for k, v in scored.items() for n in networks}
     )
@@ -115,7 +116,7 @@ def test_a_study_of_photographs_goes_on_from_the_files_of_finished_runs(
     assert {"scores", "curves", "commit", "date", "torch", "threads"} <= left.keys()
     assert "| weight 1 | not run |" in (files / "tables.md").read_text()
 
-    left["scores"]["knn_student"] = 0.125  # what another machine found, say
+    left["scores"]["knn_student"] = 0.125  # for example, the result of another machine
     left["curves"] |= {"knn_student": [[1, 0.2], [2, 0.1]], "knn_teacher": [[1, 0.1], [2, 0.2]]}
     first.write_text(json.dumps(left))
     said = study_photos.study(setup, tmp_path / "two", files, rows=("weight 0", "weight 1"), seeds=1, jobs=1)
@@ -129,7 +130,7 @@ def test_a_study_of_photographs_goes_on_from_the_files_of_finished_runs(
     assert said.count("not run") == 2 * (len(study_photos.ROWS["MoCo-v3"]) - 2)
 
 
-def test_a_run_becomes_a_curve_by_hours(tmp_path: Path) -> None:
+def test_a_run_becomes_a_learning_curve_over_hours(tmp_path: Path) -> None:
     lines = [
         {"step": 1, "epoch": 0.5, "loss": 2.0, "cpu_hours": 0.1},
         {"step": 2, "epoch": 1.0, "knn_student": 0.25, "knn_teacher": 0.5},
@@ -147,19 +148,19 @@ def test_a_run_becomes_a_curve_by_hours(tmp_path: Path) -> None:
     assert "the raw pixels" in (tmp_path / "a.svg").read_text()
 
 
-def test_differences_have_the_interval_of_students_t() -> None:
+def test_differences_have_the_interval_of_student_t() -> None:
     values = [1.0, 2.0, 4.0]
     expected = scipy.stats.ttest_1samp(values, 0).confidence_interval(0.95)
     assert study_photos.interval(values) == f"+2.3 ({expected.low:+.1f} to {expected.high:+.1f})"
 
 
-def test_the_page_shows_what_the_study_found() -> None:
+def test_the_page_shows_the_results_of_the_study() -> None:
     found = read_json(ROOT / "docs" / "study.json")
     assert study.tables(found).strip() in (ROOT / "docs" / "study.md").read_text(encoding="utf-8")
     assert all(len(found[trial.name]) == 3 for question in QUESTIONS for trial in question.rows.values())
 
 
-def test_a_race_is_timed_without_the_scoring_and_goes_on(
+def test_a_race_is_timed_without_scoring_and_can_continue(
     pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(time, "perf_counter", lambda: now[0])
@@ -183,8 +184,9 @@ def test_a_race_is_timed_without_the_scoring_and_goes_on(
     given = ["--data", str(pictures), "--results", str(tmp_path), "--every", "2", "--seeds", "1"]
     race.main(given)
     own = read_json(tmp_path / "mocov3-fastrm-0.json")
-    assert own["points"] == [[2, 10, 0.3], [4, 30, 0.5]]  # the first step ends at 0
-    # 0.4 and 0.45 lie at 20 and 25 s; the other one goes 0.36, 0.44, 0.52 at 20, 60 and 100 s.
+    assert own["points"] == [[2, 10, 0.3], [4, 30, 0.5]]  # the first step ends at time 0
+    # The first contender reaches 0.4 and 0.45 at 20 and 25 s. The other one has 0.36, 0.44 and 0.52 at 20, 60 and 100
+    # s.
     table = (tmp_path / "tables.md").read_text()
     assert "| fastrm | 1 | 20 | 25 | 30 | 1.00 |" in table
     assert "| another loop | 1 | 40 | 65 | 90 | 2.60 |" in table

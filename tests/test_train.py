@@ -1,4 +1,4 @@
-"""Training end to end: every method on every kind of data, resume, the run folder, and the gap."""
+"""Training end to end: every method on every kind of data, resuming, the run folder, and the gap."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from tests.conftest import FASHION_MNIST
 Small = Callable[..., Config]
 METHODS = ["mocov3", "mocov2", "byol", "densecl"]
 OPTIMIZERS = ["lars", "sgd", "adamw"]
-# Each method with one optimizer or another; the rest by night.
+# Each method with one of the optimizers; the other pairs are slow.
 PAIRS = [
     pytest.param(method, name, marks=() if i % 3 == j else pytest.mark.slow)
     for i, method in enumerate(METHODS)
@@ -37,11 +37,12 @@ PAIRS = [
 
 
 def records(out: Path) -> list[dict[str, Any]]:
+    """The lines of metrics.jsonl."""
     return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
 
 
 def same(first: Any, second: Any) -> bool:
-    """Whether two states agree to the last bit."""
+    """Whether two nested states are equal bit for bit."""
     if isinstance(first, torch.Tensor):
         return torch.equal(first, second)
     if isinstance(first, dict):
@@ -52,7 +53,7 @@ def same(first: Any, second: Any) -> bool:
 
 
 KINDS = ["digits", "fashion-mnist", "split", "classes", "flat"]
-# Each kind of data with one method or another; the rest by night.
+# Each kind of data with one of the methods; the other pairs are slow.
 OFTEN = {*zip(itertools.cycle(METHODS), KINDS, strict=False)}
 
 
@@ -76,12 +77,13 @@ def test_every_method_trains_on_every_kind_of_data(
     train.train(config)
     losses = [record["loss"] for record in records(tmp_path / "run")]
     assert np.isfinite(losses).all()
-    # The first keys that a queue holds are random and easy: the loss counts once they are gone, after 72 / 24 steps.
+    # The first keys of a queue are random and easy. Losses are compared from the step at which they are gone, after 72
+    # / 24 steps.
     begin = 3 if method in ("mocov2", "densecl") else 0
     assert np.mean(losses[-6:]) < np.mean(losses[begin : begin + 3])
 
 
-def test_the_run_folder(small: Small, tmp_path: Path) -> None:
+def test_the_run_folder_has_all_files_and_metrics(small: Small, tmp_path: Path) -> None:
     summary = train.train(small(epochs=1, max_steps=None, batch_size=480, eval_every=1, log_every=2))
     out = tmp_path / "run"
     names = {path.name for path in out.iterdir()}
@@ -118,6 +120,7 @@ def test_the_backbone_loads_strictly_into_timm(small: Small, tmp_path: Path) -> 
 
 
 def assert_as_uninterrupted(out: Path, whole: Path) -> None:
+    """Assert that checkpoint and metrics of two runs are equal, apart from images per second."""
     states = [checkpoint.load(folder) for folder in (whole, out)]
     for name in ("method", "optimizer", "random", "step"):
         assert same(states[0][name], states[1][name]), name
@@ -128,11 +131,13 @@ def assert_as_uninterrupted(out: Path, whole: Path) -> None:
 @pytest.mark.parametrize(
     "method", ["mocov3", "mocov2", *(pytest.param(m, marks=pytest.mark.slow) for m in ("byol", "densecl"))]
 )
-def test_a_resumed_run_ends_as_the_uninterrupted_one(method: str, small: Small, pictures: Path, tmp_path: Path) -> None:
+def test_a_resumed_run_ends_like_an_uninterrupted_one(
+    method: str, small: Small, pictures: Path, tmp_path: Path
+) -> None:
     leaves = {"data": str(pictures / "flat"), "method": method, "accumulate": 2, "epochs": 2, "max_steps": 8}
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     train.train(small(**leaves, out=whole))
-    for steps in (1, 4, 8):  # 6 steps an epoch: the last part crosses into the second
+    for steps in (1, 4, 8):  # 6 steps per epoch: the last part crosses into the second epoch
         train.train(small(**{**leaves, "max_steps": steps}, out=cut, workers=steps % 2))
     assert_as_uninterrupted(cut, whole)
 
@@ -145,7 +150,7 @@ def test_one_seed_gives_the_same_bits_and_another_does_not(small: Small, tmp_pat
     assert not same(states[0], states[2])
 
 
-def test_what_a_cut_off_run_logged_after_its_checkpoint_is_dropped(small: Small, tmp_path: Path) -> None:
+def test_metrics_after_the_checkpoint_of_an_interrupted_run_are_dropped(small: Small, tmp_path: Path) -> None:
     train.train(small(max_steps=2))
     with open(tmp_path / "run" / "metrics.jsonl", "a") as file:
         file.write('{"step": 3, "epoch": 1.0, "loss": 0}\n{"step": 4, "ep')
@@ -156,7 +161,7 @@ def test_what_a_cut_off_run_logged_after_its_checkpoint_is_dropped(small: Small,
 
 def test_resume_choices(small: Small, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     first = train.train(small(max_steps=2))
-    assert train.train(small(max_steps=2)) == first  # complete: nothing is done again
+    assert train.train(small(max_steps=2)) == first  # complete: no step is made
     assert "complete after 2 steps" in capsys.readouterr().out
     with pytest.raises(UsageError, match=r"--lr was 0.6, is 0.1"):
         train.train(small(max_steps=3, lr=0.1))
@@ -172,7 +177,7 @@ def test_resume_choices(small: Small, tmp_path: Path, capsys: pytest.CaptureFixt
 
 
 @pytest.mark.parametrize("damage", ["cut", "foreign", "code"])
-def test_a_damaged_checkpoint_gives_one_line_and_stays(damage: str, small: Small, tmp_path: Path) -> None:
+def test_a_damaged_checkpoint_gives_one_line_and_is_not_changed(damage: str, small: Small, tmp_path: Path) -> None:
     train.train(small(max_steps=1))
     path = tmp_path / "run" / "checkpoint.pt"
     trace = tmp_path / "trace"
@@ -196,7 +201,7 @@ def test_a_damaged_checkpoint_gives_one_line_and_stays(damage: str, small: Small
 
 
 def poisoned_views(monkeypatch: pytest.MonkeyPatch, poisoned: Callable[[int], bool]) -> None:
-    """Put a NaN into the first view of some batches of a run."""
+    """Multiply the first view of some batches of a run by NaN."""
     plain = make_loader
 
     class Poisoned:
@@ -220,7 +225,7 @@ def poisoned_views(monkeypatch: pytest.MonkeyPatch, poisoned: Callable[[int], bo
 
 
 @pytest.mark.parametrize(("method", "optimizer"), PAIRS)
-def test_a_step_without_a_finite_gradient_moves_nothing(
+def test_a_step_without_a_finite_gradient_changes_nothing(
     method: str, optimizer: str, small: Small, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     leaves = {"method": method, "optimizer": optimizer}
@@ -252,7 +257,7 @@ def test_ten_steps_in_a_row_without_a_finite_gradient_stop_the_run(
 
 
 def test_clipping_limits_the_whole_gradient(small: Small, tmp_path: Path) -> None:
-    """SGD's first step is lr times the clipped gradient, without decay and warm-up."""
+    """The first step of SGD is the learning rate times the clipped gradient, without weight decay and warm-up."""
     leaves = {"optimizer": "sgd", "weight_decay": 0.0, "lr": 1.0, "max_steps": 1, "residual_weight": 0.0}
     moved = {}
     for clip in (None, 1e-3):
@@ -267,7 +272,7 @@ def test_clipping_limits_the_whole_gradient(small: Small, tmp_path: Path) -> Non
     assert moved[1e-3] == pytest.approx(1e-3, rel=1e-3)
 
 
-def test_accumulation_moves_teacher_and_queue_once_a_step(small: Small, tmp_path: Path) -> None:
+def test_accumulation_updates_teacher_and_queue_once_per_step(small: Small, tmp_path: Path) -> None:
     leaves = {"method": "mocov2", "queue_size": 500, "teacher_momentum": 0.5, "epochs": 1}
     train.train(small(**leaves, batch_size=480, accumulate=4, max_steps=1))
     state = checkpoint.load(tmp_path / "run")["method"]
@@ -275,7 +280,7 @@ def test_accumulation_moves_teacher_and_queue_once_a_step(small: Small, tmp_path
     torch.manual_seed(0)
     start = build_method(small(**leaves)).state_dict()
     name = "student.projector.0.weight"
-    # Two steps an epoch, so the update after the first is half-way on the cosine from .5 to .999.
+    # Two steps per epoch, so the update after the first is at half of the cosine from 0.5 to 0.999.
     momentum = (0.5 + 0.999) / 2
     want = momentum * start[name].double() + (1 - momentum) * state[name].double()
     np.testing.assert_allclose(state[name.replace("student", "teacher")], want, atol=1e-7)
@@ -284,20 +289,22 @@ def test_accumulation_moves_teacher_and_queue_once_a_step(small: Small, tmp_path
 
 @pytest.mark.parametrize("steps", [5, pytest.param(50, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("method", METHODS)
-def test_fused_operations_and_reference_train_alike(method: str, steps: int, small: Small, tmp_path: Path) -> None:
+def test_fused_and_reference_operations_give_the_same_losses(
+    method: str, steps: int, small: Small, tmp_path: Path
+) -> None:
     losses = {}
     for kernels in ("auto", "reference"):
         out = tmp_path / kernels
         options = {"batch_size": 16, "max_steps": steps, "lr": 0.02, "stem": "small"}
         train.train(small(method=method, kernels=kernels, **options, out=out))
         losses[kernels] = [record["loss"] for record in records(out)]
-    # Both are right to float32's rounding, and training amplifies that. Of 24 reference runs, six a method, that start
-    # with the last bit of one weight matrix changed, the worst differs by 3e-6 in 5 steps and 4e-3 in 50; at higher
-    # learning rates a tie in a ReLU or an argmax that a last bit decides comes earlier.
+    # Both are correct to float32's rounding, and training amplifies rounding errors. In 24 reference runs, six per
+    # method, that start with the last bit of one weight matrix changed, the largest difference is 3e-6 in 5 steps and
+    # 4e-3 in 50. At higher learning rates, a last bit decides a tie in a ReLU or an argmax earlier.
     np.testing.assert_allclose(losses["auto"][:5], losses["reference"][:5], rtol=1e-5)
     np.testing.assert_allclose(losses["auto"], losses["reference"], rtol=1e-2)
     assert len(losses["auto"]) == steps
-    assert losses["auto"] != losses["reference"]  # they are two paths
+    assert losses["auto"] != losses["reference"]  # two different paths
 
 
 def test_an_unlabelled_folder_skips_knn_with_one_notice(
@@ -310,7 +317,7 @@ def test_an_unlabelled_folder_skips_knn_with_one_notice(
 
 @pytest.mark.parametrize("backend", ["eager", pytest.param("inductor", marks=pytest.mark.slow)])
 def test_compile_and_bf16_run(backend: str, small: Small, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Minutes of a C++ compiler by night; what torch.compile captures and how it wraps, without them."""
+    """The quick case checks how torch.compile wraps the networks; the slow case compiles C++, which takes minutes."""
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=backend))
     train.train(small(compile="on", precision="bf16", arch="test_convnext", max_steps=1))
     assert np.isfinite(records(tmp_path / "run")[0]["loss"])
@@ -319,7 +326,7 @@ def test_compile_and_bf16_run(backend: str, small: Small, tmp_path: Path, monkey
 
 
 def closes_the_gap(small: Small, out: Path, **leaves: Any) -> None:
-    """MoCo-v3 on digits: the final gap with weight 1 is below 0.6 of that with 0."""
+    """MoCo-v3 on digits: the final gap with weight 1 is below 0.6 of the gap with weight 0."""
     finals = {w: train.train(small(residual_weight=w, max_steps=None, out=out / f"{w}", **leaves)) for w in (0.0, 1.0)}
     for weight, final in finals.items():
         print(f"weight {weight}: " + " ".join(f"{k} {v:.4f}" for k, v in final.items() if k in ("gap", "knn_teacher")))
@@ -327,7 +334,7 @@ def closes_the_gap(small: Small, out: Path, **leaves: Any) -> None:
 
 
 def test_the_residual_term_closes_the_gap_in_22_steps(small: Small, tmp_path: Path) -> None:
-    """Narrow heads, and AdamW at a high rate: 0.47 of the gap is left."""
+    """Narrow heads, and AdamW with a high learning rate: the measured ratio is 0.47."""
     closes_the_gap(
         small, tmp_path, hidden_dim=256, predictor_hidden_dim=256, batch_size=64, epochs=1, warmup_epochs=0.1,
         optimizer="adamw", lr=8e-3, weight_decay=0.01,
@@ -337,7 +344,7 @@ def test_the_residual_term_closes_the_gap_in_22_steps(small: Small, tmp_path: Pa
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_the_residual_term_closes_the_gap_on_digits(seed: int, small: Small, tmp_path: Path) -> None:
-    """12 epochs, all as published."""
+    """12 epochs with the published settings."""
     closes_the_gap(
         small, tmp_path, seed=seed, batch_size=128, epochs=12, warmup_epochs=1.2, hidden_dim=4096, output_dim=256,
         predictor_hidden_dim=4096, log_every=11, eval_every=12, workers=None, stem="small",

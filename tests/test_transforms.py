@@ -1,4 +1,4 @@
-"""What other parts of PyTorch do with the operations: derivatives of every kind, and forward passes that run twice."""
+"""Other parts of PyTorch with the operations: derivatives of every kind, torch.func, compilation and checkpointing."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ Loss = Callable[[Tensor], Tensor]
 
 
 def rows(seed: int, *shape: int) -> Tensor:
+    """Normally distributed float64 rows of this shape."""
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=F64)
 
 
@@ -27,6 +28,7 @@ QUEUE = torch.nn.functional.normalize(rows(4, 6, 4))
 
 
 def losses(backend: str | None) -> dict[str, Loss]:
+    """The losses of a backend as functions of the queries."""
     return {
         "info_nce": lambda x: info_nce(x, KEY, QUEUE, backend=backend),
         "in batch": lambda x: info_nce(x, KEY, reduction="sum", backend=backend),
@@ -37,7 +39,7 @@ def losses(backend: str | None) -> dict[str, Loss]:
 
 
 def defined(name: str) -> Loss:
-    """The losses once more, as their formulas say."""
+    """A loss in plain PyTorch, written from its formula."""
 
     def unit(x: Tensor) -> Tensor:
         return x / x.norm(dim=-1, keepdim=True)
@@ -61,6 +63,7 @@ def defined(name: str) -> Loss:
 
 
 def dual(loss: Loss) -> Any:
+    """The directional derivative by forward-mode differentiation."""
     with torch.no_grad(), forward_ad.dual_level():
         return forward_ad.unpack_dual(loss(forward_ad.make_dual(QUERY, TOWARD))).tangent
 
@@ -80,7 +83,7 @@ TRANSFORMS: dict[str, Callable[[Loss], Any]] = {
 
 @pytest.mark.parametrize("name", losses(None))
 @pytest.mark.parametrize("transform", TRANSFORMS)
-def test_a_transform_is_right_or_refused(transform: str, name: str) -> None:
+def test_transforms_are_right_on_the_reference_and_refused_on_other_backends(transform: str, name: str) -> None:
     want = TRANSFORMS[transform](defined(name))
     for backend in (None, "reference"):
         torch.testing.assert_close(TRANSFORMS[transform](losses(backend)[name]), want, rtol=1e-9, atol=1e-9)
@@ -89,6 +92,7 @@ def test_a_transform_is_right_or_refused(transform: str, name: str) -> None:
 
 
 def penalty(loss: Loss, power: int = 1) -> Tensor:
+    """The gradient of the squared norm of the gradient."""
     query = QUERY.clone().requires_grad_()
     (slope,) = torch.autograd.grad(loss(query).sum() ** power, query, create_graph=True)
     return torch.autograd.grad(slope.square().sum(), query)[0]
@@ -106,7 +110,9 @@ TWICE: dict[str, Callable[[Loss], Any]] = {
 
 @pytest.mark.parametrize("name", losses(None))
 @pytest.mark.parametrize("derivative", TWICE)
-def test_a_second_derivative_is_right_or_refused(derivative: str, name: str) -> None:
+def test_second_derivatives_are_right_on_the_reference_and_refused_on_other_backends(
+    derivative: str, name: str
+) -> None:
     want = TWICE[derivative](defined(name))
     torch.testing.assert_close(TWICE[derivative](losses("reference")[name]), want, rtol=1e-9, atol=1e-9)
     for backend in (None, "cpu"):
@@ -115,14 +121,14 @@ def test_a_second_derivative_is_right_or_refused(derivative: str, name: str) -> 
 
 
 @pytest.mark.parametrize("name", losses(None))
-def test_first_derivatives_of_every_kind(name: str) -> None:
+def test_first_derivatives_equal_the_definition(name: str) -> None:
     loss, query = losses("cpu")[name], QUERY.clone().requires_grad_()
     assert torch.autograd.gradcheck(loss, (query,), check_batched_grad=True)
     assert torch.autograd.gradgradcheck(losses("reference")[name], (query,))
     (want,) = torch.autograd.grad(defined(name)(query).sum(), query)
     with torch.autograd.graph.save_on_cpu():
         value = loss(query)
-    for keep in (True, False):  # the same graph twice
+    for keep in (True, False):  # backward twice through one graph
         (found,) = torch.autograd.grad(value.sum(), query, retain_graph=keep)
         torch.testing.assert_close(found, want, rtol=1e-9, atol=1e-9)
     halved = loss(query)
@@ -140,7 +146,7 @@ def test_transforms_compile(transform: str) -> None:
     torch.testing.assert_close(fast(SAME), derived(SAME), rtol=1e-9, atol=1e-9)
 
 
-def test_no_derivative_to_a_key() -> None:
+def test_derivatives_with_respect_to_keys_are_refused() -> None:
     with pytest.raises(ValueError, match="key has a tangent"):
         torch.func.jvp(lambda key: info_nce(QUERY, key), (KEY,), (TOWARD,))
     with pytest.raises(ValueError, match="key requires grad"):
@@ -152,7 +158,7 @@ def test_no_derivative_to_a_key() -> None:
 
 
 class Changes:
-    """Functions that change tensors beside a differentiable computation, and whether they did."""
+    """Functions that change tensors besides a differentiable computation, and a check whether they did."""
 
     def __init__(self, backend: str) -> None:
         self.backend, self.weight = backend, torch.nn.Parameter(rows(5, 4, 4).float())
@@ -180,6 +186,7 @@ class Changes:
         return (x @ self.weight).tanh().sum()
 
     def changed(self) -> bool:
+        """Whether the teacher or the ring has changed."""
         return bool(self.teacher.any()) or not torch.equal(self.ring.features, self.start)
 
 
@@ -189,7 +196,7 @@ KINDS = ["loss_with_pointer", "loss_and_enqueue", "fused_ema", "prepared_ema"]
 @pytest.mark.parametrize("reentrant", [True, False])
 @pytest.mark.parametrize("backend", ["cpu", "reference"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_nothing_is_changed_under_checkpointing(kind: str, backend: str, reentrant: bool) -> None:
+def test_checkpointing_is_refused_before_any_change(kind: str, backend: str, reentrant: bool) -> None:
     changes = Changes(backend)
     query = QUERY.float().requires_grad_()
     with pytest.raises(RuntimeError, match="activation checkpointing"):
@@ -200,7 +207,7 @@ def test_nothing_is_changed_under_checkpointing(kind: str, backend: str, reentra
 
 
 class Recomputing(torch.autograd.Function):
-    """Checkpointing as other libraries have it."""
+    """Activation checkpointing as other libraries implement it."""
 
     @staticmethod
     def forward(ctx: Any, run: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
@@ -229,7 +236,7 @@ def test_a_second_forward_pass_is_refused(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS[:3])
-def test_nothing_is_changed_under_compiled_checkpointing(kind: str) -> None:
+def test_compiled_checkpointing_is_refused_before_any_change(kind: str) -> None:
     changes = Changes("cpu")
     torch._dynamo.reset()
 
@@ -242,7 +249,7 @@ def test_nothing_is_changed_under_compiled_checkpointing(kind: str) -> None:
 
 
 @pytest.mark.parametrize("backend", ["cpu", "reference"])
-def test_a_compiled_function_is_not_run_again(backend: str) -> None:
+def test_checkpointing_of_a_compiled_function_is_refused(backend: str) -> None:
     changes = Changes(backend)
     torch._dynamo.reset()
     fast = torch.compile(changes.loss_with_pointer, backend="aot_eager", fullgraph=True)
@@ -251,7 +258,7 @@ def test_a_compiled_function_is_not_run_again(backend: str) -> None:
     assert not changes.changed()
 
 
-def test_hooks_on_a_gradient_may_step_and_average() -> None:
+def test_gradient_hooks_may_step_and_average() -> None:
     weight = torch.nn.Parameter(torch.ones(2))
     teacher = torch.zeros(2)
     optimizer = SGD([weight], lr=0.5, teacher=[teacher], ema_momentum=0.5)
@@ -260,7 +267,7 @@ def test_hooks_on_a_gradient_may_step_and_average() -> None:
     assert [weight.tolist(), teacher.tolist()] == [[-0.5, -0.5], [-0.25, -0.25]]
 
 
-def test_nothing_is_changed_under_torch_func() -> None:
+def test_torch_func_is_refused_before_any_change() -> None:
     changes = Changes("reference")
     for kind in KINDS:
         with pytest.raises(RuntimeError, match=r"torch.func does not support"):
@@ -271,7 +278,7 @@ def test_nothing_is_changed_under_torch_func() -> None:
 
 
 @pytest.mark.parametrize("backend", ["cpu", "reference"])
-def test_a_push_without_grad_and_a_graph_used_twice(backend: str) -> None:
+def test_a_push_without_grad_and_two_backward_passes(backend: str) -> None:
     changes = Changes(backend)
     with torch.no_grad():
         changes.loss_with_pointer(QUERY.float())

@@ -1,4 +1,4 @@
-"""The search for tiles: what it stores is right, is used, and is not used where it does not belong."""
+"""The search for tiles: the stored tile is right and used, and not used for other shapes."""
 
 from __future__ import annotations
 
@@ -27,13 +27,14 @@ def _own_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]
 
 
 def rows(backend: str) -> list[torch.Tensor]:
+    """Queries, keys and a queue of unit rows on the device of the backend."""
     made = torch.Generator().manual_seed(3)
     query, key, queue = (torch.randn(count, D, generator=made) for count in (N, N, K))
     return [x.to(device_of(backend)) for x in (query, key, torch.nn.functional.normalize(queue, dim=1))]
 
 
 class Recorded:
-    """A kernel that records with what it is launched."""
+    """A kernel that records the tiles of its launches."""
 
     def __init__(self, kernel: Any) -> None:
         self.kernel, self.launched = kernel, list[tuple[int, ...]]()
@@ -64,7 +65,7 @@ def test_the_fastest_tile_that_fits_is_stored_and_used(backend: str, monkeypatch
 
     monkeypatch.setattr(triton.testing, "do_bench", timed)
     times = tune_losses(N, K, D, dtype=torch.float32, device=query.device)
-    assert sweep.launched == [tuple(tile) for tile in every]  # each ran as itself
+    assert sweep.launched == [tuple(tile) for tile in every]  # each candidate ran with its own tile
     assert len(times) == len(every) - 1
     fastest = every[2] if len(every) > 2 else every[0]
     assert json.loads(_tiles.stored().read_text()) == {case: list(fastest)}
@@ -81,11 +82,11 @@ def test_the_fastest_tile_that_fits_is_stored_and_used(backend: str, monkeypatch
 
 @pytest.mark.parametrize("backend", [TRITON])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-def test_every_candidate_gives_the_loss(backend: str, dtype: torch.dtype) -> None:
+def test_every_candidate_tile_gives_the_loss(backend: str, dtype: torch.dtype) -> None:
     query, key, queue = rows(backend)
     queue, kind = queue.to(dtype), _sweep.product_kind(dtype)
     want = torch.as_tensor(oracle.info_nce(query.cpu(), key.cpu(), queue.double().cpu(), 0.2))
-    # Half precision rounds queries by 2**-11 of a logit, which is at most 1 / 0.2.
+    # Half precision rounds queries by up to 2**-11 of a logit, which is at most 1 / 0.2.
     close = {"rtol": 1e-5, "atol": 1e-6} if dtype == torch.float32 else {"rtol": 0, "atol": 2**-11 / 0.2}
     for n in (N, _tiles.MANY):
         for tile in _tiles.candidates(n, D, kind, 9):
@@ -115,12 +116,12 @@ def test_without_a_gpu_nothing_is_measured_or_written() -> None:
 
 
 @pytest.mark.parametrize("content", ["{", "[1]", '{"a": 3}', '{"a": [1, 2, 3]}', '{"a": ["x", 1, 1, 1]}'])
-def test_a_damaged_file_is_said_and_not_used(content: str) -> None:
+def test_a_damaged_file_of_tiles_is_reported_and_not_used(content: str) -> None:
     _tiles.stored().parent.mkdir(parents=True)
     _tiles.stored().write_text(content)
     with pytest.warns(UserWarning, match=r"tiles.json is not used, since it cannot be read: "):
         assert _tiles.measured() == {}
-    assert _tiles.measured() == {}  # once per process
+    assert _tiles.measured() == {}  # one warning per process
 
 
 def test_triton_cases_in_the_interpreter() -> None:

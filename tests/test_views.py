@@ -1,4 +1,4 @@
-"""Views of any number and size: through every loader, as a user writes them down, over a resume, and in a picture."""
+"""Views of any number and size: through every loader, in files of users, over a resume, and on the contact sheet."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from fastrm.settings.flags import read_flags
 from tests.conftest import natural_pictures
 from tests.test_batched import composed
 
-# A strong blur, so that one of another view's size would be seen.
+# A strong blur, so that a blur for another view's size would be visible.
 LARGE = View(blur_sigma=(8.0, 8.5), blur_probability=1.0)
 SMALL = replace(LARGE, size=16, crop_scale=(0.05, 0.4), interpolation="bicubic")
 MULTI_CROP = Augmentation(views=(LARGE,) * 2 + (SMALL,) * 4)
@@ -42,6 +42,7 @@ TINY = {"hidden_dim": 16, "predictor_hidden_dim": 16, "output_dim": 8, "queue_si
 
 
 def source_of(kind: str, folder: Path) -> Source:
+    """A source of six images, in memory or in files."""
     pixels = natural_pictures(6, *((20, 26) if "tiny" in kind else (60, 80))).permute(0, 2, 3, 1).numpy()
     if "files" not in kind:
         return Source(name="some", train=ArrayImages(pixels, None), bank=None, test=None, about="")
@@ -51,6 +52,7 @@ def source_of(kind: str, folder: Path) -> Source:
 
 
 def loader_of(kind: str, source: Source, recipe: Augmentation, image_size: int = 32) -> Any:
+    """A loader of this kind for the source and augmentation."""
     return make_loader(
         source, method=recipe, image_size=image_size, batch_size=6, device="cpu", workers=0, seed=5,
         loader=kind.partition(",")[0],
@@ -58,7 +60,7 @@ def loader_of(kind: str, source: Source, recipe: Augmentation, image_size: int =
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_views_of_two_sizes_are_torchvisions(kind: str, tmp_path: Path) -> None:
+def test_views_of_two_sizes_equal_torchvision(kind: str, tmp_path: Path) -> None:
     source = source_of(kind, tmp_path)
     loader = loader_of(kind, source, MULTI_CROP)
     (request,) = loader._sampler
@@ -80,7 +82,7 @@ def test_views_of_two_sizes_are_torchvisions(kind: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_more_views_and_a_size_of_their_own_leave_two_views_as_they_were(kind: str, tmp_path: Path) -> None:
+def test_further_views_and_given_sizes_do_not_change_two_views(kind: str, tmp_path: Path) -> None:
     source, two = source_of(kind, tmp_path), find("mocov3").augmentation(0.2)
     more = replace(two, views=(*two.views, replace(two.views[0], size=16)))
     sized = replace(two, views=tuple(replace(view, size=32) for view in two.views))
@@ -91,11 +93,12 @@ def test_more_views_and_a_size_of_their_own_leave_two_views_as_they_were(kind: s
 
 
 def made(text: str, tmp_path: Path, method: str = "byol", **options: Any) -> Augmentation:
+    """The augmentation that a file with this text describes."""
     (tmp_path / "views.toml").write_text(text, encoding="utf-8")
     return augmentation_of(method, 0.1, tmp_path / "views.toml", **options)
 
 
-def test_a_file_says_only_what_differs_from_the_methods_own(tmp_path: Path) -> None:
+def test_a_file_states_only_differences_from_the_method(tmp_path: Path) -> None:
     first, second = find("byol").augmentation(0.1).views
     own = (first, second)
     assert made("", tmp_path).views == own
@@ -106,14 +109,16 @@ def test_a_file_says_only_what_differs_from_the_methods_own(tmp_path: Path) -> N
     assert made(text, tmp_path).views == (
         replace(first, hue=0.05, flip_probability=0.0),
         replace(second, size=224, hue=0.2),
-        replace(first, hue=0.05),  # they begin again
+        replace(first, hue=0.05),  # the defaults start again
     )
     assert made("mean = [0, 0.5, 1]\nstd = [1, 1, 2]", tmp_path).std == (1, 1, 2)
     assert made('views = "4x64"', tmp_path).views == tuple(replace(view, size=64) for view in own * 2)
 
 
-def test_views_of_several_sizes_are_dinos_multi_crop(tmp_path: Path) -> None:
-    """The numbers of https://arxiv.org/abs/2104.14294 and of its code: one blurred always, one solarized at times."""
+def test_views_of_several_sizes_equal_the_multi_crop_of_dino(tmp_path: Path) -> None:
+    """The values of https://arxiv.org/abs/2104.14294 and its code: the first view is always blurred, the second
+    sometimes solarized.
+    """
     want = [(224, (0.4, 1.0), 1.0, 0.0), (224, (0.4, 1.0), 0.1, 0.2)] + [(96, (0.05, 0.4), 0.5, 0.0)] * 8
     short = augmentation_of("byol", 0.1, "2x224,8x96")
     for found in (short, made('views = "2x224, 8x96"', tmp_path), made(
@@ -123,7 +128,7 @@ def test_views_of_several_sizes_are_dinos_multi_crop(tmp_path: Path) -> None:
         numbers = [(v.size, v.crop_scale, v.blur_probability, v.solarize_probability) for v in found.views]
         assert numbers == want
         assert {(v.brightness, v.contrast, v.saturation, v.hue) for v in found.views} == {(0.4, 0.4, 0.2, 0.1)}
-    # A view without a size has that of the run, and what the file says is above the publication.
+    # A view without a size has the size of the run, and values in the file override the published ones.
     found = made("crop_scale = [0.3, 1]\n[[view]]\n[[view]]\nsize = 96\ncrop_scale = [0.1, 0.2]", tmp_path)
     assert [view.crop_scale for view in found.views] == [(0.3, 1), (0.1, 0.2)]
     assert made("[[view]]\n[[view]]\nsize = 96", tmp_path, image_size=96).views[1].crop_scale == (0.1, 1.0)
@@ -156,25 +161,25 @@ def test_a_wrong_file_is_refused_in_one_line_that_names_it(text: str, says: str,
 
 
 @pytest.mark.parametrize("given", ["views.yaml", "2x", "0x", "2x99999", "x224", "", "gone.toml", "gone.json", "2x7"])
-def test_what_is_no_augmentation(given: str) -> None:
+def test_invalid_augmentations_are_refused(given: str) -> None:
     with pytest.raises(UsageError, match=f"^--augmentation {given}: "):
         augmentation_of("byol", 0.1, given)
 
 
-def test_python_reads_the_same(tmp_path: Path) -> None:
+def test_python_reads_the_same_augmentation(tmp_path: Path) -> None:
     (tmp_path / "views.toml").write_text("hue = 0.0", encoding="utf-8")
     assert Augmentation.read(tmp_path / "views.toml") == Augmentation(views=(View(hue=0.0),) * 2)
     own = find("byol").augmentation(0.1)
     assert Augmentation.read("2x224,8x96", base=own) == augmentation_of("byol", 0.1, "2x224,8x96")
 
 
-def test_every_number_is_written_down_and_read_back(tmp_path: Path) -> None:
+def test_every_value_is_written_and_read(tmp_path: Path) -> None:
     whole = augmentation_of("mocov3", 0.3, "2x224,8x96")
     plain = json.loads(json.dumps(whole.plain()))
     assert [set(view) for view in plain["view"]] == [set(asdict(View()))] * 10
     assert plain["view"][2]["crop_scale"] == [0.05, 0.4]
     (tmp_path / "config.json").write_text(json.dumps({VIEWS: plain}), encoding="utf-8")
-    # Whatever the method, since every number is there.
+    # The method does not matter, since every value is given.
     assert augmentation_of("byol", 0.9, tmp_path / "config.json") == whole
     assert whole.difference(plain) == ""
     other = replace(whole, views=(replace(whole.views[0], hue=0.2, size=96), *whole.views[1:]))
@@ -188,7 +193,7 @@ SETTINGS = {**TINY, "method": "mocov2", "image_size": 16, "batch_size": 8}
 
 @pytest.fixture
 def run(small: Callable[..., Config], tmp_path: Path) -> Callable[..., Any]:
-    """A step of a run in one folder, with what a file of its own says of its views."""
+    """A function that trains up to a step, with the views that a text describes."""
 
     def go(text: str | None, steps: int, **leaves: Any) -> Any:
         if text is not None:
@@ -202,7 +207,7 @@ def run(small: Callable[..., Config], tmp_path: Path) -> Callable[..., Any]:
 TEXT = "hue = 0.05\n[[view]]\n[[view]]\nsize = 12\n"
 
 
-def test_a_run_is_saved_with_every_number_of_its_views(run: Any, tmp_path: Path) -> None:
+def test_a_run_stores_every_value_of_its_views(run: Any, tmp_path: Path) -> None:
     run(TEXT, 1)
     out = tmp_path / "run"
     want = augmentation_of("mocov2", 0.2, tmp_path / "views.toml", 16)
@@ -210,7 +215,7 @@ def test_a_run_is_saved_with_every_number_of_its_views(run: Any, tmp_path: Path)
     config = json.loads((out / "config.json").read_text(encoding="utf-8"))
     assert config["augmentation"] == str(tmp_path / "views.toml")
     assert config[VIEWS] == checkpoint.load(out)["augmentation"] == want.plain()
-    # The file may say the same in other words, and lie elsewhere; other numbers are refused.
+    # The file may describe the same views in other words and lie elsewhere; other values are refused.
     (tmp_path / "other.toml").write_text(TEXT.replace("0.05", "5e-2") + "hue = 0.05\n", encoding="utf-8")
     assert run(None, 2, augmentation=str(tmp_path / "other.toml"))["step"] == 2
     before = {path: path.read_bytes() for path in out.iterdir() if path.is_file()}
@@ -225,7 +230,7 @@ def test_a_run_is_saved_with_every_number_of_its_views(run: Any, tmp_path: Path)
             run(text, 3)
         assert "\n" not in str(caught.value)
     assert before == {path: path.read_bytes() for path in out.iterdir() if path.is_file()}
-    # When the file is gone, the run's own config.json has it all.
+    # After the files are deleted, the run's config.json has everything.
     for name in ("views.toml", "other.toml"):
         (tmp_path / name).unlink()
     assert run(None, 2, augmentation=str(out / "config.json"))["step"] == 2
@@ -233,19 +238,19 @@ def test_a_run_is_saved_with_every_number_of_its_views(run: Any, tmp_path: Path)
     assert augmentation_of("mocov2", repeated.crop_min, repeated.augmentation, 16) == want
 
 
-def test_the_methods_own_views_are_saved_and_compared_too(run: Any, tmp_path: Path) -> None:
+def test_the_views_of_a_method_are_stored_and_compared(run: Any, tmp_path: Path) -> None:
     run(None, 1)
     own = find("mocov2").augmentation(0.2).plain()
     config = json.loads((tmp_path / "run" / "config.json").read_text(encoding="utf-8"))
     assert (config["augmentation"], config[VIEWS]) == (None, own)
     with pytest.raises(UsageError, match=r"with other views: hue of view 1 was 0.1, is 0.0; hue of view 2"):
         run("hue = 0.0", 2)
-    # Of the method's own, a setting that is given with the file changes the views.
+    # If the views are the method's own, a setting beside the file changes them.
     repeated = read_flags(["--config", str(tmp_path / "run" / "config.json"), "--crop-min", "0.5"])
     assert (repeated.input.augmentation, repeated.input.crop_min) == (None, 0.5)
 
 
-def test_checkpoints_of_before_do_not_say_their_views(run: Any, tmp_path: Path) -> None:
+def test_checkpoints_of_older_versions_without_views_continue(run: Any, tmp_path: Path) -> None:
     def forget() -> None:
         path = tmp_path / "run" / "checkpoint.pt"
         state = checkpoint.load(path)
@@ -264,7 +269,7 @@ def test_checkpoints_of_before_do_not_say_their_views(run: Any, tmp_path: Path) 
     assert result.scores["step"] == 2
 
 
-def test_an_augmentation_of_pythons_is_saved_and_compared(tmp_path: Path) -> None:
+def test_an_augmentation_object_is_stored_and_compared(tmp_path: Path) -> None:
     def go(augmentation: Any) -> Any:
         return fastrm.pretrain(
             "digits", augmentation=augmentation, arch="test_resnet", max_steps=1, out=tmp_path / "run", **SETTINGS
@@ -282,7 +287,7 @@ def test_an_augmentation_of_pythons_is_saved_and_compared(tmp_path: Path) -> Non
     assert flags.input.augmentation == str(tmp_path / "run" / "config.json")
 
 
-def test_a_method_takes_its_number_of_views(small: Callable[..., Config], tmp_path: Path) -> None:
+def test_a_method_refuses_another_number_of_views(small: Callable[..., Config], tmp_path: Path) -> None:
     with pytest.raises(
         UsageError, match="--method mocov3 takes 2 views or more of an image; the augmentation gives 1"
     ) as caught:
@@ -292,7 +297,7 @@ def test_a_method_takes_its_number_of_views(small: Callable[..., Config], tmp_pa
 
 
 def place_of(picture: Any, sheet: Any, top: int, left: int) -> tuple[int, int]:
-    """Where a picture is in another one, at or behind a place."""
+    """The row and column of an image in a sheet, at or after a position."""
     height, width = picture.shape[:2]
     high, wide = sheet.shape[0] - top - height + 1, sheet.shape[1] - left - width + 1
     near = np.ones((high, wide), dtype=bool)
@@ -309,15 +314,16 @@ def place_of(picture: Any, sheet: Any, top: int, left: int) -> tuple[int, int]:
 @pytest.mark.parametrize(
     ("kind", "text", "sides", "original"),
     [
-        ("tiny", "", (128, 128), 4),  # 20x26
-        ("files", "[[view]]\n[[view]]\nsize = 16\n[[view]]\nsize = 200\n", (128, 128, 200), 2),  # 60x80 in 200
+        ("tiny", "", (128, 128), 4),  # 20x26 pixels
+        # 60x80 pixels, enlarged to 200
+        ("files", "[[view]]\n[[view]]\nsize = 16\n[[view]]\nsize = 200\n", (128, 128, 200), 2),
         ("files", "views = '3x48,9x24'", (144,) * 12, 1),
     ],
 )
-def test_a_contact_sheet_shows_pictures_and_views_pixel_by_pixel(
+def test_a_contact_sheet_shows_images_and_views_pixel_by_pixel(
     kind: str, text: str, sides: tuple[int, ...], original: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Legible: each pixel is drawn as a square, so that views are 128 pixels wide or more."""
+    """Each pixel is drawn as a square, so that views are at least 128 pixels wide."""
     (tmp_path / "data").mkdir()
     source = source_of("files", tmp_path / "data")
     if kind == "tiny":
@@ -347,15 +353,15 @@ def test_a_contact_sheet_shows_pictures_and_views_pixel_by_pixel(
         for tile in shown:
             near = found[: bottom + max(sides) + 80, : x + tile.shape[1] + 80]
             top, left = place_of(tile, near, bottom, x)
-            assert (found[top, x : left - 1] > 200).all()  # side by side, nothing in between
+            assert (found[top, x : left - 1] > 200).all()  # side by side, with nothing in between
             tops.add(top)
             x = left + tile.shape[1]
         assert len(tops) == 1
-        assert (found[bottom : top - 1] < 128).any()  # text above
+        assert (found[bottom : top - 1] < 128).any()  # text above the row
         bottom = top + max(sides)
 
 
-def test_names_of_any_length_and_kind_stand_above_their_row() -> None:
+def test_names_of_any_length_are_drawn_above_their_row() -> None:
     tiles = [sheets.Tile(Image.new("RGB", (128, 128), "white"))] * 2
     drawn = [
         sheets.draw([sheets.Row(name, "label 3", tiles)], titles=["original", "view 1\n32 pixels"])
@@ -369,8 +375,8 @@ def test_names_of_any_length_and_kind_stand_above_their_row() -> None:
         assert not any((ink == (np.asarray(other.convert("L")) < 128)).all() for other in drawn[:i])
 
 
-def test_the_sheet_takes_the_crops_of_the_method(tmp_path: Path) -> None:
-    """Not those of the command's own default: a run of BYOL crops down to 8 % of the area."""
+def test_the_sheet_uses_the_crops_of_the_method(tmp_path: Path) -> None:
+    """The default of the method, not that of the command: BYOL crops down to 8 % of the area."""
     flags = ["--data", "digits", "--image-size", "16", "--images", "2", "--method", "byol"]
     for name, more in (("own", []), ("same", ["--crop-min", "0.08"]), ("other", ["--crop-min", "0.9"])):
         contact_sheet([*flags, *more, "--out", str(tmp_path / f"{name}.png")])
@@ -379,7 +385,7 @@ def test_the_sheet_takes_the_crops_of_the_method(tmp_path: Path) -> None:
     assert own != other
 
 
-def test_the_start_says_how_many_views_there_are(run: Any, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_start_reports_the_number_of_views(run: Any, capsys: pytest.CaptureFixture[str]) -> None:
     run(None, 1)
     assert "views " not in capsys.readouterr().out
     run(None, 1, augmentation="1x8,1x24", resume="never")
@@ -401,7 +407,7 @@ def test_the_start_says_how_many_views_there_are(run: Any, capsys: pytest.Captur
 def test_the_sheet_shows_three_bands_or_one(
     bands: int, says: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """In the values that are said to be black and white; each view is the whole picture here."""
+    """The values are scaled by the given range; each view is the whole image here."""
     (tmp_path / "data").mkdir()
     values = np.random.default_rng(0).integers(0, 4096, (2, 24, 24, bands)).astype(np.uint16)
     for i, picture in enumerate(values):
@@ -423,7 +429,7 @@ def test_the_sheet_shows_three_bands_or_one(
         assert place_of(large, found, top, left + 144)[0] == top
 
 
-def test_a_method_of_ones_own_takes_multi_crop(tmp_path: Path) -> None:
+def test_a_custom_method_accepts_multi_crop(tmp_path: Path) -> None:
     shapes = []
 
     class SixViews(MoCoV2):

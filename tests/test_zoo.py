@@ -1,4 +1,6 @@
-"""Small models of several families: trained, or refused with a reason. All families: `make nightly PARTS=zoo`."""
+"""Small networks of several families are trained, or refused with a reason. `make nightly PARTS=zoo` checks all
+families.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,7 @@ from fastrm.models.vit import is_vit, prepare_moco_vit
 ARCHS = ["test_vit", "test_vit_relpos", "test_convnext", "test_nfnet", "test_coatnet"]
 
 
-# Each family with two of the methods; the rest by night.
+# Each family with two of the methods; the others are slow.
 @pytest.mark.parametrize(
     ("arch", "method"),
     [
@@ -26,7 +28,7 @@ ARCHS = ["test_vit", "test_vit_relpos", "test_convnext", "test_nfnet", "test_coa
         for j, method in enumerate(zoo.METHODS)
     ],
 )
-def test_two_steps(arch: str, method: str) -> None:
+def test_two_steps_of_each_family(arch: str, method: str) -> None:
     size = 160 if arch == "test_coatnet" else 32
     config = zoo.settings(arch, method, size)
     if method == "densecl" and "vit" in arch:
@@ -36,7 +38,7 @@ def test_two_steps(arch: str, method: str) -> None:
         zoo.two_steps(config)
 
 
-def test_a_stopped_sweep_goes_on_and_a_crash_is_told_from_a_refusal(
+def test_a_stopped_sweep_continues_and_distinguishes_crashes_from_refusals(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     asked = []
@@ -58,7 +60,7 @@ def test_a_stopped_sweep_goes_on_and_a_crash_is_told_from_a_refusal(
         zoo.main(command)
     assert asked == ["mocov3", "mocov2", "byol", "densecl"]
     with pytest.raises(SystemExit) as status:
-        zoo.main(command)  # the one that ended the process is not asked again
+        zoo.main(command)  # the method that ended the process is not tried again
     assert len(asked) == 4
     assert status.value.code == 1
     outcomes["byol"] = None
@@ -82,7 +84,7 @@ def test_a_stopped_sweep_goes_on_and_a_crash_is_told_from_a_refusal(
     assert "old" not in said
 
 
-def test_the_smallest_of_each_class_is_chosen() -> None:
+def test_the_smallest_network_of_each_class_is_chosen() -> None:
     found = [zoo.Model("b", "m", "K", 2), zoo.Model("a", "m", "K", 1), zoo.Model("c", "n", "K", 9)]
     assert [model.arch for model in zoo.smallest(found)] == ["a", "c"]
     assert zoo.counted("test_vit")[1:] == ("vision_transformer", "VisionTransformer", sum(
@@ -93,7 +95,7 @@ def test_the_smallest_of_each_class_is_chosen() -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(7200)
 def test_every_vit_of_timm_can_be_prepared(record_property: Any) -> None:
-    """All sizes, without memory for their weights; what is left out has a reason."""
+    """All sizes, without memory for their weights; each part that is left out has a reason."""
     other: set[str] = set()
     reasons: dict[str, int] = {}
     for arch in timm.list_models():
