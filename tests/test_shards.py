@@ -249,7 +249,7 @@ def work(monkeypatch: pytest.MonkeyPatch, cache: Path) -> Work:
 
 @pytest.fixture
 def packed(tmp_path: Path) -> Path:
-    """Three shards, packed long ago: with 3 images of which one has no label, without images, and without an end mark."""
+    """Three old shards: with 3 images of which one has no label, without images, and without an end mark."""
     folder = tmp_path / "shards"
     folder.mkdir()
     pack(folder / "0.tar", [*samples("a/0", "a/1"), ("a/2.jpg", picture(2)), ("a/2.json", b"{}")])
