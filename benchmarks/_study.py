@@ -195,7 +195,7 @@ def in_turn(
         Stopped: by Ctrl-C.
     """
     begin = time.monotonic()
-    # Ctrl-C reaches all processes of a terminal; only this one handles it.
+    # On a terminal, Ctrl-C reaches all processes; only this one handles it.
     deaf = {"initializer": signal.signal, "initargs": (signal.SIGINT, signal.SIG_IGN)}
     with ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn"), **deaf) as pool:
         threads = max(1, available_cores() // jobs)

@@ -54,7 +54,7 @@ def tensors(network: str, dtype: torch.dtype = torch.float32, seed: int = 0) -> 
 
 @dataclass(frozen=True)
 class Row:
-    """Median time of one contender, its bytes, and its ratios to the first contender and to a plain copy."""
+    """Median time of one contender, its bytes per second, and its ratios to the first contender and to a plain copy."""
 
     case: str
     name: str
@@ -188,7 +188,7 @@ def available(
 
 
 def table_with_memory(case: str, rows: Iterable[Row], memory: Mapping[str, float], title: str = "extra MiB") -> str:
-    """The rows as Markdown, with memory instead of bytes; rows without memory have an empty cell."""
+    """The rows as Markdown, with memory instead of bytes per second; rows without a value show nan."""
     lines = [f"| {case} | ms | times the first | GPU µs | {title} |", "|---|--:|--:|--:|--:|"]
     lines += [
         f"| {r.name} | {r.ms:.2f} | {r.times_the_first:.2f} | {r.gpu_us:.1f} | {memory.get(r.name, math.nan):.1f} |"

@@ -21,7 +21,7 @@ T = 0.2
 GPU = DEVICE.type == "cuda"
 # (queries, queue rows or None for in-batch keys, width)
 CASES = [(256, 65_536, 128), (512, 4_096, 128), (4_096, None, 256), (16_384, None, 256)]
-# Wider than one program of a GPU holds.
+# Rows wider than one program of a GPU can hold.
 CASES += [(256, 65_536, 1_024), (256, 65_536, 2_048), (4_096, None, 1_024)]
 Call = Callable[[], Tensor]
 
@@ -147,8 +147,8 @@ def test_loss(n: int, size: int | None, dim: int, enter: Any, note: Any) -> None
     contenders: dict[str, Callable[[], object]] = {"fastrm residual_info_nce": mine}
     memory = {"fastrm residual_info_nce": extra_memory(mine)}
     for name, call, loss in available(RIVALS, inputs, note):
-        # On a GPU the rivals' logits are bf16, up to 1 / T = 5 and so off by up to 5 * 2^-9 = 0.01: the gradients by a
-        # hundredth, and once more for the rounding of the rows.
+        # On a GPU, the rivals' logits are bf16 with values up to 1 / T = 5, and so have errors up to 5 * 2^-9 = 0.01.
+        # The gradients have relative errors of 0.01 from this, and again as much from the rounding of the rows.
         close = {"rtol": 2e-2, "atol": 2e-2 * float(want.abs().max())} if GPU else {"rtol": 1e-4, "atol": 1e-7}
         torch.testing.assert_close(loss.float(), want_loss, rtol=1e-2 if GPU else 1e-5, atol=0)
         torch.testing.assert_close(inputs.query.grad, want, **close)

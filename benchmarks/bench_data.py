@@ -62,7 +62,7 @@ def made_up(folder: Path) -> Path:
 
 
 class Transformed(Dataset[Any]):
-    """Two views per image by a transform of a rival, as torchvision's ImageFolder would apply it."""
+    """Two views per image by a rival's transform, on files read as by torchvision's ImageFolder."""
 
     def __init__(self, images: FileImages, transform: Callable[[Image.Image], Any]) -> None:
         self.paths, self.transform = [str(path) for path in images.paths], transform
@@ -123,7 +123,7 @@ def contenders(files: FileImages, size: int, workers: int) -> dict[str, Iterable
     except ImportError as error:
         print(f"lightly cannot: {error}")
     loaders["torchvision v2"] = transformed(files, partial(twice, torchvision_transform(size)), workers)
-    if dali_problem() is None and workers:  # which has threads of its own
+    if dali_problem() is None and workers:  # DALI has its own threads
         loaders["fastrm dali"] = ours(files, "dali", size, workers)
     loaders[FLOOR] = floor(files, size, workers)
     return loaders
@@ -156,7 +156,7 @@ def rate(loader: Iterable[Any]) -> float:
 
 
 def cpu_time(loader: Iterable[Any]) -> float:
-    """Milliseconds of CPU time per image, of two batches."""
+    """Milliseconds of CPU time per image, measured over two batches."""
     begin = time.process_time()
     count = sum(len(getattr(batch, "views", batch)[0]) for batch in islice(loader, 2))
     return (time.process_time() - begin) / count * 1e3

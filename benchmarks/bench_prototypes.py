@@ -59,7 +59,7 @@ class Inputs:
 
 
 def ours(inputs: Inputs) -> Call:
-    dtype = torch.bfloat16 if GPU else torch.float32  # of the products, as in a mixed-precision run
+    dtype = torch.bfloat16 if GPU else torch.float32  # the dtype of the products, as in a mixed-precision run
 
     def call() -> Tensor:
         loss, _ = prototype_cross_entropy(

@@ -169,7 +169,7 @@ def write(out: Path, found: dict[str, object], lines: list[str]) -> None:
 
 
 def report(out: Path, chosen: dict[str, Part], work: Path) -> int:
-    """Run parts, and write the report after each; returns the status of the first failed part, otherwise 0."""
+    """Run parts, and write the report after each; return the status of the first failed part, or 0."""
     begin, status = time.monotonic(), 0
     machine = {
         "gpu": torch.cuda.get_device_name(),

@@ -1,4 +1,4 @@
-"""Measures which reaches a kNN accuracy first: fastrm, lightly's example loop, or the official MoCo-v3's style.
+"""Measures the time to reach a kNN accuracy: fastrm against lightly's example loop and the official MoCo-v3's style.
 
     python -m benchmarks.race --data FOLDER
 

@@ -26,14 +26,14 @@ class Machine:
     """Rates of a GPU and its links per second, which are assumed, not measured."""
 
     name: str = "H100 SXM"
-    flops: float = 75e12  # of 989e12 in dense bf16, because a ResNet is partly bound by memory
+    flops: float = 75e12  # of 989e12 in dense bf16, because memory bandwidth limits a ResNet in part
     memory: float = 0.9 * 3.35e12
-    inside: float = 0.8 * 450e9  # bytes to another GPU of the same machine, one direction
-    outside: float = 0.8 * 50e9  # to one of another machine: 400 Gbit/s per GPU
-    latency: float = 20e-6  # of a small collective over machines
+    inside: float = 0.8 * 450e9  # bytes per second to another GPU of the same machine, in one direction
+    outside: float = 0.8 * 50e9  # bytes per second to a GPU of another machine: 400 Gbit/s per GPU
+    latency: float = 20e-6  # seconds of a small collective over machines
     gpus: int = 8  # per machine
-    exact: float = 50e12  # FLOPs in float32, for kNN
-    decoded: float = 8 * 150  # images that the 8 loader processes of a GPU decode, 150 each
+    exact: float = 50e12  # FLOPs per second in float32, for kNN
+    decoded: float = 8 * 150  # images per second that the 8 loader processes of a GPU decode, 150 each
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class Run:
 
     forward: float  # FLOPs of one network on one image
     trained: int  # parameters with a gradient
-    averaged: int  # those with a counterpart in the teacher
+    averaged: int  # parameters with a counterpart in the teacher
     norms: int  # BatchNorm layers of the student
     batch: int  # images per process
     width: int = 256

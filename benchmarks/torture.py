@@ -49,7 +49,7 @@ def finish(run: subprocess.Popen[str]) -> None:
 
 
 def killed(run: subprocess.Popen[str], moment: random.Random) -> bool:
-    """Kill a run before or shortly after its first step; returns whether it was still alive."""
+    """Kill a run before or shortly after its first step; return whether it was still alive."""
     assert run.stdout is not None
     if moment.random() < 0.2:
         time.sleep(moment.uniform(0, 4))
@@ -70,7 +70,7 @@ def metrics(out: Path) -> list[dict[str, Any]]:
 
 
 def trial(method: str, data: str, kills: int, folder: Path, moment: random.Random) -> tuple[int, int]:
-    """Kill a run repeatedly, and compare its end; returns (kills, kills during a save)."""
+    """Kill a run repeatedly, and compare its end; return (kills, kills during a save)."""
     whole, cut = folder / f"{method}-whole", folder / f"{method}-cut"
     finish(start(method, data, whole))
     done = saving = 0
@@ -78,7 +78,7 @@ def trial(method: str, data: str, kills: int, folder: Path, moment: random.Rando
         partial = cut / f".{checkpoint.NAME}.partial"
         partial.unlink(missing_ok=True)
         if not killed(start(method, data, cut), moment):
-            break  # it was complete
+            break  # the run was complete
         done += 1
         saving += partial.exists() or not (cut / checkpoint.NAME).exists()
     finish(start(method, data, cut))

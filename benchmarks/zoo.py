@@ -276,7 +276,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             continue
         for answer in tried(model, tuple(options.only), known):
             _append(options.out / f"answers-{number}.jsonl", answer)
-            if answer["outcome"] == BEGUN:  # left by a process that died
+            if answer["outcome"] == BEGUN:  # the process of this result died
                 continue
             crashes += answer["outcome"].startswith("crash")
             print(f"{answer['column']:8} {model.arch:40} {answer['size']} {answer['outcome']}", flush=True)

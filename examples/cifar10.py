@@ -1,4 +1,4 @@
-"""A small network learns from the photographs of CIFAR-10, without labels, in hours of two CPU cores.
+"""Train a small network on the photographs of CIFAR-10 without labels, in some hours of two CPU cores.
 
 python examples/cifar10.py FOLDER --out runs/cifar10
 python examples/cifar10.py --out runs/cifar10 --export cifar10.safetensors
@@ -70,7 +70,7 @@ class SmallResNet(nn.Module):
 
 
 class Clock:
-    """Logs the hours of processor time that a run took so far, also before it was cut off."""
+    """Logs the hours of processor time of a run, including those before an interruption."""
 
     def __init__(self):
         self.before = -time.process_time()
@@ -93,7 +93,7 @@ class Clock:
 
 
 def export_half(run, file, which):
-    """Write a run's backbone as ``fastrm.export`` does, then with its convolutions in float16, in half of the bytes."""
+    """Write a run's backbone as ``fastrm.export`` does, and halve the file by storing its convolutions in float16."""
     card = export(ExportConfig(checkpoint=run, format="safetensors", which=which, out=file), arch=SmallResNet())
     with safe_open(file, "pt") as full:
         about = full.metadata()
@@ -118,7 +118,7 @@ if __name__ == "__main__":
     given = vars(parser.parse_args())
     data, file, which = (given.pop(name) for name in ("data", "export", "which"))
     if data is not None:
-        torch.manual_seed(given["seed"])  # of the first weights, which are the module's own
+        torch.manual_seed(given["seed"])  # the seed of the initial weights, which the module draws
         print(fastrm.pretrain(data, arch=SmallResNet(), hooks=[Clock()], **given, **SETTINGS).scores)
     if file is not None:
         export_half(given["out"], file, which)

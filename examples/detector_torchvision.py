@@ -21,10 +21,12 @@ from torchvision.transforms import v2
 
 
 def detector(arch: str, weights: Path, classes: int, size: int) -> FasterRCNN:
-    """Faster R-CNN with a feature pyramid on the pre-trained network; BatchNorm stays frozen, as is usual there."""
+    """Faster R-CNN with a feature pyramid on the pre-trained network; BatchNorm stays frozen, as is usual for
+    detectors.
+    """
     backbone = resnet_fpn_backbone(backbone_name=arch, weights=None, trainable_layers=3)
     missing, foreign = backbone.body.load_state_dict(load_file(weights), strict=False)
-    # The frozen BatchNorm counts no batches; but for these counts every tensor must find its place.
+    # Frozen BatchNorm does not count batches. Every other tensor must be loaded.
     assert not missing, missing
     assert all(name.endswith("num_batches_tracked") for name in foreign), foreign
     return FasterRCNN(backbone, classes, min_size=size, max_size=2 * size)

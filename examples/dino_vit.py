@@ -1,4 +1,4 @@
-"""DINO with a small vision transformer, on a few thousand small photographs, in minutes of a CPU.
+"""DINO with a small vision transformer, on a few thousand small photographs, in some minutes on a CPU.
 
 python examples/dino_vit.py FOLDER --out runs/dino
 """
@@ -38,7 +38,7 @@ SETTINGS = {
 
 
 class ConvStem(nn.Module):
-    """Convolutions at stride 2 in the place of the patch projection (Xiao et al., arXiv 2106.14881)."""
+    """Convolutions of stride 2 in place of the patch projection (Xiao et al., arXiv 2106.14881)."""
 
     def __init__(self, img_size, patch_size, in_chans, embed_dim, **_):
         super().__init__()
@@ -73,5 +73,5 @@ if __name__ == "__main__":
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path("runs/dino"))
     given = vars(parser.parse_args())
-    torch.manual_seed(given["seed"])  # of the first weights, which are the module's own
+    torch.manual_seed(given["seed"])  # the seed of the initial weights, which the module draws
     print(fastrm.pretrain(given.pop("data"), arch=small_vit(), **given, **SETTINGS).scores)

@@ -1,4 +1,4 @@
-"""A Dataset of one's own: image files, and a table that says what is on them.
+"""A custom Dataset: image files, and a table with their labels.
 
 python examples/own_dataset.py photos/labels.csv --out runs/photos
 """
@@ -14,7 +14,7 @@ import fastrm
 
 
 class Table(Dataset):
-    """The rows of a CSV file with the columns ``file``, as seen from the table's folder, and ``label``, any text."""
+    """The rows of a CSV file with the columns ``file``, relative to the table's folder, and ``label``, any text."""
 
     def __init__(self, path):
         with open(path, newline="", encoding="utf-8") as file:

@@ -1,4 +1,4 @@
-"""A logger of one's own: a hook that writes what is logged and scored to a CSV file.
+"""A custom logger: a hook that writes logged values and scores to a CSV file.
 
 python examples/own_logger.py --out runs/logged
 """
@@ -9,12 +9,12 @@ import fastrm
 
 
 class CSV:
-    """Appends a line ``step,name,value`` to log.csv in the run's folder for each number."""
+    """Appends a line ``step,name,value`` per number to log.csv in the run's folder."""
 
     def on_start(self, run):
         self.path = run.out / "log.csv"
         lines = self.path.read_text().splitlines() if self.path.exists() else []
-        if run.rank == 0:  # a run that goes on drops what came after its checkpoint
+        if run.rank == 0:  # a continued run drops the lines after its checkpoint
             self.path.write_text("".join(f"{line}\n" for line in lines if int(line.split(",")[0]) <= run.step))
 
     def on_log(self, run, step, values):

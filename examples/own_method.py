@@ -1,5 +1,6 @@
-"""A method of one's own: ReSSL (Zheng et al., arXiv 2107.09282). The student's similarities to past keys become those
-of the teacher, which sees a weaker augmentation.
+"""A custom method: ReSSL (Zheng et al., arXiv 2107.09282).
+
+The student learns the teacher's similarities to past keys; the teacher sees a weaker augmentation.
 
 python examples/own_method.py --out runs/ressl
 """

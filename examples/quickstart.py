@@ -22,7 +22,7 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=10)
     options = parser.parse_args()
 
-    # Every flag of `python -m fastrm.train` is a keyword here; the same folder again continues or returns the run.
+    # Every flag of `python -m fastrm.train` is a keyword here. With the same folder, the run is continued or returned.
     summary = train(
         build(
             data="digits",  # or a folder of your own images
@@ -30,7 +30,7 @@ def main() -> None:
             image_size=32,
             batch_size=128,
             epochs=options.epochs,
-            teacher_momentum=0.9,  # a short run needs a teacher that forgets soon
+            teacher_momentum=0.9,  # a short run needs a teacher with a short average
             out=options.out,
         )
     )

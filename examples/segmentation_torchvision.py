@@ -25,7 +25,7 @@ from torchvision.tv_tensors import Mask
 import fastrm
 
 UNCOUNTED = 255
-# For 8-bit RGB. The model card of an export has those of other images.
+# For 8-bit RGB. For other images, see the model card of an export.
 NORMALIZE = v2.Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 
 

@@ -8,7 +8,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 
 def train(run: Run) -> nn.Module:
-    """Train as ``run`` says and return the averaged model."""
+    """Train with the settings of ``run``, and return the averaged model."""
     model = run.backbone(classes=10)
     averaged = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.99))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)

@@ -1,9 +1,9 @@
-"""Run each trainer of this folder as it is and with fastrm in it: their numbers, times in turn, and memory.
+"""Compare each trainer of this folder with its changed version, which uses fastrm: results, time and memory.
 
     python examples/drop_in/compare.py --steps 12
     python examples/drop_in/compare.py dino --arch test_resnet
 
-``NAME.diff`` is the change to ``NAME.py``; `git apply` makes it.
+``NAME.diff`` is the change to ``NAME.py``; `git apply` applies it.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ HERE = Path(__file__).resolve().parent
 if str(HERE.parents[1]) not in sys.path:  # run as a script
     sys.path.append(str(HERE.parents[1]))
 
-from benchmarks._timing import extra_memory  # noqa: E402 (found from here on)
+from benchmarks._timing import extra_memory  # noqa: E402 (importable only now)
 
 NAMES = sorted(path.stem for path in HERE.glob("*.diff"))
 
 
 def versions(name: str) -> list[Any]:
-    """The trainer as it is and the changed one, as modules."""
+    """The original trainer and the changed one, as modules."""
     with tempfile.TemporaryDirectory() as folder:
         shutil.copy(HERE / f"{name}.py", folder)
         subprocess.run(["git", "apply", HERE / f"{name}.diff"], cwd=folder, check=True)
@@ -40,10 +40,10 @@ def versions(name: str) -> list[Any]:
 
 
 def differences(name: str, *, steps: int, arch: str) -> tuple[float, float]:
-    """(losses, teacher's weights): the largest difference between both versions, relative to the loss and to the
-    largest weight of a tensor.
+    """The largest differences of losses and of teacher weights between both versions, relative to the loss and to the
+    largest weight of each tensor.
 
-    They train in float64, since training in float32 magnifies the last bit of a sum in another order.
+    They train in float64, because float32 training amplifies rounding errors of sums in another order.
     """
     torch.set_default_dtype(torch.float64)
     try:
@@ -58,7 +58,7 @@ def differences(name: str, *, steps: int, arch: str) -> tuple[float, float]:
 
 
 def times(name: str, *, steps: int, arch: str, rounds: int) -> dict[str, tuple[float, float]]:
-    """Median milliseconds of each part, before and after; both versions train in turn."""
+    """Median milliseconds of each part, before and after the change; both versions train in turn."""
     runs: list[list[Run]] = [[], []]
     both = versions(name)
     for _ in range(rounds):
@@ -69,7 +69,7 @@ def times(name: str, *, steps: int, arch: str, rounds: int) -> dict[str, tuple[f
 
 
 def memory(name: str, *, arch: str) -> tuple[float, float]:
-    """MiB that two steps hold at their peak, networks and optimizer included, before and after."""
+    """Peak MiB of two steps, including networks and optimizer, before and after the change."""
     before, after = (
         extra_memory(lambda version=version: _trained(version, Run(2, arch))) for version in versions(name)
     )
@@ -91,7 +91,8 @@ def _module(path: Path) -> Any:
 
 
 def _median(runs: list[Run], part: str) -> float:
-    return statistics.median(ms for run in runs for ms in run.ms[part][1:])  # the first step makes what others reuse
+    # the first step allocates what later steps reuse
+    return statistics.median(ms for run in runs for ms in run.ms[part][1:])
 
 
 def main() -> None:

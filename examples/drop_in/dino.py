@@ -8,7 +8,7 @@ from torch import nn
 
 
 def train(run: Run) -> nn.Module:
-    """Train as ``run`` says and return the teacher."""
+    """Train with the settings of ``run``, and return the teacher."""
     backbones = run.backbone(), run.backbone()
     student, teacher = (nn.Sequential(net, DINOProjectionHead(net.num_features, 256, 64, 1024)) for net in backbones)
     teacher.requires_grad_(False).load_state_dict(student.state_dict())

@@ -30,7 +30,7 @@ def loss_and_mean(student: Tensor, teacher: Tensor, own: Tensor, its: Tensor, ce
 
 
 def train(run: Run) -> nn.Module:
-    """Train as ``run`` says and return the teacher."""
+    """Train with the settings of ``run``, and return the teacher."""
     backbone = run.backbone()
     student = nn.Sequential(backbone, Head(backbone.num_features))
     teacher = copy.deepcopy(student).requires_grad_(False)

@@ -1,4 +1,4 @@
-"""What the trainers of this folder share: real pictures, a network, and a stopwatch."""
+"""Shared code of the trainers in this folder: images of digits, a network, and a stopwatch."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from torchvision.transforms import v2
 
 
 class Run:
-    """One training: its settings, its losses, and the milliseconds that its parts took, by step.
+    """A training run: its settings, its losses, and the milliseconds of each part per step.
 
     Args:
         steps: optimizer steps.
@@ -35,7 +35,7 @@ class Run:
         return timm.create_model(self.arch, num_classes=options.pop("classes", 0), **options)
 
     def batches(self, sizes: Sequence[int] = (32, 32)) -> Iterator[tuple[list[Tensor], Tensor]]:
-        """Views of digits, [B, 3, S, S] each, and their labels, a batch a step; the clock of the step runs inside."""
+        """Yield batches of views of digits, [B, 3, S, S] each, with their labels, one per step, and time each step."""
         pixels, labels = load_digits(return_X_y=True)
         images = torch.from_numpy(pixels.astype(np.float32)).view(-1, 1, 8, 8).expand(-1, 3, -1, -1) / 16
         images = images.to(self.dtype)
@@ -48,11 +48,11 @@ class Run:
 
     @contextmanager
     def part(self, name: str) -> Iterator[None]:
-        """Measure what is inside."""
+        """Measure the time of the block."""
         begin = time.perf_counter()
         yield
         self.ms[name].append(1000 * (time.perf_counter() - begin))
 
     def end(self, loss: Tensor) -> None:
-        """Note the loss of a step."""
+        """Record the loss of a step."""
         self.losses.append(loss.item())

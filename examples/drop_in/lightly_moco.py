@@ -1,4 +1,4 @@
-"""MoCo of lightly's parts, with residual momentum by its cosine loss; lightly_moco.diff puts fastrm into it."""
+"""MoCo from lightly's parts, with residual momentum by its cosine loss; lightly_moco.diff replaces them by fastrm."""
 
 import copy
 
@@ -11,7 +11,7 @@ from torch import nn
 
 
 def train(run: Run) -> nn.Module:
-    """Train as ``run`` says and return the teacher."""
+    """Train with the settings of ``run``, and return the teacher."""
     backbone = run.backbone()
     student = nn.Sequential(backbone, MoCoProjectionHead(backbone.num_features, 512, 128))
     teacher = copy.deepcopy(student).requires_grad_(False)

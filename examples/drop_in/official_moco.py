@@ -1,4 +1,4 @@
-"""MoCo in the style of its official code: one module with two encoders and a queue, and residual momentum by hand."""
+"""MoCo in the style of its official code, one module with two encoders and a queue; residual momentum by hand."""
 
 import copy
 
@@ -46,7 +46,7 @@ class MoCo(nn.Module):
 
 
 def train(run: Run) -> nn.Module:
-    """Train as ``run`` says and return the teacher."""
+    """Train with the settings of ``run``, and return the teacher."""
     model = MoCo(run)
     optimizer = torch.optim.SGD(model.encoder_q.parameters(), lr=0.01, momentum=0.9)
     for (im_q, im_k), _ in run.batches():

@@ -1,4 +1,4 @@
-"""A classifier with an average of its weights by hand; supervised_ema.diff moves it into the optimizer's step."""
+"""A classifier with a hand-written average of its weights; supervised_ema.diff moves it into the optimizer's step."""
 
 import copy
 
@@ -9,7 +9,7 @@ from torch.nn.functional import cross_entropy
 
 
 def train(run: Run) -> nn.Module:
-    """Train as ``run`` says and return the averaged model."""
+    """Train with the settings of ``run``, and return the averaged model."""
     model = run.backbone(classes=10)
     averaged = copy.deepcopy(model).requires_grad_(False)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, weight_decay=0.05)

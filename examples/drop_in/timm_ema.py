@@ -8,7 +8,7 @@ from torch.nn.functional import cross_entropy
 
 
 def train(run: Run) -> nn.Module:
-    """Train as ``run`` says and return the averaged model."""
+    """Train with the settings of ``run``, and return the averaged model."""
     model = run.backbone(classes=10)
     averaged = ModelEmaV3(model, decay=0.999, use_warmup=True)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from fastrm.machine.device import in_double
 
-ROWS = 256  # enough to see a collapse, and a rank of them takes milliseconds
+ROWS = 256  # enough rows to detect a collapse; their rank takes milliseconds
 LEAST_ROWS = 8
 LEAST_STD = 0.02
 LEAST_RANK = 1.5

@@ -121,12 +121,14 @@ def embed(
 
 
 def plain(about: About) -> dict[str, Any]:
-    """The same as JSON-compatible values."""
+    """The description as JSON-compatible values."""
     return {**asdict(about), "shape": list(about.shape)}
 
 
 def looked_up(features: NDArray[Any], queries: Tensor, *, k: int) -> NDArray[np.int64]:
-    """int64 [N, k]: rows of ``features`` [M, D] that are nearest to ``queries`` [N, D] by cosine, the nearest first."""
+    """int64 [N, k]: for each of ``queries`` [N, D], the rows of ``features`` [M, D] with the highest cosines, best
+    first.
+    """
     queries = nn.functional.normalize(queries, dim=1)
     best, index = torch.empty(len(queries), 0), torch.empty(len(queries), 0, dtype=torch.int64)
     step = max(1, _AT_ONCE // features.shape[1])

@@ -27,7 +27,7 @@ class Setting(NamedTuple):
     device: torch.device
     workers: int
     loader: str = "auto"
-    """As in :func:`fastrm.data.eval_loader`."""
+    """The loader, as in :func:`fastrm.data.eval_loader`."""
 
 
 class Share(NamedTuple):
@@ -75,16 +75,16 @@ def evaluating(network: nn.Module) -> Iterator[None]:
 
 
 def batches(images: Images, setting: Setting) -> Iterator[tuple[Tensor, list[int]]]:
-    """All readable images in order, as for evaluation, float32 [B, C, H, W], with their indices."""
+    """Yield all readable images in order, prepared as for evaluation, float32 [B, C, H, W], with their indices."""
     for batch in _loader(images, setting):
         yield batch.views[0].to(setting.device, non_blocking=True), batch.indices
 
 
 def rounds(images: Images, setting: Setting) -> Iterator[tuple[Tensor, list[int]]]:
-    """Yield this process's batches, as in :func:`batches`, in the same number of rounds in every process.
+    """Yield this process's batches, as :func:`batches` does, in the same number of rounds in every process.
 
-    All processes meet in each round, so that none waits long afterwards; one without images left gets [0, C, H, W]. At
-    the end each process knows the unreadable images of the others.
+    All processes meet in each round, so that none waits long at the end. A process without images left yields
+    [0, C, H, W]. At the end, each process knows the unreadable images of the others.
 
     Raises:
         UsageError: more than a tenth of the images cannot be read, in all processes together.

@@ -50,7 +50,7 @@ class KNN:
     def __call__(self, features: Tensor) -> dict[str, Tensor]:
         """Predicted classes int64 [M] of features [M, C], by ``knn10``, ``knn20``, …"""
         asked = len(features)
-        if self.shared:  # the same number in all processes
+        if self.shared:  # all processes must pass the same number of rows
             features = nn.functional.pad(features, (0, 0, 0, max(everyone(asked)) - asked))
         rows = max(1, _SIMILARITIES // self.count)
         parts = [self._part(part) for part in features.split(rows)]
@@ -63,7 +63,7 @@ class KNN:
         return nearest, self.labels[index]
 
     def _nearest_of_all(self, features: Tensor) -> tuple[Tensor, Tensor]:
-        """The same in the bank of all processes: each process answers the queries of all from its share."""
+        """Like ``_nearest``, in the bank of all processes: each process answers the queries of all from its share."""
         size, k = world().size, min(max(self.neighbours), self.count)
         nearest, voted = self._nearest(gather_rows(features)[0])
         short = (0, k - nearest.shape[1])

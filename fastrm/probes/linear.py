@@ -109,7 +109,7 @@ class LinearHeads:
         mean_of_own.sum().backward()
         for group in self.optimizer.param_groups:
             group["lr"] = group["rate"] * factor
-        if self.shared:  # in one exchange
+        if self.shared:  # one collective for all gradients
             gradients = [parameter.grad for parameter in self.heads.parameters() if parameter.grad is not None]
             vector_to_parameters(mean(parameters_to_vector(gradients)), gradients)
         self.optimizer.step()

@@ -20,7 +20,7 @@ from fastrm.probes.scores import Estimate, accuracies
 from fastrm.terminal.progress import bar
 
 Scores = dict[str, dict[str, Estimate]]
-"""By network, then by score."""
+"""Estimates by network, then by score."""
 
 
 def scored(

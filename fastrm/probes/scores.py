@@ -18,7 +18,7 @@ Classifier = Callable[[Tensor], Mapping[str, Tensor]]
 """Features [B, C] to predicted classes, int64 [B], by the name of the score."""
 
 
-_Z = 1.959964  # of 95 %, two-sided
+_Z = 1.959964  # standard deviations of a two-sided interval of 95 %
 _RESAMPLES = 10_000
 
 
@@ -72,7 +72,7 @@ class Estimate:
         return found | ({} if self.above_start is None else {"above_start": self.above_start.json()})
 
     def __str__(self) -> str:
-        """In percent, with half of the interval's width."""
+        """The value in percent, with half of the interval's width."""
         return f"{100 * self.value:.2f} ±{50 * (self.high - self.low):.2f}"
 
 
