@@ -1,8 +1,9 @@
 #!/bin/bash
 # Pre-train on one to four machines; start the same line on each: HOST=first-machine examples/elastic.sh --data /imagenet
 #
-# When a process or a machine is lost, torchrun starts all that are left again, at most ten times, and they go on from the
-# last checkpoint, as they do when a machine joins. --batch-size is over all of them: choose one that all numbers divide.
+# When a process or a machine is lost, torchrun restarts the remaining ones, at most ten times, and they continue from the
+# last checkpoint. The same happens when a machine joins. --batch-size is the total over all processes: choose a number
+# that every possible count of processes divides.
 exec torchrun \
     --nnodes="${NODES:-1:4}" \
     --nproc-per-node="${PROCESSES:-8}" \

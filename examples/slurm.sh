@@ -1,8 +1,8 @@
 #!/bin/bash
 # Pre-train on two machines of eight GPUs under SLURM; sbatch examples/slurm.sh --data /imagenet --out runs/imagenet
 #
-# Five minutes before its time is over, or when it is preempted, the job saves and is put into the queue again; the same
-# command then goes on from the checkpoint, also on another number of machines: --batch-size is over all of them.
+# Five minutes before its time limit, or when it is preempted, the job saves and is requeued. The same command then
+# continues from the checkpoint, also on another number of machines: --batch-size is the total over all processes.
 #SBATCH --job-name=fastrm
 #SBATCH --nodes=2
 #SBATCH --ntasks-per-node=1
