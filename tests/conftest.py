@@ -26,7 +26,7 @@ from tests.interpreted import INTERPRETED
 FASHION_MNIST = Path(os.environ.get("FASHION_MNIST", "/usr/share/datasets/fashion-mnist"))
 
 # The ordinary profile tries the same cases each time, and `make nightly` tries new ones. The interpreter of Triton gets
-# fewer cases, because some take it a second.
+# fewer cases, because some take a second each.
 CASES = 8 if INTERPRETED else 25
 settings.register_profile("ordinary", max_examples=CASES, derandomize=True, database=None, deadline=None)
 settings.register_profile("nightly", max_examples=400, deadline=None)

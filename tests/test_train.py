@@ -77,8 +77,8 @@ def test_every_method_trains_on_every_kind_of_data(
     train.train(config)
     losses = [record["loss"] for record in records(tmp_path / "run")]
     assert np.isfinite(losses).all()
-    # The first keys of a queue are random and easy. Losses are compared from the step at which they are gone, after 72
-    # / 24 steps.
+    # The first keys of a queue are random and easy. They have left it after 72 / 24 steps, so losses are compared from
+    # that step on.
     begin = 3 if method in ("mocov2", "densecl") else 0
     assert np.mean(losses[-6:]) < np.mean(losses[begin : begin + 3])
 
