@@ -559,7 +559,7 @@ def train_step(student: nn.Module, optimizer: torch.optim.Optimizer, seed: int) 
 
 
 def loop(theirs: Callable[[nn.Module, int], None], ours: Callable[[nn.Module, int], None]) -> None:
-    """Train a student for five steps, and update their teacher and ours after each."""
+    """Train a student for five steps, and update the teacher of the other library and fastrm's after each."""
     student = network(0)
     optimizer = torch.optim.SGD(student.parameters(), 0.1)
     for step in range(5):

@@ -264,7 +264,7 @@ def test_a_run_starts_from_another(runs: dict[str, Path], small: Small, tmp_path
 def test_a_run_starts_from_the_backbone_of_a_convnext(
     runs: dict[str, Path], small: Small, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """From the folder, the backbone file and the checkpoint; head.norm is a tensor of the backbone."""
+    """The run starts from a folder, a backbone file or a checkpoint; head.norm is a tensor of the backbone."""
     first = open_pretrained(runs["test_convnext"], CPU).networks["student"].net.state_dict()
     assert "head.norm.weight" in first
     for number, name in enumerate(("", "backbone.safetensors", "checkpoint.pt")):

@@ -279,7 +279,7 @@ def test_a_folder_with_the_name_of_a_data_set_is_reported(tmp_path: Path, monkey
 
 
 def test_parts_in_a_deeper_folder_are_reported(tmp_path: Path) -> None:
-    """The layout of the ILSVRC archive."""
+    """The layout is that of the ILSVRC archive."""
     fill(tmp_path, "Data/CLS-LOC/train/a/0.png", "Data/CLS-LOC/val/1.png", "Annotations/0.xml")
     with pytest.raises(UsageError, match=r"holds training and validation images in .*/Data/CLS-LOC; give that folder"):
         open_source(str(tmp_path))

@@ -143,7 +143,7 @@ def test_other_kinds_of_tensors_are_refused() -> None:
 
 
 class Named(Tensor):
-    """A subclass without any behaviour of its own."""
+    """A tensor subclass that adds no behaviour."""
 
 
 def test_subclasses_with_plain_memory_are_accepted() -> None:

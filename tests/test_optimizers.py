@@ -122,7 +122,7 @@ def groups(params: list[nn.Parameter], other: dict[str, Any]) -> list[dict[str, 
 
 
 def grouped(things: list[Any]) -> list[Any]:
-    """The same things in the order of the groups."""
+    """The items, one per tensor, in the order of the parameter groups."""
     return things[::2] + things[1::2]
 
 
@@ -283,7 +283,7 @@ def test_options_as_tensors_are_read_at_each_step(backend: str) -> None:
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("name", ["lars", "nesterov", "adamw"])
 def test_steps_with_different_layouts_equal_the_definition(name: str, backend: str) -> None:
-    """Parameters, gradients and teachers of different layouts or dtypes, and a parameter inside a larger block."""
+    """Parameters, gradients and teachers have different layouts or dtypes; one parameter lies in a larger block."""
     device = device_of(backend)
     kind, rule, options, _ = CASES[name]
     block = torch.zeros(6, 20, device=device)
@@ -314,7 +314,7 @@ def test_steps_with_different_layouts_equal_the_definition(name: str, backend: s
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_steps_with_several_dtypes_equal_the_definition(backend: str) -> None:
-    """Half-precision parameters with a float32 teacher, and float64 parameters, in one optimizer."""
+    """One optimizer has half-precision parameters with a float32 teacher, and float64 parameters."""
     device = device_of(backend)
     half, double = parameters(device, dtype=torch.float16), parameters(device, dtype=torch.float64)
     teacher = [p.detach().float() for p in half] + [p.detach().clone() for p in double]
@@ -397,7 +397,7 @@ def test_the_teacher_equals_that_of_fused_ema() -> None:
 
 @pytest.mark.parametrize(("name", "backend"), with_backends(CASES, often=["adamw"]))
 def test_a_parameter_without_a_teacher_is_updated(name: str, backend: str) -> None:
-    """Such as those of a predictor. One parameter with a teacher has no gradient."""
+    """The parameters of a predictor, for example, have no teacher. One parameter with a teacher has no gradient."""
     kind, _, options, other = CASES[name]
     device = device_of(backend)
     params, twins = parameters(device), parameters(device)

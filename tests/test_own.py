@@ -165,7 +165,7 @@ def test_runs_of_older_versions_without_marks_continue(small: Small, tmp_path: P
 
 
 def test_the_metrics_of_another_run_are_not_continued(small: Small, tmp_path: Path) -> None:
-    """The folder of a run that ended before its first checkpoint, and in which another run is resumed."""
+    """A run ended before its first checkpoint, and another run is resumed in its folder."""
     tiny = {"batch_size": 8, "hidden_dim": 8, "output_dim": 8, "predictor_hidden_dim": 8}
     train.train(small(**tiny, max_steps=2, out=tmp_path / "first"))
     train.train(small(**tiny, max_steps=1, lr=0.1))
@@ -239,7 +239,7 @@ def holder(tmp_path: Path) -> Any:
 def test_a_second_run_is_refused_until_the_first_is_dead(
     guarded: bool, holder: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Also if a child of the first process lives on, or if the file system has no locks."""
+    """The second run is also refused if a child of the first is alive, or if the file system has no locks."""
     if not guarded:
         monkeypatch.setattr(lock, "fcntl", None)
     process = holder(tmp_path, guarded=guarded)
@@ -346,7 +346,7 @@ def test_a_run_holds_its_folder_and_leaves_no_lock(
 
 @pytest.mark.slow  # four commands, two of them in two processes
 def test_after_sigkill_the_same_command_continues_at_once(tmp_path: Path, pictures: Path) -> None:
-    """Loader processes live on for a moment. While the run lives, the command is refused in all processes."""
+    """Loader processes outlive the run for a moment. While it is alive, all processes of the command are refused."""
     command = [
         sys.executable, "-m", "fastrm.train", "--data", str(pictures / "flat"), "--arch", "test_resnet",
         "--image-size", "32", "--batch-size", "8", "--epochs", "500", "--max-steps", "5000", "--hidden-dim", "8",

@@ -143,7 +143,7 @@ def test_linear_equals_scikit_learn_on_fashion_mnist(images: int, fashion: tuple
 
 
 def test_each_head_follows_sgd_at_its_own_learning_rate() -> None:
-    """Against the recursion in NumPy: v <- 0.9 v + gradient + decay, w <- w - learning rate * v."""
+    """Each head equals the recursion in NumPy: v <- 0.9 v + gradient + decay, w <- w - learning rate * v."""
     rng = np.random.default_rng(0)
     x, y = rng.normal(size=(40, 5)), rng.integers(0, 3, 40)
     seen = np.ones((2, 40), dtype=bool)
@@ -219,7 +219,7 @@ def test_a_fraction_has_every_class_and_fine_tuning_learns_from_it() -> None:
 
 @pytest.mark.parametrize(("right", "total"), [(7, 10), (93, 100), (1_800, 2_000), (50, 50), (0, 5)])
 def test_intervals_equal_the_bootstrap_of_scipy(right: int, total: int) -> None:
-    """Percentile intervals of a proportion, and of the difference of two proportions that are paired by image."""
+    """The intervals are for a proportion, and for the difference of two proportions that are paired by image."""
     rng = np.random.default_rng(1)
     ours = rng.permutation(total) < right
     theirs = np.where(rng.random(total) < 0.8, ours, rng.random(total) < 0.5)  # mostly equal, which the pairing uses

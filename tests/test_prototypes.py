@@ -291,7 +291,7 @@ def test_fifty_steps_have_the_losses_of_the_usual_form(backend: str) -> None:
 
 @pytest.mark.parametrize("backend", SELDOM)
 def test_a_sharp_teacher_and_a_large_centre(backend: str) -> None:
-    """Logits of several thousands, and a teacher whose probabilities are almost 0 and 1."""
+    """Logits are several thousands, and the teacher's probabilities are almost 0 and 1."""
     arguments = Case(6, 6, 40, 16, center=200.0).arguments(device_of(backend))
     with torch.no_grad():
         arguments["center"] -= 1000

@@ -61,7 +61,7 @@ def small(**leaves: Any) -> Any:
 
 
 class OneView(MoCoV3):
-    """Derived from a published method, and not registered."""
+    """A method that is derived from a published one and is not registered."""
 
     recipes: ClassVar = {"one-view-8ep": {"epochs": 8, "temperature": 0.5, "batch_size": 64}}
     linear_protocol = LinearProtocol(epochs=3)
@@ -151,7 +151,7 @@ def test_a_subclass_has_its_own_name_and_does_not_repeat_recipes() -> None:
 
 
 def test_a_class_that_is_defined_again_replaces_the_first() -> None:
-    """For example, a notebook cell that runs twice."""
+    """For example, a notebook cell runs twice."""
 
     def cell() -> type[Method[Any]]:
         @register("mine")

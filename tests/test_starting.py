@@ -298,7 +298,7 @@ def test_a_run_from_weights_has_a_tenth_of_the_learning_rate_and_a_shorter_warm_
 
 
 def test_mocov3_trains_a_projection_from_weights(tmp_path: Path) -> None:
-    """Without weights it is random and frozen (Chen et al., arXiv 2104.02057, section 4)."""
+    """Without weights the projection is random and frozen (Chen et al., arXiv 2104.02057, section 4)."""
     options = {"data": "x", "arch": "test_vit", "image_size": 48, "hidden_dim": 8, "output_dim": 4}
     state = timm.create_model("test_vit", num_classes=0, img_size=48).state_dict()
     held = ("patch_embed.proj.weight", "patch_embed.proj.bias", "pos_embed")
@@ -331,7 +331,7 @@ def test_a_run_with_layer_decay_resumes_exactly_and_reports_its_learning_rates(
 def test_published_weights_are_scored_exported_and_loaded(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """By timm's name, by a file with --arch, and as a folder in Hugging Face's form, which names its network."""
+    """The weights are timm's by name, a file with --arch, and a folder in Hugging Face's form."""
     torch.manual_seed(3)
     net = timm.create_model("test_resnet", num_classes=5).eval()
     torch.save({"state_dict": under("module.encoder_q.", net.state_dict())}, tmp_path / "moco.pth")

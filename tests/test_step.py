@@ -180,7 +180,7 @@ def test_no_weight_of_the_teacher_is_converted_in_its_forward(method: str, small
 def test_a_low_precision_copy_of_the_teacher_does_not_change_the_run(
     optimizer: str, small: Small, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Bit for bit, also over a resume."""
+    """The results are equal bit for bit, also over a resume."""
     states = {}
     for name in ("with", "without"):
         if name == "without":

@@ -116,7 +116,7 @@ def test_a_file_states_only_differences_from_the_method(tmp_path: Path) -> None:
 
 
 def test_views_of_several_sizes_equal_the_multi_crop_of_dino(tmp_path: Path) -> None:
-    """The values of https://arxiv.org/abs/2104.14294 and its code: the first view is always blurred, the second
+    """The values are those of https://arxiv.org/abs/2104.14294 and its code: the first view is always blurred, the second
     sometimes solarized.
     """
     want = [(224, (0.4, 1.0), 1.0, 0.0), (224, (0.4, 1.0), 0.1, 0.2)] + [(96, (0.05, 0.4), 0.5, 0.0)] * 8
@@ -376,7 +376,7 @@ def test_names_of_any_length_are_drawn_above_their_row() -> None:
 
 
 def test_the_sheet_uses_the_crops_of_the_method(tmp_path: Path) -> None:
-    """The default of the method, not that of the command: BYOL crops down to 8 % of the area."""
+    """The crops are the default of the method, not that of the command. BYOL crops down to 8 % of the area."""
     flags = ["--data", "digits", "--image-size", "16", "--images", "2", "--method", "byol"]
     for name, more in (("own", []), ("same", ["--crop-min", "0.08"]), ("other", ["--crop-min", "0.9"])):
         contact_sheet([*flags, *more, "--out", str(tmp_path / f"{name}.png")])

@@ -95,7 +95,7 @@ def test_the_smallest_network_of_each_class_is_chosen() -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(7200)
 def test_every_vit_of_timm_can_be_prepared(record_property: Any) -> None:
-    """All sizes, without memory for their weights; each part that is left out has a reason."""
+    """All sizes are built without memory for their weights. Each part that is left out has a reason."""
     other: set[str] = set()
     reasons: dict[str, int] = {}
     for arch in timm.list_models():
