@@ -116,8 +116,8 @@ def test_a_file_states_only_differences_from_the_method(tmp_path: Path) -> None:
 
 
 def test_views_of_several_sizes_equal_the_multi_crop_of_dino(tmp_path: Path) -> None:
-    """The values are those of https://arxiv.org/abs/2104.14294 and its code: the first view is always blurred, the second
-    sometimes solarized.
+    """The values are those of https://arxiv.org/abs/2104.14294 and its code: the first view is always blurred, the
+    second sometimes solarized.
     """
     want = [(224, (0.4, 1.0), 1.0, 0.0), (224, (0.4, 1.0), 0.1, 0.2)] + [(96, (0.05, 0.4), 0.5, 0.0)] * 8
     short = augmentation_of("byol", 0.1, "2x224,8x96")
