@@ -328,6 +328,36 @@ def test_a_run_with_layer_decay_resumes_exactly_and_reports_its_learning_rates(
 
 
 @pytest.mark.usefixtures("few_digits")
+def test_a_run_normalises_images_as_its_start_weights_expect(
+    small: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Mean and standard deviation are those of a folder's description, a run or a checkpoint, unless they are given."""
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    state = timm.create_model("test_resnet", num_classes=5).state_dict()
+    safetensors.torch.save_file(state, folder / "model.safetensors")
+    known = {"input_size": [3, 96, 96], "mean": [0.5] * 3, "std": [0.25] * 3}
+    (folder / "config.json").write_text(json.dumps({"architecture": "test_resnet", "pretrained_cfg": known}))
+    torch.save(state, tmp_path / "silent.pth")
+    told = (0.5,) * 3, (0.25,) * 3
+    run = tmp_path / "from0"
+    for number, (start, options, want) in enumerate(
+        [
+            (folder, {}, told),
+            (run, {}, told),
+            (run / "checkpoint.pt", {}, told),
+            (run / "backbone.safetensors", {"mean": (0.1,), "std": (0.2,)}, ((0.1,) * 3, (0.2,) * 3)),
+            (tmp_path / "silent.pth", {}, (RGB.mean, RGB.std)),
+        ]
+    ):
+        out = tmp_path / f"from{number}"
+        train.train(small(init_from=start, max_steps=1, out=out, **options))
+        pixels = read_pretrained(out).pixels
+        assert (pixels.mean, pixels.std) == want, start
+        assert ("normalised as for the start weights" in " ".join(capsys.readouterr().out.split())) == (want == told)
+
+
+@pytest.mark.usefixtures("few_digits")
 def test_published_weights_are_scored_exported_and_loaded(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

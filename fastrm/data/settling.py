@@ -41,9 +41,11 @@ class PixelOptions:
     """Standard deviation to divide by per channel, or one number for all channels."""
     pages: Literal["auto", "first", "bands", "images"] = "auto"
     """How files with several pages are read."""
+    start: PixelFormat | None = None
+    """The format that the weights at the start of the run were trained on."""
 
     @classmethod
-    def of(cls, settings: Any) -> PixelOptions:
+    def of(cls, settings: Any, start: PixelFormat | None = None) -> PixelOptions:
         """The options in the settings of a run, or of a command with the same settings."""
         channels, limits = settings.channels, settings.value_range
         return cls(
@@ -52,6 +54,7 @@ class PixelOptions:
             mean=settings.mean,
             std=settings.std,
             pages=settings.pages,
+            start=start,
         )
 
 
@@ -71,7 +74,7 @@ def settled(source: Source, options: PixelOptions | None = None, *, workers: int
     - uint8 has the range 0 to 255. One other dtype gets the 0.1 and 99.9 percentiles of each band. With several dtypes,
       each gets its own range: uint16 that of its bit depth, floats 0 to 1, and values beyond that their percentiles.
       Floats from 0 to 1 in Python objects always keep that range.
-    - Mean and standard deviation are ImageNet's for RGB of uint8, and measured otherwise.
+    - Mean and standard deviation are measured, but for RGB of uint8 they are those of the start weights, or ImageNet's.
 
     Args:
         source: the images.
@@ -103,6 +106,10 @@ def settled(source: Source, options: PixelOptions | None = None, *, workers: int
         notes += _ranges(found, options)
         if channels not in (1, 3):
             notes.append("hue, saturation and grayscale need RGB and are left out")
+    elif options.start is not None and options.start.bytes and options.start.channels == 3:
+        taken = replace(taken, mean=options.start.mean, std=options.start.std)
+        if (taken.mean, taken.std) != (RGB.mean, RGB.std) and (options.mean is None or options.std is None):
+            notes.append("normalised as for the start weights")
     mean, std = (_per_channel(name, getattr(options, name), channels) for name in ("mean", "std"))
     taken = replace(taken, mean=mean or taken.mean, std=std or taken.std)
     return replace(source.formatted(taken), about="; ".join([source.about, *notes]))

@@ -11,7 +11,8 @@ from fastrm.files import read_json
 from fastrm.machine.memory import exhausted
 from fastrm.models.backbone import Backbone
 from fastrm.models.build import build_backbone
-from fastrm.models.starting import on_a_hub, starting_weights
+from fastrm.models.starting import on_a_hub, starting_weights, weights_file
+from fastrm.models.weights import pixels_of, read_weights
 
 FLAG = "--checkpoint"
 
@@ -48,7 +49,7 @@ def published(given: Path, *, arch: str | None = None, image_size: int | None = 
     Raises:
         UsageError: there are no such weights, their network is unknown, or they do not fit it.
     """
-    known = _known(given, arch)
+    known = _known(given, arch, FLAG)
     arch = arch or known.architecture
     if arch is None:
         raise UsageError(
@@ -60,9 +61,27 @@ def published(given: Path, *, arch: str | None = None, image_size: int | None = 
         found.append(_loaded(given, arch, size, "small"))
     backbone, state, said = max(found, key=lambda each: len(each[1]))
     backbone.net.load_state_dict(state, strict=False)
-    format = PixelFormat(mean=tuple(known.mean), std=tuple(known.std)) if describes_itself(given) else RGB
+    format = (trained_on(given) if describes_itself(given) else None) or RGB
     stem = "imagenet" if backbone is found[0][0] else "small"
     return Published(backbone, arch, stem, size, format, known.license, said)
+
+
+def trained_on(given: Path, *, flag: str = FLAG) -> PixelFormat | None:
+    """The format of the pixels that weights were trained on; None if they do not say it.
+
+    Args:
+        given: the weights, as in :func:`fastrm.models.starting.starting_weights`.
+        flag: setting that names the weights, for messages.
+
+    Raises:
+        UsageError: there are no such weights.
+    """
+    if describes_itself(given):
+        known = _known(given, None, flag)
+        return PixelFormat(mean=tuple(known.mean), std=tuple(known.std))
+    path = weights_file(given, flag)
+    about = read_weights(path)[1]
+    return pixels_of(about, path) if "channels" in about else None
 
 
 def _loaded(given: Path, arch: str, size: int, stem: str) -> tuple[Backbone, dict[str, Any], str]:
@@ -79,7 +98,7 @@ def _config(folder: Path) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
-def _known(given: Path, arch: str | None) -> Any:
+def _known(given: Path, arch: str | None, flag: str) -> Any:
     """timm's information about the weights or the network, a ``timm.models.PretrainedCfg``."""
     from timm.models import PretrainedCfg, get_pretrained_cfg, load_model_config_from_hf
 
@@ -96,6 +115,6 @@ def _known(given: Path, arch: str | None) -> Any:
     except Exception as error:  # the hub and timm raise errors of many types
         if exhausted(error):
             raise
-        raise UsageError(f"{FLAG} {given} cannot be loaded: {first_line(error)}") from None
+        raise UsageError(f"{flag} {given} cannot be loaded: {first_line(error)}") from None
     kept = {name: values[name] for name in ("input_size", "mean", "std", "license") if name in values}
     return PretrainedCfg(**kept, architecture=arch)

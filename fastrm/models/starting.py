@@ -105,12 +105,21 @@ def _tensors(given: Path, backbone: Backbone, flag: str) -> dict[str, Tensor]:
     for start, hub in HUBS.items():
         if text.startswith(start):
             return _published(f"{flag} {text}", hub + text.removeprefix(start), backbone)
+    return read_weights(weights_file(given, flag))[0]
+
+
+def weights_file(given: Path, flag: str) -> Path:
+    """The file of weights that are given as a file or a folder.
+
+    Raises:
+        UsageError: there is none.
+    """
     path = given
     if path.is_dir():
         path = next((path / name for name in _FILES if (path / name).is_file()), path / BACKBONE)
     if not path.is_file():
         raise UsageError(f"{flag} {path} does not exist")
-    return read_weights(path)[0]
+    return path
 
 
 def _published(given: str, name: str, backbone: Backbone) -> dict[str, Tensor]:

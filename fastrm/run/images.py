@@ -6,11 +6,13 @@ from pathlib import Path
 from typing import Any
 
 from fastrm.data import Source, open_source
+from fastrm.data.formats import PixelFormat
 from fastrm.data.scan import scan
 from fastrm.data.sent import Opened
 from fastrm.data.settling import PixelOptions, formatted, settled
 from fastrm.files import as_utf8
 from fastrm.machine.distributed import on_this_machine
+from fastrm.models.published import trained_on
 from fastrm.run import checkpoint
 from fastrm.settings.config import Config
 
@@ -40,8 +42,17 @@ def opened(data: Any, config: Config, workers: int) -> Opened:
     if before is not None and before.format is not None:
         source = formatted(source, before.format)
     else:
-        source = settled(source, PixelOptions.of(settings), workers=threads)
+        options = PixelOptions.of(settings, _trained_on(config.model.init_from))
+        source = settled(source, options, workers=threads)
     return Opened(source, broken, source.train.hashes(), before and before.batch)
+
+
+def _trained_on(start: Path | None) -> PixelFormat | None:
+    """The pixel format that the start weights were trained on; None if there are none, or they do not say it."""
+    if start is None:
+        return None
+    run = checkpoint.glanced(start)
+    return trained_on(start, flag="--init-from") if run is None else run.format
 
 
 def folder_of(config: Config, source: Source) -> Path:

@@ -61,9 +61,11 @@ class InputConfig:
     """Pixel values that become black and white, such as 0,4095. If not given, 0 and 255 for uint8; for another dtype
     the 0.1 and 99.9 percentiles of each band, measured once; for a mix of dtypes, a range for each."""
     mean: Numbers | None = None
-    """Mean per channel, where black is 0 and white is 1. If not given, ImageNet's for 8-bit RGB, else measured."""
+    """Mean per channel, where black is 0 and white is 1. If not given, for 8-bit RGB that of the start weights or of
+    ImageNet, else measured."""
     std: Positive | None = None
-    """Standard deviation per channel. If not given, ImageNet's for 8-bit RGB, else measured."""
+    """Standard deviation per channel. If not given, for 8-bit RGB that of the start weights or of ImageNet, else
+    measured."""
     pages: Pages = "auto"
     """How TIFF and other files with several pages are read.
     first reads the first page; bands reads all pages as the bands of one image; images reads each page as an image.
