@@ -100,7 +100,7 @@ def features(options: EmbedConfig, *, arch: nn.Module | None = None) -> NDArray[
 
 
 def _features(options: EmbedConfig, device: torch.device, arch: nn.Module | None) -> NDArray[Any]:
-    trained = open_pretrained(options.path, device, arch=arch or options.arch, image_size=options.image_size)
+    trained = open_pretrained(options.path, device, arch=arch or options.arch, **options.of_others)
     backbone = trained.network(options.which, f"--which {options.which}")
     setting = Setting(trained.image_size, device, options.workers)
     name, images = _images(options, trained)

@@ -108,7 +108,7 @@ def evaluate(options: EvaluateConfig, *, arch: nn.Module | None = None) -> dict[
 
 
 def _evaluate(options: EvaluateConfig, device: torch.device, arch: nn.Module | None) -> dict[str, Any]:
-    trained = open_pretrained(options.path, device, arch=arch or options.arch, image_size=options.image_size)
+    trained = open_pretrained(options.path, device, arch=arch or options.arch, **options.of_others)
     if trained.said and world().rank == 0:
         print(f"network    {trained.said}")
     if options.gap and trained.settings is None:

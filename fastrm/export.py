@@ -74,7 +74,7 @@ def _export(options: ExportConfig, arch: nn.Module | None = None) -> Written:
         raise UsageError(f"--out {options.out} must end in {wanted} for --format {options.format}")
 
     def read() -> Subject:
-        trained = read_pretrained(options.path, arch=arch or options.arch, image_size=options.image_size)
+        trained = read_pretrained(options.path, arch=arch or options.arch, **options.of_others)
         which = options.which
         return Subject(
             backbone=trained.network(which, f"--which {which}").eval(),

@@ -145,6 +145,8 @@ def read_pretrained(
     *,
     arch: nn.Module | str | None = None,
     image_size: int | None = None,
+    mean: tuple[float, ...] | None = None,
+    std: tuple[float, ...] | None = None,
     networks: Sequence[str] = NETWORKS,
 ) -> Pretrained:
     """Load the networks of a run folder, a checkpoint, a file with a backbone, or published weights, to the CPU.
@@ -153,7 +155,7 @@ def read_pretrained(
         path: a path that fastrm wrote, or weights as for ``--init-from``.
         arch: a module of the same class, if the trained network is the user's module; its weights do not matter. For
             published weights, timm's name of the network, if they do not say it.
-        image_size: as in :func:`fastrm.models.published.published`, for published weights.
+        image_size, mean, std: as in :func:`fastrm.models.published.published`, for published weights.
         networks: the networks of a run to load; an exported file holds one.
 
     Raises:
@@ -162,7 +164,9 @@ def read_pretrained(
     if isinstance(arch, str) or image_size is not None or describes_itself(path):
         if isinstance(arch, nn.Module):
             raise UsageError(f"{path} is not of {module_name(arch)}; arch and image_size say of what network it is")
-        return _of_others(path, published(path, arch=arch, image_size=image_size))
+        return _of_others(path, published(path, arch=arch, image_size=image_size, mean=mean, std=std))
+    if mean is not None or std is not None:
+        raise UsageError(f"--mean and --std are for weights of other programs, with --arch; {path} has its own")
     if path.is_file() and (path.suffix == ".safetensors" or (path.suffix == ".pth" and own.safely(own.state, path))):
         backbone, about = read_backbone(path, arch=arch)
         found = {about["which"]: backbone}
@@ -211,10 +215,16 @@ def _part(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
 
 
 def open_pretrained(
-    path: Path, device: torch.device, *, arch: nn.Module | str | None = None, image_size: int | None = None
+    path: Path, device: torch.device, *, arch: nn.Module | str | None = None, **of_others: Any
 ) -> Pretrained:
-    """Load networks like :func:`read_pretrained`, to a device, with the memory format of the run."""
-    trained = read_pretrained(path, arch=arch, image_size=image_size)
+    """Load networks like :func:`read_pretrained`, to a device, with the memory format of the run.
+
+    Args:
+        path, arch: as there.
+        device: the device.
+        of_others: ``image_size``, ``mean`` and ``std``, as there.
+    """
+    trained = read_pretrained(path, arch=arch, **of_others)
     settings = trained.settings or {"channels_last": False}
     small_maps = device.type == "cpu" and settings.get("precision", "auto") in ("auto", "fp32")
     for backbone in trained.networks.values():

@@ -380,6 +380,8 @@ def test_published_weights_are_scored_exported_and_loaded(
         torch.testing.assert_close(model(images), want)
     trained = read_pretrained(tmp_path / "folder")
     assert (trained.image_size, trained.pixels.mean, trained.license) == (96, (0.5,) * 3, "mit")
+    given = read_pretrained(tmp_path / "moco.pth", arch="test_resnet", mean=(0.5,), std=(0.25,))
+    assert given.pixels == trained.pixels
 
     monkeypatch.chdir(tmp_path)
     create = timm.create_model
@@ -398,12 +400,18 @@ def test_published_weights_are_scored_exported_and_loaded(
         evaluate.main([*words, *options])
         said = capsys.readouterr().out
         assert "network    90 of 90 tensors" in said
+        assert ("normalised with ImageNet's" in said) == (words[0] == "moco.pth")
         assert {"weights", "untrained", "pixels"} <= set(said.split())
         assert json.loads(Path("evaluation.json").read_text())["sets"]["digits"]["scores"]["weights"]["knn20"]
     named = read_pretrained(Path("timm:test_resnet.r160_in1k")).pixels
     assert named.mean == timm.models.get_pretrained_cfg("test_resnet.r160_in1k").mean != RGB.mean
     with pytest.raises(UsageError, match="--gap needs student and teacher"):
         evaluate.main(["moco.pth", "--arch", "test_resnet", "--data", "digits", "--gap"])
+    capsys.readouterr()
+    evaluate.main(["moco.pth", "--arch", "test_resnet", "--image-size", "32", "--mean", "0.5", *options])
+    assert "normalised" not in capsys.readouterr().out
+    with pytest.raises(UsageError, match="--mean has 2 numbers; it must have 1, or 3"):
+        evaluate.main(["moco.pth", "--arch", "test_resnet", "--mean", "0.5", "0.4", *options])
     with pytest.raises(UsageError, match="need --arch"):
         evaluate.main(["moco.pth", "--data", "digits", "--knn"])
     with pytest.raises(UsageError, match="--arch resnetty is not a timm model"):
@@ -417,3 +425,5 @@ def test_published_weights_are_scored_exported_and_loaded(
     assert "# test_resnet\n\nWritten by fastrm" in card  # fastrm did not train it
     assert "## Licence\n\nThat of the weights that this file was made from applies" in card
     assert torch.equal(fastrm.load("it.safetensors").net.conv1[0].weight, net.conv1[0].weight)
+    with pytest.raises(UsageError, match=r"--mean and --std are for weights of other programs.*it\.safetensors"):
+        evaluate.main(["it.safetensors", "--mean", "0.5", *options])

@@ -110,7 +110,7 @@ def settled(source: Source, options: PixelOptions | None = None, *, workers: int
         taken = replace(taken, mean=options.start.mean, std=options.start.std)
         if (taken.mean, taken.std) != (RGB.mean, RGB.std) and (options.mean is None or options.std is None):
             notes.append("normalised as for the start weights")
-    mean, std = (_per_channel(name, getattr(options, name), channels) for name in ("mean", "std"))
+    mean, std = (per_channel(name, getattr(options, name), channels) for name in ("mean", "std"))
     taken = replace(taken, mean=mean or taken.mean, std=std or taken.std)
     return replace(source.formatted(taken), about="; ".join([source.about, *notes]))
 
@@ -228,7 +228,12 @@ def _ranges(found: Measured, options: PixelOptions) -> Iterator[str]:
         yield f"{dtype} from {ends}{more}{how}"
 
 
-def _per_channel(name: str, values: tuple[float, ...] | None, channels: int) -> tuple[float, ...] | None:
+def per_channel(name: str, values: tuple[float, ...] | None, channels: int) -> tuple[float, ...] | None:
+    """The values of a setting, of which one stands for all channels.
+
+    Raises:
+        UsageError: there are neither one nor ``channels`` values.
+    """
     if values is None or len(values) == channels:
         return values
     if len(values) == 1:

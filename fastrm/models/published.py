@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from fastrm.data.formats import RGB, PixelFormat
+from fastrm.data.settling import per_channel
 from fastrm.errors import UsageError, first_line
 from fastrm.files import read_json
 from fastrm.machine.memory import exhausted
@@ -38,13 +40,21 @@ def describes_itself(given: Path) -> bool:
     return on_a_hub(given) or "architecture" in _config(given)
 
 
-def published(given: Path, *, arch: str | None = None, image_size: int | None = None) -> Published:
+def published(
+    given: Path,
+    *,
+    arch: str | None = None,
+    image_size: int | None = None,
+    mean: tuple[float, ...] | None = None,
+    std: tuple[float, ...] | None = None,
+) -> Published:
     """Build the network of published weights, which are given as for ``--init-from``, and load them.
 
     Args:
         given: the weights, as in :func:`fastrm.models.starting.starting_weights`.
         arch: timm's name of the network; needed if the weights do not say it.
         image_size: side of the images in pixels; None for the size that timm lists for the weights or the network.
+        mean, std: per channel, or one for all channels; None for what the weights say, or ImageNet's.
 
     Raises:
         UsageError: there are no such weights, their network is unknown, or they do not fit it.
@@ -61,7 +71,13 @@ def published(given: Path, *, arch: str | None = None, image_size: int | None = 
         found.append(_loaded(given, arch, size, "small"))
     backbone, state, said = max(found, key=lambda each: len(each[1]))
     backbone.net.load_state_dict(state, strict=False)
-    format = (trained_on(given) if describes_itself(given) else None) or RGB
+    told = trained_on(given) if describes_itself(given) else None
+    format = told or RGB
+    format = replace(
+        format, mean=per_channel("mean", mean, 3) or format.mean, std=per_channel("std", std, 3) or format.std
+    )
+    if told is None and format == RGB:
+        said += "; normalised with ImageNet's mean and standard deviation (--mean, --std)"
     stem = "imagenet" if backbone is found[0][0] else "small"
     return Published(backbone, arch, stem, size, format, known.license, said)
 

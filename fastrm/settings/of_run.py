@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 from tyro.conf import Positional, arg
 
 from fastrm.errors import UsageError
-from fastrm.settings.inputs import ImageSize
+from fastrm.settings.inputs import ImageSize, Numbers, Positive
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,6 +25,17 @@ class OfRun:
     """timm's name of the network, for weights of other programs that do not say it."""
     image_size: ImageSize | None = None
     """Side of the images in pixels, for weights of other programs. If not given, the size that timm lists."""
+    mean: Numbers | None = None
+    """Mean per channel, where black is 0 and white is 1, for weights of other programs. If not given, what the weights
+    say, or ImageNet's."""
+    std: Positive | None = None
+    """Standard deviation per channel, for weights of other programs. If not given, what the weights say, or
+    ImageNet's."""
+
+    @property
+    def of_others(self) -> dict[str, Any]:
+        """The options for weights of other programs, apart from ``arch``."""
+        return {"image_size": self.image_size, "mean": self.mean, "std": self.std}
 
     @property
     def path(self) -> Path:
