@@ -150,7 +150,11 @@ def check_strided(op: str, name: str, tensor: Tensor, *, waiting: bool = False) 
 
 
 def check_writable(op: str, name: str, tensor: Tensor) -> None:
-    """Raise if elements of ``tensor`` overlap in memory, so that they cannot all be written."""
+    """Raise if ``tensor`` cannot be written here, or its elements overlap in memory, so that not all can be written."""
+    if not torch.compiler.is_compiling() and tensor.is_inference() and not torch.is_inference_mode_enabled():
+        raise ValueError(
+            f"{op}: {name} was made in torch.inference_mode, and can be written only there; pass a clone() of it"
+        )
     if tensor.numel() == 0:
         return
     reach = 1  # elements from the first to the last of the inner dimensions

@@ -103,6 +103,8 @@ class _Plan:
         shadow: Sequence[Tensor] | None,
     ) -> None:
         self.kept = pairing.check("fused_ema_", teacher, student, shadow)
+        # What can be written in torch.inference_mode only is checked again at each call.
+        self.lasting = not any(map(Tensor.is_inference, [*teacher, *(shadow or ())]))
         self.all_kept = len(self.kept) == len(teacher)
         nowhere = torch.device("cuda" if backend == "triton" and torch.cuda.is_available() else "cpu")
         build = choose("fused_ema_", backend, _EMA, teacher[0].device if teacher else nowhere)
@@ -149,7 +151,7 @@ class EMA:
         self.teacher, self.student, self.shadow = plan.take(self.teacher, self.student, self.shadow)
         self._update = plan.update
         self._tensors = [*self.teacher, *self.student, *(self.shadow or ())]
-        self._addresses = [] if capturing() else [*map(Tensor.data_ptr, self._tensors)]
+        self._addresses = [*map(Tensor.data_ptr, self._tensors)] if plan.lasting and not capturing() else []
 
     def update_(self, momentum: float | Tensor) -> None:
         """Update the teacher (and its shadow) in place; ``momentum`` as in :func:`fused_ema_`."""
@@ -174,7 +176,7 @@ _PLANS = Seen()
 def _planned(backend: str | None, lists: tuple[list[Tensor], list[Tensor], list[Tensor] | None]) -> _Plan:
     """Build a plan, and store it for later calls."""
     plan = _Plan(backend, *lists)
-    if not capturing():  # tables of a capture belong to the graph: they have no content before a replay
+    if plan.lasting and not capturing():  # tables of a capture have no content before a replay of its graph
         _PLANS.keep(backend, lists, plan)
     return plan
 

@@ -70,8 +70,8 @@ def listed(op: str, argument: str, tensors: Iterable[Any] | nn.Module) -> list[A
     return list(tensors)
 
 
-def _walked(module: nn.Module) -> tuple[list[object], list[Tensor]]:
-    """The structure of a module, from which its parameter names follow, and the parameters."""
+def _walked(module: nn.Module) -> tuple[list[object], list[Tensor]] | None:
+    """The structure of a module, from which its parameter names follow, and the parameters; None for TorchScript."""
     built: list[object] = []
     parameters: list[Tensor] = []
     modules, known = [module], {id(None)}
@@ -79,6 +79,8 @@ def _walked(module: nn.Module) -> tuple[list[object], list[Tensor]]:
         if id(each) not in known:
             known.add(id(each))
             own, children = each._parameters, each._modules
+            if type(own) is not dict:
+                return None
             if own:
                 built += own
                 parameters += own.values()  # type: ignore[arg-type]
@@ -97,10 +99,12 @@ _MATCHES: dict[tuple[int, int], tuple[Any, ...]] = {}
 
 def _pair_modules(op: str, teacher: nn.Module, student: nn.Module) -> tuple[list[Tensor], list[Tensor]]:
     """Parameters of both, index by index, from a walk through both if their structure is unchanged."""
-    if torch.compiler.is_compiling():
+    compiling = torch.compiler.is_compiling()
+    walk, other_walk = (None if compiling else _walked(module) for module in (teacher, student))
+    if walk is None or other_walk is None:
         return _match(op, teacher, student)
     key = id(teacher), id(student)
-    (built, ours), (as_built, theirs) = _walked(teacher), _walked(student)
+    (built, ours), (as_built, theirs) = walk, other_walk
     match = _MATCHES.get(key)
     if match is not None and match[0] == built and match[1] == as_built:
         return taken(ours, match[2]), taken(theirs, match[3])

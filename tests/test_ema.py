@@ -6,7 +6,9 @@ import copy
 import gc
 import importlib
 import pickle
+import weakref
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -334,6 +336,11 @@ def test_modules_that_changed_are_matched_again() -> None:
     student[0].register_parameter("more", nn.Parameter(torch.ones(3)))
     with pytest.raises(ValueError, match="without a partner"):
         fused_ema_(teacher, student, 0.25)
+    teacher, student = twins()
+    for _ in range(2):
+        check_modules(torch.jit.script(teacher), torch.jit.script(student))
+        student[2] = torch.jit.script(student[2])
+        check_modules(teacher, student)
     own, its = Named(3, 3), Named(3, 3)
     bias = numpy(own.bias)
     for _ in range(2):
@@ -346,16 +353,62 @@ def test_modules_that_changed_are_matched_again() -> None:
     assert len(pairing._MATCHES) == count
 
 
-def test_plans_are_freed_with_their_tensors() -> None:
+def test_plans_hold_no_tensors_and_the_oldest_go(monkeypatch: pytest.MonkeyPatch) -> None:
+    plans = _seen.Seen()
+    monkeypatch.setattr(ema, "_PLANS", plans)
+    monkeypatch.setattr(_seen, "TENSORS", 8)
+    lists = [([torch.zeros(3)], [torch.ones(3)]) for _ in range(5)]
+    for t, s in lists:
+        fused_ema_(t, s, 0.5)
+    assert [plans.find(None, (*both, None)) is None for both in lists] == [True] + [False] * 4
+    last = weakref.ref(lists[-1][0][0])
+    del lists, t, s
     gc.collect()
-    count = len(ema._PLANS)
-    t, s = [torch.zeros(3)], [torch.ones(3)]
-    fused_ema_(t, s, 0.5)
-    fused_ema_(t, s, 0.5)
-    assert len(ema._PLANS) == count + 1
-    del t
-    gc.collect()
-    assert len(ema._PLANS) == count
+    assert last() is None
+    fused_ema_([torch.zeros(3)] * 9, [torch.ones(3)] * 9, 0.5)  # more than are remembered at a time
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_module_is_moved_by_exchanging_its_tensors(backend: str) -> None:
+    """torch refuses this for a tensor with a weak reference; it does it by itself for DTensors and torchao's."""
+    torch.manual_seed(0)
+    student = nn.Linear(3, 4)
+    teacher = copy.deepcopy(student)
+    prepared = EMA(teacher, student, backend=backend)
+    torch.__future__.set_swap_module_params_on_conversion(True)
+    try:
+        for dtype in (F32, F64, F32):
+            teacher.to(dtype), student.to(dtype)
+            for update_ in (lambda m: fused_ema_(teacher, student, m, backend=backend), prepared.update_):
+                with torch.no_grad():
+                    student.weight.normal_()
+                want = definition(numpy(teacher.weight), numpy(student.weight), 0.25)
+                update_(0.25)
+                np.testing.assert_allclose(numpy(teacher.weight), want, rtol=1e-6, atol=1e-6)
+    finally:
+        torch.__future__.set_swap_module_params_on_conversion(False)
+
+
+@pytest.mark.parametrize("prepared", [True, False])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_teacher_of_inference_mode_is_written_only_there(backend: str, prepared: bool) -> None:
+    device = device_of(backend)
+    sizes = (3, 40_000)
+    student = [torch.ones(size, device=device) for size in sizes]
+    with torch.inference_mode():
+        teacher = [torch.zeros(size, device=device) for size in sizes]
+        update_ = EMA(teacher, student, backend=backend).update_
+        if not prepared:
+            update_ = partial(fused_ema_, teacher, student, backend=backend)
+        update_(0.5)
+    mixed = [torch.zeros(3, device=device), teacher[1]]
+    for written in (update_, partial(fused_ema_, mixed, student, backend=backend)):
+        with pytest.raises(ValueError, match=r"fused_ema_: teacher\[\d\] was made in torch.inference_mode"):
+            written(0.5)
+    assert [float(numpy(t).mean()) for t in (*mixed, *teacher)] == [0, 0.5, 0.5, 0.5]
+    with torch.inference_mode():
+        update_(0.0)
+    assert all((numpy(t) == 1).all() for t in teacher)
 
 
 @pytest.mark.parametrize("momentum", [0.2, 0.75])

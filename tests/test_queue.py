@@ -174,11 +174,14 @@ def test_it_starts_as_random_unit_rows() -> None:
 
 
 RING, POINTER, KEYS = torch.ones(5, 3), torch.tensor(1), torch.ones(2, 3)
+with torch.inference_mode():
+    INFERRED = torch.ones(5, 3)
 WRONG: dict[str, tuple[Callable[[], object], str]] = {
     "width": (lambda: enqueue_(RING, POINTER, KEYS[:, :2]), r"keys has shape \(2, 2\); it must be \[rows, 3\]"),
     "one key": (lambda: enqueue_(RING, POINTER, KEYS[0]), r"keys has shape \(3,\)"),
     "integers": (lambda: enqueue_(RING, POINTER, KEYS.int()), "keys is torch.int32"),
     "empty ring": (lambda: enqueue_(RING[:0], POINTER, KEYS), "at least one row"),
+    "ring of inference mode": (lambda: enqueue_(INFERRED, POINTER, KEYS), "queue was made in torch.inference_mode"),
     "ring that trains": (lambda: enqueue_(RING.clone().requires_grad_(), POINTER, KEYS), "queue requires grad"),
     "pointer": (lambda: enqueue_(RING, 1, KEYS), "pointer is a int"),  # type: ignore[arg-type]
     "pointer dtype": (lambda: enqueue_(RING, POINTER.int(), KEYS), "0-d int64"),
