@@ -19,9 +19,9 @@ def unit(x: Tensor) -> Tensor:
     """Rows of ``x`` [N, D] at length 1. A zero row stays zero and has a zero gradient."""
     squared = x.square().sum(dim=1, keepdim=True)
     nonzero = squared > 0
-    # The inner `where` keeps rsqrt(0), whose gradient is not finite, out of the graph.
-    inverse = torch.where(nonzero, torch.where(nonzero, squared, 1).rsqrt(), 0)
-    return x * inverse
+    # The inner `where` keeps sqrt(0), whose gradient is not finite, out of the graph. The derivative of rsqrt, the
+    # length to the power of -3, would leave the range of float32 for lengths that are well within it.
+    return x / torch.where(nonzero, torch.where(nonzero, squared, 1).sqrt(), torch.inf)
 
 
 def reduce(rows: Tensor, reduction: str) -> Tensor:

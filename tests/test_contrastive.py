@@ -346,6 +346,22 @@ def test_zero_rows_have_a_zero_finite_gradient(backend: str, queued: bool, dtype
     np.testing.assert_allclose(residual.item(), oracle.residual(numpy(query), numpy(same)).mean(), rtol=2e-3)
 
 
+@pytest.mark.parametrize("length", [1e-16, 1e16])
+@pytest.mark.parametrize("queued", [True, False])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_the_gradient_of_rows_of_any_length(backend: str, queued: bool, length: float) -> None:
+    """It is that of unit rows over the length: 1e-16 to the power of -3 is not in the range of float32."""
+    query, key, queue = Case(5, 20, 16, queued=queued).inputs(device_of(backend))
+    unit_rows = torch.nn.functional.normalize(query.detach().double())
+    gradients = []
+    for rows in (unit_rows, (unit_rows * length).float()):
+        rows.requires_grad_()
+        info_nce(rows, key, queue, reduction="sum", backend=backend).backward()
+        gradients.append(rows.grad)
+    want = numpy(gradients[0])
+    np.testing.assert_allclose(numpy(gradients[1]) * length, want, rtol=1e-3, atol=1e-3 * np.abs(want).max())
+
+
 @pytest.mark.parametrize(
     "case",
     [Case(70, 500, 64), pytest.param(Case(70, 500, 64, queued=False, offset=9), marks=LARGE)],
