@@ -430,6 +430,67 @@ def test_copies_keep_the_teacher_and_closures_run() -> None:
     assert all((t == 0).all() for t in optimizer._teacher.values())
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("kind", [LARS, SGD, AdamW])
+def test_a_state_that_torch_makes_for_a_checkpoint_leaves_the_teacher(kind: Any, backend: str) -> None:
+    """torch.distributed.checkpoint steps a new optimizer at learning rate 0, in an order that nobody expects."""
+    from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
+
+    torch.manual_seed(0)
+    device = device_of(backend)
+
+    def make() -> tuple[nn.Module, nn.Module, Any]:
+        student, teacher = nn.Linear(3, 4).to(device), nn.Linear(3, 4).to(device)
+        options = {"teacher": teacher.parameters(), "ema_momentum": 0.5, "backend": backend}
+        return student, teacher, kind(student.parameters(), 0.1, **options)
+
+    def advance(student: nn.Module, optimizer: Any) -> None:
+        optimizer.zero_grad()
+        student(torch.ones(2, 3, device=device)).square().sum().backward()
+        optimizer.step()
+
+    student, teacher, optimizer = make()
+    before = [numpy(p) for p in (*student.parameters(), *teacher.parameters())]
+    get_optimizer_state_dict(student, optimizer)
+    for now, then in zip((*student.parameters(), *teacher.parameters()), before, strict=True):
+        np.testing.assert_array_equal(numpy(now), then)
+    assert optimizer.ema_momentum == 0.5
+    advance(student, optimizer)
+    ours, theirs, twin = make()
+    ours.load_state_dict(student.state_dict())
+    theirs.load_state_dict(teacher.state_dict())
+    set_optimizer_state_dict(ours, twin, copy.deepcopy(get_optimizer_state_dict(student, optimizer)))
+    advance(student, optimizer)
+    advance(ours, twin)
+    for first, second in zip((student, teacher), (ours, theirs), strict=True):
+        assert all(map(torch.equal, first.parameters(), second.parameters()))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_parameters_that_a_wrapper_replaces(backend: str) -> None:
+    """Accelerate puts FSDP2's parameters into the groups of an optimizer that was made before."""
+    device = device_of(backend)
+    params = parameters(device)
+    teacher: list[Any] = [torch.zeros_like(p) for p in params]
+    followed = SGD(params, 0.1, teacher=teacher, ema_momentum=0.5, backend=backend)
+    alone = SGD(params, 0.1, backend=backend)
+    set_gradients(params, 0)
+    followed.step()
+    alone.step()
+    others = parameters(device)
+    before, kept = [numpy(p) for p in others], [numpy(t) for t in teacher]
+    set_gradients(others, 1)
+    for optimizer in (followed, alone):
+        optimizer.param_groups[0]["params"] = others
+    with pytest.raises(RuntimeError, match="SGD: 8 of the 8 parameters with a teacher are not in the groups"):
+        followed.step()
+    for now, then in zip([*others, *teacher], [*before, *kept], strict=True):
+        np.testing.assert_array_equal(numpy(now), then)
+    alone.step()
+    for p, then in zip(others, before, strict=True):
+        np.testing.assert_allclose(numpy(p), then - 0.1 * numpy(p.grad), rtol=1e-5, atol=1e-6)
+
+
 def test_wrong_options_are_named() -> None:
     def make(**options: Any) -> LARS:
         return LARS([nn.Parameter(torch.ones(2, 2)), nn.Parameter(torch.ones(3))], **{"lr": 0.1, **options})

@@ -15,7 +15,7 @@ from fastrm.kernels.multi_tensor import capturing, flat, in_order, launchable
 from fastrm.kernels.pairing import check as check_pairs
 from fastrm.kernels.pairing import listed
 from fastrm.kernels.sharding import all_plain, check_alike, is_sharded, local, localised
-from fastrm.optim._loading import check_group, check_state
+from fastrm.optim._loading import check_group, check_state, makes_state
 
 
 class TeacherOptimizer(torch.optim.Optimizer):
@@ -56,7 +56,7 @@ class TeacherOptimizer(torch.optim.Optimizer):
         self._shadow: dict[Tensor, Tensor] = {}
         self._backend = backend
         self._plan: list[Any] | None = None
-        self._chosen: tuple[torch.device, Callable[..., None]] | None = None
+        self._chosen: tuple[list[int], torch.device, Callable[..., None]] | None = None
         self._of_graphs: list[Any] = []
         super().__init__(params, {**defaults, "ema_momentum": ema_momentum})
         self._choose()
@@ -158,33 +158,50 @@ class TeacherOptimizer(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Update the parameters, then the teacher. A step that a GradScaler skips changes neither."""
+        """Update the parameters, then the teacher. A step that a GradScaler skips changes neither, and the step by
+        which torch.distributed.checkpoint makes the state of a new optimizer does not change the teacher.
+
+        Raises:
+            RuntimeError: the groups lack a parameter that has a teacher, or the call may run more than once.
+        """
         check_once(f"{self._name}.step")
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
         found_inf = self.found_inf if isinstance(self.found_inf, Tensor) else None  # a GradScaler may leave a number
-        self._choose()(getattr(self, "grad_scale", None), found_inf)
+        step, momenta = self._choose(), [group["ema_momentum"] for group in self.param_groups]
+        if self._teacher and makes_state():
+            self.ema_momentum = 1.0
+        try:
+            step(getattr(self, "grad_scale", None), found_inf)
+        finally:
+            for group, momentum in zip(self.param_groups, momenta, strict=True):
+                group["ema_momentum"] = momentum
         return loss
 
     def _params(self) -> list[Tensor]:
         return [param for group in self.param_groups for param in group["params"]]
 
     def _choose(self) -> Callable[..., None]:
-        """The step function; it is chosen again after a group was added, or when the parameters are on another
-        device."""
-        first = next((param.device for group in self.param_groups for param in group["params"]), torch.device("cpu"))
-        if self._chosen is None or self._chosen[0] != first:
+        """The step function; it is chosen again when the parameters are others, or on another device."""
+        params = self._params()
+        ids, first = [*map(id, params)], params[0].device if params else torch.device("cpu")
+        if self._chosen is None or self._chosen[:2] != (ids, first):
+            self._plan = None
+            if gone := len(self._teacher.keys() - {*params}):
+                raise RuntimeError(
+                    f"{self._name}: {gone} of the {len(self._teacher)} parameters with a teacher are not in the groups "
+                    "any more, as after a wrapper that replaces parameters; make the optimizer after it"
+                )
             ways = {"triton": self._step_triton, "cpu": self._step_pytorch, "reference": self._step_pytorch}
-            params = self._params()
             devices = {param.device.type: param.device for param in params} or {"": first}
             chosen = [choose(self._name, self._backend, ways, device) for device in devices.values()]
             plain = all_plain(params)
             if self._backend == "triton" and not plain:
                 raise ValueError(f"{self._name}: backend='triton' cannot step DTensors or fake tensors; leave it out")
-            self._chosen = first, chosen[0] if plain and len(chosen) == 1 else self._step_pytorch
-        return self._chosen[1]
+            self._chosen = ids, first, chosen[0] if plain and len(chosen) == 1 else self._step_pytorch
+        return self._chosen[2]
 
     def _step_pytorch(self, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
         if found_inf is not None and found_inf.item():
