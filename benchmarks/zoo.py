@@ -151,7 +151,7 @@ def there_and_back(arch: str, image_size: int) -> None:
         if not all(len(stage.flatten(1)) == 2 for stage in caught.values()):
             raise AssertionError("a stage has no row per image")
         other = build_method(config)
-        if left_out := load_weights(other.student.backbone, read_weights(path)[0], source="--init-from"):
+        if left_out := load_weights(other.student.backbone, read_weights(path).tensors, source="--init-from"):
             raise AssertionError(f"{left_out} were treated as a classifier")
         torch.testing.assert_close(other.student.backbone.eval()(images), want, rtol=1e-4, atol=1e-5)
         classifier = timm.create_model(arch, num_classes=5, **again.options).state_dict()

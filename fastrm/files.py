@@ -84,31 +84,63 @@ def read_json(path: Path) -> dict[str, Any]:
     return content
 
 
-def load_tensors(path: Path) -> Any:
+class NotRead(list[Any]):
+    """An object in a file that is not plain data, and whose class has been replaced by a subclass of this one."""
+
+    kind = ""
+    """The full name of its class."""
+
+    def __init__(self, *_: object) -> None:
+        super().__init__()
+
+    def __setstate__(self, state: object) -> None:
+        pass
+
+
+def load_tensors(path: Path, *, other_objects: bool = False) -> Any:
     """Read a file that torch.save wrote, to the CPU. Only plain data is read; no code in the file can run.
 
+    Args:
+        path: the file.
+        other_objects: whether it may hold other objects too, each of which becomes a :class:`NotRead`.
+
     Raises:
-        UsageError: there is no such file, or it is damaged or holds more than plain data.
+        UsageError: there is no such file, or it is damaged or holds other objects that it may not.
     """
     import torch
 
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            return torch.load(path, map_location="cpu", weights_only=True)
-    except OSError as error:
-        if exhausted(error):
-            raise
-        why = error.strerror or str(error)
-    except Exception as error:  # the unpickler raises errors of any type for damaged bytes
-        if exhausted(error):
-            raise
-        # Not torch's own message, which suggests to let the file run its code.
-        foreign = re.search(r"nsupported (?:global: )?GLOBAL (\S+)", str(error))
-        why = (
-            f"it holds {foreign[1]}, and only plain data is read" if foreign else "it has another format or is damaged"
-        )
-    raise UsageError(f"{path} cannot be read as a checkpoint: {why}")
+    kinds: list[Any] = [(_plain_dict, "collections.defaultdict")] if other_objects else []
+    while True:
+        try:
+            with warnings.catch_warnings(), torch.serialization.safe_globals(kinds):
+                warnings.simplefilter("ignore")
+                return torch.load(path, map_location="cpu", weights_only=True)
+        except OSError as error:
+            if exhausted(error):
+                raise
+            why = error.strerror or str(error)
+        except Exception as error:  # the unpickler raises errors of any type for damaged bytes
+            if exhausted(error):
+                raise
+            # Not torch's own message, which suggests to let the file run its code.
+            foreign = re.search(r"nsupported (global: )?GLOBAL (\S+)", str(error))
+            why = "it has another format or is damaged"
+            if foreign:
+                name = foreign[2] if "." in foreign[2] else f"builtins.{foreign[2]}"
+                if other_objects and foreign[1]:
+                    kinds.append((type("NotRead", (NotRead,), {"kind": name}), name))
+                    continue
+                why = only_plain(name)
+        raise UsageError(f"{path} cannot be read as a checkpoint: {why}")
+
+
+def _plain_dict(*_: object) -> dict[Any, Any]:
+    return {}
+
+
+def only_plain(kind: str) -> str:
+    """The message about an object of another class in a file."""
+    return f"it holds {kind}, and only plain data is read"
 
 
 def write_text(path: Path, text: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -81,6 +82,11 @@ def test_files_that_cannot_be_loaded_are_reported(run: Path, tmp_path: Path) -> 
     ):
         with pytest.raises(UsageError, match=says):
             fastrm.load(path, which=which)
+    torch.save({"state_dict": {"x": torch.ones(2)}, "args": argparse.Namespace(lr=1.0)}, tmp_path / "theirs.pth")
+    with pytest.raises(UsageError, match=r"only plain data is read; weights of other programs need --arch"):
+        fastrm.load(tmp_path / "theirs.pth")
+    with pytest.raises(UsageError, match=r"is a folder with none of backbone.safetensors, model.safetensors"):
+        fastrm.load(tmp_path, arch="test_resnet")
     with pytest.raises(UsageError, match=r"is of timm's test_resnet; arch=Linear must be left out"):
         fastrm.load(run, arch=nn.Linear(2, 2))
 

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 import shutil
 import signal
 import subprocess
 import sys
 import tempfile
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -266,13 +269,20 @@ def test_invalid_variables_of_torchrun_are_named(
 
 
 def test_a_file_of_another_kind_is_refused_without_advice_to_run_its_code(tmp_path: Path) -> None:
-    import argparse
+
     import pickle
 
     foreign = tmp_path / "foreign.pt"
-    torch.save({"args": argparse.Namespace(a=1)}, foreign)
     text, pickled = tmp_path / "README.md", tmp_path / "pickled.pt"
     text.write_text("# A project\n")
+    others = {"args": argparse.Namespace(a=1), "log": defaultdict(list, loss=[1.0]), "best": np.float64(0.5)}
+    for old in (True, False):
+        torch.save({"x": torch.ones(2), **others}, foreign, _use_new_zipfile_serialization=not old)
+        read = load_tensors(foreign, other_objects=True)
+        assert read["x"].tolist() == [1, 1]
+        assert read["log"] == {"loss": [1.0]}
+        assert [type(read[name]).__name__ for name in ("args", "best")] == ["NotRead"] * 2
+        assert read["args"].kind == "argparse.Namespace"
     pickled.write_bytes(pickle.dumps({"a": 1}))
     for path, why in (
         (text, "it has another format or is damaged"),

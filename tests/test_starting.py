@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -71,6 +72,13 @@ LAYOUTS: dict[str, Nest] = {
         "state_dict": under("backbone.", own) | under("momentum_backbone.", other) | under("projector.", HEAD)
     },
     "MMSelfSup": lambda own, _: {"meta": {"version": 1}, "state_dict": under("backbone.", own)},
+    # The options of the program, and NumPy's numbers, are objects.
+    "timm": lambda own, other: {
+        "state_dict": own,
+        "state_dict_ema": other,
+        "args": argparse.Namespace(opt="sgd", output=Path("out")),
+        "metric": np.float64(0.5),
+    },
 }
 
 
@@ -92,6 +100,53 @@ def test_all_tensors_of_published_layouts_are_used(layout: str, arch: str, tmp_p
     assert all(torch.equal(found[name], value) for name, value in own.items())
     count = sum(value.numel() for value in own.values()) / 1e6
     assert f"{len(own)} of {len(own)} tensors ({count:.1f} of {count:.1f} M parameters) of {tmp_path}/it.pth" in said
+
+
+def test_objects_that_are_not_plain_data_are_not_read(tmp_path: Path) -> None:
+    """Also a module as a whole, whose weights are then missing; and no code of the file runs."""
+
+    class Command:
+        def __reduce__(self) -> Any:
+            return eval, (f"open({str(tmp_path / 'ran')!r}, 'w')",)
+
+    net = torchvision.models.resnet18()
+    torch.save({"model": net.state_dict(), "args": argparse.Namespace(lr=1.0), "x": Command()}, tmp_path / "it.pth")
+    found, said = starting_weights(backbone_of("resnet18"), tmp_path / "it.pth", partial=False)
+    assert all(torch.equal(value, net.state_dict()[name]) for name, value in found.items())
+    assert "120 of 120 tensors" in said
+    assert not (tmp_path / "ran").exists()
+    torch.save(net, tmp_path / "whole.pth")
+    with pytest.raises(UsageError, match=r"it holds torchvision\.models\.resnet\.ResNet, and only plain data is read"):
+        starting_weights(backbone_of("resnet18"), tmp_path / "whole.pth", partial=True)
+    momentum = {"state": {0: {"momentum_buffer": torch.zeros(3)}}}
+    torch.save({"model": net, "optimizer": momentum}, tmp_path / "more.pth")
+    with pytest.raises(UsageError, match=r"0 of 120 .*; it holds torchvision\.models\.resnet\.ResNet, and only"):
+        starting_weights(backbone_of("resnet18"), tmp_path / "more.pth", partial=True)
+
+
+def test_numbered_layers_are_those_of_the_network_in_order(tmp_path: Path) -> None:
+    """lightly's own MoCo with the backbone of its documentation."""
+    from lightly.models.modules import MoCoProjectionHead
+    from lightly.models.utils import deactivate_requires_grad
+
+    class MoCo(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = torchvision.models.resnet18()
+            self.backbone = nn.Sequential(*list(self.net.children())[:-1])
+            self.projection_head = MoCoProjectionHead(512, 512, 128)
+            self.backbone_momentum = nn.Sequential(*list(torchvision.models.resnet18().children())[:-1])
+            deactivate_requires_grad(self.backbone_momentum)
+
+    model = MoCo()
+    net = model.net.state_dict()
+    del model.net
+    torch.save({"state_dict": model.state_dict(), "epoch": 3}, tmp_path / "it.ckpt")
+    found, said = starting_weights(backbone_of("resnet18"), tmp_path / "it.ckpt", partial=False)
+    assert len(found) == 120
+    assert all(torch.equal(value, net[name]) for name, value in found.items())
+    assert "120 of 120 tensors" in said
+    assert "its layers are numbered, and taken in the order of the network's" in said
 
 
 def test_a_resnet_of_torchvision_is_used_without_its_classifier(tmp_path: Path) -> None:

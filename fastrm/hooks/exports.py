@@ -81,7 +81,7 @@ class Exports(Hook):
         if run.rank:
             return
         backbone, path = self._untrained(), run.out / BACKBONE
-        load_weights(backbone, read_weights(path)[0], source=str(path))
+        load_weights(backbone, read_weights(path).tensors, source=str(path))
         subject = self._subject(backbone, run.out, run.config.flat(), run.step)
         for kind in self._formats:
             out = place(run.out, kind)

@@ -11,6 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from fastrm.errors import UsageError, first_line
+from fastrm.files import only_plain
 from fastrm.machine.memory import exhausted
 from fastrm.models.backbone import Backbone
 from fastrm.models.weights import BACKBONE, adapted, classifiers, misfit, read_weights
@@ -65,7 +66,9 @@ def starting_weights(
         UsageError: there are no such weights, or too few of them fit.
     """
     source, ours = f"{flag} {given}", backbone.net.state_dict()
-    state, notes = _of_backbone(_tensors(given, backbone, flag), backbone), []
+    found, not_read = _found(given, backbone, flag)
+    state, change = _of_backbone(found, backbone)
+    notes = [change] if change else []
     state, change = adapted(backbone, state, source=source)
     notes += [change] if change else []
     if any(name not in state or state[name].shape != value.shape for name, value in ours.items()):
@@ -81,6 +84,7 @@ def starting_weights(
     )
     if not fitting or (min(shares) < LEAST and not partial):
         problem = misfit(ours, {name: state[name] for name in (*fitting, *foreign)})
+        problem += f"; {only_plain(', '.join(not_read))}" if not_read else ""
         hint = ", or --init-partial loads only what matches" if fitting and flag == "--init-from" else ""
         raise UsageError(f"{source} is of another network: {about} match; {problem}; --arch and --stem must fit{hint}")
     notes.insert(0, f"{about} of {given}")
@@ -99,13 +103,14 @@ def _is_beside(name: str, heads: Sequence[str]) -> bool:
     return name.startswith(tuple(heads)) or any(part.startswith(_BESIDE) for part in name.split("."))
 
 
-def _tensors(given: Path, backbone: Backbone, flag: str) -> dict[str, Tensor]:
-    """All tensors of the given weights, by name; names of nested tensors are joined by dots."""
+def _found(given: Path, backbone: Backbone, flag: str) -> tuple[dict[str, Tensor], list[str]]:
+    """All tensors of the given weights, and the classes of the objects that were not read."""
     text = str(given)
     for start, hub in HUBS.items():
         if text.startswith(start):
-            return _published(f"{flag} {text}", hub + text.removeprefix(start), backbone)
-    return read_weights(weights_file(given, flag))[0]
+            return _published(f"{flag} {text}", hub + text.removeprefix(start), backbone), []
+    tensors, _, not_read = read_weights(weights_file(given, flag))
+    return tensors, not_read
 
 
 def weights_file(given: Path, flag: str) -> Path:
@@ -116,7 +121,10 @@ def weights_file(given: Path, flag: str) -> Path:
     """
     path = given
     if path.is_dir():
-        path = next((path / name for name in _FILES if (path / name).is_file()), path / BACKBONE)
+        files = [path / name for name in _FILES if (path / name).is_file()]
+        if not files:
+            raise UsageError(f"{flag} {path} is a folder with none of {', '.join(_FILES)}")
+        path = files[0]
     if not path.is_file():
         raise UsageError(f"{flag} {path} does not exist")
     return path
@@ -136,21 +144,33 @@ def _published(given: str, name: str, backbone: Backbone) -> dict[str, Tensor]:
     return state
 
 
-def _of_backbone(found: Mapping[str, Tensor], backbone: Backbone) -> dict[str, Tensor]:
-    """The tensors under the prefix after which most names are the network's, with the prefix removed."""
-    ours = backbone.net.state_dict()
-    sizes: dict[str, int] = defaultdict(int)
+def _of_backbone(found: Mapping[str, Tensor], backbone: Backbone) -> tuple[dict[str, Tensor], str]:
+    """The tensors under the prefix after which most names are the network's, by the network's names; and a note.
+
+    The layers may be numbered, as in ``nn.Sequential(*list(network.children())[:-1])``, which lightly's users write.
+    """
+    ours: dict[str, Tensor] = backbone.net.state_dict()
+    numbers = {name: str(i) for i, (name, _) in enumerate(backbone.net.named_children())}
+    parts = {name: name.partition(".") for name in ours}
+    forms = (
+        {name: name for name in ours},
+        {f"{numbers[first]}.{rest}": name for name, (first, _, rest) in parts.items() if first in numbers},
+    )
+    sizes: dict[tuple[str, int], int] = defaultdict(int)
     for name, value in found.items():
         at = 0
         while at >= 0:
-            own = ours.get(name[at:])
-            if own is not None:
-                sizes[name[:at]] += value.numel() if value.shape == own.shape else 1
+            for i, form in enumerate(forms):
+                if (own := form.get(name[at:])) is not None:
+                    sizes[name[:at], i] += value.numel() if value.shape == ours[own].shape else 1
             at = name.find(".", at) + 1 or -1
     if not sizes:
-        return dict(found)
-    prefix = max(sizes, key=lambda start: (sizes[start], not any(word in start for word in _COPIES)))
-    return {name.removeprefix(prefix): value for name, value in found.items() if name.startswith(prefix)}
+        return dict(found), ""
+    prefix, kind = max(sizes, key=lambda at: (sizes[at], -at[1], not any(word in at[0] for word in _COPIES)))
+    names = forms[kind]
+    state = {name.removeprefix(prefix): value for name, value in found.items() if name.startswith(prefix)}
+    note = "its layers are numbered, and taken in the order of the network's" if kind else ""
+    return {names.get(name, name): value for name, value in state.items()}, note
 
 
 def _by_timm(backbone: Backbone, state: dict[str, Tensor]) -> tuple[dict[str, Tensor], str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import safetensors
 import safetensors.torch
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from fastrm import own
 from fastrm.data.formats import RGB, PixelFormat
 from fastrm.errors import UsageError
-from fastrm.files import as_utf8, load_tensors, without_key, write_whole
+from fastrm.files import NotRead, as_utf8, load_tensors, only_plain, without_key, write_whole
 from fastrm.models.backbone import Backbone
 from fastrm.models.build import build_backbone
 from fastrm.models.module import module_name, needs_module
@@ -77,10 +77,19 @@ def plain_state(backbone: Backbone) -> dict[str, Tensor]:
     return {name: value.detach().cpu().clone().contiguous() for name, value in backbone.net.state_dict().items()}
 
 
-def read_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Read the tensors of a file, and its metadata if fastrm wrote it. For a run folder, read its backbone.
+class Weights(NamedTuple):
+    """The content of a file with weights."""
 
-    Names of nested tensors are joined by dots.
+    tensors: dict[str, Tensor]
+    """By name; names of nested tensors are joined by dots."""
+    about: dict[str, str]
+    """Metadata, if fastrm wrote the file."""
+    not_read: list[str]
+    """Classes of the objects that are not plain data, such as the options of the program that wrote the file."""
+
+
+def read_weights(path: Path) -> Weights:
+    """Read a file with weights; for a run folder, its backbone.
 
     Raises:
         UsageError: there is no such file, or it holds no tensors by name.
@@ -98,20 +107,24 @@ def read_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         except (OSError, safetensors.SafetensorError) as error:
             raise UsageError(f"{path} cannot be read as safetensors: {error}") from None
     else:
-        state = load_tensors(path)
+        state = load_tensors(path, other_objects=True)
         about = getattr(state, own.EXPORT, about)
-    tensors = dict(_named(state))
+    named = dict(_named(state))
+    tensors = {name: value for name, value in named.items() if isinstance(value, Tensor)}
+    not_read = sorted({value.kind for value in named.values() if isinstance(value, NotRead)})
     if not tensors:
-        raise UsageError(f"{path} holds no tensors by name, as weights of a network must be")
-    return tensors, about
+        why = f": {only_plain(not_read[0])}; save the state_dict() of a module" if not_read else ""
+        raise UsageError(f"{path} holds no tensors by name, as weights of a network must be{why}")
+    return Weights(tensors, about, not_read)
 
 
-def _named(found: Any, prefix: str = "") -> Iterator[tuple[str, Tensor]]:
-    for name, value in found.items() if isinstance(found, Mapping) else ():
-        if isinstance(value, Tensor):
-            yield f"{prefix}{name}", value
-        else:
-            yield from _named(value, f"{prefix}{name}.")
+def _named(found: Any, name: str = "") -> Iterator[tuple[str, Any]]:
+    """Tensors and objects that were not read, by the names of the mappings that hold them, joined by dots."""
+    if isinstance(found, Mapping):
+        for key, value in found.items():
+            yield from _named(value, f"{name}.{key}" if name else str(key))
+    elif isinstance(found, NotRead) or (name and isinstance(found, Tensor)):
+        yield name, found
 
 
 def load_weights(backbone: Backbone, state: Mapping[str, Tensor], *, source: str) -> list[str]:
@@ -244,7 +257,7 @@ def read_backbone(path: Path, *, arch: nn.Module | None = None) -> tuple[Backbon
     Raises:
         UsageError: the file cannot be read or has no metadata, or ``arch`` is missing or another network.
     """
-    state, about = read_weights(path)
+    state, about, _ = read_weights(path)
     if missing := [name for name in ("which", "arch", "stem", "image_size") if name not in about]:
         raise UsageError(
             f"{path} does not say which network it belongs to (no {', '.join(missing)}); give a run folder, a "

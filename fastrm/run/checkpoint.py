@@ -59,9 +59,12 @@ def load(path: Path) -> dict[str, Any]:
         UsageError: there is no such file, or it is damaged or not a checkpoint of fastrm.
     """
     found = locate(path)
-    state = load_tensors(found)
+    hint = "weights of other programs need --arch, timm's name of the network"
+    try:
+        state = load_tensors(found)
+    except UsageError as error:
+        raise UsageError(f"{error}; {hint}") from None
     if not isinstance(state, dict) or state.get("format") != FORMAT:
-        hint = "weights of other programs need --arch, timm's name of the network"
         raise UsageError(f"{found} is not a checkpoint of this version of fastrm; {hint}")
     wrong = [name for name, kind in CONTENT.items() if not isinstance(state.get(name), kind)]
     if wrong or state["step"] < 0:
