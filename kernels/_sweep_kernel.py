@@ -133,9 +133,9 @@ if triton is not None:
             )  # fmt: skip
 
         at = split.to(tl.int64) * n + rows
-        nonempty = total > 0
-        tl.store(logsums_ptr + at, tl.where(nonempty, top + tl.log2(total), float("-inf")), mask=live)
+        empty = total == 0  # not `total > 0`, which is false for NaN: a loss with a row that is not finite must show it
+        tl.store(logsums_ptr + at, tl.where(empty, float("-inf"), top + tl.log2(total)), mask=live)
         if GRADIENT:
             d = tl.arange(0, BLOCK_D)
-            average = (average / tl.where(nonempty, total, 1.0)[:, None]).to(averages_ptr.dtype.element_ty)
+            average = (average / tl.where(empty, 1.0, total)[:, None]).to(averages_ptr.dtype.element_ty)
             tl.store(averages_ptr + at[:, None] * D + d[None, :], average, mask=live[:, None] & (d < D)[None, :])

@@ -112,11 +112,11 @@ if triton is not None:
             total = total * tl.exp2(top - above)
             total += tl.load(totals_ptr + at, mask=live, other=0.0) * tl.exp2(its - above)
             top = above
-        nonempty = total > 0
-        total = tl.where(nonempty, total, 1.0)
+        empty = total == 0  # as in sweep_kernel
+        total = tl.where(empty, 1.0, total)
         to = split.to(tl.int64) * every + rows
         if part == 0:
-            tl.store(logsums_ptr + to, tl.where(nonempty, top + tl.log2(total), float("-inf")), mask=live)
+            tl.store(logsums_ptr + to, tl.where(empty, float("-inf"), top + tl.log2(total)), mask=live)
         if averages_ptr is not None:
             within = tl.where(live, rows, 0)
             average = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)

@@ -101,7 +101,7 @@ def numpy(x: Tensor) -> Array:
 def unit(x: Array) -> Array:
     """Rows [N, D] divided by their lengths; zero rows stay zero."""
     length = np.sqrt((x * x).sum(axis=1, keepdims=True))
-    return np.divide(x, length, out=np.zeros_like(x), where=length > 0)
+    return np.divide(x, length, out=np.zeros_like(x), where=length != 0)
 
 
 def definition(query: Array, key: Array, queue: Array | None, temperature: float, offset: int = 0) -> Array:
@@ -344,6 +344,23 @@ def test_zero_rows_have_a_zero_finite_gradient(backend: str, queued: bool, dtype
     assert (query.grad[1] == 0).all()
     assert (query.grad[[0, 2, 3, 4]] != 0).any(dim=1).all()
     np.testing.assert_allclose(residual.item(), oracle.residual(numpy(query), numpy(same)).mean(), rtol=2e-3)
+
+
+@pytest.mark.parametrize("dim", [16, 300])
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("queued", [True, False])
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.filterwarnings("ignore:invalid value encountered")
+def test_a_row_that_is_not_finite_shows_in_the_loss(backend: str, queued: bool, value: float, dim: int) -> None:
+    query, key, queue = Case(5, 90, dim, queued=queued).inputs(device_of(backend))
+    (key if queue is None else queue)[2, 3] = value
+    want = np.isfinite(definition(numpy(query), numpy(key), None if queue is None else numpy(queue), 0.2))
+    assert not want.all()
+    for gradient in (True, False):
+        query.requires_grad_(gradient)
+        losses = info_nce(query, key, queue, reduction="none", backend=backend)
+        np.testing.assert_array_equal(np.isfinite(numpy(losses)), want)
+        assert not torch.isfinite(info_nce(query, key, queue, backend=backend))
 
 
 @pytest.mark.parametrize("length", [1e-16, 1e16])
