@@ -84,7 +84,7 @@ def starting_weights(
     )
     if not fitting or (min(shares) < LEAST and not partial):
         problem = misfit(ours, {name: state[name] for name in (*fitting, *foreign)})
-        problem += f"; {only_plain(', '.join(not_read))}" if not_read else ""
+        problem += f"; {only_plain(', '.join(not_read))}" if not_read and not fitting else ""
         hint = ", or --init-partial loads only what matches" if fitting and flag == "--init-from" else ""
         raise UsageError(f"{source} is of another network: {about} match; {problem}; --arch and --stem must fit{hint}")
     notes.insert(0, f"{about} of {given}")
