@@ -167,7 +167,7 @@ def augment_views(
         )
     if drawn.box is not None:
         _check_boxes(drawn.box, *shape)
-    numbers = tuple(map(float, mean)), tuple(map(float, std))
+    numbers = _numbers("mean", mean), _numbers("std", std)
     channels = len(numbers[0])
     if not channels or len(numbers[1]) != channels or images.shape[3] not in (1, channels):
         raise ValueError(
@@ -177,6 +177,8 @@ def augment_views(
     if not all(map(math.isfinite, (*numbers[0], *numbers[1]))) or 0 in numbers[1]:
         raise ValueError(f"{OP}: mean is {numbers[0]} and std {numbers[1]}; they must be finite, and std not 0")
     widest = float(drawn.sigma.max()) if count else 0.0
+    if blur_radius is not None and not isinstance(blur_radius, int):
+        raise TypeError(f"{OP}: blur_radius={blur_radius!r}; it must be a whole number")
     radius = max(1, math.ceil(3 * widest)) if blur_radius is None else blur_radius
     if widest > 0 and not 0 < radius < min(height, width):
         raise ValueError(
@@ -186,6 +188,8 @@ def augment_views(
     wanted = (count, channels, height, width)
     if out is None:
         out = batched.empty_views(count, (height, width), dtype, images.device, channels=channels)
+    elif not isinstance(out, Tensor):
+        raise TypeError(f"{OP}: out is a {type(out).__name__}; it must be a tensor")
     elif (tuple(out.shape), out.dtype, out.device) != (wanted, dtype, images.device) or not out.is_contiguous(
         memory_format=torch.channels_last
     ):
@@ -201,10 +205,18 @@ def augment_views(
 
 
 def _sides(out_size: int | Sequence[int]) -> tuple[int, int]:
-    found = batched.sides(out_size) if isinstance(out_size, int) or len(out_size) == 2 else ()
+    pair = isinstance(out_size, Sequence) and len(out_size) == 2
+    found = batched.sides(out_size) if isinstance(out_size, int) or pair else ()
     if not found or not all(isinstance(side, int) and 0 < side <= 2**14 for side in found):
         raise ValueError(f"{OP}: out_size={out_size!r}; it must be one or two whole numbers from 1 to {2**14}")
     return found
+
+
+def _numbers(name: str, values: Sequence[float]) -> tuple[float, ...]:
+    try:
+        return tuple(map(float, values))
+    except (TypeError, ValueError):
+        raise TypeError(f"{OP}: {name}={values!r}; it must be a sequence of numbers, one per channel") from None
 
 
 def _check_index(index: Tensor, count: int) -> None:

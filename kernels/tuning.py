@@ -43,7 +43,10 @@ def tune_losses(
         OSError: the file cannot be written; this process uses the choice nevertheless.
     """
     device = torch.device(device)
-    if problem := triton_problem(device):
+    problem = triton_problem(device)
+    if problem is None and device.type == "cuda" and not torch.cuda.is_available():
+        problem = "torch finds no GPU"
+    if problem:
         raise ValueError(f"tune_losses: Triton cannot run: {problem}")
     if min(queries, rows, dim) < 1:
         raise ValueError(f"tune_losses: queries={queries}, rows={rows} and dim={dim} must be 1 or more")

@@ -110,8 +110,9 @@ def test_the_first_candidate_is_the_usual_tile(kind: str) -> None:
 
 @pytest.mark.skipif(INTERPRETED or torch.cuda.is_available(), reason="there Triton runs")
 def test_without_a_gpu_nothing_is_measured_or_written() -> None:
-    with pytest.raises(ValueError, match="tune_losses: Triton cannot run: "):
-        tune_losses(N, K, D, device="cpu")
+    for device in ("cpu", "cuda"):
+        with pytest.raises(ValueError, match="tune_losses: Triton cannot run: "):
+            tune_losses(N, K, D, device=device)
     assert not _tiles.stored().exists()
 
 

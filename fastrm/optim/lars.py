@@ -40,7 +40,8 @@ class LARS(TeacherOptimizer):
         teacher: tensors aligned with the parameters, in the order of the groups, ``None`` for a parameter without
             one; dtypes may differ from theirs.
         ema_momentum: the teacher's momentum, a number from 0 to 1 or a 0-d tensor; settable at any time, as
-            ``optimizer.ema_momentum`` or in a group.
+            ``optimizer.ema_momentum`` or in a group. Wrappers such as Accelerate's hand on no attributes: set it in
+            their ``param_groups``.
         shadow: low-precision copies of the teacher, written in the same pass.
         backend: ``None``, ``"triton"``, ``"cpu"`` or ``"reference"``; the last two are plain PyTorch.
 
