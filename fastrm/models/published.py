@@ -96,7 +96,7 @@ def trained_on(given: Path, *, flag: str = FLAG) -> PixelFormat | None:
         known = _known(given, None, flag)
         return PixelFormat(mean=tuple(known.mean), std=tuple(known.std))
     path = weights_file(given, flag)
-    about = read_weights(path)[1]
+    about = read_weights(path).about
     return pixels_of(about, path) if "channels" in about else None
 
 
