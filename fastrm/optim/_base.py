@@ -15,7 +15,7 @@ from fastrm.kernels.multi_tensor import capturing, flat, in_order, launchable
 from fastrm.kernels.pairing import check as check_pairs
 from fastrm.kernels.pairing import listed
 from fastrm.kernels.sharding import all_plain, check_alike, is_sharded, local, localised
-from fastrm.optim._loading import check_group, check_state, makes_state
+from fastrm.optim._loading import check_group, check_state
 
 
 class TeacherOptimizer(torch.optim.Optimizer):
@@ -158,8 +158,10 @@ class TeacherOptimizer(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Update the parameters, then the teacher. A step that a GradScaler skips changes neither, and the step by
-        which torch.distributed.checkpoint makes the state of a new optimizer does not change the teacher.
+        """Update the parameters, then the teacher. A step that a GradScaler skips changes neither.
+
+        At learning rate 0, a step of an optimizer without state does not change the teacher: by such a step,
+        torch.distributed.checkpoint makes the state of a new optimizer, and the teacher may be loaded already.
 
         Raises:
             RuntimeError: the groups lack a parameter that has a teacher, or the call may run more than once.
@@ -171,7 +173,7 @@ class TeacherOptimizer(torch.optim.Optimizer):
                 loss = closure()
         found_inf = self.found_inf if isinstance(self.found_inf, Tensor) else None  # a GradScaler may leave a number
         step, momenta = self._choose(), [group["ema_momentum"] for group in self.param_groups]
-        if self._teacher and makes_state():
+        if not self.state and not capturing() and all(group["lr"] == 0 for group in self.param_groups):
             self.ema_momentum = 1.0
         try:
             step(getattr(self, "grad_scale", None), found_inf)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Mapping
 from typing import Any
 
@@ -68,17 +67,3 @@ def check_state(op: str, state: Mapping[Any, Any], names: frozenset[str], option
                         f"{tuple(param.shape)}"
                     )
                 check_alike(op, parameter=param, **{name: value})
-
-
-def makes_state() -> bool:
-    """Whether torch.distributed.checkpoint is making the state of a new optimizer, by a step at learning rate 0.
-
-    It does so before it reads a state, as well as before it loads one, and then the teacher may be loaded already.
-    """
-    module = sys.modules.get("torch.distributed.checkpoint.state_dict")
-    frame = None if module is None else sys._getframe()
-    while frame is not None:
-        if frame.f_globals is vars(module) and frame.f_code.co_name == "_init_optim_state":
-            return True
-        frame = frame.f_back
-    return False
