@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import importlib.util
-import itertools
 import json
 import os
+import re
 import signal
 import struct
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -260,26 +262,64 @@ def logged(file: Path) -> Iterator[bytes]:
             record = b""
 
 
+def of_file(file: Path) -> tuple[str, list[dict[str, Any]]]:
+    """The id of the run in a file of W&B's, and its records."""
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    ids, kept = set(), []
+    for record in map(Record.FromString, logged(file)):
+        if record.WhichOneof("record_type") == "run":
+            ids.add(record.run.run_id)
+        if record.WhichOneof("record_type") == "history":
+            kept.append({item.key or item.nested_key[0]: json.loads(item.value_json) for item in record.history.item})
+    (id,) = ids
+    return id, kept
+
+
 @needs("wandb")
 def test_wandb_has_one_run_over_a_resume(small: Small, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The real package runs offline, and its files are read back."""
-    from wandb.proto.wandb_internal_pb2 import Record
-
     monkeypatch.setenv("WANDB_MODE", "offline")
     for steps in (1, 2):
         train.train(small(max_steps=steps, log_to=("wandb",)))
     files = sorted((tmp_path / "run" / "wandb").glob("offline-run-*/run-*.wandb"))
-    ids, losses = set(), []
-    for content in itertools.chain.from_iterable(map(logged, files)):
-        record = Record.FromString(content)
-        if record.WhichOneof("record_type") == "run":
-            ids.add(record.run.run_id)
-        if record.WhichOneof("record_type") == "history":
-            items = {item.key or item.nested_key[0]: json.loads(item.value_json) for item in record.history.item}
-            losses.append(items["loss"])
+    ids = {of_file(file)[0] for file in files}
+    losses = [one["loss"] for file in files for one in of_file(file)[1]]
     assert len(files) == 2
     assert len(ids) == 1
     assert losses == [record["loss"] for record in records(tmp_path / "run")]
+
+
+@needs("wandb")
+def test_an_active_run_of_weights_and_biases_is_used_and_stays_active(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import wandb
+
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    run = wandb.init(project="mine", dir=tmp_path)
+    try:
+        run.log({"before": 1})
+        pretrained(tmp_path / "run", log_to=("wandb",))
+        assert wandb.run is run
+        run.log({"after": 1})
+        assert run.config["arch"] == "test_resnet"
+    finally:
+        wandb.finish()
+    (file,) = tmp_path.glob("**/run-*.wandb")
+    (id, kept) = of_file(file)
+    assert id == run.id
+    assert [one["step"] for one in kept if "loss" in one] == [1, 2, 3]
+    assert [name in one for one, name in ((kept[0], "before"), (kept[-1], "after"))] == [True, True]
+
+
+@needs("wandb")
+def test_the_run_of_a_sweep_is_used(small: Small, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_RUN_ID", "ofthesweep")  # as wandb's agent does for the command of a sweep
+    train.train(small(max_steps=1, log_to=("wandb",)))
+    (file,) = tmp_path.glob("**/run-*.wandb")
+    assert of_file(file)[0] == "ofthesweep"
 
 
 @pytest.mark.slow
@@ -297,6 +337,109 @@ def test_mlflow_has_one_run_over_a_resume(small: Small, tmp_path: Path, monkeypa
     assert losses == [record["loss"] for record in records(tmp_path / "run")]
     assert run.data.params["arch"] == "test_resnet"
     assert run.info.status == "FINISHED"
+
+
+class FakeMlflow:
+    """The part of MLflow that fastrm uses, with MLflow's own refusals."""
+
+    def __init__(self, failing: tuple[int, ...] = ()) -> None:
+        self.runs: dict[str, SimpleNamespace] = {}
+        self.active: list[str] = []
+        self.failing = failing
+
+    def active_run(self) -> SimpleNamespace | None:
+        return self.runs[self.active[-1]] if self.active else None
+
+    def start_run(self, run_id: str | None = None, run_name: str | None = None) -> SimpleNamespace:
+        if self.active:
+            raise Exception(f"Run with UUID {self.active[-1]} is already active.")
+        run_id = run_id or f"run{len(self.runs)}"
+        new = SimpleNamespace(
+            info=SimpleNamespace(run_id=run_id), data=SimpleNamespace(params={}), values=[], status="RUNNING"
+        )
+        self.runs.setdefault(run_id, new).status = "RUNNING"
+        self.active.append(run_id)
+        return self.runs[run_id]
+
+    def log_params(self, params: dict[str, str]) -> None:
+        held = self.runs[self.active[-1]].data.params
+        assert all(held.get(name, value) == value for name, value in params.items()), "MLflow changes no parameter"
+        held.update(params)
+
+    def log_metrics(self, metrics: dict[str, float], step: int, run_id: str) -> None:
+        assert all(re.fullmatch(r"[/\w.\- ]*", name) for name in metrics), "Invalid metric name"
+        if step in self.failing:
+            raise TimeoutError("the server does not answer")
+        self.runs[run_id].values.append((step, metrics))
+
+    def end_run(self, status: str = "FINISHED") -> None:
+        self.runs[self.active.pop()].status = status
+
+
+@pytest.fixture
+def mlflow(monkeypatch: pytest.MonkeyPatch) -> FakeMlflow:
+    fake = FakeMlflow()
+    monkeypatch.setitem(sys.modules, "mlflow", fake)
+    return fake
+
+
+def test_an_active_run_of_mlflow_is_used_and_stays_active(
+    mlflow: FakeMlflow, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    mlflow.start_run()
+    mlflow.log_params({"arch": "mine", "seed": "0"})
+    pretrained(tmp_path / "run", log_to=("mlflow",))
+    (run,) = mlflow.runs.values()
+    assert mlflow.active == ["run0"]
+    assert run.status == "RUNNING"
+    assert [step for step, values in run.values if "loss" in values] == [1, 2, 3]
+    assert run.data.params["arch"] == "mine"
+    assert run.data.params["batch_size"] == "16"
+    assert "the active run keeps its own arch" in capsys.readouterr().out
+
+
+def test_a_service_that_fails_does_not_end_the_training(
+    mlflow: FakeMlflow, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    mlflow.failing = (2,)
+    pretrained(tmp_path / "run", log_to=("mlflow",), max_steps=4)
+    said = capsys.readouterr().out
+    (run,) = mlflow.runs.values()
+    assert [record["step"] for record in records(tmp_path / "run")] == [1, 2, 3, 4]
+    assert [step for step, _ in run.values] == [1, 3, 4]
+    assert said.count("--log-to mlflow: the server does not answer; training continues") == 1
+    assert "--log-to mlflow: 1 records are missing there" in said
+
+
+def test_a_slow_failing_service_rests(mlflow: FakeMlflow, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = iter(range(1000))
+    monkeypatch.setattr("fastrm.hooks.logger.time.monotonic", lambda: next(clock))
+    mlflow.failing = (1,)
+    pretrained(tmp_path / "run", log_to=("mlflow",), max_steps=4)
+    (run,) = mlflow.runs.values()
+    assert run.values == []  # the call took 1 s, so the next one comes 10 s later at the earliest
+
+
+def test_names_that_mlflow_refuses_are_changed(mlflow: FakeMlflow, tmp_path: Path) -> None:
+    class Named:
+        def on_step(self, run: Any, step: int, outputs: Any) -> None:
+            run.log({"acc@1 [%]": 0.5})
+
+    pretrained(tmp_path / "run", Named(), log_to=("mlflow",), max_steps=1)
+    (run,) = mlflow.runs.values()
+    assert run.values[0][1]["acc_1 ___"] == 0.5
+
+
+def test_a_failed_run_is_marked_as_failed(mlflow: FakeMlflow, tmp_path: Path) -> None:
+    class Broken:
+        def on_step(self, run: Any, step: int, outputs: Any) -> None:
+            raise ValueError("mine")
+
+    with pytest.raises(ValueError, match="mine"):
+        pretrained(tmp_path / "run", Broken(), log_to=("mlflow",))
+    assert [run.status for run in mlflow.runs.values()] == ["FAILED"]
+    pretrained(tmp_path / "run", log_to=("mlflow",))
+    assert [run.status for run in mlflow.runs.values()] == ["FINISHED"]
 
 
 @pytest.mark.parametrize("package", ["wandb", "mlflow"])

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import secrets
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from fastrm.errors import UsageError
 from fastrm.hooks.logger import Tracker
 
 if TYPE_CHECKING:
@@ -16,7 +16,9 @@ if TYPE_CHECKING:
 class WandB(Tracker):
     """Logs a run's settings, values and scores to Weights & Biases. Its files are in the run folder.
 
-    Without a network or an account, set ``WANDB_MODE=offline``. A resumed run continues the same W&B run.
+    Without a network or an account, set ``WANDB_MODE=offline``. A resumed run continues the same W&B run. If the script
+    has called ``wandb.init``, as in a sweep, that run is used and stays active; ``WANDB_RUN_ID`` names the run for
+    others.
 
     Args:
         project: name of the W&B project.
@@ -26,36 +28,40 @@ class WandB(Tracker):
         UsageError: the package wandb is not installed, or W&B refuses the run.
     """
 
+    hint = "; WANDB_MODE=offline logs without an account"
+
     def __init__(self, project: str = "fastrm", **options: Any) -> None:
         super().__init__("wandb")
         self._options = {"project": project, **options}
         self._run: Any = None
 
-    def on_start(self, run: Run) -> None:
-        """Start the W&B run, or continue the one in the checkpoint."""
-        if run.rank != 0:
-            return
-        if self.id is None:
-            self.id = secrets.token_hex(4)
-        try:
+    def start(self, run: Run) -> None:
+        """Use the active W&B run, continue the one in the checkpoint, or start one."""
+        settings = run.config.flat()
+        if self.package.run is not None:
+            self._run, self.theirs = self.package.run, True
+            self._run.config.update(settings, allow_val_change=True)
+            self._run.define_metric("step")
+            self._run.define_metric("*", step_metric="step")
+        else:
+            known = self.id or os.environ.get("WANDB_RUN_ID") or secrets.token_hex(4)
             self._run = self.package.init(
-                id=self.id, resume="allow", name=run.out.name, dir=run.out, config=run.config.flat(), **self._options
+                id=known, resume="allow", name=run.out.name or None, dir=run.out, config=settings, **self._options
             )
-        except (self.package.Error, OSError) as error:
-            raise UsageError(f"--log-to wandb: {error}; WANDB_MODE=offline logs without an account") from None
+        self.id = self._run.id
 
-    def on_log(self, run: Run, step: int, values: Mapping[str, float]) -> None:
-        """Log the values of a step."""
-        if self._run is not None:
+    def write(self, run: Run, step: int, values: Mapping[str, float]) -> None:
+        """Log the values of a step. A run of the script counts its own steps, so there it is a value."""
+        if self.theirs:
+            self._run.log({"step": step, "epoch": run.epoch, **values})
+        else:
             self._run.log({"epoch": run.epoch, **values}, step=step)
 
-    def on_end(self, run: Run, summary: Mapping[str, Any]) -> None:
+    def conclude(self, summary: Mapping[str, Any]) -> None:
         """Write the summary."""
-        if self._run is not None:
-            self._run.summary.update(dict(summary))
+        self._run.summary.update(dict(summary))
 
-    def close(self) -> None:
+    def end(self, *, failed: bool) -> None:
         """End the W&B run."""
         if self._run is not None:
-            self._run.finish()
-            self._run = None
+            self._run.finish(exit_code=int(failed))
