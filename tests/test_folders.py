@@ -99,7 +99,7 @@ def test_a_folder_that_cannot_be_read_is_named(error: OSError, tmp_path: Path, m
 
 
 def test_all_image_formats_of_pillow_are_read(tmp_path: Path) -> None:
-    kinds = ["JPG", "jpe", "jfif", "gif", "jp2", "tga", "bmp", "tiff", "webp", "pcx", "ppm"]
+    kinds = ["JPG", "jpe", "jfif", "gif", "jp2", "tga", "bmp", "tiff", "webp", "pcx", "ppm", "mpo"]
     kinds += ["avif"] if features.check("avif") else []
     fill(tmp_path, *(f"{kind}/0.{kind}" for kind in kinds))
     source = open_source(str(tmp_path))

@@ -445,6 +445,9 @@ REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
     "one image": (lambda: as_arrays("uint8")[0], r"shape \[30, 36, 3\], which is one image"),
     "one number": (lambda: torch.tensor(1.0), "data is a Tensor without a length"),
     "a path twice": (lambda: ["a.jpg", "./a.jpg"], "2 paths, 1 of them twice"),
+    "a table": (lambda: pytest.importorskip("pandas").DataFrame({"path": ["a.jpg"]}), "a DataFrame of pandas; give a "
+                "list of its paths, or write it"),
+    "pairs of views": (lambda: [((PICTURES[0], PICTURES[1]), 0)] * 8, "it is a tuple; .*give it as the augmentation"),
     "other dicts": (lambda: [{"pixels": 0}], "item 0 of list cannot be read: it is a dict of pixels without the key"),
     "paths and labels": (lambda: [("a.jpg", 0)] * 8, "item 0 of list .* it is a str; .*give a list of paths"),
     "not numbers": (lambda: TensorDataset(PICTURES.float() * torch.nan), "none of the float32 values of 40 images"),
@@ -461,6 +464,25 @@ def test_objects_that_are_not_data_are_refused_in_one_line(what: str) -> None:
     with pytest.raises(UsageError, match=message) as caught:
         loader(make())
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("channels", [1, 3, 5])
+def test_flipped_arrays_give_what_their_copies_give(channels: int) -> None:
+    """As OpenCV's blue, green, red is turned to red, green, blue by [..., ::-1]."""
+    images = PICTURES.permute(0, 2, 3, 1).numpy()[..., [0, 1, 2, 0, 1][:channels]]
+    flipped = [image[::-1, :, ::-1] for image in images]
+    copies = [image.copy() for image in flipped]
+    assert all(torch.equal(a, b) for a, b in zip(stacked(loader(flipped)), stacked(loader(copies)), strict=True))
+
+
+def test_a_second_view_that_is_not_used_is_said() -> None:
+    assert "the second part of an item is an image too" in open_source([[p, p] for p in PICTURES]).about
+    assert "the second part" not in open_source(TensorDataset(PICTURES, LABELS)).about
+
+
+def test_negative_labels_are_none() -> None:
+    source = open_source([(picture, -1) for picture in PICTURES])
+    assert (source.train.labels, source.bank) == (None, None)
 
 
 @pytest.mark.filterwarnings("ignore:left out")

@@ -146,6 +146,12 @@ def test_unreadable_pixels_are_reported_in_one_line(content: bytes, why: str) ->
         assert "\n" not in str(caught.value)
 
 
+def test_a_tiff_above_the_limit_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    with pytest.raises(BrokenImage, match="exceeds limit of 200 pixels; if it is whole, cut it into smaller images"):
+        stored(tiff(np.zeros((20, 30, 6), np.uint16)))
+
+
 def test_a_deep_tiff_is_turned_upright() -> None:
     tags = pytest.importorskip("tifffile")
     assert tags

@@ -35,6 +35,7 @@ _ENDS = {"JPEG": b"\xff\xd9", "PNG": b"IEND\xaeB`\x82"}
 # these images would be almost black, with few levels left in 8 bits.
 _FULL_RANGE = 2**14
 _CONVERT = "convert it to 8 bits per channel"
+TOO_LARGE = "if it is whole, cut it into smaller images"
 
 
 NOT_DECODED = frozenset({"BUFR", "EPS", "GRIB", "HDF5", "IPTC", "MPEG", "WMF"})
@@ -140,6 +141,8 @@ def told() -> Iterator[None]:
         yield
     except BrokenImage:
         raise
+    except Image.DecompressionBombError as error:  # its message ends with a suspicion, which is wrong for large scenes
+        raise BrokenImage(f"{reason(error).partition(',')[0]}; {TOO_LARGE}") from None
     except Exception as error:  # decoders raise errors of any type for damaged bytes
         if exhausted(error):  # a lack of memory is not the fault of the image
             raise

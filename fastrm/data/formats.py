@@ -81,7 +81,9 @@ class PixelFormat:
             gray = (values @ np.array(LUMA))[..., None]
             values = gray.round().astype(np.uint8) if self.bytes else gray.astype(np.float32)
         planes = values.transpose(2, 0, 1)
-        return torch.from_numpy(planes if planes.flags.writeable else planes.copy())  # torch warns of others
+        # torch refuses negative strides, as of an image that was flipped or turned, and warns of read-only arrays.
+        usable = planes.flags.writeable and min(planes.strides) >= 0
+        return torch.from_numpy(planes if usable else planes.copy())
 
     def _scaled(self, values: Values, dtype: str) -> Values:
         wide = np.float64 if dtype in _WIDE else np.float32

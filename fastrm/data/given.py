@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
@@ -65,6 +66,11 @@ def _refuse(data: Any) -> None:
     if isinstance(data, Mapping):
         some = next(iter(data), "train")
         raise UsageError(f"data is a {kind}; give one part of it, as in data[{some!r:.40}]")
+    if type(data).__module__.partition(".")[0] in ("pandas", "polars"):
+        raise UsageError(
+            f"data is a {kind} of {type(data).__module__.partition('.')[0]}; give a list of its paths, or write it to "
+            "a .csv or .parquet file, and give its path"
+        )
     if isinstance(data, AbstractSet):
         raise UsageError(f"data is a {kind}, which has no order; give a list, as in sorted(data)")
     if not hasattr(data, "__getitem__") or not hasattr(data, "__len__"):
@@ -160,6 +166,8 @@ def _open_items(items: Items, notes: Sequence[str] = ()) -> Source:
         about.append(f"there is no kNN, since {items.unseen}")
     elif not items.labelled or len(items) < 2:
         about.append("without labels")
+        if getattr(items.first.label, "ndim", 0) >= 2 or isinstance(items.first.label, Image.Image):
+            about.append("the second part of an item is an image too, and is not used: views are made from the first")
     else:
         bank, test = held_out(train)
         if items.known:

@@ -54,7 +54,8 @@ class Items:
         self.same = whole or self._same(place)
         self.unseen = _problem(self.first.image, f"item {place} of {self.name}")
         labels = told_labels(data)
-        self.labelled = whole_number(self.first.label) is not None and (labels is None or labels.min() >= 0)
+        number = whole_number(self.first.label)  # below 0, as -1 in torchvision's STL10, it means that there is none
+        self.labelled = number is not None and number >= 0 and (labels is None or labels.min() >= 0)
         self._labels = labels if labels is not None and self.labelled and self._agree(labels) else None
         self.known = self._labels is not None
         self._mark = fingerprint(data)

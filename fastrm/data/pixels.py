@@ -84,9 +84,13 @@ def _planes(image: Any) -> NDArray[Any]:
     elif isinstance(image, np.ndarray):
         values, kind, order, turned = image, "array", "[H, W, C]", "transpose(1, 2, 0)"
     else:
-        paths = ", or give a list of paths" if isinstance(image, str | Path) else ""
+        meant = ""
+        if isinstance(image, str | Path):
+            meant = ", or give a list of paths"
+        elif isinstance(image, list | tuple):  # as from a transform of another library that makes views
+            meant = "; if it holds views, leave this transform out of the Dataset and give it as the augmentation"
         raise BrokenImage(
-            f"it is a {type(image).__name__}; it must be a PIL image, a tensor [C, H, W] or an array [H, W, C]{paths}"
+            f"it is a {type(image).__name__}; it must be a PIL image, a tensor [C, H, W] or an array [H, W, C]{meant}"
         )
     if values.ndim == 2:
         return values[None]

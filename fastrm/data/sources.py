@@ -228,7 +228,7 @@ def endings() -> frozenset[str]:
     """File name endings of the image formats that the installed Pillow decodes, such as ``.jpg``."""
     Image.init()
     absent = {kind for kind, feature in _FEATURES.items() if not features.check(feature)}
-    decoded = Image.OPEN.keys() - NOT_DECODED - absent
+    decoded = (Image.OPEN.keys() | {"MPO"}) - NOT_DECODED - absent  # Pillow opens MPO as JPEG
     return frozenset(ending for ending, kind in Image.registered_extensions().items() if kind in decoded)
 
 

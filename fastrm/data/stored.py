@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from fastrm.data.decode import (
+    TOO_LARGE,
     BrokenImage,
     Header,
     UnknownLayout,
@@ -266,9 +267,9 @@ def _first(error: BaseException) -> BaseException:
 
 def _check_whole(page: Any, length: int) -> None:
     """Refuse a TIFF page of a file of ``length`` bytes on which tifffile would hang, or which it would pad."""
-    pixels, most = math.prod(page.shape), Image.MAX_IMAGE_PIXELS
-    if most is not None and page.imagelength * page.imagewidth > 2 * most:
-        raise BrokenImage(f"it has {pixels:,} values, more than {2 * most:,} pixels: the file must be damaged")
+    pixels, most = page.imagelength * page.imagewidth, Image.MAX_IMAGE_PIXELS
+    if most is not None and pixels > 2 * most:
+        raise BrokenImage(f"Image size ({pixels} pixels) exceeds limit of {2 * most} pixels; {TOO_LARGE}")
     if math.prod(page.chunked) != len(page.dataoffsets) or len(page.dataoffsets) != len(page.databytecounts):
         raise BrokenImage("it is damaged: parts of the image are missing")
     if any(at + count > length or not count for at, count in zip(page.dataoffsets, page.databytecounts, strict=True)):
