@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import gzip
 import io
 import itertools
@@ -21,7 +22,7 @@ import torch
 from PIL import Image
 
 from fastrm import train
-from fastrm.data import dali, make_loader, open_source
+from fastrm.data import dali, eval_loader, make_loader, open_source
 from fastrm.data.dali import dali_problem, dali_trial, encoded
 from fastrm.data.dali_loader import DaliLoader
 from fastrm.data.decode import decode
@@ -35,7 +36,7 @@ from fastrm.data.settling import settled
 from fastrm.data.sources import ArrayImages
 from fastrm.data.stored import examined
 from fastrm.data.torch_loader import TorchLoader
-from fastrm.errors import UsageError
+from fastrm.errors import TrainingError, UsageError
 from fastrm.methods import find
 from fastrm.settings.config import Config
 from tests.conftest import natural_pictures
@@ -567,3 +568,42 @@ def test_files_of_one_size_are_kept_as_one_array(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"00\.png has another size"), pytest.warns(UserWarning, match="listed"):
         MemoryLoader(images, recipe, workers=2, **options)
     assert not of_one_size(scan(settled(open_source(str(tmp_path))), workers=0)[0].train)  # type: ignore[arg-type]
+
+
+def _full(*_: object) -> Any:
+    raise RuntimeError("unable to allocate shared memory(shm) for file </torch_1>: No space left on device (28)")
+
+
+def _two(image: Any) -> tuple[Any, Any]:
+    return image.resize((20, 20)), torch.ones(3, 8, 8)
+
+
+@pytest.mark.parametrize("method", ["mocov2", _two])
+def test_batches_come_through_pipes_if_the_shared_memory_is_full(
+    method: Any, pictures: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As in containers, whose /dev/shm has 64 MB unless asked otherwise; torch then waits forever."""
+    want = [batch.views for batch in made(pictures, "torch", method=method, workers=0)]
+    test = open_source(str(pictures)).test
+    assert test is not None
+    scored = list(eval_loader(test, image_size=16, batch_size=4, workers=0))
+    monkeypatch.setattr(torch.Tensor, "share_memory_", _full)  # the loader processes are forked
+    with pytest.warns(UserWarning, match="through pipes, which is slower, since the shared memory"):
+        got = [batch.views for batch in made(pictures, "torch", method=method, workers=2)]
+    for views, others in zip(got, want, strict=True):
+        for view, other in zip(views, others, strict=True):
+            assert torch.equal(view, other)
+            assert view.stride() == other.stride()
+    with pytest.warns(UserWarning, match="through pipes"):
+        again = list(eval_loader(test, image_size=16, batch_size=4, workers=2))
+    assert all(torch.equal(a.views[0], b.views[0]) for a, b in zip(again, scored, strict=True))
+
+
+def test_a_shared_memory_without_space_for_locks_is_said(pictures: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ready = made(pictures, "torch", workers=2)
+    full = OSError(errno.ENOSPC, "No space left on device")
+    monkeypatch.setattr("multiprocessing.Lock", mock.Mock(side_effect=full))
+    with pytest.raises(TrainingError, match=r"the shared memory \(/dev/shm\) .* is full; make it larger"):
+        next(iter(ready))
+    with pytest.raises(TrainingError, match=r"the shared memory \(/dev/shm\)"):
+        made(pictures, "memory")

@@ -20,7 +20,7 @@ from fastrm.data.pixels import values_in
 from fastrm.data.scan import readable
 from fastrm.data.seeding import seeded
 from fastrm.data.sources import Images
-from fastrm.data.workers import Loaded
+from fastrm.data.workers import Loaded, sent
 from fastrm.errors import UsageError
 
 Augment = Callable[[Any], Any]
@@ -68,7 +68,7 @@ class CalledViews(Dataset[Loaded]):
         except UsageError as error:
             return Loaded([], (), faults, str(error))
         views = zip(*(views for _, views in made), strict=True)
-        return Loaded([index for index, _ in made], tuple(map(torch.stack, views)), faults)
+        return Loaded([index for index, _ in made], tuple(sent(torch.stack(view)) for view in views), faults)
 
     def _views(self, epoch: int, index: int) -> list[Tensor]:
         """The views of an image in an epoch."""

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from fastrm.data.dali_views import DaliViews, Views
+from fastrm.data.dali_views import DaliViews
 from fastrm.data.decode import BROKEN, reason
 from fastrm.data.encoded import EncodedImages
 from fastrm.data.eval_view import eval_view
@@ -16,7 +16,7 @@ from fastrm.data.items import ItemImages
 from fastrm.data.loader import Batch
 from fastrm.data.scan import report
 from fastrm.data.sources import Images
-from fastrm.data.workers import check_travels
+from fastrm.data.workers import Sent, check_travels, received, sent, started
 from fastrm.machine.signals import leave_to_the_trainer
 
 _View = tuple[int, Tensor | str]
@@ -74,11 +74,11 @@ class EvalLoader:
         Raises:
             UsageError: more than a tenth of the images cannot be read.
         """
-        for indices, views, faults in self._loader:
+        for indices, views, faults in started(self._loader):
             self._images.unreadable.update(faults)  # later passes skip them too, so that all use the same images
             report(self.broken, self._images, faults)
             if views is not None:
-                yield Batch((views,), indices)
+                yield Batch((received(views),), indices)
 
 
 class _RankBatches(Sampler[list[int]]):
@@ -112,7 +112,7 @@ class _EvalImages(Dataset[_View]):
             return index, reason(error)
 
 
-def _collated(batch: list[_View]) -> Views:
+def _collated(batch: list[_View]) -> tuple[list[int], Sent | None, dict[int, str]]:
     seen = {index: view for index, view in batch if isinstance(view, Tensor)}
     faults = {index: why for index, why in batch if isinstance(why, str)}
-    return list(seen), torch.stack(list(seen.values())) if seen else None, faults
+    return list(seen), sent(torch.stack(list(seen.values()))) if seen else None, faults

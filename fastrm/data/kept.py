@@ -20,6 +20,7 @@ from fastrm.data.encoded import EncodedImages
 from fastrm.data.measuring import spread_over
 from fastrm.data.sources import Images
 from fastrm.data.stored import DTYPES, Values
+from fastrm.data.workers import locks
 from fastrm.errors import UsageError
 from fastrm.machine.memory import capacity, size
 
@@ -144,7 +145,8 @@ class KeptImages(Images):
         # One row per image: offset (0 for none), height, width, bands, dtype. The last row has the size in use.
         self._places = _shared(8 * 5 * (len(images) + 1)).view(torch.int64).view(-1, 5)
         self._places[-1, 0] = _ALIGNED
-        self._lock = multiprocessing.Lock()
+        with locks():
+            self._lock = multiprocessing.Lock()
 
     @property
     def labels(self) -> NDArray[np.int64] | None:

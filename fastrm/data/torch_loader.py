@@ -20,7 +20,7 @@ from fastrm.data.loader import Batch, Loader, normalising
 from fastrm.data.scan import readable, report
 from fastrm.data.seeding import seeded
 from fastrm.data.sources import Images
-from fastrm.data.workers import Loaded, check_travels
+from fastrm.data.workers import Loaded, check_travels, received, sent, started
 from fastrm.errors import UsageError
 from fastrm.kernels import ViewParameters, augment_views, batched
 from fastrm.machine.signals import leave_to_the_trainer
@@ -65,8 +65,8 @@ class _Views(Dataset[Loaded]):
                 found = boxes(view, draws.tries[start : start + _HELD], *sides).tolist()
                 for i, (_, picture) in enumerate(held):
                     cut.append(batched.crop(picture, found[i], flip[start + i], size, view.interpolation))
-        outs = tuple(starmap(self._recoloured, zip(views, sizes, drawn, crops, strict=True)))
-        return Loaded(indices, outs, faults)
+        outs = starmap(self._recoloured, zip(views, sizes, drawn, crops, strict=True))
+        return Loaded(indices, tuple(map(sent, outs)), faults)
 
     def _recoloured(self, view: View, size: int, draws: Draws, crops: Sequence[Tensor]) -> Tensor:
         """Apply the operations after the crop to crops [1, C or 1, S, S]; returns [B, C, S, S], channels last."""
@@ -148,11 +148,11 @@ class TorchLoader(Loader):
         )
 
     def _batches(self) -> Iterator[Batch]:
-        for indices, views, faults, refusal in self._loader:
+        for indices, views, faults, refusal in started(self._loader):
             report(self.broken, self._images, faults)
             if refusal:
                 raise UsageError(refusal)
-            yield Batch(tuple(map(self._placed, views)), indices)
+            yield Batch(tuple(self._placed(received(view)) for view in views), indices)
 
     def _placed(self, views: Tensor) -> Tensor:
         views = views.to(self._device, non_blocking=True)

@@ -2,26 +2,86 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import multiprocessing
 import pickle
-from typing import Any, NamedTuple
+import warnings
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 from torch import Tensor
+from torch.utils.data import get_worker_info
 
-from fastrm.errors import UsageError, first_line
+from fastrm.errors import TrainingError, UsageError, first_line
+from fastrm.machine.memory import SHARED_FULL, exhausted
+
+T = TypeVar("T")
+Sent = Tensor | bytes
+"""Views in shared memory, or their bytes for a pipe."""
 
 
 class Loaded(NamedTuple):
     """The result of a request to a loader process."""
 
     indices: list[int]
-    views: tuple[Tensor, ...]
+    views: tuple[Sent, ...]
     faults: dict[int, str]
     """The reasons for unreadable images, by index."""
     refusal: str = ""
     """Why there is no batch; with an exception, torch would show a traceback."""
+
+
+_full = False  # whether this process has found the shared memory full
+
+
+def sent(views: Tensor) -> Sent:
+    """Prepare views for the way to the training process: shared memory or, once that is full, a pipe.
+
+    Without this, torch moves them when it sends them, and a failure there leaves the training process waiting forever.
+    """
+    global _full
+    if get_worker_info() is None:
+        return views
+    if not _full:
+        try:
+            return views.share_memory_()
+        except RuntimeError as error:
+            if not exhausted(error):
+                raise
+            _full = True  # for good: each failure leaves an empty file behind
+    return pickle.dumps(views)
+
+
+def received(views: Sent) -> Tensor:
+    """The views that :func:`sent` prepared."""
+    if isinstance(views, Tensor):
+        return views
+    warnings.warn(f"batches come through pipes, which is slower, since {SHARED_FULL}", stacklevel=2)
+    whole: Tensor = pickle.loads(views)
+    return whole
+
+
+@contextmanager
+def locks() -> Iterator[None]:
+    """Raise a TrainingError if the shared memory has no space for the locks that processes share."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno == errno.ENOSPC:
+            raise TrainingError(SHARED_FULL) from None
+        raise
+
+
+def started(batches: Iterable[T]) -> Iterator[T]:
+    """Start the loader processes, if there are any; raises like :func:`locks`."""
+    count = getattr(batches, "num_workers", 0)
+    with locks():
+        # About as many as torch makes. If it fails on the way, it prints a traceback.
+        _ = [multiprocessing.Lock() for _ in range(4 * (count + 2) if count else 0)]
+        return iter(batches)
 
 
 class _Nowhere(io.RawIOBase):

@@ -16,6 +16,10 @@ from fastrm.errors import Stopped, TrainingError, UsageError
 if TYPE_CHECKING:
     import torch
 
+SHARED_FULL = (
+    "the shared memory (/dev/shm) that loader processes use is full; make it larger (docker run --shm-size), or give "
+    "--workers 0"
+)
 _SHARED = re.compile(r"unable to (open|allocate|mmap|resize|write).*(shared|/torch_|bytes from file)", re.I | re.S)
 _SHORT = re.compile(
     r"out of memory|(can't|cannot|not|failed to|unable to) allocate|not enough memory|STATUS_\w*ALLOC\w*"
@@ -54,7 +58,7 @@ def shortage(error: BaseException, device: torch.device | None = None) -> str:
     """Describe which memory is exhausted, its size, and, if the error says so, the amount that was requested."""
     text = "\n".join(f"{type(each).__name__} {each}" for each in _chain(error))
     if _SHARED.search(text):
-        return "the shared memory (/dev/shm) that loader processes use is full; give --workers 0, or make it larger"
+        return SHARED_FULL
     on_device = device is not None and device.type == "cuda" and _ON_DEVICE.search(text) is not None
     where = _named(device) if on_device and device else _host()
     found = _WANTED.search(text)
