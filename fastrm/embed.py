@@ -26,6 +26,7 @@ from fastrm.errors import UsageError
 from fastrm.files import as_utf8, check_folder, read_json, write_json, write_whole, writing
 from fastrm.machine.device import choose_device
 from fastrm.machine.distributed import started_alone
+from fastrm.machine.joined import ordinary
 from fastrm.machine.memory import enough
 from fastrm.packages import optional
 from fastrm.pretrained import Pretrained, open_pretrained
@@ -95,7 +96,7 @@ def features(options: EmbedConfig, *, arch: nn.Module | None = None) -> NDArray[
     _check(options)
     device = choose_device(options.device)
     lower = "Lower --workers" + ("; or give --device cpu" if device.type == "cuda" else "")
-    with enough(device, lambda: f"features of {options.path}", lower), writing(options.out):
+    with ordinary(device), enough(device, lambda: f"features of {options.path}", lower), writing(options.out):
         return _features(options, device, arch)
 
 

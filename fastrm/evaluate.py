@@ -24,6 +24,7 @@ from fastrm.evaluated import EVALUATION, rows
 from fastrm.files import check_folder, read_json, write_json, writing
 from fastrm.machine.device import choose_device
 from fastrm.machine.distributed import on_this_machine, own_device, processes, started_first, world
+from fastrm.machine.joined import ordinary
 from fastrm.machine.meeting import together
 from fastrm.machine.memory import enough
 from fastrm.methods import LinearProtocol, find, names
@@ -103,7 +104,7 @@ def evaluate(options: EvaluateConfig, *, arch: nn.Module | None = None) -> dict[
         return f"an evaluation of {options.path}, {BATCH} images at a time{linear}"
 
     lower = "Lower --workers, or score on fewer images" + ("; or give --device cpu" if device.type == "cuda" else "")
-    with processes(device), together(), enough(device, asked, f"{lower}. Nothing was written"):
+    with ordinary(device), processes(device), together(), enough(device, asked, f"{lower}. Nothing was written"):
         return _evaluate(options, device, arch)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import json
 import os
@@ -14,11 +15,12 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 import fastrm
-from fastrm import train
+from fastrm import evaluate, train
 from fastrm.errors import Stopped, UsageError
 from fastrm.hooks import Hook
 from fastrm.run import checkpoint
@@ -197,6 +199,52 @@ def test_a_run_restores_random_state_signal_handlers_and_threads(tmp_path: Path)
     pretrained(tmp_path / "run", max_steps=1)
     assert torch.equal(torch.rand(2), want)
     assert [signal.getsignal(signal.SIGINT), torch.get_num_threads(), torch.backends.cudnn.benchmark] == state
+
+
+MODES: dict[str, Callable[[], Any]] = {
+    "no_grad": torch.no_grad,
+    "inference_mode": torch.inference_mode,
+    "autocast": lambda: torch.autocast("cpu", torch.bfloat16),
+    "device": lambda: torch.device("meta"),
+}
+
+
+@pytest.mark.parametrize("mode", [*MODES, "dtype"])
+def test_modes_that_a_script_has_set_do_not_reach_the_run(mode: str, tmp_path: Path) -> None:
+    want = pretrained(tmp_path / "plain", max_steps=2).student.state_dict()
+    before = torch.get_default_dtype()
+    try:
+        if mode == "dtype":
+            torch.set_default_dtype(torch.float64)
+        with MODES.get(mode, contextlib.nullcontext)():
+            got = pretrained(tmp_path / "run", max_steps=2).student.state_dict()
+            state = torch.get_default_dtype(), torch.get_default_device().type, torch.is_grad_enabled()
+    finally:
+        torch.set_default_dtype(before)
+    assert all(torch.equal(got[name], value) for name, value in want.items())
+    assert state == (
+        torch.float64 if mode == "dtype" else torch.float32,
+        "meta" if mode == "device" else "cpu",
+        mode not in ("no_grad", "inference_mode"),
+    )
+
+
+def test_modes_that_a_script_has_set_do_not_reach_an_evaluation(tmp_path: Path) -> None:
+    pretrained(tmp_path / "run", max_steps=1)
+    with torch.no_grad():
+        found = evaluate.evaluate(
+            evaluate.EvaluateConfig(checkpoint=tmp_path / "run", linear=True, linear_epochs=1, device="cpu", workers=0)
+        )
+    assert "linear" in str(found)
+
+
+def test_numbers_of_numpy_are_logged(tmp_path: Path) -> None:
+    class Numbers:
+        def on_step(self, run: Any, step: int, outputs: Any) -> None:
+            run.log({"a": np.float32(0.5), "b": np.int64(3), "c": np.bool_(True)})
+
+    pretrained(tmp_path / "run", Numbers(), max_steps=1)
+    assert [records(tmp_path / "run")[0][name] for name in "abc"] == [0.5, 3, True]
 
 
 def test_the_best_checkpoint_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -492,6 +492,11 @@ def test_missing_files_in_a_list_are_reported(tmp_path: Path) -> None:
     assert "\n" not in str(caught.value)
 
 
+def test_the_class_of_an_augmentation_is_refused() -> None:
+    with pytest.raises(UsageError, match="augmentation is the class RandomResizedCrop; give an object of it"):
+        fastrm.Trainer(PICTURES, augmentation=v2.RandomResizedCrop)
+
+
 def test_the_recorded_name_of_a_passed_object_cannot_be_opened() -> None:
     with pytest.raises(UsageError, match="--data <FakeData> names an object that a script passed"):
         open_source("<FakeData>")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import NamedTuple
 
 import torch
@@ -37,14 +37,15 @@ class Machine(NamedTuple):
 def joined(settings: DeviceConfig, *, optimizer: str) -> Iterator[Machine]:
     """Choose device and precision, join the other processes, and leave them at the end.
 
-    At the end the state of this process is restored: torch's random state, the choice of cuDNN's algorithms, and the
-    number of threads, since the processes of a machine share its cores.
+    At the end the state of this process is restored: torch's random state, the choice of cuDNN's algorithms, the modes
+    that a script has set (see :func:`ordinary`), and the number of threads, since the processes of a machine share its
+    cores.
 
     Raises:
         UsageError: the machine does not support the settings.
     """
     device = own_device(choose_device(settings.device))
-    with unchanged(device), processes(device) as world:
+    with ordinary(device), unchanged(device), processes(device) as world:
         if world.size > 1 and "OMP_NUM_THREADS" not in os.environ:  # otherwise each process takes all cores
             torch.set_num_threads(own_cores())
         with together():  # all processes report what one machine does not support
@@ -64,6 +65,23 @@ def own_cores() -> int:
 def agreed(choices: Sequence[str]) -> str:
     """The best precision that all processes support; a GPU with bf16 also supports fp16."""
     return next(precision for precision in ("fp32", "fp16", "bf16") if precision in choices)
+
+
+@contextmanager
+def ordinary(device: torch.device) -> Iterator[None]:
+    """Undo what a script has set for all of torch: no gradients, another default dtype or device, autocast."""
+    dtype = torch.get_default_dtype()
+    with ExitStack() as entered:
+        entered.enter_context(torch.inference_mode(False))
+        entered.enter_context(torch.enable_grad())
+        for kind in {"cpu", device.type}:
+            if torch.is_autocast_enabled(kind):
+                entered.enter_context(torch.autocast(kind, enabled=False))
+        if torch.get_default_device().type != "cpu":
+            entered.enter_context(torch.device("cpu"))
+        torch.set_default_dtype(torch.float32)
+        entered.callback(torch.set_default_dtype, dtype)
+        yield
 
 
 @contextmanager

@@ -45,6 +45,8 @@ def named(data: Any, arch: Any, method: Any, augmentation: Any) -> tuple[dict[st
     if method is not None and not own and not isinstance(method, str):
         given = f"the class {method.__name__}" if isinstance(method, type) else f"a {type(method).__name__}"
         raise UsageError(f"method is {given}; it must be a name or a subclass of fastrm.methods.Method")
+    if isinstance(augmentation, type):
+        raise UsageError(f"augmentation is the class {augmentation.__name__}; give an object of it")
     own_views = isinstance(augmentation, Augmentation) or callable(augmentation)
     if isinstance(augmentation, Path):
         augmentation = str(augmentation)

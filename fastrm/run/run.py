@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from torch import Tensor
 
 from fastrm.hooks.base import Hooks
@@ -85,7 +86,7 @@ class Run:
         self.clock.steps += 1
         self.logging = self.step == 1 or self.step % self.config.run.log_every == 0 or self.step == self.total_steps
 
-    def log(self, values: Mapping[str, float | Tensor]) -> None:
+    def log(self, values: Mapping[str, float | Tensor | np.generic]) -> None:
         """Record numbers of this step by name, in any process; the first process writes them.
 
         All values of a step become one record. Tensors of one value are read at the end of the step; the host waits
@@ -98,14 +99,15 @@ class Run:
         for name, value in values.items():
             if name in PLACE:
                 raise ValueError(f"run.log: the name {name} is taken; each record has its step and epoch")
-            if not isinstance(value, (int, float)) and not (isinstance(value, Tensor) and value.numel() == 1):
+            whole = isinstance(value, Tensor) and value.numel() == 1
+            if not (whole or isinstance(value, (int, float, np.number, np.bool_))):
                 raise TypeError(f"run.log: {name} is a {type(value).__name__}; it must be a number")
         self._values.update(values)
 
     def flush(self) -> None:
         """Pass the values of this step on to the loggers."""
         if self._values:
-            values = {name: v.item() if isinstance(v, Tensor) else v for name, v in self._values.items()}
+            values = {n: v.item() if isinstance(v, Tensor | np.generic) else v for n, v in self._values.items()}
             self._values = {}
             self.remember(values)
             self._hooks.tell("on_log", self, self.step, values)
