@@ -14,7 +14,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, BinaryIO, TypeVar
 
 from fastrm.errors import UsageError
 from fastrm.machine.memory import exhausted
@@ -82,6 +82,42 @@ def read_json(path: Path) -> dict[str, Any]:
     """Read a file that :func:`write_json` wrote."""
     content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     return content
+
+
+class _Patient:
+    """A file that keeps the first error of a write, and accepts what follows."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file = file
+        self.error: OSError | None = None
+
+    def write(self, content: Any) -> int:
+        if self.error is None:
+            try:
+                rest = memoryview(content).cast("B")
+                while rest:
+                    rest = rest[self._file.write(rest) :]
+            except OSError as error:
+                self.error = error
+        return len(content)
+
+    def flush(self) -> None:
+        """Do nothing: the file is not buffered."""
+
+
+def save_tensors(content: Any, path: Path) -> None:
+    """Write a file with torch.save, whose own writer hides why a write fails ("unexpected pos 64 vs 0").
+
+    Raises:
+        OSError: the disk is full, or the file cannot be written for another reason.
+    """
+    import torch
+
+    with open(path, "wb", buffering=0) as file:
+        patient = _Patient(file)
+        torch.save(content, patient)  # type: ignore[arg-type]
+        if patient.error is not None:
+            raise patient.error
 
 
 class NotRead(list[Any]):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 import signal
@@ -19,12 +20,14 @@ import torch
 
 from fastrm import Trainer, train
 from fastrm.errors import Stopped, TrainingError, UsageError
+from fastrm.machine.distributed import world
 from fastrm.machine.lock import NAME, Lock
-from fastrm.machine.signals import Signals
+from fastrm.machine.signals import Deaths, Signals
 from fastrm.methods import build_method
 from fastrm.methods.verify import verify
 from fastrm.methods.verify import warning as verification_warning
 from fastrm.run import checkpoint
+from fastrm.run.faults import faults
 from fastrm.settings.config import Config
 from tests.test_train import METHODS, assert_as_uninterrupted, records, same
 
@@ -262,7 +265,7 @@ def test_a_full_disk_keeps_the_last_checkpoint(small: Small, little_disk: Path, 
     train.train(small(**options, max_steps=1, out=tmp_path / "size"))
     size = (tmp_path / "size" / checkpoint.NAME).stat().st_size
     subprocess.run(["mount", "-o", f"remount,size={round(1.6 * size)}", little_disk], check=True)
-    with pytest.raises(TrainingError, match=r"cannot be written|No space left"):
+    with pytest.raises(TrainingError, match="cannot be written: No space left on device"):
         train.train(small(**options, max_steps=6, out=little_disk / "run"))
     kept = checkpoint.load(little_disk / "run")["step"]
     assert kept >= 1
@@ -271,6 +274,14 @@ def test_a_full_disk_keeps_the_last_checkpoint(small: Small, little_disk: Path, 
     train.train(small(**options, max_steps=6, out=little_disk / "run"))
     train.train(small(**options, max_steps=6, out=tmp_path / "whole"))
     assert_as_uninterrupted(little_disk / "run", tmp_path / "whole")
+
+
+def test_too_many_open_files_are_not_blamed_on_the_run_folder(tmp_path: Path) -> None:
+    with (
+        pytest.raises(TrainingError, match=r"too many files are open; raise their limit \(ulimit -n\)"),
+        faults(tmp_path, world(), Deaths(), resumes=True),
+    ):
+        raise OSError(errno.EMFILE, "Too many open files")
 
 
 # TensorBoard's own thread prints a traceback if its file is gone.

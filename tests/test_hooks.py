@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -466,6 +467,14 @@ def test_a_slow_failing_service_rests(mlflow: FakeMlflow, tmp_path: Path, monkey
     pretrained(tmp_path / "run", log_to=("mlflow",), max_steps=4)
     (run,) = mlflow.runs.values()
     assert run.values == []  # the call took 1 s, so the next one comes 10 s later at the earliest
+
+
+def test_a_refusal_at_the_start_is_one_whole_line(
+    mlflow: FakeMlflow, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(mlflow, "start_run", mock.Mock(side_effect=ValueError("1 error\n  uri: no such scheme")))
+    with pytest.raises(UsageError, match="--log-to mlflow: 1 error uri: no such scheme"):
+        pretrained(tmp_path / "run", log_to=("mlflow",))
 
 
 def test_names_that_mlflow_refuses_are_changed(mlflow: FakeMlflow, tmp_path: Path) -> None:

@@ -8,13 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor, nn
 
 from fastrm import own
 from fastrm.data.formats import PixelFormat
 from fastrm.errors import UsageError
-from fastrm.files import write_whole
+from fastrm.files import save_tensors, write_whole
 from fastrm.models import Backbone
 from fastrm.models.module import needs_module
 from fastrm.models.weights import misfit, plain_state, write_backbone
@@ -96,7 +95,7 @@ def write_state(subject: Subject, out: Path) -> None:
     if out.suffix == ".pth":
         state = OrderedDict(plain_state(subject.backbone))
         setattr(state, own.EXPORT, subject.about)  # no loader reads it
-        write_whole(out, lambda partial: torch.save(state, partial))
+        write_whole(out, lambda partial: save_tensors(state, partial))
     else:
         write_backbone(out, subject.backbone, subject.about)
 

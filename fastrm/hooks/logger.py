@@ -7,7 +7,7 @@ from abc import abstractmethod
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
-from fastrm.errors import UsageError, first_line
+from fastrm.errors import UsageError
 from fastrm.hooks.base import Hook
 from fastrm.machine.memory import exhausted
 from fastrm.own import METRICS
@@ -90,7 +90,7 @@ class Tracker(Logger):
         except Exception as error:  # packages raise errors of any type, also those of their own dependencies
             if exhausted(error):
                 raise
-            raise UsageError(f"--log-to {self._name}: {first_line(error)}{self.hint}") from None
+            raise UsageError(f"--log-to {self._name}: {_told(error)}{self.hint}") from None
 
     def on_log(self, run: Run, step: int, values: Mapping[str, float]) -> None:
         """Log the values of a step."""
@@ -121,7 +121,7 @@ class Tracker(Logger):
             self._rests_until = now + _REST * (now - begin)  # services retry for minutes while they are unreachable
             if not self._lost:
                 run.say(
-                    f"warning    --log-to {self._name}: {first_line(error)}; training continues, and {METRICS} has all "
+                    f"warning    --log-to {self._name}: {_told(error)}; training continues, and {METRICS} has all "
                     "records"
                 )
             self._lost += 1
@@ -135,4 +135,9 @@ class Tracker(Logger):
             except Exception as error:
                 if exhausted(error):
                     raise
-                print(f"warning    --log-to {self._name}: the end of the run is not recorded: {first_line(error)}")
+                print(f"warning    --log-to {self._name}: the end of the run is not recorded: {_told(error)}")
+
+
+def _told(error: Exception) -> str:
+    """The message of an error in one line; those of settings have their point in the second one."""
+    return " ".join(str(error).split())[:300] or type(error).__name__

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -46,6 +47,10 @@ def faults(out: Path, world: World, deaths: Deaths, *, resumes: bool) -> Iterato
     except OSError as error:
         if exhausted(error):
             raise
+        if error.errno in (errno.EMFILE, errno.ENFILE):
+            raise TrainingError(
+                f"too many files are open; raise their limit (ulimit -n), or give fewer --workers; {kept}"
+            ) from None
         raise TrainingError(f"{error.filename or out}: {error.strerror or error}; {kept}") from None
     except RuntimeError as error:
         if exhausted(error):

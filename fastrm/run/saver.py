@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fastrm.errors import TrainingError
-from fastrm.files import read_json, write_json, write_whole
+from fastrm.files import read_json, save_tensors, write_json, write_whole
 from fastrm.machine.distributed import gather_objects, world
 from fastrm.own import BEST, BEST_SCORE, MARK
 from fastrm.run.checkpoint import FORMAT, NAME, checksum, older
@@ -93,7 +93,7 @@ class Saver:
     def _write(self, step: int, state: dict[str, Any]) -> None:
         try:
             state["checksum"] = checksum(state)
-            write_whole(self.out / NAME, lambda partial: torch.save(state, partial), before=self._rotate)
+            write_whole(self.out / NAME, lambda partial: save_tensors(state, partial), before=self._rotate)
             self.newest = step
             self._prune()
         except BaseException as error:
