@@ -10,6 +10,7 @@ import re
 import signal
 import struct
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -315,8 +316,13 @@ def of_file(file: Path) -> tuple[str, list[dict[str, Any]]]:
     """The id of the run in a file of W&B's, and its records."""
     from wandb.proto.wandb_internal_pb2 import Record
 
+    for _ in range(100):  # W&B's own process may still be writing
+        found = list(map(Record.FromString, logged(file)))
+        if any(record.WhichOneof("record_type") == "exit" for record in found):
+            break
+        time.sleep(0.1)
     ids, kept = set(), []
-    for record in map(Record.FromString, logged(file)):
+    for record in found:
         if record.WhichOneof("record_type") == "run":
             ids.add(record.run.run_id)
         if record.WhichOneof("record_type") == "history":
