@@ -403,7 +403,13 @@ class FakeMlflow:
         self.failing = failing
 
     def active_run(self) -> SimpleNamespace | None:
-        return self.runs[self.active[-1]] if self.active else None
+        """The active run as it was when it started."""
+        if not self.active:
+            return None
+        return SimpleNamespace(info=self.runs[self.active[-1]].info, data=SimpleNamespace(params={}))
+
+    def get_run(self, run_id: str) -> SimpleNamespace:
+        return self.runs[run_id]
 
     def start_run(self, run_id: str | None = None, run_name: str | None = None) -> SimpleNamespace:
         if self.active:

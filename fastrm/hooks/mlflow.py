@@ -44,7 +44,8 @@ class MLflow(Tracker):
         self.id = active.info.run_id
         if fresh:
             told = {name: str(value)[:LONGEST] for name, value in run.config.flat().items()}
-            kept = {name for name, value in active.data.params.items() if told.get(name, value) != value}
+            held = self.package.get_run(self.id).data.params  # those of active_run are as old as the run
+            kept = {name for name, value in held.items() if told.get(name, value) != value}
             self.package.log_params({name: value for name, value in told.items() if name not in kept})
             if kept:  # MLflow does not change a parameter
                 run.say(f"notice     --log-to mlflow: the active run keeps its own {', '.join(sorted(kept))}")
