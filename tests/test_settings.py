@@ -28,9 +28,16 @@ from tests.test_cli import fails
 ROOT = Path(__file__).parent.parent
 
 
-def test_the_settings_of_make_demo_are_valid() -> None:
-    settings = build(**read_settings(ROOT / "examples" / "demo.toml")).flat()
-    assert [settings[name] for name in ("data", "arch", "epochs")] == ["photo-patches", "test_resnet", 6]
+@pytest.mark.parametrize(
+    ("file", "settings"),
+    [
+        ("demo.toml", {"data": "photo-patches", "arch": "test_resnet", "epochs": 6}),
+        ("few_thousand.toml", {"method": "mocov2", "queue_size": 1024, "crop_min": 0.4}),
+    ],
+)
+def test_the_settings_files_of_the_examples_are_valid(file: str, settings: dict[str, Any]) -> None:
+    read = build(**{"data": "photos", **read_settings(ROOT / "examples" / file)}).flat()
+    assert {name: read[name] for name in settings} == settings
 
 
 @pytest.mark.parametrize(
