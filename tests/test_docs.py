@@ -88,6 +88,7 @@ def command(line: str, run: bool) -> None:
 @pytest.mark.usefixtures("few_digits", "small_heads")
 def test_code_blocks_run(page: Path, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "photos").symlink_to(pictures / "split")
+    (tmp_path / "examples").symlink_to(ROOT / "examples")
     monkeypatch.chdir(tmp_path)
     names: dict[str, Any] = {}
     for language, text in blocks(page):
