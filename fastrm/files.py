@@ -163,7 +163,7 @@ def load_tensors(path: Path, *, other_objects: bool = False) -> Any:
             why = "it has another format or is damaged"
             if foreign:
                 name = foreign[2] if "." in foreign[2] else f"builtins.{foreign[2]}"
-                if other_objects and foreign[1]:
+                if other_objects and foreign[1] and all(name != known for _, known in kinds):
                     kinds.append((type("NotRead", (NotRead,), {"kind": name}), name))
                     continue
                 why = only_plain(name)
