@@ -82,24 +82,23 @@ def _number(value: float | None, digits: int = 3) -> str:
 
 
 def _table(runs: Sequence[Run]) -> str:
-    names = differing(runs)
-    head = ["run", "kNN student", "kNN teacher", "last gap", "steps", "images per second", "state", *names]
-    rows = []
-    for run, colour in zip(runs, COLOURS * len(runs), strict=False):
-        rates = run.series("images_per_second")[1]
-        cells = [
-            _number(run.last("knn_student")),
-            _number(run.last("knn_teacher")),
-            _number(run.last("gap")),
-            str(run.records[-1]["step"]),
-            _number(statistics.median(rates) if rates else None, 0),
-            "complete" if run.complete else "not complete",
-            *(str(run.settings.get(name)) for name in names),
-        ]
-        key = f'<th scope="row"><span style="color:{colour}">■</span> {html.escape(run.name)}</th>'
-        rows.append(f"<tr>{key}{''.join(f'<td>{html.escape(cell)}</td>' for cell in cells)}</tr>")
-    header = "".join(f'<th scope="col">{html.escape(cell)}</th>' for cell in head)
-    return f"<table><thead><tr>{header}</tr></thead><tbody>{''.join(rows)}</tbody></table>"
+    """A column per run, since runs may differ in many settings."""
+    rates = [run.series("images_per_second")[1] for run in runs]
+    lines = {
+        "kNN student": [_number(run.last("knn_student")) for run in runs],
+        "kNN teacher": [_number(run.last("knn_teacher")) for run in runs],
+        "last gap": [_number(run.last("gap")) for run in runs],
+        "steps": [str(run.records[-1]["step"]) for run in runs],
+        "images per second": [_number(statistics.median(rate) if rate else None, 0) for rate in rates],
+        "state": ["complete" if run.complete else "not complete" for run in runs],
+        **{name: [str(run.settings.get(name)) for run in runs] for name in differing(runs)},
+    }
+    head = "".join(
+        f'<th scope="col"><span style="color:{colour}">■</span> {html.escape(run.name)}</th>'
+        for run, colour in zip(runs, COLOURS * len(runs), strict=False)
+    )
+    body = "".join(f'<tr><th scope="row">{name}</th>{_cells("td", cells)}</tr>' for name, cells in lines.items())
+    return f"<table><thead><tr><td></td>{head}</tr></thead><tbody>{body}</tbody></table>"
 
 
 def _scores(runs: Sequence[Run]) -> str:
@@ -131,6 +130,10 @@ body { font: 16px/1.5 system-ui, sans-serif; max-width: 75rem; margin: 2rem auto
 .legend { list-style: none; padding: 0; display: flex; flex-wrap: wrap; gap: 0 1.5rem; overflow-wrap: anywhere; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
 th, td { padding: .3rem .8rem; text-align: left; border-bottom: 1px solid #ddd; white-space: nowrap; }
+@media (max-width: 48rem) {
+  table { font-size: .8rem; }
+  th, td { padding: .25rem .35rem; white-space: normal; overflow-wrap: anywhere; }
+}
 figure { margin: 2.5rem 0; }
 figcaption { color: #444; max-width: 45rem; }
 """
