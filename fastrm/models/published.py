@@ -71,7 +71,7 @@ def published(
         found.append(_loaded(given, arch, size, "small"))
     backbone, state, said = max(found, key=lambda each: len(each[1]))
     backbone.net.load_state_dict(state, strict=False)
-    told = trained_on(given) if describes_itself(given) else None
+    told = _format(known) if describes_itself(given) else None
     format = told or RGB
     format = replace(
         format, mean=per_channel("mean", mean, 3) or format.mean, std=per_channel("std", std, 3) or format.std
@@ -93,11 +93,14 @@ def trained_on(given: Path, *, flag: str = FLAG) -> PixelFormat | None:
         UsageError: there are no such weights.
     """
     if describes_itself(given):
-        known = _known(given, None, flag)
-        return PixelFormat(mean=tuple(known.mean), std=tuple(known.std))
+        return _format(_known(given, None, flag))
     path = weights_file(given, flag)
     about = read_weights(path).about
     return pixels_of(about, path) if "channels" in about else None
+
+
+def _format(known: Any) -> PixelFormat:
+    return PixelFormat(mean=tuple(known.mean), std=tuple(known.std))
 
 
 def _loaded(given: Path, arch: str, size: int, stem: str) -> tuple[Backbone, dict[str, Any], str]:
