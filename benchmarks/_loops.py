@@ -1,4 +1,4 @@
-"""Training loops of other projects around the same networks: lightly's example, and the official MoCo-v3's style."""
+"""Training loops of other projects around the same networks: lightly, stable-pretraining, the official MoCo-v3."""
 
 from __future__ import annotations
 
@@ -131,6 +131,37 @@ def mocov3_loop(method: Method[Any], move: Move, *, temperature: float, momentum
             key = teacher(first), teacher(second)
         (contrast(query[0], key[1]) + contrast(query[1], key[0])).backward()
         move()
+
+    return step
+
+
+def stable_pretraining_loop(
+    method: Method[Any],
+    move: Move,
+    *,
+    temperature: float,
+    momentum: Callable[[], float],
+    queue: int | None = None,
+    dim: int = 1,
+) -> Loop:
+    """stable-pretraining's MoCo-v3, or with a queue MoCo-v2, around the same networks, without Lightning's trainer."""
+    methods = importlib.import_module("stable_pretraining.methods")
+    averaged = importlib.import_module("stable_pretraining.backbone").TeacherStudentWrapper
+    backbone = method.student.backbone
+    if queue is None:
+        model = methods.MoCov3(backbone, projector_dims=(1, 1), temperature=temperature)
+        model.predictor = method.predictor
+    else:
+        model = methods.MoCov2(backbone, projector_dims=(1, dim), temperature=temperature, queue_length=queue)
+    model.projector = averaged(method.student.projector)
+    model.to(DEVICE).train()
+
+    def step(first: Tensor, second: Tensor) -> None:
+        model(first, second).loss.backward()
+        move()
+        for part in (model.backbone, model.projector):
+            part.ema_coefficient.fill_(momentum())
+            part.update_teacher()
 
     return step
 

@@ -1,10 +1,11 @@
-"""Measures the time to reach a kNN accuracy: fastrm against lightly's example loop and the official MoCo-v3's style.
+"""Measures the time to reach a kNN accuracy: fastrm against lightly, stable-pretraining, the official MoCo-v3's style.
 
     python -m benchmarks.race --data FOLDER
 
 Each trains the network of examples/cifar10.py from the same first weights, with the same heads, recipe and views, on
-the same cores: MoCo-v3 against the official style, MoCo-v2 against lightly. The clock is stopped while a network is
-scored, in the same way for all. Each finished run writes its figures to a file in ``--results``, and is then skipped.
+the same cores: MoCo-v3 against the official style, MoCo-v2 against lightly, both against stable-pretraining. The clock
+is stopped while a network is scored, in the same way for all. Each finished run writes its figures to a file in
+``--results``, and is then skipped. Contenders that are not installed are left out.
 """
 
 from __future__ import annotations
@@ -13,6 +14,8 @@ import argparse
 import statistics
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +24,13 @@ from matplotlib.figure import Figure
 from torch import nn
 
 from benchmarks._loops import (
+    Loop,
     Transformed,
     in_workers,
     lightly_loop,
     lightly_transform,
     mocov3_loop,
+    stable_pretraining_loop,
     stepped,
     transform,
 )
@@ -76,7 +81,16 @@ def ours(data: str, method: str, epochs: int, seed: int, watch: Watch, folder: P
     pretrain(data, arch=SmallResNet(), hooks=[Watching()], out=folder, resume="never", log_to=(), **settings)
 
 
-def rival(data: str, method: str, epochs: int, seed: int, watch: Watch, folder: Path) -> None:
+def rival(
+    make_loop: Callable[..., Loop],
+    transforms: Sequence[Any],
+    data: str,
+    method: str,
+    epochs: int,
+    seed: int,
+    watch: Watch,
+    folder: Path,
+) -> None:
     """Train with the loop of another project, with the same networks, recipe and views; ``folder`` is not used."""
     config: Config = build(**{**_FLAGS, "data": data, "method": method, "epochs": epochs, "seed": seed})
     torch.manual_seed(seed)
@@ -84,10 +98,7 @@ def rival(data: str, method: str, epochs: int, seed: int, watch: Watch, folder: 
     optim, batch = config.optim, 128
     optimizer = torch.optim.AdamW((p for p in built.parameters() if p.requires_grad), weight_decay=optim.weight_decay)
     source = settled(open_source(data))
-    if method == "mocov2":
-        views: Sequence[Any] = [lightly_transform(VIEW, VIEW.side(32))]
-    else:
-        views = [transform(VIEW, VIEW.side(32))] * 2
+    views = [transform(VIEW, VIEW.side(32)) for transform in transforms]
     loader = in_workers(Transformed(source, *views), batch, available_cores())
     schedule = Schedule(optim, config.method, batch, len(loader))
     done = 0
@@ -97,7 +108,7 @@ def rival(data: str, method: str, epochs: int, seed: int, watch: Watch, folder: 
     }
     if method == "mocov2":
         options |= {"queue": config.method.queue_size, "dim": config.method.output_dim}
-    step = (lightly_loop if method == "mocov2" else mocov3_loop)(built, stepped(optimizer), **options)
+    step = make_loop(built, stepped(optimizer), **options)
     for first, second, *_ in (batch for _ in range(epochs) for batch in loader):
         for group in optimizer.param_groups:
             group["lr"] = schedule.lr(done)
@@ -107,10 +118,26 @@ def rival(data: str, method: str, epochs: int, seed: int, watch: Watch, folder: 
             break
 
 
-CONTENDERS = {
-    "mocov3": {"fastrm": ours, "the official style": rival},
-    "mocov2": {"fastrm": ours, "lightly": rival},
+_STABLE = partial(rival, stable_pretraining_loop, (transform, transform))
+CONTENDERS: dict[str, dict[str, Callable[[str, str, int, int, Watch, Path], None]]] = {
+    "mocov3": {
+        "fastrm": ours,
+        "the official style": partial(rival, mocov3_loop, (transform, transform)),
+        "stable-pretraining": _STABLE,
+    },
+    "mocov2": {
+        "fastrm": ours,
+        "lightly": partial(rival, lightly_loop, (lightly_transform,)),
+        "stable-pretraining": _STABLE,
+    },
 }
+NEEDS = {"lightly": "lightly", "stable-pretraining": "stable_pretraining"}
+"""Modules that contenders need."""
+
+
+def absent(contender: str) -> bool:
+    """Whether a module that the contender needs is not installed."""
+    return contender in NEEDS and find_spec(NEEDS[contender]) is None
 
 
 class Clock:
@@ -218,6 +245,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--seeds", type=int, default=3)
     options = parser.parse_args(argv)
     options.results.mkdir(parents=True, exist_ok=True)
+    for name in NEEDS:
+        if absent(name):
+            print(f"{name} is not installed, and is left out")
     source, _ = scan(settled(open_source(options.data)), workers=available_cores())  # so that the results are cached
     source = source.limited(SCORED)
     setting = Setting(32, DEVICE, workers=0)
@@ -230,7 +260,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         for method in options.methods:
             for name, train in CONTENDERS[method].items():
                 file = options.results / f"{method}-{name.split()[-1]}-{seed}.json"
-                if not file.exists():
+                if not file.exists() and not absent(name):
                     clock = Clock(score, every=options.every, until=MARKS[-1], limit=60 * options.minutes)
                     train(options.data, method, options.epochs, seed, clock, options.out / file.stem)
                     about = {"epochs": options.epochs, "cores": available_cores(), **made()}
