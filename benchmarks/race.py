@@ -36,7 +36,7 @@ from benchmarks._loops import (
 )
 from benchmarks._study import ROOT, made, save
 from benchmarks._timing import DEVICE, synchronise
-from examples.cifar10 import SETTINGS, VIEW, SmallResNet
+from examples.cifar10 import OF_METHOD, SETTINGS, VIEW, SmallResNet
 from fastrm.data import open_source
 from fastrm.data.scan import scan
 from fastrm.data.settling import settled
@@ -57,10 +57,8 @@ MARKS = (0.36, 0.39, 0.42)
 SCORED = 5000
 """Images in the kNN bank, and test images."""
 RECIPE: dict[str, Any] = {
-    **SETTINGS, "batch_size": 128, "workers": 0, "queue_size": 4096, "residual_weight": 0.0, "eval_every": 0,
-    "log_every": 100,
+    **SETTINGS, "batch_size": 128, "workers": 0, "residual_weight": 0.0, "eval_every": 0, "log_every": 100,
 }  # fmt: skip
-_FLAGS = {name: value for name, value in RECIPE.items() if name != "augmentation"}
 METHODS = {"mocov3": "MoCo-v3", "mocov2": "MoCo-v2"}
 Record = dict[str, Any]
 """Seed, points and source of a run."""
@@ -76,7 +74,7 @@ def ours(data: str, method: str, epochs: int, seed: int, watch: Watch, folder: P
             if watch(run.student):
                 run.stop()
 
-    settings = {**RECIPE, "method": method, "epochs": epochs, "seed": seed}
+    settings = {**RECIPE, **OF_METHOD[method], "method": method, "epochs": epochs, "seed": seed}
     torch.manual_seed(seed)
     pretrain(data, arch=SmallResNet(), hooks=[Watching()], out=folder, resume="never", log_to=(), **settings)
 
@@ -92,7 +90,9 @@ def rival(
     folder: Path,
 ) -> None:
     """Train with the loop of another project, with the same networks, recipe and views; ``folder`` is not used."""
-    config: Config = build(**{**_FLAGS, "data": data, "method": method, "epochs": epochs, "seed": seed})
+    settings = {**RECIPE, **OF_METHOD[method], "data": data, "method": method, "epochs": epochs, "seed": seed}
+    del settings["augmentation"]  # an object, which build does not take
+    config: Config = build(**settings)
     torch.manual_seed(seed)
     built = build_method(config.replace(channels_last=False), device=DEVICE, arch=SmallResNet()).train()
     optim, batch = config.optim, 128

@@ -21,7 +21,7 @@ import torch
 from scipy.stats import t as students_t
 
 from benchmarks._study import ROOT, SCORE_NAMES, SCORES, Setup, Trial, curve, in_turn, made, mean, run, untouched
-from examples.cifar10 import SETTINGS, SmallResNet
+from examples.cifar10 import OF_METHOD, SETTINGS, SmallResNet
 from fastrm.files import cache_root, read_json, write_json, write_text
 from fastrm.machine.device import available_cores
 from fastrm.terminal import shell
@@ -59,10 +59,10 @@ Found = Mapping[str, Mapping[int, Record]]
 
 
 def setup_of(scale: str, data: str, data_root: Path | None) -> Setup:
-    """The setup of the example at a scale; MoCo-v2 has a queue instead of the predictor."""
+    """The setup of the example at a scale."""
     settings = {**SETTINGS, "log_every": 100, "log_to": ()}
-    del settings["method"], settings["teacher_momentum"], settings["predictor_hidden_dim"]
-    of_method = {**SCALES[scale], "mocov2": {**SCALES[scale]["mocov2"], "queue_size": 4096}}
+    del settings["teacher_momentum"]
+    of_method = {**SCALES[scale], "mocov2": {**SCALES[scale]["mocov2"], **OF_METHOD["mocov2"]}}
     arch = SmallResNet if scale in ("cpu", "gpu") else None
     return Setup(data, data_root, settings, of_method, arch, SCALES[scale]["mocov3"]["workers"])
 

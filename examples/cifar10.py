@@ -20,7 +20,6 @@ from fastrm.export import ExportConfig, export
 
 VIEW = View(size=24, blur_probability=0.0)
 SETTINGS = {
-    "method": "mocov3",
     "augmentation": Augmentation(views=(VIEW, VIEW)),
     "image_size": 32,
     "optimizer": "adamw",
@@ -30,11 +29,11 @@ SETTINGS = {
     "temperature": 0.2,
     "teacher_momentum": 0.99,
     "hidden_dim": 512,
-    "predictor_hidden_dim": 512,
     "output_dim": 128,
     "loader": "memory",
     "cuda_graph": torch.cuda.is_available(),
 }
+OF_METHOD = {"mocov2": {"queue_size": 4096}, "mocov3": {"predictor_hidden_dim": 512}}
 
 
 class Block(nn.Module):
@@ -107,6 +106,7 @@ def export_half(run, file, which):
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("data", nargs="?", help="a folder with train/CLASS/… and val/CLASS/…; unset: no training")
+    parser.add_argument("--method", default="mocov3", choices=tuple(OF_METHOD))
     parser.add_argument("--epochs", type=int, default=40)
     parser.add_argument("--eval-every", type=int, default=4)
     parser.add_argument("--batch-size", type=int, default=128)
@@ -119,6 +119,7 @@ if __name__ == "__main__":
     data, file, which = (given.pop(name) for name in ("data", "export", "which"))
     if data is not None:
         torch.manual_seed(given["seed"])  # the seed of the initial weights, which the module draws
-        print(fastrm.pretrain(data, arch=SmallResNet(), hooks=[Clock()], **given, **SETTINGS).scores)
+        settings = {**SETTINGS, **OF_METHOD[given["method"]], **given}
+        print(fastrm.pretrain(data, arch=SmallResNet(), hooks=[Clock()], **settings).scores)
     if file is not None:
         export_half(given["out"], file, which)

@@ -74,7 +74,8 @@ def test_an_exported_backbone_is_fine_tuned_with_timm(pictures: Path, run: Calla
 
 def test_the_exported_half_precision_weights_give_the_same_features(tmp_path: Path) -> None:
     example = runpy.run_path(str(ROOT / "examples" / "cifar10.py"))
-    settings = {**example["SETTINGS"], "batch_size": 4, "eval_every": 0, "epochs": 1, "log_to": ()}
+    settings = {**example["SETTINGS"], "method": "mocov2", **example["OF_METHOD"]["mocov2"]}
+    settings |= {"batch_size": 4, "eval_every": 0, "epochs": 1, "log_to": ()}
     images, file = np.random.default_rng(0).integers(0, 256, (8, 32, 32, 3), np.uint8), tmp_path / "half.safetensors"
     clock = example["Clock"]()
     clock.load_state_dict({"hours": 2.0})  # the state of an interrupted run
