@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -65,10 +66,10 @@ def test_the_kernels_use_only_names_of_the_oldest_triton() -> None:
 
 def test_the_report_detects_narrow_accesses_and_spills() -> None:
     case = CASES["ema f32 <- f32"]
-    unaligned = kernel_report.replace(case, constants={**case.constants, "BLOCK": 128})
+    unaligned = replace(case, constants={**case.constants, "BLOCK": 128})
     assert kernel_report.read(unaligned, 90).load_bits < 128
     tight = CASES["adamw f32 + teacher f32"]
-    spilled = kernel_report.read(kernel_report.replace(tight, options={**tight.options, "maxnreg": 32}), 90)
+    spilled = kernel_report.read(replace(tight, options={**tight.options, "maxnreg": 32}), 90)
     assert spilled.local > 0
     assert "| 90 |" in kernel_report.table([spilled])
 
@@ -76,4 +77,4 @@ def test_the_report_detects_narrow_accesses_and_spills() -> None:
 def test_a_missing_constant_of_a_case_is_named() -> None:
     case = CASES["ema f32 <- f32"]
     with pytest.raises(ValueError, match="BLOCK"):
-        kernel_report.read(kernel_report.replace(case, constants={}), 90)
+        kernel_report.read(replace(case, constants={}), 90)
