@@ -13,7 +13,7 @@ from __future__ import annotations
 import argparse
 import math
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -104,29 +104,44 @@ def leads_from(record: Record) -> float:
 
 
 def tables(found: Found, beside: Mapping[str, Mapping[str, float]]) -> str:
-    """All rows as Markdown, including those that were not run."""
-    names = ("seeds", "gap", *SCORE_NAMES, "kNN student against plain", "teacher leads from epoch")
+    """The results as Markdown: a column per trial, and one for its differences from the plain trial."""
     lines = ["| without training | kNN | linear |", "|---|--:|--:|"]
     for name, scores in beside.items():
         lines.append(f"| {name} | {100 * scores[f'knn_{name}']:.1f} | {100 * scores[f'linear_{name}']:.1f} |")
     for title, rows in ROWS.items():
-        lines += ["", f"**{title}**", "", f"| | {' | '.join(names)} |", "|---|" + "--:|" * len(names)]
-        for row, trial in rows.items():
-            runs, plain = found.get(trial.name, {}), found.get(trial.plain.name, {})
-            cells = (
-                _cells(runs, {} if trial == trial.plain else plain) if runs else ["not run", *[""] * (len(names) - 1)]
-            )
-            lines.append(f"| {row} | {' | '.join(cells)} |")
+        lines += ["", f"**{title}**"]
+        ran = {row: trial for row, trial in rows.items() if found.get(trial.name)}
+        columns = {row: _results(found[trial.name]) for row, trial in ran.items()}
+        for row, trial in ran.items():
+            paired = found.get(trial.plain.name, {}).keys() & found[trial.name].keys()
+            if trial != trial.plain and paired:
+                columns[f"{row} against plain"] = _differences(found[trial.name], found[trial.plain.name], paired)
+        if columns:
+            lines += ["", f"| | {' | '.join(columns)} |", "|---|" + "--:|" * len(columns)]
+            names = ("seeds", "gap", *SCORE_NAMES, "teacher leads from epoch")
+            lines += [f"| {' | '.join(cells)} |" for cells in zip(names, *columns.values(), strict=True)]
+        missing = [row for row in rows if row not in ran]
+        if missing:
+            lines += ["", f"Not run: {'; '.join(missing)}."]
     return "\n".join(lines) + "\n"
 
 
-def _cells(runs: Mapping[int, Record], plain: Mapping[int, Record]) -> list[str]:
-    scores = {seed: record["scores"] for seed, record in runs.items()}
-    cells = [str(len(runs)), mean([s["gap"] for s in scores.values()], ".3f")]
-    cells += [mean([100 * s[name] for s in scores.values()], ".1f") for name in SCORES]
-    paired = [100 * (scores[n]["knn_student"] - plain[n]["scores"]["knn_student"]) for n in runs if n in plain]
+def _results(runs: Mapping[int, Record]) -> list[str]:
+    scores = [record["scores"] for record in runs.values()]
     leads = ["never" if math.isinf(epoch := leads_from(record)) else f"{epoch:g}" for record in runs.values()]
-    return [*cells, interval(paired) if paired else "", ", ".join(leads)]
+    accuracies = [mean([100 * s[name] for s in scores], ".1f") for name in SCORES]
+    return [str(len(runs)), mean([s["gap"] for s in scores], ".3f"), *accuracies, ", ".join(dict.fromkeys(leads))]
+
+
+def _differences(runs: Mapping[int, Record], plain: Mapping[int, Record], seeds: Iterable[int]) -> list[str]:
+    pairs = [(runs[seed]["scores"], plain[seed]["scores"]) for seed in seeds]
+    accuracies = [interval([100 * (own[name] - other[name]) for own, other in pairs]) for name in SCORES]
+    return [
+        str(len(pairs)),
+        f"{statistics.fmean(own['gap'] - other['gap'] for own, other in pairs):+.3f}",
+        *accuracies,
+        "",
+    ]
 
 
 def study(setup: Setup, folder: Path, results: Path, *, rows: Sequence[str], seeds: int, jobs: int) -> str:

@@ -114,7 +114,7 @@ def test_a_study_of_photographs_continues_from_the_files_of_finished_runs(
     (first,) = files.glob("mocov3*.json")
     left = json.loads(first.read_text())
     assert {"scores", "curves", "commit", "date", "torch", "threads"} <= left.keys()
-    assert "| weight 1 | not run |" in (files / "tables.md").read_text()
+    assert "Not run: weight 0.1; weight 0.5; weight 1; weight 1 at" in (files / "tables.md").read_text()
 
     left["scores"]["knn_student"] = 0.125  # for example, the result of another machine
     left["curves"] |= {"knn_student": [[1, 0.2], [2, 0.1]], "knn_teacher": [[1, 0.1], [2, 0.2]]}
@@ -122,12 +122,11 @@ def test_a_study_of_photographs_continues_from_the_files_of_finished_runs(
     said = study_photos.study(setup, tmp_path / "two", files, rows=("weight 0", "weight 1"), seeds=1, jobs=1)
     assert not (tmp_path / "two" / first.stem.removesuffix("-0")).exists()
     assert {path.stem.rpartition("-w")[2] for path in files.glob("mocov2*.json")} == {"0-0", "1-0"}
-    plain = next(line for line in said.splitlines() if line.startswith("| weight 0 |"))
-    assert " 12.5 |" in plain
-    assert plain.endswith("|  | 2 |")
-    other = json.loads(next(files.glob("mocov3*w1-0.json")).read_text())["scores"]["knn_student"]
-    assert f"| {100 * (other - 0.125):+.1f} |" in said
-    assert said.count("not run") == 2 * (len(study_photos.ROWS["MoCo-v3"]) - 2)
+    assert "| | weight 0 | weight 1 | weight 1 against plain |" in said
+    other = 100 * json.loads(next(files.glob("mocov3*w1-0.json")).read_text())["scores"]["knn_student"]
+    assert f"| kNN student | 12.5 | {other:.1f} | {other - 12.5:+.1f} |" in said
+    assert "| teacher leads from epoch | 2 | " in said
+    assert said.count("Not run: weight 0.1; weight 0.5; weight 1 at the projector; constant momentum") == 2
 
 
 def test_a_run_becomes_a_learning_curve_over_hours(tmp_path: Path) -> None:
