@@ -211,9 +211,15 @@ def at_home(value: T) -> T:
     return result
 
 
-def without_key(data: str) -> str:
-    """The value of ``--data`` without the query of a URL, which may hold a key that files must not pass on."""
-    return data.partition("?")[0] if "://" in data else data
+def published_name(data: str) -> str:
+    """The value of ``--data`` as files for others name it.
+
+    It has no folder of this machine, and of a URL neither user and password nor the query, which may hold a key.
+    """
+    if "://" in data:
+        return re.sub(r"(?<=://)[^/]*@", "", data.partition("?")[0])
+    place = data.removeprefix("@").removeprefix("hf:")
+    return Path(place).name if os.path.isabs(place) else data
 
 
 def cache_root() -> Path:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from fastrm import own
 from fastrm.data import Source, open_source
 from fastrm.data.formats import RGB, PixelFormat
+from fastrm.data.opening import everywhere
 from fastrm.errors import UsageError
 from fastrm.files import at_home
 from fastrm.methods import Method, build_method
@@ -107,16 +108,20 @@ class Pretrained:
     def images(self, options: OfRunAndImages) -> Source:
         """Open the images in ``options``, or those of the run.
 
-        Columns that are not given default to those of the run only if the images are the run's.
+        A file has only the name of its images: without the run, they are found if they are a named set, at a URL or on
+        the Hub. Columns that are not given default to those of the run only if the images are the run's.
 
         Raises:
             UsageError: no images are given, or they cannot be opened.
         """
         run = self.settings or {}
         columns = {} if options.data else run
-        data = options.data or self.about.get("data", "")
+        data, named = options.data or run.get("data"), self.about.get("data", "")
+        if not data and everywhere(named):
+            data = named
         if not data:
-            raise UsageError("--data is missing; give the images")
+            why = f"; {self.path} has the name of its images, {named}, and not their folder" if named else ""
+            raise UsageError(f"--data is missing{why}; give the images")
         return open_source(
             data,
             options.data_root or run.get("data_root"),

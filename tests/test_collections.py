@@ -659,10 +659,21 @@ def test_an_array_larger_than_half_the_gpu_memory_is_read_by_workers(
         assert _kind("auto", images, SUPERVISED, torch.device("cuda")) == loader
 
 
-def test_the_query_of_a_url_is_not_written_to_weight_files(tmp_path: Path) -> None:
-    flat = settings("https://host/train-{0..3}.tar?signature=secret", tmp_path).flat()
-    assert metadata(flat, "student")["data"] == "https://host/train-{0..3}.tar"
-    assert metadata({**flat, "data": "/photos?"}, "student")["data"] == "/photos?"
+@pytest.mark.parametrize(
+    ("data", "written"),
+    [
+        ("https://host/train-{0..3}.tar?signature=secret", "https://host/train-{0..3}.tar"),
+        ("https://me:secret@host/a@b.tar", "https://host/a@b.tar"),
+        ("/home/me/photos?", "photos?"),
+        ("@/home/me/list.txt", "list.txt"),
+        ("hf:/home/me/saved", "saved"),
+        ("hf:owner/name", "hf:owner/name"),
+        ("cifar10", "cifar10"),
+    ],
+)
+def test_weight_files_name_their_images_without_folders_and_keys(data: str, written: str, tmp_path: Path) -> None:
+    flat = {**settings("digits", tmp_path).flat(), "data": data}
+    assert metadata(flat, "student")["data"] == written
 
 
 @pytest.mark.parametrize("write", [*ARRAYS, as_deep_npy])

@@ -170,6 +170,28 @@ def test_an_exported_backbone_has_the_scores_of_its_run(runs: dict[str, Path], t
     assert ours == {name: theirs[name] for name in ("teacher", "random", "pixels")}
 
 
+def test_no_file_of_weights_has_the_folder_of_the_images(
+    small: Small, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run, place = tmp_path / "run", str(pictures)
+    monkeypatch.chdir(tmp_path)
+    train.train(small(data=str(pictures / "split"), max_steps=1, out=run))
+    formats = {"safetensors": "it.safetensors", "timm": "it.pth", "transformers": "folder"}
+    for kind, name in formats.items():
+        write(run, kind, "student", tmp_path / name)
+    files = [run / "backbone.safetensors", *tmp_path.glob("it.*"), *(tmp_path / "folder").iterdir()]
+    assert len(files) == 1 + 2 * 2 + 3
+    assert not [path for path in files if place.encode() in path.read_bytes()]
+    # The run itself finds its images; a file has only their name, also where another folder has that name.
+    asked = ["--knn", "--workers", "0"]
+    evaluate.main([str(run), *asked])
+    Path("split").mkdir()
+    capsys.readouterr()
+    said = fails(evaluate.main, ["it.safetensors", *asked], capsys)
+    assert "--data is missing; it.safetensors has the name of its images, split, and not their folder" in said
+    evaluate.main(["it.safetensors", *asked, "--data", str(pictures / "split")])
+
+
 @pytest.mark.parametrize(
     ("arch", "arguments", "says"),
     [

@@ -178,7 +178,7 @@ def test_a_run_on_a_data_folder_with_an_invalid_name_completes(
     assert out.name == r"data\xff-mocov3-test_resnet"
     assert json.loads((out / "summary.json").read_text()) == summary
     with safe_open(out / "backbone.safetensors", "pt") as file:
-        assert file.metadata()["data"] == as_utf8(str(odd_pictures))
+        assert file.metadata()["data"] == as_utf8(odd_pictures.name)
     assert train.train(quick(data=str(odd_pictures), max_steps=2, eval_every=1, out=None)) == summary
 
 

@@ -169,6 +169,11 @@ def _nothing(data: str, path: Path) -> Source:
     raise UsageError(f"--data {data} does not exist{below}; {_FORMS}")
 
 
+def everywhere(data: str) -> bool:
+    """Whether a value of ``--data`` names the same images on every machine: a named set, a URL, or one on the Hub."""
+    return data in NAMED or is_url(data) or data.startswith(HUB)
+
+
 def located(data: str) -> str:
     """A value of ``--data`` that works from any folder: a name, a URL, or an absolute path."""
     if data in NAMED or is_url(data):

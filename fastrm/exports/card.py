@@ -8,7 +8,7 @@ from fastrm import own
 from fastrm.data.formats import PixelFormat
 from fastrm.evaluated import evaluated, rows
 from fastrm.exports.base import Subject
-from fastrm.files import without_key
+from fastrm.files import published_name
 from fastrm.version import __version__
 
 
@@ -74,8 +74,7 @@ def _images(pixels: PixelFormat, size: str) -> list[str]:
 def _trained_how(subject: Subject) -> list[str]:
     if subject.settings is None:
         return []
-    # Without the folder, which is private.
-    flat = {**subject.settings, "data": Path(without_key(subject.settings["data"])).name}
+    flat = {**subject.settings, "data": published_name(subject.settings["data"])}
     names = [
         *("data", "recipe", "method", "residual_weight", "residual_at", "residual_warmup_epochs", "teacher_momentum"),
         *("teacher_momentum_end", "temperature", "optimizer", "lr", "weight_decay", "batch_size", "epochs", "seed"),

@@ -55,9 +55,10 @@ def given(subject: Subject, paths: Sequence[Path]) -> Seen:
 
 def of_run(subject: Subject) -> Seen:
     """Up to 8 images of the run, if they are on this machine, or else :func:`made`. Nothing is downloaded."""
-    then, data = subject.settings or {}, subject.about["data"]
+    then = subject.settings or {}
+    data = then.get("data") or subject.about["data"]
     place = data.removeprefix("@").removeprefix("hf:")
-    if data in _MADE or os.path.exists(place):
+    if data in _MADE or (then and os.path.exists(place)):
         image, label = (then.get(name) for name in ("image_column", "label_column"))
         try:
             source = formatted(open_source(data, image_column=image, label_column=label, keep=False), subject.pixels)

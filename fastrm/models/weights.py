@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from fastrm import own
 from fastrm.data.formats import RGB, PixelFormat
 from fastrm.errors import UsageError
-from fastrm.files import NotRead, as_utf8, load_tensors, only_plain, without_key, write_whole
+from fastrm.files import NotRead, as_utf8, load_tensors, only_plain, published_name, write_whole
 from fastrm.models.backbone import Backbone
 from fastrm.models.build import build_backbone
 from fastrm.models.module import module_name, needs_module
@@ -42,7 +42,7 @@ def metadata(settings: Mapping[str, Any], which: str, pixels: PixelFormat = RGB)
         "image_size": str(settings["image_size"]),
         **{name: json.dumps(value) for name, value in pixels.plain().items()},
         "method": settings["method"],
-        "data": without_key(settings["data"]),
+        "data": published_name(settings["data"]),
         "fastrm": __version__,
     }
 
