@@ -340,6 +340,31 @@ def test_a_dataset_with_its_own_generator_is_reported_as_not_resumable_exactly()
     )
 
 
+def test_an_augmentation_with_its_own_generator_is_reported() -> None:
+    """Loader processes are forked with equal copies of such a generator."""
+    own = np.random.default_rng(0)
+
+    def notes(draw: Callable[[], float], data: Any = None) -> list[str]:
+        def augment(_: Any) -> tuple[Tensor, Tensor]:
+            return torch.full((3, 8, 8), draw()), torch.full((3, 8, 8), float("nan"))
+
+        made = make_loader(
+            Pairs() if data is None else data, method=augment, image_size=8, batch_size=2, device="cpu", workers=0,
+            seed=0,
+        )  # fmt: skip
+        return made.notes
+
+    (said,) = notes(own.random)
+    assert "the augmentation draws from a generator of its own" in said
+    for draw in (random.random, np.random.random, lambda: torch.rand(()).item()):
+        assert notes(draw) == []
+
+    def seeded() -> float:
+        return np.random.default_rng(random.getrandbits(32)).random()
+
+    assert notes(seeded) == []
+
+
 class Breaking(Pairs):
     """A Dataset that raises for some of its items."""
 
@@ -527,10 +552,11 @@ def test_a_callable_without_valid_views_is_refused_in_one_line(what: str) -> Non
 
 @pytest.mark.parametrize("workers", [0, 1])
 def test_views_of_different_shapes_are_refused(workers: int) -> None:
-    data = [pil(PICTURES[0]), *(pil(PICTURES[1]).resize((9, 8)) for _ in range(7))]
+    data = [pil(PICTURES[0]).resize((30 + i % 2, 36)) for i in range(8)]  # some even ones are looked at first
+    data[7] = data[0]
     made = loader(data, method=lambda image: (AS_FLOATS(image),), workers=workers)
     with pytest.raises(
-        UsageError, match=r"view 0 of item \d of list is \[3, 8, 9\] of float32, and that of the first image is \[3, 30"
+        UsageError, match=r"view 0 of item \d of list is \[3, 36, 31\] of float32, and that of the first image is \[3"
     ) as caught:
         next(iter(made))
     assert "\n" not in str(caught.value)

@@ -14,7 +14,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from fastrm.data.decode import BrokenImage, reason
+from fastrm.data.decode import BROKEN, BrokenImage, reason
 from fastrm.data.draws import BatchSampler, Request
 from fastrm.data.pixels import values_in
 from fastrm.data.scan import readable
@@ -48,6 +48,7 @@ class CalledViews(Dataset[Loaded]):
     Attributes:
         kinds: kinds of the first image's views; all other views must match.
         channels: channels of its views; those of the images if all views are gray.
+        same: whether some images get the same views each time under the same random numbers.
 
     Raises:
         UsageError: the callable raises, or does not return views.
@@ -56,10 +57,18 @@ class CalledViews(Dataset[Loaded]):
     def __init__(self, images: Images, augment: Augment, sampler: BatchSampler) -> None:
         self.images, self.augment, self.sampler = images, augment, sampler
         self.kinds: tuple[_Kind, ...] = ()
-        _, views = readable(images, 0, partial(self._views, 0), {})
+        first, views = readable(images, 0, partial(self._views, 0), {})
         self.kinds = tuple(map(_kind, views))
         several = [kind.shape[0] for kind in self.kinds if kind.dtype != torch.uint8 or kind.shape[0] > 1]
         self.channels = several[0] if several else images.format.channels
+        self.same = all(map(self._repeats, {first, len(images) // 2, len(images) - 1}))
+
+    def _repeats(self, index: int) -> bool:
+        try:
+            once, again = (self._views(0, index) for _ in range(2))
+        except BROKEN:
+            return True
+        return all(torch.allclose(a, b, rtol=0, atol=0, equal_nan=True) for a, b in zip(once, again, strict=True))
 
     def __getitem__(self, request: Request) -> Loaded:
         faults: dict[int, str] = {}

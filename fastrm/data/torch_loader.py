@@ -29,6 +29,11 @@ AHEAD = 2
 """Batches that each loader process prepares ahead."""
 _HELD = 8  # decoded images in memory at a time
 _CPU = torch.device("cpu")
+_OWN_GENERATOR = (
+    "the augmentation draws from a generator of its own: loader processes may draw the same numbers, and a resumed run "
+    "is not exact; seed it in each call from torch's, NumPy's or Python's global generator, as in "
+    "transform.set_random_seed(random.getrandbits(32)) with albumentations"
+)
 
 
 class _Views(Dataset[Loaded]):
@@ -133,6 +138,8 @@ class TorchLoader(Loader):
             check_travels(workers, augmentation)
             dataset = called = CalledViews(images, augmentation, self._sampler)
             self.sizes, self.channels = tuple((kind.shape[1], kind.shape[2]) for kind in called.kinds), called.channels
+            if not called.same and (not isinstance(images, ItemImages) or images.items.same):
+                self.notes.append(_OWN_GENERATOR)
         if isinstance(images, ItemImages):
             check_travels(workers, images)
         self._loader = DataLoader(
