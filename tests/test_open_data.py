@@ -505,6 +505,41 @@ def test_a_second_view_that_is_not_used_is_said() -> None:
     assert "the second part" not in open_source(TensorDataset(PICTURES, LABELS)).about
 
 
+@pytest.mark.parametrize(
+    ("label", "said"),
+    [
+        ("cat", "without labels: that of the first item is 'cat', and labels are whole numbers from 0 up"),
+        (0.5, "that of the first item is 0.5, and"),
+        (np.eye(3)[0], "that of the first item is array([1., 0., 0.]), and"),
+    ],
+)
+def test_labels_of_another_type_are_named(label: Any, said: str) -> None:
+    source = open_source([(picture, label) for picture in PICTURES])
+    assert said in source.about
+    assert source.train.labels is None
+    for unlabelled in (PICTURES, [(picture, None) for picture in PICTURES]):
+        assert open_source(list(unlabelled)).about.endswith("; without labels")
+
+
+class Streaming(IterableDataset[Any]):
+    """Items in one order or by their index, as in the classes of litdata and MosaicML."""
+
+    def __len__(self) -> int:
+        return len(PICTURES)
+
+    def __iter__(self) -> Iterator[Any]:
+        raise AssertionError
+
+    def __getitem__(self, index: int) -> Any:
+        return PICTURES[index], int(LABELS[index])
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_an_iterable_dataset_with_an_index_is_read_by_it(workers: int) -> None:
+    want = stacked(loader(Pairs(), workers=0))
+    assert all(torch.equal(a, b) for a, b in zip(stacked(loader(Streaming(), workers=workers)), want, strict=True))
+
+
 def test_negative_labels_are_none() -> None:
     source = open_source([(picture, -1) for picture in PICTURES])
     assert (source.train.labels, source.bank) == (None, None)

@@ -21,7 +21,7 @@ from fastrm.data.items import ItemImages, Items
 from fastrm.data.list_index import by_index
 from fastrm.data.mapped import MappedImages
 from fastrm.data.paths import packed
-from fastrm.data.pixels import array_of
+from fastrm.data.pixels import array_of, whole_number
 from fastrm.data.sources import ArrayImages, Images, Source, held_out, without_validation
 from fastrm.errors import UsageError
 from fastrm.files import at_home
@@ -59,9 +59,12 @@ def _refuse(data: Any) -> None:
         raise UsageError(f"data is the class {data.__name__}; give an object of it, as in {data.__name__}(…)")
     if isinstance(data, DataLoader):
         raise UsageError("data is a DataLoader; give its dataset: batches, order and workers are made here")
-    if isinstance(data, IterableDataset) or (isinstance(data, Iterator) and not hasattr(data, "__getitem__")):
+    # IterableDataset inherits a __getitem__ that raises; those of litdata and MosaicML have one of their own.
+    indexed = getattr(type(data), "__getitem__", None) not in (None, Dataset.__getitem__)
+    if isinstance(data, IterableDataset | Iterator) and not indexed:
         raise UsageError(
-            f"data is a {kind}, whose items come in one order; give a map-style Dataset, with __len__ and __getitem__"
+            f"data is a {kind}, whose items come in one order; give a map-style Dataset, with __len__ and "
+            "__getitem__, or the path of its files, such as shards as in 'train-*.tar'"
         )
     if isinstance(data, Mapping):
         some = next(iter(data), "train")
@@ -165,9 +168,7 @@ def _open_items(items: Items, notes: Sequence[str] = ()) -> Source:
     if items.unseen is not None:
         about.append(f"there is no kNN, since {items.unseen}")
     elif not items.labelled or len(items) < 2:
-        about.append("without labels")
-        if getattr(items.first.label, "ndim", 0) >= 2 or isinstance(items.first.label, Image.Image):
-            about.append("the second part of an item is an image too, and is not used: views are made from the first")
+        about.append(_unlabelled(items.first.label))
     else:
         bank, test = held_out(train)
         if items.known:
@@ -176,3 +177,14 @@ def _open_items(items: Items, notes: Sequence[str] = ()) -> Source:
             about.append("labels are read from each item when needed, since no attribute has them")
         about.append("kNN is tested on a tenth of the training images")
     return Source(name=items.name, train=train, bank=bank, test=test, about="; ".join(about))
+
+
+def _unlabelled(label: Any) -> str:
+    """Say that items are without labels, and what stands in the place of the first one's."""
+    if getattr(label, "ndim", 0) >= 2 or isinstance(label, Image.Image):
+        second = "the second part of an item is an image too, and is not used: views are made from the first"
+        return f"without labels; {second}"
+    if label is None or whole_number(label) is not None:  # below 0, it means that there is none
+        return "without labels"
+    met = " ".join(repr(label).split())[:40]
+    return f"without labels: that of the first item is {met}, and labels are whole numbers from 0 up"
