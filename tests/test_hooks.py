@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import importlib.util
 import json
+import multiprocessing
 import os
 import re
 import signal
 import struct
 import sys
 import time
+import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -291,6 +294,23 @@ def test_a_stopped_run_reports_the_command_that_continues(tmp_path: Path) -> Non
         pretrained(tmp_path / "run", Signal())
     with pytest.raises(Stopped, match="the same command without --resume never continues"):
         pretrained(tmp_path / "run", Signal(), resume="never")
+
+
+def test_a_stopped_run_is_freed_while_its_error_is_kept(tmp_path: Path) -> None:
+    """As in a notebook, which keeps the last error and its frames."""
+    networks: list[Any] = []
+
+    class Signal:
+        def on_step(self, run: Any, step: int, outputs: Any) -> None:
+            networks.append(weakref.ref(run.student))
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with pytest.raises(Stopped) as kept:
+        pretrained(tmp_path / "run", Signal(), workers=1, loader="torch")
+    gc.collect()
+    assert networks[0]() is None
+    assert multiprocessing.active_children() == []
+    assert kept.value.__context__ is None
 
 
 def needs(package: str) -> pytest.MarkDecorator:

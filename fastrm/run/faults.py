@@ -3,22 +3,44 @@
 from __future__ import annotations
 
 import errno
-from collections.abc import Iterator
+import functools
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import ParamSpec, TypeVar
 
 import torch.distributed as dist
 
-from fastrm.errors import TrainingError
+from fastrm.errors import Stopped, TrainingError
 from fastrm.machine.distributed import World
 from fastrm.machine.memory import exhausted
 from fastrm.machine.signals import Deaths
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 LOWER = (
     "Lower --batch-size, or raise --accumulate, which takes fewer images at a time, or lower --image-size; on the host "
     "--workers too. What was saved before is kept"
 )
 """Advice if memory does not suffice."""
+
+
+def released(run: Callable[P, T]) -> Callable[P, T]:
+    """Make a run raise :class:`Stopped` without the frames in it, so that a stopped run is freed.
+
+    A notebook keeps the frames of the last error, and with them the network on the device and the loader processes.
+    """
+
+    @functools.wraps(run)
+    def freed(*args: P.args, **named: P.kwargs) -> T:
+        try:
+            return run(*args, **named)
+        except Stopped as stop:
+            stop.__context__ = None
+            raise stop.with_traceback(None) from None
+
+    return freed
 
 
 @contextmanager

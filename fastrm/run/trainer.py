@@ -17,6 +17,7 @@ from fastrm.machine.distributed import mean
 from fastrm.run import said
 from fastrm.run.assemble import assemble
 from fastrm.run.dry_run import dry_run
+from fastrm.run.faults import released
 from fastrm.run.objects import named
 from fastrm.run.session import begin
 from fastrm.run.step import Output
@@ -62,6 +63,7 @@ class Trainer:
         self._hooks = check(hooks)
         self.config = build(**names, out=out, **settings)
 
+    @released
     def fit(self) -> Result:
         """Train to the last step, starting from the newest checkpoint in the folder, if there is one.
 
