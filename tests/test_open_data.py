@@ -5,9 +5,11 @@ from __future__ import annotations
 import copy
 import pickle
 import random
+import sys
 from collections.abc import Callable, Iterator
 from itertools import chain
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -654,6 +656,33 @@ def test_objects_that_cannot_be_pickled_for_workers_are_reported(monkeypatch: py
         ):
             loader(data, method=method, workers=1)
         loader(data, method=method)
+
+
+@pytest.mark.parametrize("name", ["Folder", "augment"])
+def test_what_a_notebook_defines_is_refused_for_spawned_workers(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It can be pickled, by its name in ``__main__``, which spawned processes have only if it is of a file."""
+    notebook = ModuleType("__main__")
+    defined = "class Folder(list): pass\n\ndef augment(image): return (image,)"
+    exec(defined, vars(notebook))
+    monkeypatch.setitem(sys.modules, "__main__", notebook)
+    monkeypatch.setattr("multiprocessing.get_start_method", lambda: "spawn")
+    given: dict[str, dict[str, Any]] = {
+        "Folder": {"data": vars(notebook)["Folder"](PICTURES)},
+        "augment": {"data": TensorDataset(PICTURES), "method": vars(notebook)["augment"]},
+    }
+    with pytest.raises(
+        UsageError, match=rf"--workers 1: .*\({name} is defined in a notebook or prompt, which they cannot import"
+    ):
+        loader(**given[name], workers=1)
+    loader(**given[name], workers=0)
+    for told in ({"__file__": str(tmp_path / "script.py")}, {"__spec__": "of python -m"}):
+        (tmp_path / "script.py").write_text(defined)
+        with monkeypatch.context() as patch:
+            for key, value in told.items():
+                patch.setattr(notebook, key, value, raising=False)
+            loader(**given[name], workers=1)
 
 
 def test_images_of_unusual_modes_are_read_like_files() -> None:

@@ -5,10 +5,13 @@ from __future__ import annotations
 import errno
 import io
 import multiprocessing
+import os
 import pickle
+import sys
 import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from types import FunctionType
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
@@ -84,6 +87,12 @@ def started(batches: Iterable[T]) -> Iterator[T]:
         return iter(batches)
 
 
+def _main_is_a_module() -> bool:
+    """Whether a spawned process can import what ``__main__`` defines: that of a script or of ``python -m``."""
+    main = sys.modules["__main__"]
+    return getattr(main, "__spec__", None) is not None or os.path.isfile(getattr(main, "__file__", None) or "")
+
+
 class _Nowhere(io.RawIOBase):
     def write(self, content: Any) -> int:
         return len(content)
@@ -93,6 +102,10 @@ class _Dry(pickle.Pickler):
     """Writes nothing, and skips large objects that can be pickled."""
 
     def reducer_override(self, obj: Any) -> Any:
+        if isinstance(obj, type | FunctionType) and obj.__module__ == "__main__" and not _main_is_a_module():
+            raise pickle.PicklingError(
+                f"{obj.__qualname__} is defined in a notebook or prompt, which they cannot import"
+            )
         return (int, ()) if isinstance(obj, Tensor | np.ndarray) else NotImplemented
 
 

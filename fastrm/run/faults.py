@@ -57,7 +57,8 @@ def faults(out: Path, world: World, deaths: Deaths, *, resumes: bool) -> Iterato
         TrainingError: instead of errors of the disk, of loader processes and of other processes.
     """
     kept = "what was saved before is kept, and " + again(resumes)
-    loader_ended = f"a loader process ended unexpectedly, perhaps for lack of memory; {kept}, or with fewer --workers"
+    why = "for lack of memory if it printed no error"
+    loader_ended = f"a loader process ended unexpectedly, {why}; {kept}, or with fewer --workers"
     try:
         try:
             yield
