@@ -19,7 +19,7 @@ from torch import nn
 
 from fastrm import own
 from fastrm.data import open_source, sheets
-from fastrm.data.scan import counted, scan
+from fastrm.data.scan import counted, require_readable, scan
 from fastrm.data.settling import formatted
 from fastrm.data.sources import Images
 from fastrm.errors import UsageError
@@ -104,6 +104,7 @@ def _features(options: EmbedConfig, device: torch.device, arch: nn.Module | None
     trained = open_pretrained(options.path, device, arch=arch or options.arch, **options.of_others)
     backbone = trained.network(options.which, f"--which {options.which}")
     setting = Setting(trained.image_size, device, options.workers)
+    queries = _queries(options, trained)
     name, images = _images(options, trained)
     wanted = about(backbone, images, setting, patches=options.patches, dtype=options.dtype)
     array, beside = (options.out.with_suffix(end) for end in (".npy", ".json"))
@@ -127,8 +128,8 @@ def _features(options: EmbedConfig, device: torch.device, arch: nn.Module | None
     if options.out.suffix == ".parquet":
         _table(options.out, found, images)
         print(f"table      {options.out}")
-    if options.neighbours is not None:
-        sheets.save("--neighbours", options.neighbours, _nearest(options, backbone, trained, setting, images, found))
+    if options.neighbours is not None and queries is not None:
+        sheets.save("--neighbours", options.neighbours, _nearest(options, backbone, queries, setting, images, found))
         print(f"{options.neighbours}: the query images, each with its nearest images")
     if options.map is not None:
         shown = _map(options, trained, found, images, name)
@@ -185,6 +186,15 @@ def _images(options: EmbedConfig, trained: Pretrained) -> tuple[str, Images]:
     return source.name, images
 
 
+def _queries(options: EmbedConfig, trained: Pretrained) -> Images | None:
+    """The query images, which are read before the work; None if there are none."""
+    if not options.queries:
+        return None
+    queries = formatted(open_source([*options.queries], keep=False), trained.pixels).train
+    require_readable("--queries", queries, range(len(queries)))
+    return queries
+
+
 def _list(path: Path, images: Images) -> None:
     """Write the name of each row, and its label if there are labels."""
     labels = None if images.labels is None else images.labels.tolist()
@@ -223,11 +233,9 @@ def _table(path: Path, found: NDArray[Any], images: Images) -> None:
 
 
 def _nearest(
-    options: EmbedConfig, backbone: nn.Module, trained: Pretrained, setting: Setting, images: Images,
-    found: NDArray[Any],
+    options: EmbedConfig, backbone: nn.Module, queries: Images, setting: Setting, images: Images, found: NDArray[Any],
 ) -> Image.Image:  # fmt: skip
     """Draw the contact sheet of the queries."""
-    queries = formatted(open_source([*options.queries]), trained.pixels).train
     rows, indices = directions(backbone, queries, setting)
     near = looked_up(found, rows.cpu(), k=options.k).tolist()
     each = zip(indices, near, strict=True)

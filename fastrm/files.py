@@ -211,6 +211,12 @@ def at_home(value: T) -> T:
     return result
 
 
+def absent(path: Path) -> str:
+    """Say that there is no file at a path, or that it is a URL, of which a path has one slash."""
+    url = re.match(r"[a-z][a-z0-9+.-]+:/", str(path))
+    return f"{path} is a URL; download the file, and give its path" if url else f"{path} does not exist"
+
+
 def published_name(data: str) -> str:
     """The value of ``--data`` as files for others name it.
 

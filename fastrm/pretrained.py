@@ -166,12 +166,15 @@ def read_pretrained(
     Raises:
         UsageError: the path is missing, damaged or has another format, or ``arch`` is missing or another network.
     """
-    if isinstance(arch, str) or image_size is not None or describes_itself(path):
+    if isinstance(arch, str) or describes_itself(path):
         if isinstance(arch, nn.Module):
             raise UsageError(f"{path} is not of {module_name(arch)}; arch and image_size say of what network it is")
         return _of_others(path, published(path, arch=arch, image_size=image_size, mean=mean, std=std))
-    if mean is not None or std is not None:
-        raise UsageError(f"--mean and --std are for weights of other programs, with --arch; {path} has its own")
+    if not (image_size is mean is std is None):
+        raise UsageError(
+            f"--image-size, --mean and --std are for weights of other programs, with --arch; {path} has its "
+            "own if a run wrote it"
+        )
     if path.is_file() and (path.suffix == ".safetensors" or (path.suffix == ".pth" and own.safely(own.state, path))):
         backbone, about = read_backbone(path, arch=arch)
         found = {about["which"]: backbone}

@@ -193,6 +193,9 @@ def test_a_missing_umap_is_reported_before_the_features_are_computed(
     assert not list(tmp_path.iterdir())
 
 
+NEAR = {"neighbours": "near.png"}
+
+
 @pytest.mark.parametrize(
     ("more", "said"),
     [
@@ -206,6 +209,14 @@ def test_a_missing_umap_is_reported_before_the_features_are_computed(
         ({"map": "bare/mine.json"}, "--map bare/mine.json is there and not a map that fastrm wrote"),
         ({"projection": "umap"}, "--projection umap is for a map; give --map FILE too"),
         ({"part": "test", "data": "bare"}, "has one part"),
+        ({"run": "https://host/f.safetensors"}, "https:/host/f.safetensors is a URL; download the file"),
+        ({"image_size": 64}, "--image-size, --mean and --std are for weights of other programs, with --arch"),
+        ({**NEAR, "queries": ("x.png",)}, "--queries .*x.png cannot be used: No such file"),
+        ({**NEAR, "queries": ("bare",)}, "--queries .*bare cannot be used: it is not a regular file"),
+        (
+            {**NEAR, "queries": ("bare/one.png", "bare/mine.json")},
+            "--queries .*mine.json cannot be used: cannot",
+        ),
     ],
 )
 def test_wrong_options_are_refused_before_anything_is_written(
@@ -216,6 +227,8 @@ def test_wrong_options_are_refused_before_anything_is_written(
     Image.new("RGB", (9, 9)).save("bare/one.png")
     Path("bare/mine.json").write_text("{}")
     options = {"run": folder / "run", "data": str(folder / "photos"), "out": "f.npy", "workers": 0, **more}
+    options |= {name: Path(options[name]) for name in ("run", "neighbours") if name in options}
+    options["queries"] = tuple(map(Path, options.get("queries", ())))
     with pytest.raises(UsageError, match=said):
         embed.features(embed.EmbedConfig(**options))
     assert {path.name for path in tmp_path.iterdir()} == {"bare"}

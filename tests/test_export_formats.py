@@ -405,9 +405,10 @@ def test_exports_are_checked_on_the_images_of_the_user(tmp_path: Path, capsys: p
     assert re.search(r"fastrm \S+ loads it: .* on 1 images from --images", capsys.readouterr().out)
     write(path, "safetensors", tmp_path / "out.safetensors")
     assert "on 8 made images, with the spectrum of photographs" in capsys.readouterr().out
-    photo.write_text("no image")
-    said = fails(lambda _: write(path, "timm", tmp_path / "out", "--images", str(photo)), [], capsys)
-    assert "photo.png" in said
+    broken = tmp_path / "broken.png"
+    broken.write_text("no image")
+    said = fails(lambda _: write(path, "timm", tmp_path / "out", "--images", str(photo), str(broken)), [], capsys)
+    assert f"--images {broken} cannot be used: cannot identify image file" in said
     assert not (tmp_path / "out").exists()
 
 

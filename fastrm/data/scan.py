@@ -7,7 +7,7 @@ import inspect
 import itertools
 import warnings
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -187,6 +187,21 @@ def report(broken: dict[str, str], images: Images, faults: Mapping[int, str]) ->
             broken[name] = why
             warnings.warn(f"left out, since it cannot be read: {name} ({why})", stacklevel=2)
     check_share(len(broken), images, broken)
+
+
+def require_readable(flag: str, images: Images, indices: Iterable[int]) -> None:
+    """Raise a UsageError that names the first of some images that cannot be read.
+
+    Args:
+        flag: the setting that they are from.
+        images: all images.
+        indices: the indices of those.
+    """
+    for index in indices:
+        try:
+            images.pixels(index)
+        except BROKEN as error:
+            raise UsageError(f"{flag} {images.name(index)} cannot be used: {reason(error)}") from None
 
 
 def readable(images: Images, index: int, read: Callable[[int], T], faults: dict[int, str]) -> tuple[int, T]:

@@ -17,6 +17,7 @@ from fastrm.data import open_source
 from fastrm.data.decode import BROKEN
 from fastrm.data.eval_view import eval_view
 from fastrm.data.measuring import spread_over
+from fastrm.data.scan import require_readable
 from fastrm.data.settling import formatted
 from fastrm.data.sources import Images
 from fastrm.errors import UsageError, first_line
@@ -48,8 +49,9 @@ def given(subject: Subject, paths: Sequence[Path]) -> Seen:
         UsageError: a file cannot be read, or has other bands than the network takes.
     """
     images = formatted(open_source([*paths], keep=False), subject.pixels).train
+    require_readable("--images", images, spread_over(len(images), IMAGES))
     if (found := of_images(subject, images, "from --images")) is None:
-        raise UsageError(f"--images {paths[0]}: none can be read as an image for this network")
+        raise UsageError(f"--images {paths[0]}: the network takes no images, but views that a callable made of them")
     return found
 
 

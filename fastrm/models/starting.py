@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from fastrm.errors import UsageError, first_line
-from fastrm.files import only_plain
+from fastrm.files import absent, only_plain
 from fastrm.machine.memory import exhausted
 from fastrm.models.backbone import Backbone
 from fastrm.models.weights import BACKBONE, adapted, classifiers, misfit, read_weights
@@ -126,7 +126,7 @@ def weights_file(given: Path, flag: str) -> Path:
             raise UsageError(f"{flag} {path} is a folder with none of {', '.join(_FILES)}")
         path = files[0]
     if not path.is_file():
-        raise UsageError(f"{flag} {path} does not exist")
+        raise UsageError(f"{flag} {absent(path)}")
     return path
 
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from fastrm import own
 from fastrm.data.formats import RGB, PixelFormat
 from fastrm.errors import UsageError
-from fastrm.files import NotRead, as_utf8, load_tensors, only_plain, published_name, write_whole
+from fastrm.files import NotRead, absent, as_utf8, load_tensors, only_plain, published_name, write_whole
 from fastrm.models.backbone import Backbone
 from fastrm.models.build import build_backbone
 from fastrm.models.module import module_name, needs_module
@@ -97,7 +97,7 @@ def read_weights(path: Path) -> Weights:
     if path.is_dir():
         path = path / BACKBONE
     if not path.is_file():
-        raise UsageError(f"{path} does not exist")
+        raise UsageError(absent(path))
     about: dict[str, str] = {}
     if path.suffix == ".safetensors":
         try:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from fastrm.data.formats import PixelFormat
 from fastrm.errors import UsageError
-from fastrm.files import load_tensors
+from fastrm.files import absent, load_tensors
 from fastrm.machine.memory import exhausted
 
 NAME = "checkpoint.pt"
@@ -48,7 +48,7 @@ def locate(path: Path) -> Path:
             raise UsageError(f"{path} has no {NAME}")
         return found[0]
     if not path.is_file():
-        raise UsageError(f"{path} does not exist")
+        raise UsageError(absent(path))
     return path
 
 
