@@ -9,7 +9,8 @@ import importlib.metadata
 import importlib.util
 import platform
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 
@@ -18,6 +19,7 @@ from fastrm.data.dali import dali_problem, dali_trial
 from fastrm.machine.device import available_cores, choose_compile, choose_device, choose_precision, why_no_gpu
 from fastrm.machine.memory import size as in_words
 from fastrm.optim import apex_problem
+from fastrm.settings import command_line
 from fastrm.terminal import shell
 from fastrm.version import __version__
 
@@ -121,8 +123,14 @@ PARTS: dict[str, Callable[[], str]] = {
 }
 
 
-def main() -> None:
+@dataclass(frozen=True)
+class DoctorConfig:
+    """Report what this machine will use, and what is missing."""
+
+
+def main(argv: Sequence[str] | None = None) -> None:
     """Print one line per part."""
+    command_line.parse(DoctorConfig, argv, prog="python -m fastrm.doctor")
     for name, part in PARTS.items():
         print(f"{name:<13}{part()}")
 

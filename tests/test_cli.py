@@ -8,12 +8,13 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from PIL import Image
 
-from fastrm import doctor, evaluate, train
+from fastrm import doctor, evaluate, export, train
 from fastrm.data import named
 from fastrm.settings.config import Config
 from fastrm.settings.flags import read_flags
@@ -211,7 +212,21 @@ def test_evaluate_refuses_what_it_cannot_do(
 
 
 def test_doctor_prints_one_line_per_part(capsys: pytest.CaptureFixture[str]) -> None:
-    doctor.main()
+    doctor.main([])
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in lines] == list(doctor.PARTS)
     assert all(len(line) > 13 for line in lines)
+
+
+@pytest.mark.parametrize(
+    ("entry", "flags", "said"),
+    [
+        (doctor.main, ["--data", "digits"], "Unrecognized options: --data, digits; --help lists all flags"),
+        (export.main, ["run"], "--format and --out are missing; --help describes all flags"),
+        (export.main, ["run", "--out", "x.onnx"], "--format is missing; --help describes all flags"),
+    ],
+)
+def test_unknown_and_missing_flags_are_named_in_one_line(
+    entry: Any, flags: list[str], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert fails(entry, flags, capsys) == f"error: {said}\n"

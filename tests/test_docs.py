@@ -74,7 +74,7 @@ def command(line: str, run: bool) -> None:
             if run:
                 train(config.replace(**SMALL))
         case ["python", "-m", "fastrm.doctor"]:
-            doctor.main()
+            doctor.main([])
         case ["python", "-m", module, *arguments] if module in COMMANDS:
             program, options = COMMANDS[module]
             program.main(arguments) if run else command_line.parse(options, arguments, prog=module)

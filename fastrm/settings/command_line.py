@@ -70,6 +70,9 @@ def _reason(message: str, known: list[str]) -> str:
     """The sentence in tyro's message, without title and frame, with a suggestion for an unknown flag."""
     body = [line.strip(" │") for line in message.splitlines()[1:] if line.strip()]
     sentence = " ".join(takewhile(_is_text, dropwhile(lambda line: not _is_text(line), body)))
+    if sentence.startswith("Missing from"):  # with the help of each, which is long
+        missing = [name for name in map(flag, known) if any(re.match(rf"{name} [{{A-Z]", line) for line in body)]
+        sentence = f"{' and '.join(missing)} {'is' if len(missing) == 1 else 'are'} missing; --help describes all flags"
     if sentence.startswith("Unrecognized options"):
         unknown = re.findall(r"--[\w-]+", sentence)
         meant = [flag(name) for word in unknown if (name := near(word, known)) is not None]
