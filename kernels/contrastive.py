@@ -31,12 +31,22 @@ def _loss_and_parts(backend: str, scoring: Scoring) -> tuple[Tensor, Tensor, Ten
     return loss, losses[1], losses[2]
 
 
+def _with_own_queue(scoring: Scoring) -> Scoring:
+    """``scoring`` with a copy of the queue if the backward pass reads it, before which a push may overwrite rows."""
+    gradient = scoring.query.requires_grad and torch.is_grad_enabled()
+    if scoring.queue is None or not gradient or torch._C._are_functorch_transforms_active():
+        return scoring
+    return scoring._replace(queue=as_scored(scoring.queue))
+
+
+def _plain_info_nce(scoring: Scoring) -> Tensor:
+    return reference.info_nce(_with_own_queue(scoring))
+
+
 def _plain_residual_info_nce(scoring: Scoring) -> tuple[Tensor, Tensor, Tensor]:
-    if scoring.queue is None or scoring.pointer is None:
-        return reference.residual_info_nce(scoring)
-    # The backward pass needs the queue as it was scored, and the push overwrites rows of it.
-    found = reference.residual_info_nce(scoring._replace(queue=as_scored(scoring.queue)))
-    ENQUEUE["reference"](scoring.queue, scoring.pointer, scoring.push, None)
+    found = reference.residual_info_nce(_with_own_queue(scoring))
+    if scoring.pointer is not None:
+        ENQUEUE["reference"](scoring.queue, scoring.pointer, scoring.push, None)
     return found
 
 
@@ -44,7 +54,7 @@ def _backends(plain: Callable[..., Any], fused: Callable[..., Any]) -> dict[str,
     return {"reference": plain} | {backend: partial(fused, backend) for backend in _fused.BACKENDS}
 
 
-_INFO_NCE = _backends(reference.info_nce, _loss)
+_INFO_NCE = _backends(_plain_info_nce, _loss)
 _RESIDUAL = _backends(reference.residual_loss, _loss)
 _RESIDUAL_INFO_NCE = _backends(_plain_residual_info_nce, _loss_and_parts)
 

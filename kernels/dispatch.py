@@ -10,9 +10,11 @@ import sys
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.nn.parameter import is_lazy
 from torch.utils import checkpoint
 
 BACKENDS = ("triton", "cpu", "reference")
@@ -137,6 +139,8 @@ def check_strided(op: str, name: str, tensor: Tensor, *, waiting: bool = False) 
         raise TypeError(f"{op}: {name} has layout {tensor.layout}; it must be a dense tensor")
     if torch.compiler.is_compiling():  # it cannot trace the following checks
         return
+    if is_lazy(tensor):
+        raise ValueError(f"{op}: {name} belongs to a lazy layer and has no shape yet; call forward of its model first")
     if tensor.is_nested or tensor.is_quantized:
         raise TypeError(f"{op}: {name} is {'nested' if tensor.is_nested else 'quantized'}; it must be a dense tensor")
     kind = type(tensor)
@@ -210,7 +214,7 @@ def check_scalar(
         if value.is_complex():
             raise TypeError(f"{op}: {name} is {value.dtype}; it must be real")
         return
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
+    if isinstance(value, bool) or not isinstance(value, (int, float, np.floating, np.integer)):
         raise TypeError(f"{op}: {name} is a {type(value).__name__}; it must be a number or a 0-d tensor")
     above = value > low if open_low else value >= low
     # Not math.isfinite, which torch.compile cannot trace for a float that changes between calls.

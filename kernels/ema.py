@@ -122,7 +122,8 @@ class EMA:
     to the CUDA graph, because they have no content before a replay.
 
     Args:
-        teacher, student, shadow: as in :func:`fused_ema_`. The tensors are kept by reference.
+        teacher, student, shadow: as in :func:`fused_ema_`. Tensors are kept by reference. Modules are matched again
+            when one of them has other parameters, as after ``load_state_dict(assign=True)`` or ``fully_shard``.
         backend: ``None``, ``"triton"``, ``"cpu"`` or ``"reference"``.
 
     Raises:
@@ -138,8 +139,13 @@ class EMA:
         backend: str | None = None,
     ) -> None:
         self.backend = backend
+        self._given = None if shadow is None else pairing.listed("fused_ema_", "shadow", shadow)
+        self._match(teacher, student)
+
+    def _match(self, teacher: Tensors, student: Tensors) -> None:
         self.teacher, self.student = pairing.pair("fused_ema_", teacher, student)
-        self.shadow = None if shadow is None else pairing.listed("fused_ema_", "shadow", shadow)
+        self.shadow = self._given
+        self._watched = pairing.watched(teacher, student)
         self._prepare()
 
     def _prepare(self) -> None:
@@ -155,6 +161,8 @@ class EMA:
 
     def update_(self, momentum: float | Tensor) -> None:
         """Update the teacher (and its shadow) in place; ``momentum`` as in :func:`fused_ema_`."""
+        if not torch.compiler.is_compiling() and self._watched is not None and self._watched.changed():
+            self._match(*self._watched.roots)
         if torch.compiler.is_compiling() or not self._plain:
             return fused_ema_(self.teacher, self.student, momentum, shadow=self.shadow, backend=self.backend)
         check_once("fused_ema_")

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Iterable, Sequence
+from itertools import chain
+from types import GeneratorType
 from typing import Any
 
 import numpy as np
@@ -67,6 +69,11 @@ def listed(op: str, argument: str, tensors: Iterable[Any] | nn.Module) -> list[A
     """``tensors`` as a list; :func:`check` checks its content."""
     if isinstance(tensors, (Tensor, nn.Module)) or not isinstance(tensors, Iterable):
         raise TypeError(f"{op}: {argument} is a {type(tensors).__name__}; it must be an iterable of tensors")
+    # An empty list is a no-op, but the second use of one generator, as of model.parameters(), is a mistake.
+    if isinstance(tensors, GeneratorType) and not torch.compiler.is_compiling() and tensors.gi_frame is None:
+        raise ValueError(
+            f"{op}: {argument} is a generator that is used up; pass a list, or a new generator at each call"
+        )
     return list(tensors)
 
 
@@ -122,6 +129,32 @@ def _pair_modules(op: str, teacher: nn.Module, student: nn.Module) -> tuple[list
         refs = [weakref.ref(root, lambda _: _MATCHES.pop(key, None)) for root in (teacher, student)]
         _MATCHES[key] = built, as_built, *found, refs
     return pairs
+
+
+class Watched:
+    """Two modules and all modules in them, to notice that their parameters are others than they were."""
+
+    def __init__(self, *roots: nn.Module) -> None:
+        self.roots = roots
+        self._parts = [part for root in roots for part in root.modules()]
+        # Not the empty ones, which are most of them: what gets its first parameter or part is rarely in a network.
+        self._tables = [table for part in self._parts for table in (part._parameters, part._modules) if table]
+        self._ids = self._now()
+
+    def changed(self) -> bool:
+        """Whether a module that has parameters, or parts, has others now."""
+        return self._now() != self._ids
+
+    def _now(self) -> list[int]:
+        return [*map(id, chain.from_iterable(map(dict.values, self._tables)))]  # type: ignore[arg-type]
+
+
+def watched(teacher: Tensors, student: Tensors) -> Watched | None:
+    """Watches two modules; None for lists, and for TorchScript, whose tables are no dicts."""
+    if not isinstance(teacher, nn.Module) or not isinstance(student, nn.Module):
+        return None
+    plain = all(type(part._parameters) is dict for root in (teacher, student) for part in root.modules())
+    return Watched(teacher, student) if plain else None
 
 
 def pair(op: str, teacher: Tensors, student: Tensors) -> tuple[list[Tensor], list[Tensor]]:

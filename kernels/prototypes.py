@@ -61,6 +61,11 @@ def _check_pairs(pairs: Tensor | None, student: Tensor, teacher: Tensor) -> None
             )
 
 
+def _savable(value: Any) -> Any:
+    """``value``, or a copy of a tensor made in torch.inference_mode, which autograd does not save."""
+    return value.clone() if isinstance(value, Tensor) and value.is_inference() else value
+
+
 def prototype_cross_entropy(
     student: Tensor,
     teacher: Tensor,
@@ -126,6 +131,8 @@ def prototype_cross_entropy(
     assignment = Assignment(
         student, teacher, prototypes, teacher_prototypes, center, pairs, student_temperature, teacher_temperature
     )
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        assignment = Assignment(*map(_savable, assignment))
     derived = prototypes if has_tangent(prototypes) else student
     found: tuple[Tensor, Tensor] = choose_derivable(_OP, backend, _BACKENDS, derived)(assignment)
     return found

@@ -41,7 +41,7 @@ def ema_(
         if t.is_floating_point():
             dtype = compute_dtype(t, s)
             # The coefficient never takes the tensors' dtype: 0.999 in bfloat16 is 1.
-            m = momentum.to(t.device, dtype) if isinstance(momentum, Tensor) else momentum
+            m = momentum.to(t.device, dtype) if isinstance(momentum, Tensor) else float(momentum)
             new = m * t.to(dtype) + (1 - m) * s.to(dtype)
         else:
             new = s

@@ -15,7 +15,17 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fastrm.kernels import FeatureQueue, _blocked, _fused, _sweep, _wide, info_nce, residual_info_nce, residual_loss
+from fastrm.kernels import (
+    FeatureQueue,
+    _blocked,
+    _fused,
+    _sweep,
+    _wide,
+    enqueue_,
+    info_nce,
+    residual_info_nce,
+    residual_loss,
+)
 from fastrm.kernels._scoring import Scoring
 from fastrm.kernels.dispatch import triton
 from tests import oracle
@@ -318,13 +328,41 @@ def test_inputs_are_not_changed_and_backward_can_run_twice(backend: str, queued:
     loss = residual_info_nce(query, key, query.detach().roll(1, 0), queue, backend=backend)[0]
     (first,) = torch.autograd.grad(loss, query, retain_graph=True)
     kept = first.clone()
-    if queue is not None and backend != "reference":  # a push before the backward pass does not change the gradient
+    if queue is not None:  # a push before the backward pass does not change the gradient
         queue.add_(1)
     (second,) = torch.autograd.grad(loss, query, retain_graph=True)
     assert torch.equal(kept, second)
     assert torch.equal(kept, first)
     for x, old in zip((query, key), before, strict=False):
         assert torch.equal(x, old)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_push_after_the_loss_does_not_change_its_gradient(backend: str) -> None:
+    """The order of MoCo's official code: score, push, and then the backward pass."""
+    found = []
+    for pushed in (False, True):
+        query, key, queue = Case(9, 90, 32).inputs(device_of(backend))
+        assert queue is not None
+        loss = info_nce(query.requires_grad_(), key, queue, backend=backend)
+        if pushed:
+            enqueue_(queue, torch.zeros((), dtype=torch.int64, device=queue.device), key, backend=backend)
+        loss.backward()
+        found.append(query.grad)
+    assert torch.equal(*found)
+
+
+@pytest.mark.parametrize("queued", [True, False])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_teacher_under_inference_mode_gives_the_same_gradient(backend: str, queued: bool) -> None:
+    found = []
+    for mode in (False, True):
+        query = Case(9, 90, 32, queued=queued).inputs(device_of(backend))[0].requires_grad_()
+        with torch.inference_mode(mode):
+            _, key, queue = Case(9, 90, 32, queued=queued).inputs(device_of(backend))
+        (residual_info_nce(query, key, key[:9], queue, backend=backend)[0] + info_nce(query, key, queue)).backward()
+        found.append(query.grad)
+    assert torch.equal(*found)
 
 
 @pytest.mark.parametrize("dtype", [F32, F16, BF16])

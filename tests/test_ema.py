@@ -248,6 +248,68 @@ def test_errors_name_the_argument_and_nothing_is_written(backend: str) -> None:
     assert (good == 0).all()
 
 
+def test_a_generator_that_is_used_up_is_refused() -> None:
+    teacher, student = nn.Linear(3, 2), nn.Linear(3, 2)
+    ours, theirs = teacher.parameters(), student.parameters()
+    fused_ema_(ours, theirs, 0.5)
+    before = numpy(teacher.weight)
+    with pytest.raises(ValueError, match="teacher is a generator that is used up"):
+        fused_ema_(ours, theirs, 0.5)
+    with pytest.raises(ValueError, match="student is a generator that is used up"):
+        EMA(teacher.parameters(), theirs)
+    np.testing.assert_array_equal(numpy(teacher.weight), before)
+    fused_ema_((p for p in teacher.parameters() if p.ndim > 2), (p for p in student.parameters() if p.ndim > 2), 0.5)
+
+
+def test_lazy_layers_are_refused_until_they_have_a_shape() -> None:
+    student = nn.LazyLinear(2)
+    teacher = copy.deepcopy(student)
+    with pytest.raises(ValueError, match=r"teacher\[0\] belongs to a lazy layer"):
+        fused_ema_(teacher, student, 0.5)
+    student(torch.ones(1, 3))
+    teacher(torch.ones(1, 3))
+    fused_ema_(teacher, student, 0.0)
+    assert torch.equal(teacher.weight, student.weight)
+
+
+@pytest.mark.parametrize("kind", [np.float32, np.float64, np.float16])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_momentum_may_be_a_number_of_numpy(backend: str, kind: Any) -> None:
+    """As from a schedule in an array; the rest to 1 is not rounded to the dtype of the array."""
+    device = device_of(backend)
+    teacher, momentum = [torch.zeros(3, dtype=F64, device=device)], kind(0.996)
+    fused_ema_(teacher, [torch.ones(3, device=device)], momentum, backend=backend)
+    np.testing.assert_allclose(numpy(teacher[0]), 1 - float(momentum), rtol=1e-12)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_parameters_that_are_replaced_in_a_module_are_followed(backend: str) -> None:
+    device = device_of(backend)
+    student = nn.Sequential(nn.Linear(3, 2), nn.ReLU(), nn.Linear(2, 2)).to(device)
+    teacher = copy.deepcopy(student)
+    prepared = EMA(teacher, student, backend=backend)
+    prepared.update_(0.5)
+
+    def assign(network: nn.Sequential) -> None:
+        network.load_state_dict({name: x.clone() for name, x in network.state_dict().items()}, assign=True)
+
+    def replace(network: nn.Sequential) -> None:
+        network[2] = nn.Linear(2, 2).to(device)
+
+    for change in (assign, replace):
+        for network, value in ((student, 3.0), (teacher, 1.0)):
+            change(network)
+            with torch.no_grad():
+                for p in network.parameters():
+                    p.fill_(value)
+        for at, kept in enumerate((prepared, copy.deepcopy(prepared))):
+            kept.update_(0.5)
+            assert all((numpy(p) == 2).all() for p in teacher.parameters()), at
+    student[0] = nn.Linear(3, 2, bias=False).to(device)
+    with pytest.raises(ValueError, match=r"parameters without a partner: .*0.bias"):
+        prepared.update_(0.5)
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_tensor_with_a_new_address_is_updated(backend: str) -> None:
     device = device_of(backend)

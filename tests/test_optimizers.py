@@ -521,11 +521,12 @@ def test_wrong_options_are_named() -> None:
         SGD([nn.Parameter(torch.ones(1))], 0.1, nesterov=True)
     with pytest.raises(ValueError, match=r"betas\[1\]=1"):
         AdamW([nn.Parameter(torch.ones(1))], betas=(0.9, 1))
-    sparse = nn.Parameter(torch.ones(2, 2))
-    sparse.grad = torch.eye(2).to_sparse()
+    sparse, dense = nn.Parameter(torch.ones(2, 2)), nn.Parameter(torch.ones(2))
+    sparse.grad, dense.grad = torch.eye(2).to_sparse(), torch.ones(2)
     with pytest.raises(TypeError, match="sparse"):
-        SGD([sparse], 0.1).step()
+        SGD([{"params": [dense]}, {"params": [sparse]}], 0.1).step()
     assert (sparse == 1).all()
+    assert (dense == 1).all()
 
 
 def test_a_missing_or_unrelated_apex_is_reported(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -313,6 +313,15 @@ def test_inputs_are_not_changed_and_backward_can_run_twice(backend: str) -> None
     assert all(torch.equal(arguments[name], x) for name, x in before.items())
 
 
+@pytest.mark.parametrize("backend", SELDOM)
+def test_a_teacher_under_inference_mode_gives_the_same_gradients(backend: str) -> None:
+    arguments = Case(9, 4, 50, 8, pairs=20).arguments(device_of(backend))
+    want = computed(arguments, backend)
+    with torch.inference_mode():
+        made = {name: arguments[name].clone() for name in ("teacher", "center", "pairs", "teacher_prototypes")}
+    assert all(torch.equal(a, b) for a, b in zip(computed(arguments | made, backend), want, strict=True))
+
+
 @pytest.mark.parametrize("backend", ["cpu", SLOW_TRITON])
 def test_two_runs_give_the_same_bits(backend: str) -> None:
     arguments = Case(70, 20, 500, 32, pairs=200).arguments(device_of(backend))

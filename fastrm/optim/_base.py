@@ -208,10 +208,11 @@ class TeacherOptimizer(torch.optim.Optimizer):
     def _step_pytorch(self, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
         if found_inf is not None and found_inf.item():
             return
-        for group in self.param_groups:
-            params = [p for p in group["params"] if p.grad is not None]
+        found = [[p for p in group["params"] if p.grad is not None] for group in self.param_groups]
+        dense = [_dense(self._name, params) for params in found]  # all, before anything is written
+        for group, params, slopes in zip(self.param_groups, found, dense, strict=True):
             if params:
-                grads = [local(grad) for grad in _dense(self._name, params)]
+                grads = [local(grad) for grad in slopes]
                 if grad_scale is not None:
                     grads = list(torch._foreach_div(grads, grad_scale.to(grads[0].device)))
                 self._update(group, params, grads)
@@ -237,8 +238,9 @@ class TeacherOptimizer(torch.optim.Optimizer):
             self._of_graphs.append(self._plan)  # the graph keeps reading its tables
         _, steps, without_grad = self._plan
         options = [[*self._options(group), _or_zero(group["ema_momentum"])] for group in self.param_groups]
-        for step, members in steps:
-            step(_dense(self._name, members), options, grad_scale, found_inf)
+        dense = [_dense(self._name, members) for _, members in steps]  # all, before anything is written
+        for (step, _), grads in zip(steps, dense, strict=True):
+            step(grads, options, grad_scale, found_inf)
         for group, rest in zip(self.param_groups, without_grad, strict=True):
             if rest and self._teacher:
                 self._average(rest, _momentum_unless(found_inf, group["ema_momentum"], rest[0].device))
