@@ -1,5 +1,7 @@
 """Errors that the command line prints in one line."""
 
+from textwrap import shorten
+
 
 class UsageError(ValueError):
     """A setting, a file or a data set is wrong. The message names it, its value and what is right.
@@ -24,6 +26,11 @@ class Stopped(TrainingError):
 
 
 def first_line(error: BaseException) -> str:
-    """The message of an exception in one line; its type if there is no message."""
-    said = str(error).strip()
-    return said.splitlines()[0] if said else type(error).__name__
+    """The message of an exception in one line; its type if there is no message.
+
+    The second line belongs to a first one such as "Error(s) in loading state_dict for Net:".
+    """
+    lines = [line.strip() for line in str(error).strip().splitlines()]
+    if not lines:
+        return type(error).__name__
+    return shorten(" ".join(lines[:2]), 300, placeholder=" …") if lines[0].endswith(":") else lines[0]

@@ -457,6 +457,19 @@ def agreeing(folder: Path) -> None:
     (folder / f"agreeing{rank}.json").write_text(json.dumps([found, said]))
 
 
+def borrowed(folder: Path) -> None:
+    """Write what a run says that cannot use the process group of the script, or whose other process does not come."""
+    rank = world().rank
+    said = [refused(lambda: processes(torch.device("cuda")).__enter__())]
+    with mock.patch("fastrm.machine.distributed.TIMEOUT", datetime.timedelta(seconds=0.2)):
+        if rank == 0:
+            said.append(refused(lambda: processes(torch.device("cpu")).__enter__()))
+    dist.barrier()
+    with processes(torch.device("cpu")) as here:
+        said.append(f"{here.rank} of {here.size}")
+    (folder / f"borrowed{rank}.json").write_text(json.dumps([*said, dist.is_initialized()]))
+
+
 # These two networks have layers behind the pooling, which DenseCL's loss does not reach.
 TRAINED = [*((m, "test_resnet") for m in names()), ("densecl", "test_convnext"), ("densecl", "mobilenetv3_small_050")]
 SLOW: dict[str, Callable[[Path], object]] = {
@@ -475,6 +488,7 @@ PARTS: dict[str, Callable[[Path], object]] = {
     "slow": slow,
     "started": started,
     "agreeing": agreeing,
+    "borrowed": borrowed,
     "whole": lambda folder: going_on(folder, "whole", 6),
     "first half": lambda folder: going_on(folder, "parts", 2),
     "second half": lambda folder: going_on(folder, "parts", 6),
@@ -482,12 +496,14 @@ PARTS: dict[str, Callable[[Path], object]] = {
 
 
 def main(where: Path, *names: str) -> None:
-    """Run parts by name in one process group, because leaving a group and joining the next is a race."""
+    """Run parts by name in one process group, because leaving a group and joining the next is a race.
+
+    The runs of the parts use this group, as they use the one of any script.
+    """
     limit = 15 if names == ("slowed",) else 1800
     with (
         mock.patch("fastrm.machine.distributed.TIMEOUT", datetime.timedelta(seconds=limit)),
-        processes(torch.device("cpu")) as here,
-        mock.patch("fastrm.machine.joined.processes", return_value=nullcontext(here)),
+        processes(torch.device("cpu")),
     ):
         for name in names:
             (PARTS | SLOW)[name](where)

@@ -259,6 +259,15 @@ def test_processes_on_different_gpus_choose_one_precision(done: Path) -> None:
     assert found == [["fp16", "--precision bf16: this GPU does not have it; use fp16 or fp32"]] * 2
 
 
+def test_a_run_uses_the_process_group_of_a_script_and_leaves_it(done: Path) -> None:
+    first, second = (json.loads((done / f"borrowed{rank}.json").read_text()) for rank in (0, 1))
+    assert "of this script has gloo for tensors on cuda, and a run there needs nccl" in first[0]
+    assert first[0] == second[0]
+    assert first[1].startswith("1 of the 2 processes of this script's process group have started a run within")
+    assert first[2:] == ["0 of 2", True]
+    assert second[1:] == ["1 of 2", True]
+
+
 def test_missing_variables_of_torchrun_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
     for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):

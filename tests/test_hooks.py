@@ -187,7 +187,11 @@ class Odd(Hook):
     ("hook", "words"),
     [
         (Odd(values={"step": 1}), "the name step is taken"),
-        (Odd(values={"mine": "text"}), "mine is a str; it must be a number"),
+        (Odd(values={"loss": 1}), "the name loss is taken"),
+        (Odd(values={"mine": "text"}), "mine is a str; it must be a real number"),
+        (Odd(values={"mine": torch.ones(2)}), "mine is a Tensor; it must be a real number"),
+        (Odd(values={"mine": np.complex64(1j)}), "mine is a complex64; it must be a real number"),
+        (Odd(values={3: 1}), "the name 3 is a int; it must be text"),
         (Odd(state={"deep": [Path()]}), "the state of the hook tests.test_hooks.Odd has a .*Path in it"),
     ],
 )
@@ -250,6 +254,20 @@ def test_numbers_of_numpy_are_logged(tmp_path: Path) -> None:
 
     pretrained(tmp_path / "run", Numbers(), max_steps=1)
     assert [records(tmp_path / "run")[0][name] for name in "abc"] == [0.5, 3, True]
+
+
+def test_a_network_that_a_hook_leaves_in_evaluation_mode_is_reported_once(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    class Evaluates:
+        def on_step(self, run: Any, step: int, outputs: Any) -> None:
+            run.student.eval()
+            run.teacher.eval().train()
+
+    pretrained(tmp_path / "run", Evaluates())
+    said = " ".join(capsys.readouterr().out.split())
+    assert said.count("a hook left run.student in evaluation mode") == 1
+    assert "left run.teacher" not in said
 
 
 def test_the_best_checkpoint_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -179,6 +179,17 @@ def raising(_: Tensor) -> None:
     raise RuntimeError("sizes of tensors\nand a page more")
 
 
+class Spectrum(nn.Module):
+    """Scales a map by complex numbers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones((), dtype=torch.complex64))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.fft.ifft2(torch.fft.fft2(x) * self.weight).real
+
+
 REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
     "a tuple": (lambda: Gives(lambda x: (x, x)), "arch=Gives returns a tuple; it must return one tensor of floats"),
     "a dict": (lambda: Gives(lambda x: {"out": x}), "arch=Gives returns a dict; it must return one tensor of floats"),
@@ -201,11 +212,17 @@ REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
     "no weights": (nn.Flatten, "arch=Flatten has no parameter that requires a gradient"),
     "all frozen": (lambda: mapped().requires_grad_(False), "arch=Sequential has no parameter that requires a grad"),
     "no memory": (lambda: mapped().to("meta"), "arch=Sequential is on the meta device and has no weights"),
+    "complex": (
+        lambda: nn.Sequential(mapped(), Spectrum()),
+        r"arch=Sequential has complex parameters \(1.weight in torch.complex64\); they must be real",
+    ),
+    "TorchScript": (lambda: torch.jit.script(mapped()), "cannot be copied: .* TorchScript modules .* it was made from"),
     "no copy": (lambda: Gives((x for x in ()).__next__), "arch=Gives cannot be copied: cannot pickle 'generator'"),
     "a class": (lambda: nn.Flatten, r"arch=<class .*Flatten'> must be the name of a timm network, or a torch"),
 }
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit:FutureWarning")
 @pytest.mark.parametrize("what", REFUSED)
 def test_modules_that_are_not_backbones_are_refused(what: str) -> None:
     made, says = REFUSED[what]
@@ -275,6 +292,16 @@ def test_a_module_that_fails_only_in_training_is_reported(small: Small) -> None:
         def forward(self, images: Tensor) -> Any:
             return self.inner[:-2](images).view(len(images), -1)
 
+    class Embedded(Two):
+        def __init__(self) -> None:
+            super().__init__()
+            self.place = nn.Embedding(1, 4, sparse=True)
+
+        def forward(self, images: Tensor) -> Any:
+            return self.inner(images) + self.place(torch.zeros(len(images), dtype=torch.int64))[:, :1]
+
+    with pytest.raises(UsageError, match=r"--arch Embedded cannot .*: the gradient of .*place.weight is sparse"):
+        build_method(small(), arch=Embedded())
     with pytest.raises(UsageError, match=r"--arch Two cannot be trained with --method mocov3 .*not tuple"):
         build_method(small(), arch=Two())
     with pytest.raises(UsageError, match=r"--arch Detached cannot be .* the loss does not reach any of its parameters"):

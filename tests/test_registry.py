@@ -184,6 +184,44 @@ def test_invalid_registrations_are_refused(name: Any, given: Any, message: str) 
     assert before == registry._METHODS
 
 
+@pytest.mark.parametrize(
+    ("loss", "returns"),
+    [
+        (lambda rows: rows.sum(dim=1), r"such as a mean over the rows; it returns torch.float32 \(2,\)"),
+        (lambda rows: rows.mean().detach(), "it returns one without, as after detach"),
+        (lambda rows: 0.5, "it returns a float"),
+        (lambda rows: (rows.mean(), rows), "it returns a tuple"),
+        (lambda rows: rows.argmax(), r"it returns torch.int64 \(\)"),
+    ],
+)
+def test_a_loss_that_is_not_one_number_with_a_graph_is_refused(loss: Any, returns: str) -> None:
+    class Mine(OneView):
+        def own_loss(self, direction: int, student: Any, key: Any) -> Any:
+            return loss(student.output - key.output)
+
+        direction = Method.direction
+
+    with pytest.raises(UsageError, match=rf"own_loss of Mine must return one number, .*{returns}"):
+        build_method(small(method=Mine), kind=Mine)
+
+
+def test_a_resume_after_a_change_of_the_method_names_the_difference(tmp_path: Path) -> None:
+    def mine(size: int) -> type[OneView]:
+        class Mine(OneView):
+            def __init__(self, *args: Any, **options: Any) -> None:
+                super().__init__(*args, **options)
+                self.register_buffer("mine", torch.zeros(size))
+
+        return Mine
+
+    options: dict[str, Any] = {**TINY, "predictor_hidden_dim": 8, "arch": "test_resnet", "out": tmp_path / "run"}
+    fastrm.pretrain("digits", method=mine(2), max_steps=1, **options)
+    with pytest.raises(
+        UsageError, match=r"does not fit its own settings: .* for Mine: size mismatch for mine: copying"
+    ):
+        fastrm.pretrain("digits", method=mine(3), max_steps=2, **options)
+
+
 def test_an_incomplete_method_is_reported() -> None:
     class Silent(Method[Any]):
         def __init__(self, backbone: Any, config: Any, *, backend: str | None = None) -> None:

@@ -20,6 +20,8 @@ from fastrm.errors import UsageError
 E = TypeVar("E")
 TIMEOUT = datetime.timedelta(minutes=30)
 """Time limit of collectives; for waits that may take longer, see fastrm.machine.meeting."""
+_used = 0
+"""How often a process group of the script was used; it is the same in all processes."""
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # the name before torch 2.14
 
 
@@ -34,9 +36,15 @@ class World(NamedTuple):
 def processes(device: torch.device) -> Iterator[World]:
     """Join the processes that torchrun started, over NCCL on GPUs and gloo on CPUs, and leave them at the end.
 
+    If the script has made a process group, all processes of that group are used, and the group stays as it is.
+
     Raises:
         UsageError: the environment is not that of torchrun, or the other processes cannot be reached.
     """
+    if dist.is_initialized():
+        _use_group(device)
+        yield world()
+        return
     size = _variable("WORLD_SIZE", "1", least=1)
     if size == 1:
         yield World()
@@ -60,6 +68,34 @@ def processes(device: torch.device) -> Iterator[World]:
         dist.destroy_process_group()
 
 
+def _use_group(device: torch.device) -> None:
+    """Check the process group of the script, and wait for its processes, as ``init_process_group`` does."""
+    global _used
+    size, backends = world().size, dict(each.split(":") for each in dist.get_backend_config().split(","))
+    if size == 1:
+        return
+    found, wanted = backends.get(device.type), "nccl" if device.type == "cuda" else "gloo"
+    if found is None or (found == "gloo" and wanted == "nccl"):
+        raise UsageError(
+            f"the process group of this script has {found or 'no backend'} for tensors on {device.type}, and a run "
+            f"there needs {wanted}; init_process_group() without a backend makes a group for all devices"
+        )
+    _used += 1
+    store: Any = dist.distributed_c10d._get_default_store()
+    arrived = f"fastrm/used/{_used}"
+    if store.add(arrived, 1) == size:
+        store.set(f"{arrived}/all", "")
+    try:
+        store.wait([f"{arrived}/all"], TIMEOUT)
+    except RuntimeError:
+        here = store.add(arrived, -1) + 1
+        _used -= 1
+        raise UsageError(
+            f"{here} of the {size} processes of this script's process group have started a run "
+            f"within {TIMEOUT}; start it in all of them, or before init_process_group"
+        ) from None
+
+
 def _variable(name: str, default: str, *, least: int = 0, most: int | None = None) -> int:
     """A number in the environment, set by torchrun."""
     value = os.environ.get(name, default)
@@ -77,7 +113,8 @@ def own_device(device: torch.device) -> torch.device:
     """
     if device.type != "cuda":
         return device
-    index = _variable("LOCAL_RANK", "0")
+    # Processes that a script has started itself choose their GPU by torch.cuda.set_device.
+    index = _variable("LOCAL_RANK", str(torch.cuda.current_device()) if dist.is_initialized() else "0")
     if index >= torch.cuda.device_count():
         raise UsageError(
             f"process {index} of this machine has no GPU: there are {torch.cuda.device_count()}; "

@@ -23,7 +23,7 @@ from fastrm.data.augmentation import Augmentation, View
 from fastrm.errors import UsageError
 from fastrm.kernels import FeatureQueue, residual_loss
 from fastrm.machine.distributed import gather_rows, shuffled, world
-from fastrm.methods.encoding import Encoder, Encoding, StepOutput
+from fastrm.methods.encoding import Encoder, Encoding, StepOutput, checked_loss
 from fastrm.methods.multicrop import Size, encoded, large, large_first
 from fastrm.methods.pair import TeacherPair
 from fastrm.methods.protocol import LinearProtocol
@@ -256,7 +256,7 @@ class Method(nn.Module, Generic[E]):
         ``d`` is the direction, as in :meth:`own_loss`. ``same`` is the teacher's encoding of the student's view, for
         the residual term; None if the teacher does not see it.
         """
-        own = self.own_loss(d, student, key)
+        own = checked_loss(self.name, self.own_loss(d, student, key), student.output)
         if same is None or not self.trains_residual:
             return own, own.detach(), None
         residual = self.residual(student, same)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
+from fastrm.errors import UsageError
 from fastrm.models import Backbone
 
 
@@ -37,6 +39,23 @@ class StepOutput(NamedTuple):
     """Keys for each queue, to push after the optimizer step."""
     features: Tensor
     """The student's backbone features of the first view, [B, C], detached, for hooks."""
+
+
+def checked_loss(method: str, loss: Any, output: Tensor) -> Tensor:
+    """A method's own loss, 0-d.
+
+    Raises:
+        UsageError: it is no single number, whose sum over the pairs would hide a forgotten mean over the rows; or it is
+            not connected to ``output``, the student's, so that only the residual term would train.
+    """
+    must = f"own_loss of {method} must return one number, a 0-d tensor of floats with its graph"
+    if not isinstance(loss, Tensor):
+        raise UsageError(f"{must}; it returns a {type(loss).__name__}")
+    if loss.numel() != 1 or not loss.is_floating_point():
+        raise UsageError(f"{must}, such as a mean over the rows; it returns {loss.dtype} {tuple(loss.shape)}")
+    if output.requires_grad and not loss.requires_grad and torch.is_grad_enabled():
+        raise UsageError(f"{must}; it returns one without, as after detach(), item() or under torch.no_grad")
+    return loss.reshape(())
 
 
 class Encoder(nn.Module):

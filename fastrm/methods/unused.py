@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from fastrm.errors import UsageError
 from fastrm.methods.base import Method, unchanged_buffers
 
 SHOWN = 3
@@ -43,6 +44,10 @@ def freeze_unused(method: Method[Any], *, images: int, image_size: int, layout: 
             gradients = torch.autograd.grad(loss, list(trained.values()), allow_unused=True)
     finally:
         method.train(was_training).backend = backend
+    if sparse := [
+        name for name, gradient in zip(trained, gradients, strict=True) if gradient is not None and gradient.is_sparse
+    ]:
+        raise UsageError(f"the gradient of {sparse[0]} is sparse, which no optimizer here takes; use sparse=False")
     unused = [name for name, gradient in zip(trained, gradients, strict=True) if gradient is None]
     for name in unused:
         trained[name].requires_grad_(False)

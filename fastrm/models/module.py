@@ -89,6 +89,11 @@ def module_backbone(module: nn.Module, *, image_size: int, stem: str, channels: 
         if exhausted(error):
             raise
         raise UsageError(f"arch={name} cannot be copied: {first_line(error)}") from None
+    if not all(p.is_leaf for p in net.parameters()):
+        raise UsageError(
+            f"arch={name} cannot be copied: parameters of its copy are results of a computation, as those of "
+            "TorchScript modules are; give the module that it was made from"
+        )
     notes = _on_the_host(net, name)
     channels, out = _tried(net, name, image_size, channels)
     frozen = sum(not p.requires_grad for p in net.parameters())
@@ -117,6 +122,10 @@ def _on_the_host(net: nn.Module, name: str) -> list[str]:
     tensors = [*net.parameters(), *net.buffers()]
     if any(tensor.is_meta for tensor in tensors):
         raise UsageError(f"arch={name} is on the meta device and has no weights; give a module with weights")
+    if strange := next((f"{n} in {p.dtype}" for n, p in net.named_parameters() if p.is_complex()), None):
+        raise UsageError(
+            f"arch={name} has complex parameters ({strange}); they must be real, as torch.view_as_real makes them"
+        )
     others = {str(t.dtype).removeprefix("torch.") for t in tensors if t.is_floating_point() and t.dtype != torch.float}
     net.cpu()
     if not others:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from fastrm.data.formats import PixelFormat
-from fastrm.errors import UsageError
+from fastrm.errors import UsageError, first_line
 from fastrm.files import absent, load_tensors
 from fastrm.machine.memory import exhausted
 
@@ -101,7 +101,7 @@ def fitting(path: Path) -> Iterator[None]:
     except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
         if exhausted(error):
             raise
-        raise UsageError(f"{path} does not fit its own settings: {str(error).splitlines()[0]}") from None
+        raise UsageError(f"{path} does not fit its own settings: {first_line(error)}") from None
 
 
 def checksum(state: Mapping[str, Any]) -> str:

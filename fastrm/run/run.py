@@ -18,7 +18,11 @@ from fastrm.optim import Schedule
 from fastrm.run.saver import Saver
 from fastrm.settings.config import Config
 
-PLACE = ("step", "epoch")
+RECORDED = (
+    "step", "epoch", "loss", "contrastive", "residual", "gap", "lr", "teacher_momentum", "skipped_steps",
+    "images_per_second",
+)  # fmt: skip
+"""What the run itself records of each logged step."""
 _PAST = frozenset({"images_per_second", "verify_loss", "verify_gradient"})
 """Values of a record that describe the steps before it, not the state after them."""
 
@@ -64,6 +68,7 @@ class Run:
         self._hooks, self._saver, self._saved, self._signals = hooks, saver, step, signals
         self._asked: tuple[int, Asked] | None = None
         self._values: dict[str, Any] = {}
+        self._training: set[str] = set()
 
     @property
     def total_steps(self) -> int:
@@ -93,15 +98,26 @@ class Run:
         for them.
 
         Raises:
-            TypeError: a value is not a number.
-            ValueError: a name is ``step`` or ``epoch``, which every record has.
+            TypeError: a value is not a real number, or a name is not text.
+            ValueError: a name is one of those that the run itself records, such as ``step`` and ``loss``.
         """
         for name, value in values.items():
-            if name in PLACE:
-                raise ValueError(f"run.log: the name {name} is taken; each record has its step and epoch")
-            whole = isinstance(value, Tensor) and value.numel() == 1
-            if not (whole or isinstance(value, (int, float, np.number, np.bool_))):
-                raise TypeError(f"run.log: {name} is a {type(value).__name__}; it must be a number")
+            if not isinstance(name, str):
+                raise TypeError(f"run.log: the name {name!r:.80} is a {type(name).__name__}; it must be text")
+            if name in RECORDED:
+                raise ValueError(f"run.log: the name {name} is taken: the run itself records {', '.join(RECORDED)}")
+            if isinstance(value, Tensor):
+                fits = value.numel() == 1 and not value.is_complex()
+            else:
+                fits = isinstance(value, (int, float, np.number, np.bool_)) and not isinstance(
+                    value, np.complexfloating
+                )
+            if not fits:
+                raise TypeError(f"run.log: {name} is a {type(value).__name__}; it must be a real number")
+        self.record(values)
+
+    def record(self, values: Mapping[str, Any]) -> None:
+        """Record values that :meth:`log` would accept, and the run's own (``RECORDED``)."""
         self._values.update(values)
 
     def flush(self) -> None:
@@ -150,6 +166,21 @@ class Run:
             found = self._signals.asked(stop=self.stopping, failed=failed, wait=last)
             self._asked = self.step, found
         return self._asked[1]
+
+    def note_modes(self) -> None:
+        """Remember which networks are in training mode; some methods keep the teacher out of it."""
+        self._training = {name for name in ("student", "teacher") if getattr(self, name).training}
+
+    def remind(self) -> None:
+        """Say once if a hook left a network in evaluation mode, where BatchNorm and dropout do not train as before."""
+        for name in sorted(self._training):
+            if getattr(self, name).training:
+                continue
+            self._training.remove(name)
+            self.say(
+                f"a hook left run.{name} in evaluation mode, in which it continues to train; a hook that evaluates "
+                f"calls run.{name}.train() afterwards"
+            )
 
     def stop(self) -> None:
         """End the run after this step, with a checkpoint and results; with several processes, after the next step.

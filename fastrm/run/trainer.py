@@ -84,10 +84,12 @@ class Trainer:
                 return Result(student.eval(), teacher.eval(), run.latest, run.out)
 
             parts.method.train()
+            run.note_modes()
             batches = parts.batches(run.schedule, run.step)
             hooks.tell("on_start", run)
             ended = session.agree()
             while not ended:
+                run.remind()
                 rates = run.schedule.at(run.step)
                 run.advance()
                 micro_batches = islice(batches, run.schedule.accumulate)
@@ -95,9 +97,9 @@ class Trainer:
                 if run.logging or parts.machine.device.type == "cpu":  # do not wait for a GPU in between
                     skipped = make_step.check(run.step)
                 if run.logging:
-                    run.log({**averaged(outputs), "lr": rates.lr, "teacher_momentum": rates.teacher_momentum})
+                    run.record({**averaged(outputs), "lr": rates.lr, "teacher_momentum": rates.teacher_momentum})
                     speed = run.schedule.batch_size * run.clock.lap()
-                    run.log({"skipped_steps": skipped, "images_per_second": speed})
+                    run.record({"skipped_steps": skipped, "images_per_second": speed})
                 with run.clock.paused():
                     hooks.tell("on_step", run, run.step, outputs)
                     run.flush()
