@@ -26,23 +26,32 @@ def places(tensors: Sequence[Tensor]) -> list[Any]:
     return [*map(Tensor.data_ptr, tensors), *map(Tensor.stride, tensors), *map(Tensor.numel, tensors)]
 
 
-class _Entry:
-    def __init__(self, prepared: Any, tensors: list[Tensor]) -> None:
-        self.prepared = prepared
-        self.types, self.forms, self.places = [*map(type, tensors)], _forms(tensors), places(tensors)
-        self.addresses = self.places[: len(tensors)]
-        self.alike = _GUARDS and _GUARDS(*tensors, dynamic_dims_sizes=None, dynamic_dims_strides=None).check
+class Forms:
+    """The types, dtypes, devices, shapes and strides of tensors, to notice conversions. It holds no tensors."""
 
-    def fits(self, tensors: list[Tensor]) -> bool:
-        if self.alike is not None and self.alike(*tensors):
-            return [*map(Tensor.data_ptr, tensors)] == self.addresses
+    def __init__(self, tensors: list[Tensor]) -> None:
+        self._types, self._forms = [*map(type, tensors)], _forms(tensors)
+        self._alike = _GUARDS and _GUARDS(*tensors, dynamic_dims_sizes=None, dynamic_dims_strides=None).check
+
+    def fit(self, tensors: list[Tensor]) -> bool:
+        """Whether these tensors have the same forms."""
+        if self._alike is not None and self._alike(*tensors):
+            return True
         # The guards also fail if a tensor is listed twice or now requires grad, so each tensor is compared by itself.
-        alike = [*map(type, tensors)] == self.types and _forms(tensors) == self.forms
-        return alike and places(tensors) == self.places
+        return [*map(type, tensors)] == self._types and _forms(tensors) == self._forms
 
 
 def _forms(tensors: list[Tensor]) -> list[Any]:
-    return [(tensor.dtype, tensor.device, tensor.shape) for tensor in tensors]
+    return [(tensor.dtype, tensor.device, tensor.shape, tensor.stride()) for tensor in tensors]
+
+
+class _Entry:
+    def __init__(self, prepared: Any, tensors: list[Tensor]) -> None:
+        self.prepared, self.size = prepared, len(tensors)
+        self.forms, self.addresses = Forms(tensors), [*map(Tensor.data_ptr, tensors)]
+
+    def fits(self, tensors: list[Tensor]) -> bool:
+        return self.forms.fit(tensors) and [*map(Tensor.data_ptr, tensors)] == self.addresses
 
 
 class Seen:
@@ -60,7 +69,7 @@ class Seen:
         """Store a prepared value, which must not hold references to the tensors."""
         key, tensors = _key(kind, lists), _joined(lists)
         self._entries.pop(key, None)
-        known = [(old, len(entry.types)) for old, entry in [*self._entries.items()]]
+        known = [(old, entry.size) for old, entry in [*self._entries.items()]]
         excess = len(tensors) + sum(count for _, count in known) - TENSORS
         for old, count in known:  # the oldest first
             if excess <= 0:

@@ -139,7 +139,7 @@ class Mirror:
         return self.tensor
 
     def _host(self, columns: list[Any]) -> Tensor:
-        return torch.tensor(columns, dtype=self.dtype).T.contiguous()
+        return torch.tensor(columns, dtype=self.dtype, device="cpu").T.contiguous()
 
     def _captured(self, host: Tensor) -> Tensor:
         """A separate tensor for the graph, which every replay fills from a persistent host tensor."""

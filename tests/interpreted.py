@@ -6,13 +6,14 @@ the cases of each file run in a process of their own.
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import json
 import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -37,6 +38,21 @@ def with_backends(cases: Iterable[str], often: Collection[str]) -> list[Any]:
         for case in cases
         for backend in (pytest.param("cpu"), TRITON if case in often else SLOW_TRITON)
     ]
+
+
+@contextlib.contextmanager
+def other_defaults(kind: str) -> Iterator[None]:
+    """Set torch's default dtype to that of ``kind``, or its default device to "meta", where nothing is computed."""
+    before = torch.get_default_dtype()
+    with torch.device("meta" if kind == "device" else "cpu"):
+        torch.set_default_dtype(torch.float32 if kind == "device" else getattr(torch, kind))
+        try:
+            yield
+        finally:
+            torch.set_default_dtype(before)
+
+
+DEFAULTS = ["float64", "float16", "device"]
 
 
 def device_of(backend: str) -> torch.device:

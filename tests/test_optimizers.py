@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import importlib
 import io
@@ -19,7 +20,16 @@ from torch import Tensor, nn
 from fastrm.kernels import fused_ema_
 from fastrm.kernels import optim as launches
 from fastrm.optim import LARS, SGD, AdamW, apex_problem, fused_lamb
-from tests.interpreted import SLOW_TRITON, TRITON, device_of, often_and_slow, run_triton_cases, with_backends
+from tests.interpreted import (
+    DEFAULTS,
+    SLOW_TRITON,
+    TRITON,
+    device_of,
+    often_and_slow,
+    other_defaults,
+    run_triton_cases,
+    with_backends,
+)
 
 Array = NDArray[np.float64]
 Rule = Callable[[list[Array], list[Array | None], list[dict[str, Any]], int], None]
@@ -259,6 +269,177 @@ def test_a_parameter_without_gradient_or_teacher_with_a_scaler(backend: str) -> 
         optimizer.step()
         assert moved.tolist() == [want] * 3
     assert still.tolist() == [1] * 3
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_wrong_momentum_of_the_teacher_in_a_group_changes_nothing(backend: str) -> None:
+    device = device_of(backend)
+    param, teacher = nn.Parameter(torch.ones(3, device=device)), torch.zeros(3, device=device)
+    optimizer = SGD([param], 0.1, teacher=[teacher], ema_momentum=0.5, backend=backend)
+    for value in (None, 1.5, float("nan"), "0.5"):
+        optimizer.param_groups[0]["ema_momentum"] = value
+        param.grad = torch.ones_like(param)
+        with pytest.raises((ValueError, TypeError), match="SGD: ema_momentum"):
+            optimizer.step()
+    assert (param == 1).all()
+    assert (teacher == 0).all()
+
+
+@pytest.mark.parametrize("momenta", [(0.0, 0.9, 0.9, 0.9), (0.9, 0.0, 0.0, 0.9), (0.0, 0.9, 0.0, 0.9)])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_momentum_may_start_and_stop(backend: str, momenta: tuple[float, ...]) -> None:
+    """As in a warm-up of the momentum from 0; torch keeps a buffer for later steps while the momentum is 0."""
+    device = device_of(backend)
+    params, theirs = parameters(device), parameters(device)
+    ours = SGD(params, 0.1, backend=backend)
+    rival = torch.optim.SGD(theirs, 0.1)
+    for step, momentum in enumerate(momenta):
+        for these, optimizer in ((params, ours), (theirs, rival)):
+            optimizer.param_groups[0]["momentum"] = momentum
+            set_gradients(these, step)
+            optimizer.step()
+    for p, q in zip(params, theirs, strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-6)
+
+
+def cleared(state: Any) -> None:
+    state.clear()
+
+
+def offloaded(state: Any) -> None:
+    """Replace all tensors, as moving them to the host and back does."""
+    for values in state.values():
+        values.update({name: value.clone() for name, value in values.items()})
+
+
+@pytest.mark.parametrize("change", [cleared, offloaded])
+@pytest.mark.parametrize("kind", [LARS, SGD, AdamW])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_state_that_is_cleared_or_replaced_is_followed(backend: str, kind: Any, change: Any) -> None:
+    device, found = device_of(backend), []
+    options = {"momentum": 0.9} if kind is SGD else {}
+    for changed in (True, False):
+        params = parameters(device)
+        optimizer = kind(params, lr=0.1, backend=backend, **options)
+        for step in range(3):
+            if step == 2 and changed:
+                change(optimizer.state)
+            if step == 2 and not changed and change is cleared:
+                optimizer = kind(params, lr=0.1, backend=backend, **options)
+            set_gradients(params, step)
+            optimizer.step()
+        found.append([*params, *(value for p in params for value in optimizer.state[p].values())])
+    for mine, right in zip(*found, strict=True):
+        assert torch.equal(mine, right)
+
+
+def ordered(network: nn.Module) -> None:
+    network.to(memory_format=torch.channels_last)
+
+
+def moved(network: nn.Module) -> None:
+    for p in network.parameters():
+        p.data = p.data.clone()
+
+
+def halved(network: nn.Module) -> None:
+    network.bfloat16()
+
+
+CONVERSIONS: dict[str, tuple[Any, ...]] = {
+    "both channels last": (ordered, ordered), "student channels last": (ordered, None),
+    "teacher channels last": (None, ordered), "new memory": (moved, moved), "teacher in half precision": (None, halved),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("change", CONVERSIONS)
+@pytest.mark.parametrize("kind", [LARS, SGD, AdamW])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_networks_that_are_converted_after_a_step_are_followed(backend: str, kind: Any, change: str) -> None:
+    device, found = device_of(backend), []
+    options = {"momentum": 0.9} if kind is SGD else {}
+    for changed in (True, False):
+        torch.manual_seed(0)
+        student = nn.Conv2d(3, 4, 2).to(device)
+        teacher = copy.deepcopy(student)
+        together = {"teacher": teacher.parameters(), "ema_momentum": 0.5, "backend": backend}
+        optimizer = kind(student.parameters(), lr=0.1, **together, **options)
+        for step in range(3):
+            for do, network in zip(CONVERSIONS[change], (student, teacher), strict=True):
+                if step == 2 and changed and do is not None:
+                    do(network)
+            set_gradients([*student.parameters()], step)
+            optimizer.step()
+        found.append([*map(numpy, (*student.parameters(), *teacher.parameters()))])
+    for mine, right in zip(*found, strict=True):
+        np.testing.assert_allclose(mine, right, rtol=1e-5, atol=2e-2 if "half" in change else 1e-6)
+
+
+@pytest.mark.parametrize("kind", [LARS, SGD, AdamW])
+@pytest.mark.parametrize("backend", [TRITON])
+def test_a_state_of_another_form_than_its_parameter_is_refused(backend: str, kind: Any) -> None:
+    """Its memory has another size, and a kernel would write beyond its end."""
+    device = device_of(backend)
+    options = {"momentum": 0.9} if kind is SGD else {}
+    for change in ("dtype", "shape", "teacher"):
+        param = nn.Parameter(torch.ones(6, 4, device=device))
+        teacher = torch.ones(6, 4, device=device)
+        together = {"teacher": [teacher], "ema_momentum": 0.5, "backend": backend}
+        optimizer = kind([param], lr=0.1, **together, **options)
+        set_gradients([param], 0)
+        optimizer.step()
+        if change == "dtype":
+            param.data = param.data.bfloat16()
+        elif change == "shape":
+            param.data = torch.ones(9, 4, device=device)
+        else:
+            teacher.data = teacher.data[:3]
+        param.grad = torch.ones_like(param)
+        before = numpy(param)
+        with pytest.raises(ValueError, match=f"{kind.__name__}: a parameter is .*, as after a conversion of the model"):
+            optimizer.step()
+        np.testing.assert_array_equal(numpy(param), before)
+        if change == "dtype":
+            optimizer.load_state_dict(optimizer.state_dict())
+            optimizer.step()
+            assert (numpy(param) != before).any()
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_groups_that_are_split_are_followed(backend: str, momentum: float) -> None:
+    device = device_of(backend)
+    params = [nn.Parameter(torch.ones(3, device=device)) for _ in range(2)]
+    optimizer = SGD(params, 0.0, momentum, backend=backend)
+    for p in params:
+        p.grad = torch.ones_like(p)
+    optimizer.step()
+    (group,) = optimizer.param_groups
+    optimizer.param_groups[:] = [{**group, "params": [p], "lr": lr} for p, lr in zip(params, (0.1, 0.5), strict=True)]
+    optimizer.step()
+    speed = 1 + momentum
+    for p, lr in zip(params, (0.1, 0.5), strict=True):
+        np.testing.assert_allclose(numpy(p), 1 - lr * speed, rtol=1e-6)
+
+
+@pytest.mark.parametrize("kind", DEFAULTS)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_defaults_of_torch_do_not_change_a_step(backend: str, kind: str) -> None:
+    """Nor the average, which a parameter without a gradient gets from fused_ema_."""
+    device, found = device_of(backend), []
+    for changed in (False, True):
+        params = parameters(device)
+        teacher = [p.detach().clone() + 1 for p in params]
+        set_gradients(params, 0, without=1)
+        zero = torch.zeros(1, device=device)
+        with other_defaults(kind) if changed else contextlib.nullcontext():
+            for rule, options in ((SGD, {"momentum": 0.9}), (LARS, {}), (AdamW, {})):
+                optimizer = rule(params, lr=0.1, teacher=teacher, ema_momentum=0.5, backend=backend, **options)
+                optimizer.found_inf = zero
+                optimizer.step()
+        found.append([numpy(x) for x in (*params, *teacher)])
+    for mine, right in zip(*found, strict=True):
+        np.testing.assert_array_equal(mine, right)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from itertools import chain
 from typing import Any
 
 import torch
@@ -11,11 +12,12 @@ from torch import Tensor
 from fastrm.kernels import fused_ema_
 from fastrm.kernels import optim as launches
 from fastrm.kernels.dispatch import check_once, check_scalar, check_strided, choose
-from fastrm.kernels.multi_tensor import capturing, flat, in_order, launchable
+from fastrm.kernels.multi_tensor import capturing, launchable
 from fastrm.kernels.pairing import check as check_pairs
 from fastrm.kernels.pairing import listed
-from fastrm.kernels.sharding import all_plain, check_alike, is_sharded, local, localised
+from fastrm.kernels.sharding import all_plain, local, localised
 from fastrm.optim._loading import check_group, check_state
+from fastrm.optim._tensors import check_held, dense, momentum_unless
 
 
 class TeacherOptimizer(torch.optim.Optimizer):
@@ -91,6 +93,10 @@ class TeacherOptimizer(torch.optim.Optimizer):
     def _state(self, group: dict[str, Any], param: Tensor, grad: Tensor) -> list[Tensor]:
         """The state of one parameter in the form that the launch takes; it is created if missing."""
         raise NotImplementedError
+
+    def _keeps(self, group: dict[str, Any]) -> bool:
+        """Whether the parameters of a group have a state."""
+        return True
 
     def _options(self, group: dict[str, Any]) -> list[float | Tensor]:
         """The options of a group in the form that the launch takes, without the teacher's momentum, which comes
@@ -173,6 +179,8 @@ class TeacherOptimizer(torch.optim.Optimizer):
                 loss = closure()
         found_inf = self.found_inf if isinstance(self.found_inf, Tensor) else None  # a GradScaler may leave a number
         step, momenta = self._choose(), [group["ema_momentum"] for group in self.param_groups]
+        for momentum in momenta if self._teacher else ():  # a group may have been given any
+            check_scalar(self._name, "ema_momentum", momentum, low=0, high=1)
         if not self.state and not capturing() and all(group["lr"] == 0 for group in self.param_groups):
             self.ema_momentum = 1.0
         try:
@@ -209,10 +217,10 @@ class TeacherOptimizer(torch.optim.Optimizer):
         if found_inf is not None and found_inf.item():
             return
         found = [[p for p in group["params"] if p.grad is not None] for group in self.param_groups]
-        dense = [_dense(self._name, params) for params in found]  # all, before anything is written
-        for group, params, slopes in zip(self.param_groups, found, dense, strict=True):
+        slopes = [dense(self._name, params) for params in found]  # all, before anything is written
+        for group, params, own in zip(self.param_groups, found, slopes, strict=True):
             if params:
-                grads = [local(grad) for grad in slopes]
+                grads = [local(grad) for grad in own]
                 if grad_scale is not None:
                     grads = list(torch._foreach_div(grads, grad_scale.to(grads[0].device)))
                 self._update(group, params, grads)
@@ -226,24 +234,32 @@ class TeacherOptimizer(torch.optim.Optimizer):
 
     def _step_triton(self, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
         params = self._params()
-        present = [param.grad is not None for param in params]
-        if self._plan is None or self._plan[0] != present:
+        kinds = [(self._keeps(group), len(group["params"])) for group in self.param_groups]
+        present = [kinds, *(param.grad is not None for param in params)]
+        plan = self._plan
+        if plan is None or plan[:2] != [present, self._state_ids()] or not all(step.lasts() for step, _ in plan[2]):
             if capturing():
                 raise RuntimeError(
                     f"{self._name}: the first step with gradients for these parameters makes its state, which every "
                     "replay of a CUDA graph would make anew; step once before the capture"
                 )
-            self._plan = [present, *self._prepare(grad_scale, found_inf)]
+            steps, without_grad = self._prepare(grad_scale, found_inf)
+            plan = self._plan = [present, self._state_ids(), steps, without_grad]
         if capturing():
-            self._of_graphs.append(self._plan)  # the graph keeps reading its tables
-        _, steps, without_grad = self._plan
-        options = [[*self._options(group), _or_zero(group["ema_momentum"])] for group in self.param_groups]
-        dense = [_dense(self._name, members) for _, members in steps]  # all, before anything is written
-        for (step, _), grads in zip(steps, dense, strict=True):
+            self._of_graphs.append(plan)  # the graph keeps reading its tables
+        *_, steps, without_grad = plan
+        momenta = [0.0 if group["ema_momentum"] is None else group["ema_momentum"] for group in self.param_groups]
+        options = [[*self._options(group), m] for group, m in zip(self.param_groups, momenta, strict=True)]
+        slopes = [dense(self._name, members) for _, members in steps]  # all, before anything is written
+        for (step, _), grads in zip(steps, slopes, strict=True):
             step(grads, options, grad_scale, found_inf)
         for group, rest in zip(self.param_groups, without_grad, strict=True):
             if rest and self._teacher:
-                self._average(rest, _momentum_unless(found_inf, group["ema_momentum"], rest[0].device))
+                self._average(rest, momentum_unless(found_inf, group["ema_momentum"], rest[0].device))
+
+    def _state_ids(self) -> list[int]:
+        """Identifies the tensors of the state, which others may clear or replace, for example to offload it."""
+        return [*map(id, chain.from_iterable(map(dict.values, self.state.values())))]
 
     def _prepare(self, grad_scale: Tensor | None, found_inf: Tensor | None) -> tuple[list[Any], list[list[Tensor]]]:
         """Launches for the parameters with a gradient, one per combination of dtypes, and the other parameters by
@@ -259,6 +275,7 @@ class TeacherOptimizer(torch.optim.Optimizer):
                 if not launchable(p, *partners):
                     raise TypeError(f"{self._name}: no kernel for {[x.dtype for x in (p, *partners)]} on {p.device}")
                 state = self._state(group, p, p.grad)
+                check_held(self._name, p, self.state.get(p, {}) if state else {}, partners)
                 key = (p.device, p.dtype, len(state), *(x.dtype for x in partners))
                 gathered.setdefault(key, []).append((p, state, batch))
         steps = []
@@ -269,43 +286,3 @@ class TeacherOptimizer(torch.optim.Optimizer):
             columns = [list(column) for column in zip(*states, strict=True)]
             steps.append((self._launch(params, columns, teacher, shadow, batches), params))
         return steps, without_grad
-
-
-def _dense(name: str, params: Sequence[Tensor]) -> list[Tensor]:
-    grads = [param.grad for param in params]
-    if any(grad is not None and grad.is_sparse for grad in grads):
-        raise TypeError(f"{name}: a gradient is sparse; only dense gradients are supported")
-    for param, grad in zip(params, grads, strict=True):
-        if is_sharded(param) or is_sharded(grad):
-            check_alike(name, parameter=param, gradient=grad)
-    return grads  # type: ignore[return-value]
-
-
-def fastest(*columns: Sequence[Any]) -> tuple[list[list[Any]], dict[str, Any]]:
-    """Choose torch's implementation of a rule, and return it with its arguments: parameters, gradients and state.
-
-    On the CPU it is "fused", one pass over everything. This implementation reads all tensors as flat, whatever their
-    strides, and copies those that are not in the order of their dimensions, so it gets flat views. If the strides of a
-    row differ, or on another device, it is "foreach", one list at a time. Of DTensors, it gets the local parts.
-    """
-    columns = tuple([local(x) for x in column] for column in columns)
-    rows = [[x for x in row if x is not None] for row in zip(*columns, strict=True)]
-    fused = all(
-        row[0].device.type == "cpu" and flat(*row) and all(x.dtype == row[0].dtype for x in row) for row in rows
-    )
-    arranged = [in_order(column) if fused else list(column) for column in columns]
-    return arranged, {"fused": fused, "foreach": not fused}
-
-
-def _or_zero(momentum: float | Tensor | None) -> float | Tensor:
-    return 0.0 if momentum is None else momentum
-
-
-def _momentum_unless(found_inf: Tensor | None, momentum: float | Tensor, device: torch.device) -> float | Tensor:
-    """``momentum``, or 1 on a skipped step, which keeps the teacher as it is; does not read ``found_inf`` on the
-    host."""
-    if found_inf is None:
-        return momentum
-    dtype = torch.float32 if device.type == "mps" else torch.float64
-    value = torch.as_tensor(momentum, dtype=dtype).to(device)
-    return torch.where(found_inf.to(device).reshape(()) != 0, 1.0, value)

@@ -12,7 +12,8 @@ from torch.optim.adamw import adamw
 from fastrm.kernels import optim as launches
 from fastrm.kernels.dispatch import check_scalar
 from fastrm.kernels.sharding import is_fake
-from fastrm.optim._base import TeacherOptimizer, fastest
+from fastrm.optim._base import TeacherOptimizer
+from fastrm.optim._tensors import fastest
 
 
 class AdamW(TeacherOptimizer):
@@ -57,7 +58,7 @@ class AdamW(TeacherOptimizer):
         """First and second moment, and the number of steps: on a GPU if the parameter is, where a launch counts it."""
         state = self.state[param]
         if not state:
-            state["step"] = torch.zeros((), dtype=torch.float32)
+            state["step"] = torch.zeros((), dtype=torch.float32, device="cpu")
             state["exp_avg"] = torch.zeros_like(param)
             state["exp_avg_sq"] = torch.zeros_like(param)
         where = param.device if param.is_cuda else "cpu"

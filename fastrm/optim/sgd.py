@@ -12,7 +12,8 @@ from torch.optim.sgd import sgd
 from fastrm.kernels import optim as launches
 from fastrm.kernels.dispatch import check_scalar
 from fastrm.kernels.sharding import local, rebuilt
-from fastrm.optim._base import TeacherOptimizer, fastest
+from fastrm.optim._base import TeacherOptimizer
+from fastrm.optim._tensors import fastest
 
 
 class SGD(TeacherOptimizer):
@@ -79,8 +80,11 @@ class SGD(TeacherOptimizer):
             self.state[p]["momentum_buffer"] = torch.empty_like(p).copy_((grad + group["weight_decay"] * p) * share)
         return True
 
+    def _keeps(self, group: dict[str, Any]) -> bool:
+        return isinstance(group["momentum"], Tensor) or group["momentum"] != 0  # a tensor's value is not read
+
     def _state(self, group: dict[str, Any], param: Tensor, grad: Tensor) -> list[Tensor]:
-        if not group["momentum"]:
+        if not self._keeps(group):
             return []
         state = self.state[param]
         if state.get("momentum_buffer") is None:
