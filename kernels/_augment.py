@@ -110,7 +110,7 @@ def _table(drawn: Drawn, index: Tensor | None, bands: int) -> tuple[NDArray[np.i
 def _numbers(mean: tuple[float, ...], std: tuple[float, ...], device: torch.device) -> Tensor:
     """The factors and the summands [2, C] that normalise values from 0 to 255."""
     pairs = [(1 / (255 * s), -m / s) for m, s in zip(mean, std, strict=True)]
-    return torch.tensor(pairs, dtype=torch.float32).T.contiguous().to(device)
+    return torch.tensor(pairs, dtype=torch.float32, device="cpu").T.contiguous().to(device)
 
 
 def launch(work: Work) -> bool:

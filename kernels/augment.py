@@ -80,7 +80,7 @@ def _cpu(work: Work) -> None:
     if drawn.box is None or work.images[0].numel() < _TINY:
         return _reference(work)
     interpolation = "bicubic" if work.bicubic else "bilinear"
-    images = torch.empty(count, work.images.shape[3], height, width)
+    images = torch.empty(count, work.images.shape[3], height, width, dtype=torch.float32, device="cpu")
     places = range(count) if work.index is None else work.index.tolist()
     pixels = work.images.permute(0, 3, 1, 2)
     for row, at, box, flip in zip(images, places, drawn.box.tolist(), drawn.flip.tolist(), strict=True):

@@ -73,7 +73,7 @@ def carry_out_(planned: Iterable[Step], images: Tensor, start: int = 0) -> None:
         if len(at) == count:
             change_(images, parameter[some])
         elif at:
-            index = torch.tensor(at).to(images.device, non_blocking=True)
+            index = torch.tensor(at, device="cpu").to(images.device, non_blocking=True)
             part = images.index_select(0, index)
             change_(part, parameter[some].index_select(0, index))
             images.index_copy_(0, index, part)
@@ -125,17 +125,19 @@ def crop_resize(pixels: Tensor, box: Tensor, flip: Tensor, size: int | Sequence[
 
 def _resize_weights(start: Tensor, length: Tensor, source: int, size: int, bicubic: bool) -> Tensor:
     """Weights [B, size, source] of source pixels in output pixels; the filter widens as the image shrinks."""
-    scale = length[:, None, None] / size
+    # In float32, whatever torch's default dtype, to which integers would be converted.
+    start, length = start.float()[:, None, None], length.float()[:, None, None]
+    scale = length / size
     width = scale.clamp(min=1)
-    at = torch.arange(source, device=start.device) - start[:, None, None]  # from the crop's edge
-    centre = (torch.arange(size, device=start.device)[None, :, None] + 0.5) * scale
+    at = torch.arange(source, dtype=torch.float32, device=start.device) - start  # from the crop's edge
+    centre = (torch.arange(size, dtype=torch.float32, device=start.device)[None, :, None] + 0.5) * scale
     x = ((at + 0.5 - centre) / width).abs()
     if bicubic:  # Keys' filter with a = -1/2
         near, far = (1.5 * x - 2.5) * x * x + 1, ((-0.5 * x + 2.5) * x - 4) * x + 2
         weight = torch.where(x < 1, near, torch.where(x < 2, far, 0))
     else:
         weight = (1 - x).clamp(min=0)
-    weight = weight * ((at >= 0) & (at < length[:, None, None]))
+    weight = weight * ((at >= 0) & (at < length))
     return weight / weight.sum(dim=2, keepdim=True)
 
 
@@ -275,7 +277,7 @@ def normalise(images: Tensor, mean: tuple[float, ...], std: tuple[float, ...], *
 def _spread(values: tuple[float, ...], height: int, width: int, device: torch.device) -> Tensor:
     """255 times a number per channel, expanded to [1, C, H, W]: broadcasting would run inner loops of only C
     elements."""
-    channels = torch.tensor([255 * value for value in values], device=device).view(1, -1, 1, 1)
+    channels = torch.tensor([255 * value for value in values], dtype=torch.float32, device=device).view(1, -1, 1, 1)
     return channels.expand(-1, -1, height, width).contiguous(memory_format=torch.channels_last)
 
 

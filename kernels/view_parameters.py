@@ -78,15 +78,17 @@ def completed(given: ViewParameters, count: int) -> Drawn:
     """
     if not isinstance(given, ViewParameters):
         raise TypeError(f"{OP}: parameters is a {type(given).__name__}; it must be a ViewParameters")
-    none = torch.zeros(count, dtype=torch.bool)
+    none = torch.zeros(count, dtype=torch.bool, device="cpu")
     found: dict[str, Any] = {
         "box": None,
         "flip": none,
         "jitter": none if given.factors is None else ~none,
-        "factors": torch.tensor((1.0, 1.0, 1.0, 0.0)).expand(count, 4),  # change nothing
-        "order": torch.arange(4).expand(count, 4),
+        "factors": torch.tensor((1.0, 1.0, 1.0, 0.0), dtype=torch.float32, device="cpu").expand(
+            count, 4
+        ),  # change nothing
+        "order": torch.arange(4, device="cpu").expand(count, 4),
         "gray": none,
-        "sigma": torch.zeros(count),
+        "sigma": torch.zeros(count, dtype=torch.float32, device="cpu"),
         "solarize": none,
     }
     for name, kind in _KINDS.items():

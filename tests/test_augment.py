@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import replace
 from typing import Any
 
@@ -15,11 +16,20 @@ from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as F
 
 from fastrm.data import make_loader
-from fastrm.kernels import ViewParameters, _augment, augment_views, dispatch
+from fastrm.kernels import ViewParameters, _augment, augment_views, batched, dispatch
 from fastrm.kernels._augment_ops import COLUMN
 from fastrm.kernels.dispatch import triton
 from tests.conftest import natural_pictures
-from tests.interpreted import BACKENDS, INTERPRETED, SLOW_TRITON, device_of, often_and_slow, run_triton_cases
+from tests.interpreted import (
+    BACKENDS,
+    DEFAULTS,
+    INTERPRETED,
+    SLOW_TRITON,
+    device_of,
+    often_and_slow,
+    other_defaults,
+    run_triton_cases,
+)
 from tests.test_batched import composed
 
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
@@ -419,6 +429,19 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ),
     ({"parameters": {"box": torch.tensor([[0, 0, 8, 9]] * 2)}}, r"box has \[0, 0, 8, 9\] .* not within 8x8"),
 ]
+
+
+@pytest.mark.parametrize("kind", DEFAULTS)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_defaults_of_torch_do_not_change_views(backend: str, kind: str) -> None:
+    images, drawn = pictures(4, 20, 24).to(device_of(backend)), parameters(4, 1, box=boxes(4, 20, 24, 1))
+    found = []
+    for some in (drawn, ViewParameters(box=drawn.box), ViewParameters(box=drawn.box, sigma=drawn.sigma)):
+        for changed in (True, False):
+            batched._spread.cache_clear()
+            with other_defaults(kind) if changed else contextlib.nullcontext():
+                found.append(augment_views(images, some, out_size=16, mean=MEAN, std=STD, backend=backend))
+    assert all(torch.equal(mine, right) for mine, right in zip(found[::2], found[1::2], strict=True))
 
 
 @pytest.mark.parametrize(("wrong", "said"), WRONG, ids=[said[:30] for _, said in WRONG])

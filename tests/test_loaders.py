@@ -40,6 +40,7 @@ from fastrm.errors import TrainingError, UsageError
 from fastrm.methods import find
 from fastrm.settings.config import Config
 from tests.conftest import natural_pictures
+from tests.interpreted import other_defaults
 from tests.test_batched import composed
 
 needs_dali = pytest.mark.skipif(dali_problem() is not None, reason=f"needs DALI: {dali_problem()}")
@@ -109,6 +110,16 @@ def made(data: Path | str, kind: str = "dali", **options: object):
 
 
 DALI = pytest.param("dali", marks=needs_dali)
+
+
+@pytest.mark.parametrize("kind", ["torch", "memory"])
+def test_the_default_dtype_of_torch_does_not_change_views(pictures: Path, kind: str) -> None:
+    found = []
+    for dtype in ("float64", "float16", "float32"):
+        with other_defaults(dtype):
+            found.append([*next(iter(made(pictures, kind, workers=0))).views])
+    for views in found[:2]:
+        assert all(torch.equal(mine, right) for mine, right in zip(views, found[2], strict=True))
 
 
 @pytest.mark.parametrize(

@@ -83,10 +83,10 @@ def draw(view: View, heights: Tensor, widths: Tensor, side: int, generator: torc
     count = len(heights)
 
     def uniform(low: float, high: float) -> Tensor:
-        return torch.empty(count).uniform_(low, high, generator=generator)
+        return torch.empty(count, dtype=torch.float32, device="cpu").uniform_(low, high, generator=generator)
 
     def chosen(probability: float) -> Tensor:
-        return torch.rand(count, generator=generator) < probability
+        return torch.rand(count, generator=generator, dtype=torch.float32, device="cpu") < probability
 
     tries = _tries(view, count, generator)
     strengths = (view.brightness, view.contrast, view.saturation)
@@ -96,7 +96,7 @@ def draw(view: View, heights: Tensor, widths: Tensor, side: int, generator: torc
         box=boxes(view, tries, heights, widths),
         jitter=chosen(view.jitter_probability),
         factors=torch.stack([*factors, uniform(-view.hue, view.hue)], dim=1),
-        order=torch.rand(count, 4, generator=generator).argsort(dim=1),
+        order=torch.rand(count, 4, generator=generator, dtype=torch.float32, device="cpu").argsort(dim=1),
         gray=chosen(view.grayscale_probability),
         sigma=uniform(*(sigma * scale for sigma in view.blur_sigma)) * chosen(view.blur_probability),
         solarize=chosen(view.solarize_probability),
@@ -114,10 +114,12 @@ def _tries(view: View, count: int, generator: torch.Generator) -> Tensor:
     """Draw the random numbers for boxes, independent of the sizes of the images, float64 [B, 22]."""
 
     def uniform(low: float, high: float) -> Tensor:
-        return torch.empty((count, _CROP_TRIES), dtype=torch.float64).uniform_(low, high, generator=generator)
+        made = torch.empty((count, _CROP_TRIES), dtype=torch.float64, device="cpu")
+        return made.uniform_(low, high, generator=generator)
 
     area, ratio = uniform(*view.crop_scale), uniform(*np.log(view.crop_ratio)).exp()
-    return torch.cat([area, ratio, torch.rand(2, count, generator=generator, dtype=torch.float64).T], dim=1)
+    where = torch.rand(2, count, generator=generator, dtype=torch.float64, device="cpu")
+    return torch.cat([area, ratio, where.T], dim=1)
 
 
 def boxes(view: View, tries: Tensor, heights: Tensor, widths: Tensor) -> Tensor:
@@ -133,8 +135,8 @@ def boxes(view: View, tries: Tensor, heights: Tensor, widths: Tensor) -> Tensor:
     w, h = tried_w.gather(1, first)[:, 0], tried_h.gather(1, first)[:, 0]
 
     narrow, wide = view.crop_ratio
-    centre_w = torch.minimum(widths, (heights * wide).round().long())
-    centre_h = torch.minimum(heights, (widths / narrow).round().long())
+    centre_w = torch.minimum(widths, (heights.float() * wide).round().long())
+    centre_h = torch.minimum(heights, (widths.float() / narrow).round().long())
     found = fits.any(dim=1)
     w, h = torch.where(found, w, centre_w).clamp(min=1), torch.where(found, h, centre_h).clamp(min=1)
     top = torch.where(found, (where[:, 0] * (heights - h + 1)).long(), (heights - h) // 2)
@@ -146,5 +148,5 @@ def draw_views(
     views: Sequence[View], sizes: Sequence[tuple[int, int]], image_size: int, generator: torch.Generator
 ) -> list[Draws]:
     """Draw the parameters of each view for images of these (height, width); ``image_size`` is the default size."""
-    heights, widths = torch.tensor(sizes, dtype=torch.int64).reshape(-1, 2).unbind(1)
+    heights, widths = torch.tensor(sizes, dtype=torch.int64, device="cpu").reshape(-1, 2).unbind(1)
     return [draw(view, heights, widths, view.side(image_size), generator) for view in views]

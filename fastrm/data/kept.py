@@ -173,7 +173,7 @@ class KeptImages(Images):
                 self._places[-1, 0] = end
         if end <= len(self._room):
             self._room[offset : offset + values.nbytes].numpy()[:] = values.reshape(-1).view(np.uint8)
-            row = torch.tensor([offset, *values.shape, DTYPES.index(values.dtype.name)])
+            row = torch.tensor([offset, *values.shape, DTYPES.index(values.dtype.name)], device="cpu")
             with self._lock:
                 self._places[index] = row
         return values
@@ -216,4 +216,4 @@ def _shared(count: int) -> Tensor:
     if multiprocessing.get_start_method() == "fork":
         memory: Any = mmap.mmap(-1, count)
         return torch.frombuffer(memory, dtype=torch.uint8)
-    return torch.zeros(count, dtype=torch.uint8).share_memory_()
+    return torch.zeros(count, dtype=torch.uint8, device="cpu").share_memory_()

@@ -64,7 +64,7 @@ class MemoryLoader(Loader):
         """Decode all images to uint8 [N, 3, H, W]."""
         assert images.looks is not None
         height, width = images.looks.size[0].tolist()
-        pixels = torch.empty((len(images), 3, height, width), dtype=torch.uint8)
+        pixels = torch.empty((len(images), 3, height, width), dtype=torch.uint8, device="cpu")
 
         def decode(index: int) -> None:
             at, picture = readable(images, index, images.pixels, self._faults)
@@ -99,7 +99,7 @@ class MemoryLoader(Loader):
         return augment_views(
             self._pixels,
             draws,
-            index=torch.tensor(request.images),
+            index=torch.tensor(request.images, device="cpu"),
             out_size=side,
             dtype=self._dtype,
             mean=self._mean,

@@ -65,7 +65,7 @@ class _Views(Dataset[Loaded]):
         for start in range(0, len(indices), _HELD):
             held = [readable(images, at, read, faults) for at in indices[start : start + _HELD]]
             indices[start : start + _HELD] = [at for at, _ in held]
-            sides = torch.tensor([picture.shape[1:] for _, picture in held]).unbind(1)
+            sides = torch.tensor([picture.shape[1:] for _, picture in held], device="cpu").unbind(1)
             for view, size, draws, flip, cut in zip(views, sizes, drawn, flips, crops, strict=True):
                 found = boxes(view, draws.tries[start : start + _HELD], *sides).tolist()
                 for i, (_, picture) in enumerate(held):
@@ -84,7 +84,7 @@ class _Views(Dataset[Loaded]):
         for start in range(0, len(crops), count):
             some = slice(start, start + count)
             part = crops[start] if count == 1 else torch.cat([crop.expand(-1, wide, -1, -1) for crop in crops[some]])
-            images = torch.empty(len(part), wide, size, size)
+            images = torch.empty(len(part), wide, size, size, dtype=torch.float32, device="cpu")
             _copy(part, images)
             batched.carry_out_(steps, images, start)
             # NumPy converts to uint8 ten times as fast as torch.
