@@ -87,9 +87,13 @@ def interval(differences: Sequence[float]) -> str:
     """Mean of differences paired by seed, with the 95 % interval of Student's t."""
     middle, count = statistics.fmean(differences), len(differences)
     if count < 2:
-        return f"{middle:+.1f}"
+        return _signed(middle)
     half = float(students_t.ppf(0.975, count - 1)) * statistics.stdev(differences) / math.sqrt(count)
-    return f"{middle:+.1f} ({middle - half:+.1f} to {middle + half:+.1f})"
+    return f"{_signed(middle)} ({_signed(middle - half)} to {_signed(middle + half)})"
+
+
+def _signed(value: float) -> str:
+    return f"{round(value, 1) + 0.0:+.1f}"  # the addition turns -0.0 into 0.0
 
 
 def leads_from(record: Record) -> float:

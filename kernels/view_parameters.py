@@ -83,9 +83,8 @@ def completed(given: ViewParameters, count: int) -> Drawn:
         "box": None,
         "flip": none,
         "jitter": none if given.factors is None else ~none,
-        "factors": torch.tensor((1.0, 1.0, 1.0, 0.0), dtype=torch.float32, device="cpu").expand(
-            count, 4
-        ),  # change nothing
+        # These change nothing.
+        "factors": torch.tensor((1.0, 1.0, 1.0, 0.0), dtype=torch.float32, device="cpu").expand(count, 4),
         "order": torch.arange(4, device="cpu").expand(count, 4),
         "gray": none,
         "sigma": torch.zeros(count, dtype=torch.float32, device="cpu"),

@@ -207,7 +207,7 @@ REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
     "an error": (lambda: Gives(raising), r"arch=Gives cannot take images \(2, 3, 32, 32\): sizes of tensors; --image-"),
     "another size": (
         lambda: nn.Sequential(nn.Flatten(), nn.Linear(3 * 8 * 8, 4)),
-        r"arch=Sequential cannot take images \(2, 3, 32, 32\): mat1 and mat2 shapes .*; --image-size must be one",
+        r"arch=Sequential cannot take images \(2, 3, 32, 32\): .*mat1 and mat2 shapes .*; --image-size must be one",
     ),
     "no weights": (nn.Flatten, "arch=Flatten has no parameter that requires a gradient"),
     "all frozen": (lambda: mapped().requires_grad_(False), "arch=Sequential has no parameter that requires a grad"),
