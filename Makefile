@@ -79,7 +79,7 @@ study-photos: install
 # Which trainer reaches a kNN accuracy first on these photographs: docs/benchmarks.md. Takes about 1.5 hours; finished runs
 # are skipped.
 race: install
-	$(BIN)/python -m benchmarks.race --data $(DATA)
+	OMP_WAIT_POLICY=passive $(BIN)/python -m benchmarks.race --data $(DATA)
 
 # Builds the documentation as a site in build/docs.
 docs: install
