@@ -87,6 +87,7 @@ def test_unreadable_files_are_left_out_and_the_others_keep_their_labels(folder: 
         loader = eval_loader(test, image_size=16, batch_size=3, workers=workers)
         with warnings.catch_warnings(record=True) as said:
             warnings.simplefilter("always")
+            warnings.simplefilter("ignore", DeprecationWarning)  # Python 3.12 warns of a fork beside threads
             seen = [(indices, Colour()(views)) for (views,), indices in loader]
         assert [index for indices, _ in seen for index in indices] == want
         found = torch.cat([colour for _, colour in seen])[:, 0].round().int().tolist()

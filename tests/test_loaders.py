@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import errno
+import gc
 import gzip
 import io
 import itertools
+import os
 import shutil
 import tarfile
 import threading
@@ -36,6 +38,7 @@ from fastrm.data.settling import settled
 from fastrm.data.sources import ArrayImages
 from fastrm.data.stored import examined
 from fastrm.data.torch_loader import TorchLoader
+from fastrm.data.workers import started
 from fastrm.errors import TrainingError, UsageError
 from fastrm.methods import find
 from fastrm.settings.config import Config
@@ -233,6 +236,38 @@ def test_a_file_with_damaged_content_stops_no_loader(pictures: Path, tmp_path: P
         warnings.simplefilter("ignore", UserWarning)  # a decoder may still return an image
         for _ in range(2):
             assert sum(len(batch.indices) for batch in loader) == 24
+
+
+class Pipeline:
+    """In a reference cycle; notes the processes that free it."""
+
+    def __init__(self, file: Path) -> None:
+        self.file, self.own = file, self
+
+    def __del__(self) -> None:
+        with self.file.open("a") as file:
+            file.write(f"{os.getpid()}\n")
+
+
+class Collecting(torch.utils.data.Dataset[int]):
+    """Frees the garbage of the process that reads it."""
+
+    def __len__(self) -> int:
+        return 1
+
+    def __getitem__(self, index: int) -> int:
+        gc.collect()
+        return index
+
+
+def test_loader_processes_do_not_free_what_another_process_made(tmp_path: Path) -> None:
+    gc.disable()
+    try:
+        Pipeline(tmp_path / "freed")
+        list(started(torch.utils.data.DataLoader(Collecting(), num_workers=1)))
+    finally:
+        gc.enable()
+    assert (tmp_path / "freed").read_text() == f"{os.getpid()}\n"
 
 
 @pytest.mark.slow

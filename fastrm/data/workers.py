@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import gc
 import io
 import multiprocessing
 import os
@@ -84,6 +85,9 @@ def started(batches: Iterable[T]) -> Iterator[T]:
     with locks():
         # About as many as torch makes. If it fails on the way, it prints a traceback.
         _ = [multiprocessing.Lock() for _ in range(4 * (count + 2) if count else 0)]
+        if count:
+            # A forked process that freed this one's garbage, such as a DALI pipeline, would wait for threads it lacks.
+            gc.collect()
         return iter(batches)
 
 
