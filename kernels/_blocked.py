@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ._scoring import Scoring
+from ._scoring import Scoring, numbers_of
 from .dispatch import compute_dtype, no_autocast
 from .reference import enqueue_, reduce, unit
 
@@ -41,7 +41,7 @@ def blocked_losses(scoring: Scoring, gradient: bool) -> tuple[Tensor, Tensor]:
     with no_autocast(query.device):
         dtype = compute_dtype(query, key, same, queue)
         temperature, residual_weight, contrastive_weight = (
-            number.to(dtype) if isinstance(number, Tensor) else number for number in scoring.numbers
+            number.to(dtype) if isinstance(number, Tensor) else number for number in numbers_of(scoring)
         )
         rows = query.to(dtype)
         squared = rows.square().sum(dim=1, keepdim=True)

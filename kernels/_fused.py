@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from . import _blocked, _sweep
-from ._scoring import Scoring
+from ._scoring import Scoring, numbers_of
 from .dispatch import check_not_recomputed, compute_dtype
 
 BACKENDS: dict[str, Callable[[Scoring, bool], tuple[Tensor, Tensor]]] = {
@@ -121,8 +121,8 @@ def differentiable(backend: str, scoring: Scoring) -> tuple[Tensor, Tensor]:
         scoring.key,
         scoring.same,
         scoring.queue,
-        [0.0 if isinstance(number, Tensor) else float(number) for number in scoring.numbers],
-        [number if isinstance(number, Tensor) else None for number in scoring.numbers],
+        [0.0 if isinstance(number, Tensor) else float(number) for number in numbers_of(scoring)],
+        [number if isinstance(number, Tensor) else None for number in numbers_of(scoring)],
         scoring.key_offset,
         scoring.reduction,
         gradient,

@@ -33,10 +33,10 @@ class Scoring(NamedTuple):
     """The row of ``key`` that is the positive of query 0."""
     reduction: str = "mean"
 
-    @property
-    def numbers(self) -> tuple[float | Tensor, ...]:
-        """Temperature, residual and contrastive weight."""
-        return self.temperature, self.residual_weight, self.contrastive_weight
+
+def numbers_of(scoring: Scoring) -> tuple[float | Tensor, ...]:
+    """Temperature, residual and contrastive weight; no property, which torch.compile of torch 2.9 cannot trace."""
+    return scoring.temperature, scoring.residual_weight, scoring.contrastive_weight
 
 
 class Assignment(NamedTuple):

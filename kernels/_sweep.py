@@ -20,7 +20,7 @@ from torch import Tensor
 
 from . import _blocked, _tiles, _wide
 from ._push import DTYPES, WIDEST, apart, block_d, block_r, enqueue_, launch_push, row_warps
-from ._scoring import Scoring
+from ._scoring import Scoring, numbers_of
 from ._tiles import Tile
 from .dispatch import INTERPRETED, compute_dtype, triton
 from .multi_tensor import guard, host_value
@@ -160,7 +160,7 @@ def swept_losses(scoring: Scoring, gradient: bool) -> tuple[Tensor, Tensor]:
     to_query = empty(n, dim) if gradient else empty(0)
     tickets = empty(2, dtype=torch.int64)
     temperature, residual_weight, contrastive_weight = (
-        launched(number, "temperature, or a weight,", device) for number in scoring.numbers
+        launched(number, "temperature, or a weight,", device) for number in numbers_of(scoring)
     )
     written = queue if pointer is not None else None
     query = apart(query, written)
