@@ -134,7 +134,7 @@ class FeatureQueue(nn.Module):
             raise ValueError(f"FeatureQueue: size={size}, dim={dim}; both must be at least 1")
         if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point or dtype.itemsize == 1:
             raise TypeError(f"FeatureQueue: dtype={dtype}; it must be a floating dtype of 16 bits or more")
-        self.register_buffer("features", reference.unit(torch.randn(size, dim, dtype=torch.float32)).to(dtype))
+        self.register_buffer("features", reference.unit(torch.randn(size, dim)).to(dtype))
         self.register_buffer("pointer", torch.zeros((), dtype=torch.int64))
 
     def enqueue_(self, keys: Tensor, *, skip: Tensor | None = None, backend: str | None = None) -> None:
