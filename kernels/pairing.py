@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import operator
 import weakref
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import chain
 from types import GeneratorType
 from typing import Any
@@ -136,17 +137,18 @@ class Watched:
 
     def __init__(self, *roots: nn.Module) -> None:
         self.roots = roots
-        self._parts = [part for root in roots for part in root.modules()]
+        parts = [part for root in roots for part in root.modules()]
         # Not the empty ones, which are most of them: what gets its first parameter or part is rarely in a network.
-        self._tables = [table for part in self._parts for table in (part._parameters, part._modules) if table]
-        self._ids = self._now()
+        self._tables = [table for part in parts for table in (part._parameters, part._modules) if table]
+        self._held = [*self._now()]
 
     def changed(self) -> bool:
         """Whether a module that has parameters, or parts, has others now."""
-        return self._now() != self._ids
+        same = sum(map(len, self._tables)) == len(self._held) and all(map(operator.is_, self._now(), self._held))
+        return not same
 
-    def _now(self) -> list[int]:
-        return [*map(id, chain.from_iterable(map(dict.values, self._tables)))]  # type: ignore[arg-type]
+    def _now(self) -> Iterator[Any]:
+        return chain.from_iterable(map(dict.values, self._tables))  # type: ignore[arg-type]
 
 
 def watched(teacher: Tensors, student: Tensors) -> Watched | None:
