@@ -152,9 +152,6 @@ def contrastive_cases() -> Iterable[Case]:
 
     f32, bf16, f16 = torch.float32, torch.bfloat16, torch.float16
 
-    def matrices(dtype: torch.dtype, *names: str) -> dict[str, str]:
-        return {f"{name}_ptr": f"*{_triton(dtype)}" for name in names}
-
     for dtype, n, size, dim, in_batch, gradient, archs in (
         (bf16, 256, 65536, 128, False, True, None),
         (bf16, 256, 65536, 128, False, False, None),
@@ -174,20 +171,20 @@ def contrastive_cases() -> Iterable[Case]:
         number = "*fp32" if in_memory else "fp32"
         name = f"{_short(dtype)} {n} x {size} x {dim}{' in batch' * in_batch}{', no gradient' * (not gradient)}"
         name += ", numbers in memory" * in_memory
-        query = matrices(dtype if in_batch else f32, "query")
-        types = {"tickets_ptr": "*i64", "temperature": number, **matrices(f32, "logsums"), **query}
+        query = _matrices(dtype if in_batch else f32, "query")
+        types = {"tickets_ptr": "*i64", "temperature": number, **_matrices(f32, "logsums"), **query}
         types |= dict.fromkeys(("n", "size", "key_offset"), "i32")
-        types |= matrices(dtype, "averages") if gradient else {}
+        types |= _matrices(dtype, "averages") if gradient else {}
         shared = {"D": dim, "BLOCK_D": _push.block_d(dim), "GRADIENT": gradient}
         shared |= {} if gradient else {"averages_ptr": None}
-        push = {**matrices(dtype, "queue"), **matrices(f32, "push"), "pointer_ptr": "*i64"}
+        push = {**_matrices(dtype, "queue"), **_matrices(f32, "push"), "pointer_ptr": "*i64"}
         yield Case(
             name=f"sweep {name}",
             kernel=_sweep_kernel.sweep_kernel,
             types={
                 **types,
                 **({} if in_batch else {"pointer_ptr": "*i64"}),
-                **matrices(dtype, "bank"),
+                **_matrices(dtype, "bank"),
                 "tiles_per_split": "i32",
             },
             constants={
@@ -208,9 +205,9 @@ def contrastive_cases() -> Iterable[Case]:
             kernel=_finish.finish_kernel,
             types={
                 **types,
-                **matrices(dtype, "key", "same"),
-                **matrices(f32, "losses", "sums"),
-                **(matrices(f32, "gradient") if gradient else {}),
+                **_matrices(dtype, "key", "same"),
+                **_matrices(f32, "losses", "sums"),
+                **(_matrices(f32, "gradient") if gradient else {}),
                 **({} if in_batch else push),
                 **{"residual_weight": number, "contrastive_weight": number, "scale": "fp32"},
                 **dict.fromkeys(("splits", "count"), "i32"),
@@ -228,8 +225,8 @@ def contrastive_cases() -> Iterable[Case]:
         name="enqueue f32 into bf16 x 128",
         kernel=_push.push_kernel,
         types={
-            **matrices(bf16, "queue"),
-            **matrices(f32, "keys"),
+            **_matrices(bf16, "queue"),
+            **_matrices(f32, "keys"),
             **dict.fromkeys(("start_ptr", "pointer_ptr"), "*i64"),
             "skip_ptr": "*fp32",
             **dict.fromkeys(("count", "size"), "i32"),
@@ -284,9 +281,6 @@ def wide_cases() -> Iterable[Case]:
 
     f32, bf16, f16 = torch.float32, torch.bfloat16, torch.float16
 
-    def matrices(dtype: torch.dtype, *names: str) -> dict[str, str]:
-        return {f"{name}_ptr": f"*{_triton(dtype)}" for name in names}
-
     for dtype, kind, n, dim, in_batch, gradient in (
         (bf16, "half", 256, 1024, False, True),
         (bf16, "half", 256, 1024, False, False),
@@ -301,13 +295,13 @@ def wide_cases() -> Iterable[Case]:
         absent = {} if gradient else {"weights_ptr": None}
         shared = {"D": dim, "BLOCK_N": tiles.block_n, "BLOCK_K": tiles.block_k}
         shared |= {"PRECISION": "tf32" if kind == "half" else kind, "UPCAST": False}
-        types = {**matrices(dtype, "bank"), **matrices(f32, "tops", "totals")}
+        types = {**_matrices(dtype, "bank"), **_matrices(f32, "tops", "totals")}
         types |= dict.fromkeys(("n", "columns", "width"), "i32")
-        types |= matrices(dtype, "weights") if gradient else {}
+        types |= _matrices(dtype, "weights") if gradient else {}
         yield Case(
             name=f"score {name}",
             kernel=_wide_kernels.score_kernel,
-            types={**types, **matrices(dtype, "unit"), "tickets_ptr": "*i64", "temperature": "fp32", "shift": "i32"},
+            types={**types, **_matrices(dtype, "unit"), "tickets_ptr": "*i64", "temperature": "fp32", "shift": "i32"},
             constants={**shared, **absent, "BLOCK_D": tiles.inner, "IN_BATCH": in_batch, "pointer_ptr": None},
             options={"num_warps": tiles.warps, "num_stages": tiles.stages},
             even=("width",),
@@ -317,8 +311,8 @@ def wide_cases() -> Iterable[Case]:
             kernel=_wide_kernels.average_kernel,
             types={
                 **types,
-                **matrices(f32, "logsums"),
-                **(matrices(dtype, "averages") if gradient else {}),
+                **_matrices(f32, "logsums"),
+                **(_matrices(dtype, "averages") if gradient else {}),
                 **dict.fromkeys(("tiles", "tiles_per_split", "every"), "i32"),
             },
             constants={
@@ -332,13 +326,13 @@ def wide_cases() -> Iterable[Case]:
     for dim in (1024, 8192):
         finish = _sweep.finishing(dim, 16)
         options = {"num_warps": finish.pop("num_warps")}
-        push = {**matrices(bf16, "queue"), **matrices(f32, "push"), "pointer_ptr": "*i64"}
+        push = {**_matrices(bf16, "queue"), **_matrices(f32, "push"), "pointer_ptr": "*i64"}
         yield Case(
             name=f"finish and push bf16 x {dim}, 16 parts",
             kernel=_finish.finish_kernel,
             types={
-                **matrices(f32, "query", "key", "same", "logsums", "losses", "sums", "gradient"),
-                **matrices(bf16, "averages"),
+                **_matrices(f32, "query", "key", "same", "logsums", "losses", "sums", "gradient"),
+                **_matrices(bf16, "averages"),
                 **push,
                 "tickets_ptr": "*i64",
                 **dict.fromkeys(("temperature", "residual_weight", "contrastive_weight", "scale"), "fp32"),
@@ -357,9 +351,6 @@ def prototype_cases() -> Iterable[Case]:
     from fastrm.kernels import _finish, _prototypes_kernel, _prototypes_swept, _push, _sweep, _sweep_kernel
 
     f32, bf16, f16 = torch.float32, torch.bfloat16, torch.float16
-
-    def matrices(dtype: torch.dtype, *names: str) -> dict[str, str]:
-        return {f"{name}_ptr": f"*{_triton(dtype)}" for name in names}
 
     for dtype, kind, dim, in_pairs in (
         (f16, "half", 64, False),
@@ -384,8 +375,8 @@ def prototype_cases() -> Iterable[Case]:
             name=f"sweep of two {name}",
             kernel=_sweep_kernel.sweep_kernel,
             types={
-                **matrices(dtype, "bank", "values"),
-                **matrices(f32, "query", "shift", "averages", "logsums"),
+                **_matrices(dtype, "bank", "values"),
+                **_matrices(f32, "query", "shift", "averages", "logsums"),
                 **dict.fromkeys(("n", "size", "key_offset", "tiles_per_split"), "i32"),
                 "temperature": number,
             },
@@ -402,7 +393,7 @@ def prototype_cases() -> Iterable[Case]:
                 name=f"gather {name}",
                 kernel=_finish.gather_kernel,
                 types={
-                    **matrices(f32, "averages", "logsums", "average", "logsum"),
+                    **_matrices(f32, "averages", "logsums", "average", "logsum"),
                     **dict.fromkeys(("n", "splits"), "i32"),
                 },
                 options={"num_warps": gather.pop("num_warps")},
@@ -413,9 +404,9 @@ def prototype_cases() -> Iterable[Case]:
             name=f"push {name}",
             kernel=_prototypes_kernel.push_prototypes_kernel,
             types={
-                **matrices(dtype, "student", "teacher", "values", "prototypes", "its_prototypes", "gradient"),
-                **matrices(f32, "student_logsums", "teacher_logsums", "shift", "factor"),
-                **(matrices(f32, "shares") if in_pairs else {}),
+                **_matrices(dtype, "student", "teacher", "values", "prototypes", "its_prototypes", "gradient"),
+                **_matrices(f32, "student_logsums", "teacher_logsums", "shift", "factor"),
+                **(_matrices(f32, "shares") if in_pairs else {}),
                 "temperature": number,
                 **dict.fromkeys(("n", "m", "size"), "i32"),
             },
@@ -450,3 +441,8 @@ def _plus(shadow: Any) -> str:
 
 def _triton(dtype: Any) -> str:
     return {"f32": "fp32", "f64": "fp64", "f16": "fp16", "bf16": "bf16"}[_short(dtype)]
+
+
+def _matrices(dtype: Any, *names: str) -> dict[str, str]:
+    """The types of pointers to matrices."""
+    return {f"{name}_ptr": f"*{_triton(dtype)}" for name in names}

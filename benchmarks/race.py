@@ -66,6 +66,11 @@ Watch = Callable[[nn.Module], bool]
 """Called with the backbone after each step; returns whether to end the run."""
 
 
+def settings_of(method: str, epochs: int, seed: int) -> dict[str, Any]:
+    """The settings of a run, for all contenders."""
+    return {**RECIPE, **OF_METHOD[method], "method": method, "epochs": epochs, "seed": seed}
+
+
 def ours(data: str, method: str, epochs: int, seed: int, watch: Watch, folder: Path) -> None:
     """Train with fastrm."""
 
@@ -74,7 +79,7 @@ def ours(data: str, method: str, epochs: int, seed: int, watch: Watch, folder: P
             if watch(run.student):
                 run.stop()
 
-    settings = {**RECIPE, **OF_METHOD[method], "method": method, "epochs": epochs, "seed": seed}
+    settings = settings_of(method, epochs, seed)
     torch.manual_seed(seed)
     pretrain(data, arch=SmallResNet(), hooks=[Watching()], out=folder, resume="never", log_to=(), **settings)
 
@@ -90,9 +95,9 @@ def rival(
     folder: Path,
 ) -> None:
     """Train with the loop of another project, with the same networks, recipe and views; ``folder`` is not used."""
-    settings = {**RECIPE, **OF_METHOD[method], "data": data, "method": method, "epochs": epochs, "seed": seed}
+    settings = settings_of(method, epochs, seed)
     del settings["augmentation"]  # an object, which build does not take
-    config: Config = build(**settings)
+    config: Config = build(**settings, data=data)
     torch.manual_seed(seed)
     built = build_method(config.replace(channels_last=False), device=DEVICE, arch=SmallResNet()).train()
     optim, batch = config.optim, 128

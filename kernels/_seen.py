@@ -8,7 +8,7 @@ without notice, and its ``id`` and its address may be those of another one later
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,11 +21,6 @@ TENSORS = 1 << 14  # in the lists that are remembered: those of 50 ResNet-50s wi
 Lists = Sequence[Sequence[Tensor] | None]
 
 
-def places(tensors: Sequence[Tensor]) -> list[Any]:
-    """The addresses of tensors, to detect moves."""
-    return [*map(Tensor.data_ptr, tensors), *map(Tensor.stride, tensors), *map(Tensor.numel, tensors)]
-
-
 class Forms:
     """The types, dtypes, devices, shapes and strides of tensors, to notice conversions. It holds no tensors."""
 
@@ -35,6 +30,8 @@ class Forms:
 
     def fit(self, tensors: list[Tensor]) -> bool:
         """Whether these tensors have the same forms."""
+        if len(tensors) != len(self._types):
+            return False
         if self._alike is not None and self._alike(*tensors):
             return True
         # The guards also fail if a tensor is listed twice or now requires grad, so each tensor is compared by itself.
@@ -45,13 +42,22 @@ def _forms(tensors: list[Tensor]) -> list[Any]:
     return [(tensor.dtype, tensor.device, tensor.shape, tensor.stride()) for tensor in tensors]
 
 
-class _Entry:
-    def __init__(self, prepared: Any, tensors: list[Tensor]) -> None:
-        self.prepared, self.size = prepared, len(tensors)
-        self.forms, self.addresses = Forms(tensors), [*map(Tensor.data_ptr, tensors)]
+class Places(Forms):
+    """The forms of tensors and their addresses, to notice moves too."""
 
-    def fits(self, tensors: list[Tensor]) -> bool:
-        return self.forms.fit(tensors) and [*map(Tensor.data_ptr, tensors)] == self.addresses
+    def __init__(self, tensors: list[Tensor]) -> None:
+        super().__init__(tensors)
+        self._addresses = [*map(Tensor.data_ptr, tensors)]
+
+    def fit(self, tensors: list[Tensor]) -> bool:
+        """Whether these tensors have the same forms and addresses."""
+        return super().fit(tensors) and [*map(Tensor.data_ptr, tensors)] == self._addresses
+
+
+class _Entry(NamedTuple):
+    prepared: Any
+    size: int
+    places: Places
 
 
 class Seen:
@@ -63,7 +69,7 @@ class Seen:
     def find(self, kind: str | None, lists: Lists) -> Any:
         """The value prepared for these lists if their tensors have not moved, otherwise None."""
         entry = self._entries.get(_key(kind, lists))
-        return entry.prepared if entry is not None and entry.fits(_joined(lists)) else None
+        return entry.prepared if entry is not None and entry.places.fit(_joined(lists)) else None
 
     def keep(self, kind: str | None, lists: Lists, prepared: Any) -> None:
         """Store a prepared value, which must not hold references to the tensors."""
@@ -76,7 +82,7 @@ class Seen:
                 break
             self._entries.pop(old, None)
             excess -= count
-        self._entries[key] = _Entry(prepared, tensors)
+        self._entries[key] = _Entry(prepared, len(tensors), Places(tensors))
 
 
 def _key(kind: str | None, lists: Lists) -> tuple[Any, ...]:

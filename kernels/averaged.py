@@ -7,14 +7,10 @@ from typing import Any
 
 from torch import Tensor
 
-from ._seen import places
+from ._seen import Places
 from .dispatch import check_backend, check_scalar
 from .ema import EMA, fused_ema_
 from .sharding import all_plain
-
-
-def _known_by(tensors: list[Tensor]) -> list[Any]:
-    return [*places(tensors), *(tensor.dtype for tensor in tensors)]
 
 
 class _Average:
@@ -24,7 +20,7 @@ class _Average:
         check_scalar("ema_avg_fn", "momentum", momentum, low=0, high=1)
         check_backend("ema_avg_fn", backend)
         self.momentum, self.backend = momentum, backend
-        self._prepared: dict[tuple[Any, ...], tuple[list[Any], EMA]] = {}
+        self._prepared: dict[tuple[Any, ...], tuple[Places, EMA]] = {}
 
     def __call__(self, averaged: Sequence[Tensor], current: Sequence[Tensor], num_averaged: object = None) -> None:
         if not all_plain([*averaged, *current]):
@@ -33,9 +29,9 @@ class _Average:
         tensors = [*averaged, *current]
         group = (len(averaged), *((averaged[0].device, averaged[0].dtype) if averaged else ()))
         known = self._prepared.get(group)
-        if known is None or known[0] != _known_by(tensors):
+        if known is None or not known[0].fit(tensors):
             made = EMA(averaged, current, backend=self.backend)  # first, for its error on tensors without memory
-            known = self._prepared[group] = _known_by(tensors), made
+            known = self._prepared[group] = Places(tensors), made
         known[1].update_(self.momentum)
 
     def __getstate__(self) -> dict[str, Any]:

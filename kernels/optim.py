@@ -46,7 +46,8 @@ class Launch:
         batches: list[int],
     ) -> None:
         self.columns: list[Any] = [params, None, *state, teacher, shadow]
-        self.forms = Forms(self._tensors())
+        self.tensors = [tensor for column in self.columns for tensor in column or ()]
+        self.forms = Forms(self.tensors)
         self.device, self.param = params[0].device, params[0].dtype
         partners = [x[0] if x else None for x in (teacher, shadow)]
         wide = compute_dtype(params[0], *partners)
@@ -65,12 +66,9 @@ class Launch:
         self.table, self.options = Mirror(self.device), Mirror(self.device, torch.float64)
         self.chunks = Mirror(self.device).update(cut(sizes, [BLOCK] * len(sizes)))
 
-    def _tensors(self) -> list[Tensor]:
-        return [tensor for column in self.columns for tensor in column or ()]
-
     def lasts(self) -> bool:
         """Whether the launch still fits its tensors, none of which was converted to another dtype or layout."""
-        return self.forms.fit(self._tensors())
+        return self.forms.fit(self.tensors)
 
     def _spans(self, params: list[Tensor], sizes: list[int], wide: torch.dtype) -> list[list[int]]:
         return [[0] * len(params), [0] * len(params)]
@@ -90,7 +88,7 @@ class Launch:
         for c, i, original in staged:
             if c != 1:
                 original.copy_(columns[c][i])
-        torch.autograd.graph.increment_version(self._tensors())
+        torch.autograd.graph.increment_version(self.tensors)
 
     def _stage(self, columns: list[Any]) -> list[tuple[int, int, Tensor]]:
         grads, odd = columns[1], self.odd

@@ -81,19 +81,23 @@ def _use_group(device: torch.device) -> None:
             f"there needs {wanted}; init_process_group() without a backend makes a group for all devices"
         )
     _used += 1
-    store: Any = dist.distributed_c10d._get_default_store()
-    arrived = f"fastrm/used/{_used}"
-    if store.add(arrived, 1) == size:
-        store.set(f"{arrived}/all", "")
+    shared, arrived = store(), f"fastrm/used/{_used}"
+    if shared.add(arrived, 1) == size:
+        shared.set(f"{arrived}/all", "")
     try:
-        store.wait([f"{arrived}/all"], TIMEOUT)
+        shared.wait([f"{arrived}/all"], TIMEOUT)
     except RuntimeError:
-        here = store.add(arrived, -1) + 1
+        here = shared.add(arrived, -1) + 1
         _used -= 1
         raise UsageError(
             f"{here} of the {size} processes of this script's process group have started a run "
             f"within {TIMEOUT}; start it in all of them, or before init_process_group"
         ) from None
+
+
+def store() -> Any:
+    """The store of the process group, through which its processes exchange small values."""
+    return dist.distributed_c10d._get_default_store()
 
 
 def _variable(name: str, default: str, *, least: int = 0, most: int | None = None) -> int:

@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from fastrm.errors import Stopped, TrainingError, UsageError, first_line
-from fastrm.machine.distributed import gather_objects, world
+from fastrm.machine.distributed import gather_objects, store, world
 
 T = TypeVar("T")
 _LEAST, _MOST = 0.001, 0.1
@@ -39,15 +39,15 @@ def meet() -> None:
     size = world().size
     if size == 1:
         return
-    store, gate, before = _store(), _next_gate(), f"fastrm/{_meetings - 1}"
-    if store.add(f"{gate}/arrived", 1) == size:
-        store.set(gate, "")
+    shared, gate, before = store(), _next_gate(), f"fastrm/{_meetings - 1}"
+    if shared.add(f"{gate}/arrived", 1) == size:
+        shared.set(gate, "")
         for key in (before, f"{before}/arrived"):  # all have left it
-            store.delete_key(key)
+            shared.delete_key(key)
     begin = time.monotonic()
-    while not store.check([gate]):  # the store's own wait has a time limit
+    while not shared.check([gate]):  # the store's own wait has a time limit
         time.sleep(min(_MOST, _LEAST + (time.monotonic() - begin) / 10))
-    if said := store.get(gate):
+    if said := shared.get(gate):
         raise _heard(json.loads(said))
 
 
@@ -62,7 +62,7 @@ def together() -> Iterator[None]:
     except BaseException as error:
         if world().size > 1 and not hasattr(error, _TOLD):
             setattr(error, _TOLD, True)
-            _store().set(_next_gate(), json.dumps(_spoken(error)))
+            store().set(_next_gate(), json.dumps(_spoken(error)))
         raise
     meet()
 
@@ -106,10 +106,6 @@ def swapped(parts: Tensor) -> Tensor:
     received = parts.new_empty(parts.shape)
     dist.all_to_all_single(received, parts.contiguous())
     return received
-
-
-def _store() -> Any:
-    return dist.distributed_c10d._get_default_store()
 
 
 def _next_gate() -> str:

@@ -109,9 +109,7 @@ class Run:
             if isinstance(value, Tensor):
                 fits = value.numel() == 1 and not value.is_complex()
             else:
-                fits = isinstance(value, (int, float, np.number, np.bool_)) and not isinstance(
-                    value, np.complexfloating
-                )
+                fits = isinstance(value, (int, float, np.integer, np.floating, np.bool_))
             if not fits:
                 raise TypeError(f"run.log: {name} is a {type(value).__name__}; it must be a real number")
         self.record(values)
